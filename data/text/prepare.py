@@ -1,0 +1,69 @@
+"""Any text of your own as a dataset.
+
+    python data/text/prepare.py --input book.txt notes/ --tokenizer char
+    python data/text/prepare.py --input essays/ --tokenizer gpt2 --out data/essays
+
+--input takes UTF-8 files, and folders whose .txt files are read in the order of their names. The last tenth of all
+characters is for validation (--val_fraction). A file is a document: gpt2 puts <|endoftext|> between two. Memory holds one file at
+a time.
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from data.fetch import one_line_errors
+from data.pack import read_text, write_dataset
+from data.tokenizer import CharTokenizer, GPT2Tokenizer
+
+
+def find_files(inputs):
+    """The files named, and those ending in .txt below the folders named, in a fixed order."""
+    paths = []
+    for path in map(Path, inputs):
+        found = sorted(path.rglob('*.txt')) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f'{path}: no .txt file in this folder')
+        paths += found
+    return paths
+
+
+def characters(paths, start, end):
+    """Characters start to end of all files in a row, one text per file."""
+    for path in paths:
+        text = read_text(path)
+        yield text[max(start, 0):max(end, 0)]
+        start, end = start - len(text), end - len(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--input', nargs='+', required=True, metavar='PATH')
+    parser.add_argument('--tokenizer', choices=['char', 'gpt2'], required=True)
+    parser.add_argument('--out', type=Path, default=HERE, help='dataset folder (default: the folder of this script)')
+    parser.add_argument('--val_fraction', type=float, default=0.1)
+    args = parser.parse_args()
+    if not 0 < args.val_fraction < 1:
+        raise ValueError(f'--val_fraction={args.val_fraction} must lie between 0 and 1')
+
+    paths = find_files(args.input)
+    n_chars, chars = 0, set()
+    for path in paths:
+        text = read_text(path)
+        n_chars += len(text)
+        chars.update(text)
+    if n_chars == 0:
+        raise ValueError(f'{" ".join(args.input)}: no text in there')
+    tokenizer = CharTokenizer(''.join(sorted(chars))) if args.tokenizer == 'char' else GPT2Tokenizer()
+    n_train = int(n_chars * (1 - args.val_fraction))
+    splits = {'train': characters(paths, 0, n_train), 'val': characters(paths, n_train, n_chars)}
+    source = paths[0].name if len(paths) == 1 else f'{len(paths)} files, {paths[0].name} to {paths[-1].name}'
+    write_dataset(args.out, tokenizer, splits, source)
+    print(f'next: python train.py --dataset={os.path.relpath(args.out, HERE.parent)}')
+
+
+if __name__ == '__main__':
+    with one_line_errors():
+        main()

@@ -1,0 +1,213 @@
+"""One process or many: which device, which dtype, who talks to whom.
+
+Under torchrun (RANK, WORLD_SIZE and LOCAL_RANK set) every process is one rank; otherwise there is one rank, 0 of 1.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank among world_size, and its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_master(self):
+        return self.rank == 0
+
+
+# -----------------------------------------------------------------------------
+# processes
+
+
+def start(device='auto', backend='auto', timeout_s=600):
+    """Finds the device, joins the process group where torchrun made one, and says where this process stands.
+
+    device    'auto' (CUDA, other accelerators, MPS, else CPU), or a torch device such as 'cpu', 'cuda', 'cuda:1', 'mps'
+    backend   'auto' (nccl on CUDA, else gloo) or a torch.distributed backend
+    returns   Place
+    raises    ValueError for a device that is not there
+    """
+    rank, local_rank, world_size = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    device = choose_device(device, local_rank if world_size > 1 else None)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TensorFloat32 where the product stays in float32
+    if world_size > 1:
+        if backend == 'auto' or (backend == 'nccl' and device.type != 'cuda'):  # nanoGPT's configs say nccl everywhere
+            backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return Place(rank, local_rank, world_size, device)
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def print0(*args, **kwargs):
+    """print() on the first rank only."""
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def all_reduce_sum(tensor):
+    """The sum over all ranks, in place; the tensor itself where there is one rank."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(value):
+    """The first rank's value (plain data) on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# -----------------------------------------------------------------------------
+# device and dtype
+
+
+def choose_device(name, local_rank=None):
+    """torch.device for a setting; local_rank numbers the devices where every process has one of its own."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == 'auto':
+        name = accelerator.type if accelerator else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'device={name}: accepted are auto, cpu, cuda, cuda:N, mps') from None
+    if device.type == 'cpu':
+        return device
+    if accelerator is None or accelerator.type != device.type:
+        there = f'{accelerator.type} and cpu are' if accelerator else 'only cpu is'
+        raise ValueError(f'device={name} is not available here, {there}: use --device=auto')
+    index = local_rank if local_rank is not None else device.index
+    if index is not None and index >= torch.accelerator.device_count():
+        raise ValueError(f'device {device.type}:{index} does not exist, {torch.accelerator.device_count()} do: '
+                         'use as many processes as devices')
+    return torch.device(device.type, index) if device.type == 'cuda' else torch.device(device.type)
+
+
+def cpu_multiplies_bfloat16():
+    """Whether this processor has instructions for bfloat16 products (AVX512-BF16 or AMX); without, they are several times slower."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            return any(flag in f.read(20_000) for flag in ('avx512_bf16', 'amx_bf16', ' bf16'))
+    except OSError:
+        return False
+
+
+def choose_dtype(name, device):
+    """The dtype of the matrix products: 'auto' is bfloat16 where the device multiplies it natively, float16 on older CUDA devices, else float32."""
+    if name != 'auto':
+        return getattr(torch, name)
+    if device.type == 'cuda':
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == 'cpu' and cpu_multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def choose_compile(choice, device):
+    """Whether to compile: 'auto' does where it pays (CUDA) and works; a compiler that fails costs one line, not the run."""
+    if choice is False or (choice == 'auto' and device.type != 'cuda'):
+        return False
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # whatever the missing compiler raises: it differs by platform
+        reason = str(error).strip().splitlines()[0][:120]
+        print0(f'compile={choice}: no working compiler here ({type(error).__name__}: {reason}), running eagerly')
+        return False
+
+
+# dense bfloat16 or float16 matrix rates in FLOP/s from the vendors' datasheets; the first name found in the device's wins
+PEAK_FLOPS = (('H200', 989e12), ('H100 PCIe', 756e12), ('H100', 989e12), ('GH200', 989e12), ('B200', 2250e12), ('A100', 312e12),
+              ('A800', 312e12), ('H800', 989e12), ('H20', 148e12), ('L40S', 362e12), ('L40', 181e12), ('L4', 121e12), ('A10G', 70e12),
+              ('A10', 125e12), ('A6000', 155e12), ('V100', 125e12), ('T4', 65e12), ('4090', 165e12), ('3090', 71e12))
+
+
+def peak_flops(device):
+    """FLOP/s this device could reach in half precision, or None where that is not known."""
+    if device.type != 'cuda':
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+
+
+def device_name(device):
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'{device.type}, {torch.get_num_threads()} threads' if device.type == 'cpu' else device.type
+
+
+def peak_memory_bytes(device):
+    """The most memory this process has held: allocated on the accelerator, resident on the CPU; None where unknown."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    import sys
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)  # kilobytes on Linux
+
+
+def synchronize(device):
+    """Waits until the accelerator has done all it was given, so that a clock means something."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+
+
+# -----------------------------------------------------------------------------
+# one step over many ranks
+
+
+def divide_batch(gradient_accumulation_steps, batch_size, world_size):
+    """Shares the windows of one step out over the ranks, so that every world size does the same step.
+
+    gradient_accumulation_steps  micro-batches of batch_size windows in one step, over all ranks
+    returns                      (micro-steps of each rank, windows in each of them): batch_size windows where that divides, else fewer
+    raises                       ValueError with the nearest numbers of windows that do
+    """
+    total = gradient_accumulation_steps * batch_size
+    per_rank, rest = divmod(total, world_size)
+    if total < 1 or rest or not per_rank:
+        near = [n for n in (total - rest, total - rest + world_size) if n > 0]
+        raise ValueError(f'{total} sequences (gradient_accumulation_steps={gradient_accumulation_steps} x batch_size={batch_size}) do not divide '
+                         f'over {world_size} ranks: use {" or ".join(map(str, near))}')
+    micro_steps = next(n for n in range(-(-per_rank // batch_size), per_rank + 1) if per_rank % n == 0)
+    return micro_steps, per_rank // micro_steps
+
+
+def wrap(model, place):
+    """The model as training calls it: itself, or in DistributedDataParallel where there are several ranks."""
+    if place.world_size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[place.device.index] if place.device.type == 'cuda' else None,
+                                   gradient_as_bucket_view=True)
+
+
+def sync_gradients(model, last):
+    """Gradients travel between ranks in the last micro-step only: the sums of the others wait for it."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = last

@@ -1,0 +1,347 @@
+"""GPT in one file: GPT-2 as OpenAI released it (arch='gpt2') and its modern sibling (arch='modern').
+
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128))
+    logits, loss = model(idx, targets)
+    ids = model.generate(idx, max_new_tokens=100, temperature=0.8, top_k=200)
+
+gpt2    learned positions, LayerNorm, GELU, the head tied to the embedding; parameter names as in nanoGPT.
+modern  rotary positions, then query-key norm, ReLU squared, RMSNorm without weights (also after the embedding), no biases,
+        an untied head that starts at zero, logits capped at +-15: what transformers ships as `nanochat`.
+
+Sizes: B batch, T tokens in a row, C n_embd, H n_head, D = C / H, V vocab_size, L n_layer.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+RMS_EPS = 1e-6  # transformers' NanoChatConfig.rms_norm_eps
+ROPE_THETA = 10_000.0
+LOGIT_SOFTCAP = 15.0
+IGNORE = -100  # the target that is not one, as in torch's cross_entropy and transformers
+
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
+@dataclass
+class GPTConfig:
+    """Everything that fixes the function a checkpoint computes; all of it is stored beside the weights.
+
+    bias        None = as the architecture has it (gpt2 True, modern False)
+    activation  None = as the architecture has it: 'gelu_tanh' (GPT-2's own), 'relu2' (modern).
+                'gelu', the exact one, is what nanoGPT trained with.
+    raises      ValueError for shapes that do not fit together
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for the sake of matrix kernels
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool | None = None
+    arch: str = 'gpt2'
+    activation: str | None = None
+
+    def __post_init__(self):
+        if self.arch not in ('gpt2', 'modern'):
+            raise ValueError(f'arch={self.arch} is unknown: accepted are gpt2, modern')
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: accepted is 1 or more')
+        if self.n_embd % self.n_head:
+            near = max(self.n_embd // self.n_head, 1) * self.n_head
+            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
+                             f'use n_embd={near} or {near + self.n_head}')
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f'dropout={self.dropout}: accepted is 0.0 up to, not including, 1.0')
+        modern = self.arch == 'modern'
+        if modern and self.bias:
+            raise ValueError('bias=True: arch=modern has no biases, use bias=False or arch=gpt2')
+        if modern and self.n_embd // self.n_head % 2:
+            raise ValueError(f'n_embd={self.n_embd} / n_head={self.n_head} is odd: rotary positions turn pairs, use an even head size')
+        self.bias = not modern if self.bias is None else bool(self.bias)
+        self.activation = self.activation or ('relu2' if modern else 'gelu_tanh')
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f'activation={self.activation} is unknown: accepted are {", ".join(ACTIVATIONS)}')
+
+
+ACTIVATIONS = {
+    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
+    'gelu': F.gelu,
+    'relu2': lambda x: F.relu(x).square(),  # arXiv:2109.08668 (Primer)
+}
+
+
+# -----------------------------------------------------------------------------
+# the network
+
+
+def make_norm(config):
+    if config.arch == 'modern':
+        return nn.RMSNorm(config.n_embd, eps=RMS_EPS, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rotary_table(config):
+    """cos and sin of every position, (block_size, 1, 1, D) float32 each, laid out for rotate()."""
+    D = config.n_embd // config.n_head
+    frequency = ROPE_THETA ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequency)[:, None, None]  # (T, 1, 1, D/2)
+    return torch.cat((angle.cos(), angle.cos()), dim=-1), torch.cat((angle.sin(), -angle.sin()), dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding in its half-split form (arXiv:2104.09864): x and the result are (B, T, ..., D)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((b, a), dim=-1) * sin
+
+
+def attention(q, k, v, mask, dropout):
+    """Softmax(q k' / sqrt(D)) v, causal: q (B, H, T, D), k and v (B, H, S, D), mask None or (T, S) to add -> (B, H, T, D)."""
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and mask is not None:
+        # torch's fused kernel takes 2 to 4 times as long as these matrix products in bfloat16 (T = 64 to 256, AVX512-BF16)
+        scores = (q * q.size(-1) ** -0.5) @ k.mT + mask  # (B, H, T, S)
+        return F.dropout(scores.softmax(dim=-1), dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1, dropout_p=dropout)
+
+
+def compute_dtype(x):
+    """The dtype of the matrix products that start from x: autocast's where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, allocated once: (L, 2, B, H, max_tokens, D)."""
+
+    def __init__(self, config, batch_size, max_tokens, device, dtype):
+        head_size = config.n_embd // config.n_head
+        self.kv = torch.empty(config.n_layer, 2, batch_size, config.n_head, max_tokens, head_size, device=device, dtype=dtype)
+        self.n_tokens = 0  # complete tokens; GPT.forward advances it after the last layer
+
+    def append(self, layer, k, v):
+        """Stores k and v (B, H, T, D) of one layer and returns all of that layer's: (B, H, n_tokens + T, D) twice."""
+        end = self.n_tokens + k.size(2)
+        self.kv[layer, 0, :, :, self.n_tokens:end] = k
+        self.kv[layer, 1, :, :, self.n_tokens:end] = v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary, mask, cache):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        if rotary is None:
+            q, k, v = qkv.unbind(2)  # (B, T, H, D) each
+        else:
+            qk = rotate(qkv[:, :, :2], *rotary)  # queries and keys take the same rotation and norm, so they take them together
+            q, k = F.rms_norm(qk, qk.shape[-1:], eps=RMS_EPS).unbind(2)  # arXiv:2010.04245
+            v = qkv[:, :, 2]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, H, S, D): S tokens seen, these T the last of them
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotary, mask, cache):
+        x = x + self.attn(self.ln_1(x), rotary, mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
+        if config.arch == 'gpt2':
+            parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        parts['drop'] = nn.Dropout(config.dropout)
+        parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        parts['ln_f'] = make_norm(config)
+        self.transformer = nn.ModuleDict(parts)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.arch == 'gpt2':
+            self.transformer.wte.weight = self.lm_head.weight
+        else:
+            cos, sin = rotary_table(config)
+            self.register_buffer('cos', cos, persistent=False)
+            self.register_buffer('sin', sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """gpt2: N(0, 0.02), output projections smaller by sqrt(2 L) (the GPT-2 paper).
+        modern: embedding N(0, 1), matrices with deviation 1/sqrt(C), output projections and head zero (nanochat)."""
+        modern = self.config.arch == 'modern'
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                nn.init.zeros_(p) if name.endswith('bias') else nn.init.ones_(p)
+            elif name.endswith('c_proj.weight'):
+                nn.init.zeros_(p) if modern else nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif not modern:
+                nn.init.normal_(p, std=0.02)
+            elif name == 'lm_head.weight':
+                nn.init.zeros_(p)
+            elif name == 'transformer.wte.weight':
+                nn.init.normal_(p)
+            else:
+                bound = math.sqrt(3 / self.config.n_embd)  # a uniform of this bound has deviation 1/sqrt(C)
+                nn.init.uniform_(p, -bound, bound)
+
+    def forward(self, idx, targets=None, reduction='mean', cache=None):
+        """Logits, and the cross entropy in nats where there are targets.
+
+        idx        (B, T) int64
+        targets    (B, T) int64, -100 = not a target; None: logits of the last position only, as in nanoGPT
+        reduction  'mean' | 'sum' over targets, or 'none' for (B, T) losses
+        cache      KVCache of the tokens before idx
+        returns    (B, T, V) or (B, 1, V) logits, float loss or None
+        raises     ValueError if the row, cached tokens included, is longer than block_size
+        """
+        B, T = idx.shape
+        seen = cache.n_tokens if cache is not None else 0
+        if seen + T > self.config.block_size:
+            raise ValueError(f'{seen + T} tokens do not fit into block_size {self.config.block_size}')
+        x = self.transformer.wte(idx)  # (B, T, C)
+        dtype = compute_dtype(x)
+        rotary = None
+        if self.config.arch == 'gpt2':
+            x = x + self.transformer.wpe(torch.arange(seen, seen + T, device=idx.device))
+        else:
+            x = F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
+            rotary = self.cos[seen:seen + T].to(dtype), self.sin[seen:seen + T].to(dtype)
+        mask = None
+        if T > 1 and (seen or (x.device.type == 'cpu' and dtype == torch.bfloat16)):  # else attention()'s is_causal says it
+            mask = torch.full((T, seen + T), -math.inf, device=x.device, dtype=dtype).triu(seen + 1)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, rotary, mask, cache)
+        if cache is not None:
+            cache.n_tokens += T
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.head(x[:, [-1]]), None
+        logits = self.head(x)  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+        return logits, loss.view(B, T) if reduction == 'none' else loss
+
+    def head(self, x):
+        logits = self.lm_head(x).float()
+        return LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP) if self.config.arch == 'modern' else logits
+
+    # -------------------------------------------------------------------------
+    # sizes and costs
+
+    def get_num_params(self, non_embedding=True):
+        """Parameters; without the position embedding unless asked, as nanoGPT counts them."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding and 'wpe' in self.transformer else n
+
+    def flops_per_token(self, T=None):
+        """Floating-point operations of one forward and backward pass, per token of a row of T tokens.
+
+        Each matrix weight costs a multiply and an add forward and twice that backward; so does each of the T x C products
+        of scores and of values in a layer, causal or not, as the literature counts (arXiv:2204.02311, appendix B).
+        """
+        n_weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * n_weights + 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
+
+    @torch.no_grad()
+    def crop_block_size(self, block_size):
+        """Forgets the positions past block_size: a model of 1024 positions goes on as one of block_size."""
+        if block_size > self.config.block_size:
+            raise ValueError(f'block_size={block_size} is larger than the {self.config.block_size} of these weights: use that or less')
+        self.config.block_size = block_size
+        if self.config.arch == 'gpt2':
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
+            self.transformer.wpe.num_embeddings = block_size
+        else:
+            self.cos, self.sin = self.cos[:block_size], self.sin[:block_size]
+
+    # -------------------------------------------------------------------------
+    # sampling
+
+    @torch.inference_mode()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
+        """Yields the next token of each row, (B,) int64, max_new_tokens times.
+
+        idx          (B, T) int64, T >= 1: the prompts
+        temperature  0 = the most likely token
+        top_k        draw among the k most likely; None or 0 = all
+        top_p        draw among the fewest tokens whose probability reaches top_p (arXiv:1904.09751); None or 1 = all
+        vocab_size   ids from here on are padding and never drawn; None = all are tokens
+        use_cache    False recomputes every row for every token: the reference the cache is held against
+
+        Past block_size the context is its last block_size tokens. Every key then depends on a token that has just left, so
+        from there on each token costs a whole row, with a cache as without.
+        """
+        if idx.size(1) == 0:
+            raise ValueError('the prompt is empty: a GPT continues text, give it at least one token')
+        limit = self.config.block_size
+        cache, new = None, idx
+        if use_cache and idx.size(1) < limit:
+            cache = KVCache(self.config, idx.size(0), min(limit, idx.size(1) + max_new_tokens), idx.device,
+                            compute_dtype(self.lm_head.weight))
+        for _ in range(max_new_tokens):
+            if cache is not None and cache.n_tokens + new.size(1) > limit:
+                cache = None
+            logits, _ = self(new if cache is not None else idx[:, -limit:], cache=cache)
+            next_id = draw(logits[:, -1, :vocab_size], temperature, top_k, top_p)  # (B,)
+            new = next_id[:, None]
+            idx = torch.cat((idx, new), dim=1)
+            yield next_id
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
+        """The prompts with max_new_tokens drawn behind them: (B, T) -> (B, T + max_new_tokens). Arguments as in stream()."""
+        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size, use_cache)
+        return torch.cat([idx, *(next_id[:, None] for next_id in new)], dim=1)
+
+
+def draw(logits, temperature, top_k, top_p):
+    """One token a row from logits (B, V), as stream() says: (B,) int64."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1.0:
+        p, order = logits.softmax(dim=-1).sort(descending=True, dim=-1)
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # the first token always stays
+        return order.gather(1, torch.multinomial(p, 1))[:, 0]
+    return torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]

