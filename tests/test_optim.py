@@ -41,12 +41,12 @@ def test_adamw_groups_are_nanogpts():
     model = tiny('gpt2')
     (adamw,) = configure_optimizers(model, optimizer='adamw', learning_rate=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
     decayed, rest = adamw.param_groups
-    blocks = [f'transformer.h.{i}.' for i in range(2)]
-    assert names_in(model, decayed) == ['transformer.wte.weight', 'transformer.wpe.weight'] + [
-        block + name for block in blocks for name in ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')]
-    assert names_in(model, rest) == [block + name for block in blocks for name in (
-        'ln_1.weight', 'ln_1.bias', 'attn.c_attn.bias', 'attn.c_proj.bias', 'ln_2.weight', 'ln_2.bias', 'mlp.c_fc.bias', 'mlp.c_proj.bias',
-    )] + ['transformer.ln_f.weight', 'transformer.ln_f.bias']
+    matrices = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+    vectors = ('ln_1.weight', 'ln_1.bias', 'attn.c_attn.bias', 'attn.c_proj.bias',
+               'ln_2.weight', 'ln_2.bias', 'mlp.c_fc.bias', 'mlp.c_proj.bias')
+    blocks = ('transformer.h.0.', 'transformer.h.1.')
+    assert names_in(model, decayed) == ['transformer.wte.weight', 'transformer.wpe.weight'] + [b + m for b in blocks for m in matrices]
+    assert names_in(model, rest) == [b + v for b in blocks for v in vectors] + ['transformer.ln_f.weight', 'transformer.ln_f.bias']
     assert (decayed['weight_decay'], rest['weight_decay']) == (0.1, 0.0)
     for group in adamw.param_groups:
         assert (group['lr'], group['peak_lr'], group['betas'], group['eps']) == (6e-4, 6e-4, (0.9, 0.95), 1e-8)

@@ -1,0 +1,34 @@
+# A character-level GPT on Shakespeare in about 90 seconds of training on two CPU cores; on a GPU the same file simply runs faster.
+#   python data/shakespeare_char/prepare.py
+#   python train.py config/quickstart.py
+#   python sample.py --out_dir=out-quickstart
+
+out_dir = 'out-quickstart'
+dataset = 'shakespeare_char'
+eval_interval = 250
+eval_iters = 0  # the whole validation set
+log_interval = 25
+
+arch = 'modern'
+n_layer = 4
+n_head = 2
+n_embd = 128
+block_size = 128
+batch_size = 16
+gradient_accumulation_steps = 1
+
+optimizer = 'muon'
+matrix_lr = 0.02
+learning_rate = 0.004
+embedding_lr = 0.3
+head_lr = 0.004
+weight_decay = 0.0
+beta1 = 0.8
+beta2 = 0.95
+grad_clip = 0.0
+
+max_iters = 1500
+lr_schedule = 'wsd'
+warmup_iters = 0
+decay_fraction = 0.5
+min_lr = 0.0

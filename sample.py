@@ -1,0 +1,133 @@
+"""Writes on from a prompt with a trained model. Settings are the names below, see --help.
+
+    python sample.py --out_dir=out-quickstart
+    python sample.py --out_dir=out-quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=200 --temperature=0.8 --top_k=200
+    python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0
+
+All samples are drawn in one batch, the first is shown as it is drawn, and each ends where the model ends its document.
+"""
+
+import codecs
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+import distributed
+from configurator import configure, one_line_errors
+from data.loader import dataset_folders
+from data.tokenizer import GPT2_META, load_tokenizer, read_meta_pkl
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# what to sample from
+init_from: Literal['resume'] = 'resume'
+out_dir = 'out'
+checkpoint_path = ''  # this file instead of the one in out_dir
+# what to write
+start = '\n'  # the prompt, or FILE:prompt.txt; may hold <|endoftext|>
+num_samples = 10
+max_new_tokens = 500
+# how to draw
+temperature = 0.8  # below 1 is more careful, above 1 more daring, 0 always takes the most likely token
+top_k: int | None = 200  # draw among so many most likely tokens; 0 or None = all
+top_p: float | None = None  # draw among the fewest tokens that hold this probability; None = all
+seed = 1337
+# system
+device = 'auto'  # cpu, cuda, cuda:1, mps
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+compile: bool | Literal['auto'] = 'auto'  # auto = eager: it pays for long batches only
+# -----------------------------------------------------------------------------
+
+
+def main():
+    check_settings()
+    place = distributed.choose_device(device)
+    state, path = find_checkpoint()
+    tokenizer = load_tokenizer(state.get('tokenizer') or nanogpt_tokenizer(state))
+    prompt = read_prompt(tokenizer)  # before the model is built: a wrong one shows at once
+    model = GPT(GPTConfig(**state['model_args']))
+    checkpoint.load_weights(model, state['model'], path)
+    model.to(place, distributed.choose_dtype(dtype, place)).eval()
+    if compile is True and distributed.choose_compile(True, place):
+        model.compile(dynamic=True)
+    print(f'{path}: iteration {state["iter_num"]:,}, {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.kind} tokenizer')
+
+    torch.manual_seed(seed)
+    prompts = torch.tensor(prompt, device=place).repeat(num_samples, 1)  # (num_samples, T)
+    drawn = model.stream(prompts, max_new_tokens, temperature, top_k, top_p, vocab_size=tokenizer.vocab_size)
+    for text in write_out(drawn, tokenizer, start_text(tokenizer, prompt)):
+        print(text, end='', flush=True)
+
+
+def write_out(drawn, tokenizer, prompt):
+    """Yields the text to print: the first sample piece by piece as it is drawn, then the others, with nanoGPT's rule after each."""
+    rows, ended = [[] for _ in range(num_samples)], [False] * num_samples
+    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may come in several tokens
+    yield prompt
+    for ids in drawn:
+        for i, token in enumerate(ids.tolist()):
+            ended[i] |= token == tokenizer.eot
+            if not ended[i]:
+                rows[i].append(token)
+                if i == 0:
+                    yield decoder.decode(tokenizer.decode_bytes([token]))
+        if all(ended):
+            break
+    yield decoder.decode(b'', final=True) + '\n---------------\n'
+    for row in rows[1:]:
+        yield prompt + tokenizer.decode(row) + '\n---------------\n'
+
+
+# -----------------------------------------------------------------------------
+
+
+def check_settings():
+    for name, fits, accepted in (('num_samples', num_samples >= 1, '1 or more'), ('max_new_tokens', max_new_tokens >= 0, '0 or more'),
+                                 ('temperature', temperature >= 0, '0 (greedy) or more'), ('top_k', (top_k or 0) >= 0, '0 or more, or None'),
+                                 ('top_p', top_p is None or 0 < top_p <= 1, 'above 0 up to 1, or None')):
+        if not fits:
+            raise ValueError(f'--{name}={globals()[name]}: accepted is {accepted}')
+
+
+def find_checkpoint():
+    """State and path: checkpoint_path, else the newest of out_dir, or its best where the run asked for that (always_save_checkpoint=False)."""
+    if checkpoint_path:
+        return checkpoint.load(checkpoint_path), checkpoint_path
+    state, path = checkpoint.load_newest(out_dir)
+    best = Path(out_dir) / 'best.pt'
+    if best.exists() and (state is None or not state.get('config', {}).get('always_save_checkpoint', True)):
+        return checkpoint.load(best), best
+    if state is None:
+        raise FileNotFoundError(f'{out_dir} has no checkpoint: train one with python train.py --out_dir={out_dir}, or name another --out_dir')
+    return state, path
+
+
+def nanogpt_tokenizer(state):
+    """The tokenizer of a checkpoint that does not hold one: nanoGPT looks into the data folder, and else takes GPT-2's."""
+    dataset = state.get('config', {}).get('dataset', '')
+    (folder, *_), _ = dataset_folders(dataset) if dataset else ([Path('data')], None)
+    if (folder / 'meta.pkl').exists():
+        print(f'no tokenizer in the checkpoint: taking the characters in {folder / "meta.pkl"}, as nanoGPT does')
+        return read_meta_pkl(folder / 'meta.pkl')
+    print(f"no tokenizer in the checkpoint and no {folder / 'meta.pkl'}: taking GPT-2's, as nanoGPT does")
+    return GPT2_META
+
+
+def read_prompt(tokenizer):
+    """The ids of the prompt; an empty one is the end of the document before, or a line break where the tokenizer marks no ends."""
+    text = Path(start[len('FILE:'):]).read_text(encoding='utf-8') if start.startswith('FILE:') else start
+    if not text:
+        return [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')
+    return tokenizer.encode(text, allowed_special={'<|endoftext|>'})
+
+
+def start_text(tokenizer, prompt):
+    return tokenizer.decode([i for i in prompt if i != tokenizer.eot])
+
+
+if __name__ == '__main__':
+    with one_line_errors():
+        configure(globals())
+        main()

@@ -1,0 +1,74 @@
+"""What the tests share: a tiny dataset made of made-up sentences, and train.py as a user runs it, in a process or in this one."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+torch.set_num_threads(1)
+
+# a run of these takes about a second: 64 training windows, 8 a step, so an epoch is 8 steps
+TINY = ('--batch_size=4', '--gradient_accumulation_steps=2', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16',
+        '--learning_rate=1e-2', '--min_lr=1e-3', '--warmup_iters=2', '--lr_decay_iters=20', '--max_iters=20', '--eval_interval=5',
+        '--eval_iters=2', '--device=cpu', '--dtype=float32')
+TINY_TOKENS = 65 * 16
+
+
+def sentences(n_chars, seed):
+    """Text of a small grammar, the same each time."""
+    draw, text = random.Random(seed), ''
+    subjects, verbs, places = ('the cat', 'a dog', 'one fox', 'my hen'), ('sat', 'ran', 'slept', 'sang'), ('here', 'by the sea', 'at home')
+    while len(text) < n_chars:
+        text += f'{draw.choice(subjects)} {draw.choice(verbs)} {draw.choice(places)}.\n'
+    return text[:n_chars]
+
+
+def pack_chars(folder, train, val, chars=None):
+    from data.pack import write_dataset
+    from data.tokenizer import CharTokenizer
+    write_dataset(folder, CharTokenizer(chars or ''.join(sorted(set(train + val)))), {'train': [train], 'val': [val]}, 'a test')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    """A folder with a prepared dataset of characters. Not to be changed: copy it for that."""
+    return pack_chars(tmp_path_factory.mktemp('data') / 'tiny', sentences(TINY_TOKENS, 1), sentences(500, 2))
+
+
+def read_metrics(out_dir):
+    path = Path(out_dir) / 'metrics.jsonl'
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+
+
+def run_train(*flags, out_dir, n_proc=1, cwd=None, env=None):
+    """python train.py, or torchrun where n_proc > 1: (exit code, stdout, stderr, lines of metrics.jsonl)."""
+    launch = [sys.executable] if n_proc == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n_proc}']
+    done = subprocess.run([*launch, str(ROOT / 'train.py'), *map(str, flags), f'--out_dir={out_dir}'], cwd=cwd, text=True, encoding='utf-8',
+                          capture_output=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
+    return done.returncode, done.stdout, done.stderr, read_metrics(out_dir)
+
+
+def train_here(*flags, out_dir):
+    """The same script and the same answer without the seconds that a new process needs to import torch."""
+    stdout, stderr, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = [str(ROOT / 'train.py'), *map(str, flags), f'--out_dir={out_dir}']
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+    return code, stdout.getvalue(), stderr.getvalue(), read_metrics(out_dir)
