@@ -33,7 +33,7 @@ from optim import configure_optimizers, lr_scale, muon_momentum, set_lr
 out_dir = 'out'
 eval_interval = 2000
 log_interval = 1
-eval_iters = 200  # batches of batch_size windows per split, the same ones each time; 0 = the whole split
+eval_iters = 200  # batches of batch_size windows of each split, the same ones each time; 0 = the whole validation split
 eval_only = False  # evaluate once, write nothing
 always_save_checkpoint = True  # False: what sample.py takes is best.pt, not the newest
 checkpoint_interval = 0  # save every so many iterations; 0 = with each evaluation
@@ -101,11 +101,10 @@ def main(explicit):
 
     # data, model and optimizers: everything that can be wrong is found here, before a file is written
     grad_accum, rows = distributed.divide_batch(gradient_accumulation_steps, batch_size, place.world_size)
-    train_loader, val_loader = open_data(grad_accum, rows, place)
+    train_loader, eval_sets = open_data(grad_accum, rows, place)
     tokenizer_meta, vocab_size = train_loader.splits[0].tokenizer, train_loader.splits[0].vocab_size
     torch.manual_seed(seed)
     model = make_model(state, vocab_size, tokenizer_meta)
-    train_loader.vocab_size = val_loader.vocab_size = model.config.vocab_size
     model.to(place.device)
     precision = distributed.choose_dtype(dtype, place.device)
     autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
@@ -134,9 +133,8 @@ def main(explicit):
     token_bytes = torch.from_numpy(load_tokenizer(tokenizer_meta).token_bytes()).to(place.device)
 
     def evaluate():
-        losses = {split: mean_loss(model, loader, place, autocast, token_bytes)
-                  for split, loader in (('train', train_eval_loader(train_loader)), ('val', val_loader))}
-        (train_loss, _), (val_loss, val_bpb) = losses['train'], losses['val']
+        (train_loss, _), (val_loss, val_bpb) = (
+            mean_loss(model, loader, windows, place, autocast, token_bytes) for loader, windows in eval_sets)
         print0(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {val_bpb:.4f} bits per byte')
         write_metrics(dict(iter=iter_num, train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb))
         return val_loss
@@ -254,15 +252,18 @@ def restore_settings(state, explicit):
 
 
 def open_data(grad_accum, rows, place):
+    """The training loader, and what is evaluated: (loader, numbers of its windows) of the training and of the validation split."""
     folders, weights = dataset_folders(dataset)
-    common = dict(block_size=block_size, weights=weights, rank=place.rank, world_size=place.world_size, seed=seed)
-    train = Loader(folders, 'train', batch_size=rows, grad_accum=grad_accum, order=sampling, prefetch=place.device.type != 'cpu', **common)
-    val = Loader(folders, 'val', batch_size=batch_size, order='documents' if sampling == 'documents' else 'sequential', **common)
+    train = Loader(folders, 'train', block_size, rows, grad_accum, place.rank, place.world_size, sampling, seed, weights,
+                   prefetch=place.device.type != 'cpu')
+    in_order = 'documents' if sampling == 'documents' else 'sequential'
+    train_eval, val = (Loader(folders, split, block_size, batch_size, order=in_order, weights=weights) for split in ('train', 'val'))
     for split in train.splits:
         if split.meta['origin'] != 'meta.json':
             rule = 'characters from meta.pkl' if split.meta['origin'] == 'meta.pkl' else "GPT-2's ids"
             print0(f'{split.folder} has no meta.json: taking its shards for uint16, {rule}, as nanoGPT does')
-    return train, val
+    wanted = min(eval_iters * batch_size or val.n_windows, val.n_windows, train_eval.n_windows)
+    return train, [(loader, np.arange(wanted) * loader.n_windows // wanted) for loader in (train_eval, val)]  # evenly spread
 
 
 def make_model(state, vocab_size, tokenizer_meta):
@@ -305,20 +306,12 @@ def lr_at(it):
 # evaluation
 
 
-def train_eval_loader(loader):
-    """The training split in the order of evaluation: fixed windows, so that two evaluations compare."""
-    return Loader([s.folder for s in loader.splits], 'train', block_size, batch_size, order='sequential', vocab_size=loader.vocab_size)
-
-
 @torch.inference_mode()
-def mean_loss(model, loader, place, autocast, token_bytes):
-    """Nats per target and bits per byte over the split's evaluation windows, the same at any world size; each rank does its share."""
-    n = loader.n_windows
-    wanted = min(n, eval_iters * batch_size) if eval_iters else n
-    windows = np.arange(wanted) * n // wanted  # evenly spread over the split
+def mean_loss(model, loader, windows, place, autocast, token_bytes):
+    """Nats per target and bits per byte over the windows numbered so, the same at any world size; each rank does its share."""
     sums = torch.zeros(4, dtype=torch.float64, device=place.device)  # nats, targets, nats of targets that are text, their bytes
     model.eval()
-    for start in range(place.rank * batch_size, wanted, place.world_size * batch_size):
+    for start in range(place.rank * batch_size, len(windows), place.world_size * batch_size):
         x, y = loader.to(place.device, loader.windows(windows[start:start + batch_size]))
         with autocast:
             nats = model(x, y, reduction='none')[1].double()
