@@ -22,7 +22,7 @@ import checkpoint
 import distributed
 from configurator import config_of, configure, one_line_errors
 from data.loader import IGNORE, Loader, dataset_folders
-from data.tokenizer import fingerprint, load_tokenizer
+from data.tokenizer import fingerprint
 from distributed import print0
 from model import GPT, GPTConfig
 from optim import configure_optimizers, lr_scale, muon_momentum, set_lr
@@ -87,7 +87,7 @@ compile: bool | Literal['auto'] = 'auto'
 backend = 'auto'  # nccl, gloo
 # -----------------------------------------------------------------------------
 
-ARCHITECTURE = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias')  # cannot change when a run is resumed
+FIXED = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'optimizer')  # cannot change when a run is resumed
 THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'eval_only')  # what a checkpoint does not bring back
 SMOOTHING = 0.95
 
@@ -130,12 +130,12 @@ def main(explicit):
     wrapped = distributed.wrap(model, place)
     parameters = list(model.parameters())
     write_metrics, wandb_id = open_logs(place, iter_num, wandb_id)
-    token_bytes = torch.from_numpy(load_tokenizer(tokenizer_meta).token_bytes()).to(place.device)
+    bytes_per_token = eval_sets[1][0].bytes_per_token
 
     def evaluate():
-        (train_loss, _), (val_loss, val_bpb) = (
-            mean_loss(model, loader, windows, place, autocast, token_bytes) for loader, windows in eval_sets)
-        print0(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {val_bpb:.4f} bits per byte')
+        train_loss, val_loss = (mean_loss(model, loader, windows, place, autocast) for loader, windows in eval_sets)
+        val_bpb = val_loss / math.log(2) / bytes_per_token if bytes_per_token else None
+        print0(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else ''))
         write_metrics(dict(iter=iter_num, train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb))
         return val_loss
 
@@ -150,16 +150,17 @@ def main(explicit):
     resumed_at, t_log, logged_at = iter_num, time.perf_counter(), iter_num
     model.train()
     while True:
-        # evaluation and checkpoint of the state after iter_num updates; the last one always
+        # the state after iter_num updates: the last one is always evaluated and saved
         finished = iter_num >= max_iters
-        due = iter_num % eval_interval == 0 or finished or eval_only
-        if due or (checkpoint_interval and iter_num % checkpoint_interval == 0):
+        evaluate_now = finished or eval_only or iter_num % eval_interval == 0
+        save_now = finished or iter_num % (checkpoint_interval or eval_interval) == 0
+        if evaluate_now or save_now:
             t_pause, is_best = time.perf_counter(), False
-            if due:
+            if evaluate_now:
                 val_loss = evaluate()
                 is_best = val_loss < best_val_loss
                 best_val_loss = min(val_loss, best_val_loss)
-            if iter_num > resumed_at and not eval_only and (finished or not checkpoint_interval or iter_num % checkpoint_interval == 0 or is_best):
+            if (save_now or is_best) and iter_num > resumed_at and not eval_only:
                 save(is_best)
             t_log += time.perf_counter() - t_pause
         if finished or eval_only:
@@ -239,12 +240,12 @@ def restore_settings(state, explicit):
     if 'optimizer' not in state:
         raise ValueError('the checkpoint holds weights only (best.pt?): resume from ckpt.pt or a numbered one')
     stored = {k: v for k, v in state['config'].items() if k not in THIS_RUN} if 'format' in state else {}
-    stored.update({k: state['model_args'][k] for k in ARCHITECTURE if k in state['model_args']})
+    stored = {'optimizer': 'adamw', **stored, **{k: v for k, v in state['model_args'].items() if k in FIXED}}
     stored = {k: v for k, v in stored.items() if k in config_of(globals())}
     for name in explicit & stored.keys():
         if globals()[name] == stored[name]:
             continue
-        if name in ARCHITECTURE:
+        if name in FIXED:
             raise ValueError(f'{name}={globals()[name]}: the checkpoint in {out_dir} has {name}={stored[name]}, which cannot change: '
                              f'leave --{name} out, or use another --out_dir')
         print0(f'{name} = {globals()[name]!r} from now on, was {stored[name]!r}')
@@ -307,19 +308,18 @@ def lr_at(it):
 
 
 @torch.inference_mode()
-def mean_loss(model, loader, windows, place, autocast, token_bytes):
-    """Nats per target and bits per byte over the windows numbered so, the same at any world size; each rank does its share."""
-    sums = torch.zeros(4, dtype=torch.float64, device=place.device)  # nats, targets, nats of targets that are text, their bytes
+def mean_loss(model, loader, windows, place, autocast):
+    """Nats per target over the windows numbered so, the same at any world size; each rank does its share."""
+    sums = torch.zeros(2, dtype=torch.float64, device=place.device)  # nats, targets
     model.eval()
     for start in range(place.rank * batch_size, len(windows), place.world_size * batch_size):
         x, y = loader.to(place.device, loader.windows(windows[start:start + batch_size]))
         with autocast:
-            nats = model(x, y, reduction='none')[1].double()
-        n_bytes = token_bytes[y.clamp(0, len(token_bytes) - 1)] * (y != IGNORE)
-        sums += torch.stack((nats.sum(), (y != IGNORE).sum(), (nats * (n_bytes > 0)).sum(), n_bytes.sum()))
+            nats = model(x, y, reduction='sum')[1]
+        sums += torch.stack((nats.double(), (y != IGNORE).sum()))
     model.train()
-    nats, targets, text_nats, n_bytes = distributed.all_reduce_sum(sums).tolist()
-    return nats / max(targets, 1), text_nats / max(n_bytes, 1) / math.log(2)
+    nats, targets = distributed.all_reduce_sum(sums).tolist()
+    return nats / max(targets, 1)
 
 
 # -----------------------------------------------------------------------------
