@@ -5,7 +5,7 @@
 
 out_dir = 'out-quickstart'
 dataset = 'shakespeare_char'
-eval_interval = 325
+eval_interval = 650
 eval_iters = 0  # the whole validation set
 log_interval = 25
 
