@@ -74,10 +74,6 @@ def train_here(*flags, out_dir):
     return code, stdout.getvalue(), stderr.getvalue(), read_metrics(out_dir)
 
 
-def ids(cases):
-    return ['-'.join(flag.strip('-') for flag in case.split()) or 'defaults' for case in cases]
-
-
 def read_checkpoint(path):
     return torch.load(path, map_location='cpu', weights_only=True)
 
