@@ -193,7 +193,7 @@ def load_newest(out_dir):
         print0(f'checkpoint: {path} (iteration {state["iter_num"]})')
         return state, path
     if any(Path(out_dir).glob('ckpt*.pt.corrupt')):  # also the next time: a run that resumes by itself must not begin again unasked
-        raise ValueError(f'{out_dir} has no readable checkpoint left: see the *.corrupt files there, or start again with --init_from=scratch')
+        raise ValueError(f'{out_dir} has no readable checkpoint left: see the *.corrupt files there, or start again with another --out_dir')
     return None, None
 
 
