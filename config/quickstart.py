@@ -5,7 +5,7 @@
 
 out_dir = 'out-quickstart'
 dataset = 'shakespeare_char'
-eval_interval = 650
+eval_interval = 600
 eval_iters = 0  # the whole validation set
 log_interval = 25
 
@@ -27,7 +27,7 @@ beta1 = 0.8
 beta2 = 0.95
 grad_clip = 0.0
 
-max_iters = 1300
+max_iters = 1200
 lr_schedule = 'wsd'
 warmup_iters = 0
 decay_fraction = 0.7
