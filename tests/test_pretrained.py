@@ -435,3 +435,84 @@ except OSError as error:
     assert again.startswith(out + f'gpt2-xl cannot be downloaded from {endpoint} (')
     assert again.endswith('): put config.json and model.safetensors of openai-community/gpt2-xl into a folder and use --init_from=FOLDER\n')
     assert again.count('\n') == 2
+
+
+# -----------------------------------------------------------------------------
+# checkpoints of other trainers
+
+
+def nest(weights, prefix):
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize('key, prefix', [
+    *[('model_state_dict', prefix) for prefix in ('', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.')],
+    ('model', '_orig_mod.'), ('state_dict', ''), (None, ''), (None, 'module.')])
+def test_weights_under_any_of_these_names(tmp_path, capsys, key, prefix):
+    model = ours(activation='gelu')
+    weights = nest(model.state_dict(), prefix)
+    torch.save({key: weights, 'epoch': 3} if key else weights, tmp_path / 'x.pt')
+    state = checkpoint.load(tmp_path / 'x.pt', n_head=3)
+    assert capsys.readouterr().out == f'{tmp_path / "x.pt"}: sizes from its weights, n_head = 3 from --n_head, exact GELU, as nanoGPT has it\n'
+    loaded = GPT(GPTConfig(**state['model_args']))
+    checkpoint.load_weights(loaded, state['model'], tmp_path / 'x.pt')
+    assert_same(model, loaded)
+
+
+def test_heads_are_read_from_the_file_or_asked_for(tmp_path, capsys):
+    path = tmp_path / 'x.pt'
+    torch.save({'model_state_dict': ours().state_dict()}, path)
+    assert error_of(checkpoint.load, path) == (f'{path} does not say its number of heads, and weights do not show it: give --n_head '
+                                               "(0 if its heads are 64 wide, as GPT-2's)")
+    torch.save({'model_state_dict': ours().state_dict(), 'config': {'n_head': 3, 'lr': 0.1}}, path)
+    assert checkpoint.load(path, n_head=7)['model_args']['n_head'] == 3
+    assert 'n_head = 3 from a setting in it' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('bare', [False, True])
+def test_a_state_dict_of_transformers_gpt2(tmp_path, bare):
+    reference = theirs(tmp_path, 'gpt2')
+    weights = (reference.transformer if bare else reference).state_dict()
+    torch.save({'model_state_dict': nest(weights, 'module.')}, tmp_path / 'x.pt')
+    state = checkpoint.load(tmp_path / 'x.pt', n_head=3)
+    model = GPT(GPTConfig(**state['model_args'])).eval()
+    checkpoint.load_weights(model, state['model'], tmp_path / 'x.pt')
+    assert_parity(model, reference)
+
+
+def test_strict_names_what_does_not_fit_and_lax_lists_it(tmp_path, capsys):
+    model, path = ours(), tmp_path / 'x.pt'
+    weights = model.state_dict() | {'value_head.weight': torch.ones(3)}
+    for name in ('transformer.h.1.ln_2.weight', 'transformer.h.2.mlp.c_fc.bias'):
+        del weights[name]
+    torch.save({'model_state_dict': weights}, path)
+    state = checkpoint.load(path, n_head=3)
+    fresh = GPT(model.config)
+    assert error_of(checkpoint.load_weights, fresh, state['model'], path) == (
+        f'{path} does not fit the model: 2 weights missing (transformer.h.1.ln_2.weight, transformer.h.2.mlp.c_fc.bias), '
+        '1 unexpected (value_head.weight); --strict=False takes those that fit')
+    capsys.readouterr()
+    checkpoint.load_weights(fresh, state['model'], path, strict=False)
+    assert capsys.readouterr().out == (
+        f'{path}: 2 weights missing, left as a new model has them: transformer.h.1.ln_2.weight, transformer.h.2.mlp.c_fc.bias\n'
+        f'{path}: 1 weights unexpected, not used: value_head.weight\n')
+    assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
+    assert torch.equal(fresh.transformer.h[1].ln_2.weight, torch.ones(42))
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    path = tmp_path / 'x.pt'
+    torch.save({'epoch': 3}, path)
+    assert error_of(checkpoint.load, path) == (
+        f'{path} has no weights by name, itself or under model, model_state_dict or state_dict: it is not a checkpoint')
+    torch.save({'model_state_dict': {'layers.0.weight': torch.ones(3)}}, path)
+    assert error_of(checkpoint.load, path) == (
+        f"{path} does not name its weights as nanoGPT or transformers name a GPT-2's (transformer.wte.weight and so on, found layers.0.weight): "
+        'rename them where it was written')
+    torch.save({'model_state_dict': ours().state_dict(), 'args': pytest.MonkeyPatch()}, path)  # any object will do
+    assert error_of(checkpoint.load, path) == (f'{path} holds more than tensors and plain values (_pytest.monkeypatch.MonkeyPatch), which could run '
+                                               'code when read: where it was written, save model.state_dict() alone')
+    untied = ours().state_dict()
+    untied['lm_head.weight'] = untied['lm_head.weight'] + 1
+    torch.save(untied, path)
+    assert error_of(checkpoint.load, path, n_head=3) == f'{path}: lm_head.weight is not transformer.wte.weight: GPT-2 has one matrix for both'
