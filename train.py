@@ -4,6 +4,7 @@
     python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     python train.py --init_from=resume --out_dir=out-quickstart --max_iters=2000
+    python train.py config/finetune_shakespeare.py --init_from=gpt2
 
 out_dir gets ckpt.pt (the newest state), best.pt (the best weights) and metrics.jsonl (a line per logged step and evaluation).
 """
@@ -20,9 +21,10 @@ import torch
 
 import checkpoint
 import distributed
+import pretrained
 from configurator import config_of, configure, one_line_errors
 from data.loader import IGNORE, Loader, dataset_folders
-from data.tokenizer import fingerprint
+from data.tokenizer import fingerprint, vocab_size_of
 from distributed import print0
 from model import GPT, GPTConfig
 from optim import configure_optimizers, lr_scale, muon_momentum, set_lr
@@ -38,9 +40,10 @@ eval_only = False  # evaluate once, write nothing
 always_save_checkpoint = True  # False: what sample.py takes is best.pt, not the newest
 checkpoint_interval = 0  # save every so many iterations; 0 = with each evaluation
 keep_last_n_checkpoints = 1  # older ones kept beside ckpt.pt; -1 = all
-init_from: Literal['scratch', 'resume'] = 'scratch'
+init_from = 'scratch'  # resume; checkpoint: only the weights of checkpoint_path; gpt2, gpt2-medium, gpt2-large, gpt2-xl; a folder for transformers
 auto_resume = False  # resume where out_dir has a checkpoint, start from scratch where it has none
 checkpoint_path = ''  # resume from this file instead of the newest in out_dir
+strict = True  # False: with init_from=checkpoint the file may lack weights or have others, which are listed
 # wandb
 wandb_log = False
 wandb_project = 'owt'
@@ -88,7 +91,7 @@ backend = 'auto'  # nccl, gloo
 # -----------------------------------------------------------------------------
 
 FIXED = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'optimizer')  # cannot change when a run is resumed
-THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'eval_only')  # what a checkpoint does not bring back
+THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only')  # what a checkpoint does not bring back
 SMOOTHING = 0.95
 
 
@@ -96,6 +99,7 @@ def main(explicit):
     """One run, from the settings above; explicit names those that the user gave."""
     place = distributed.start(device, backend)
     state = find_checkpoint(place)
+    start = find_weights(explicit) if state is None and init_from not in ('scratch', 'resume') else None
     if state is not None:
         restore_settings(state, explicit)
 
@@ -104,7 +108,7 @@ def main(explicit):
     train_loader, eval_sets = open_data(grad_accum, rows, place)
     tokenizer_meta, vocab_size = train_loader.splits[0].tokenizer, train_loader.splits[0].vocab_size
     torch.manual_seed(seed)
-    model = make_model(state, vocab_size, tokenizer_meta)
+    model = make_model(state, start, vocab_size, tokenizer_meta)
     model.to(place.device)
     precision = distributed.choose_dtype(dtype, place.device)
     autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
@@ -226,7 +230,7 @@ def find_checkpoint(place):
     """The checkpoint to go on from, or None for a run from scratch; the first rank chooses for all."""
     if init_from != 'resume' and not auto_resume:
         return None
-    if checkpoint_path:
+    if checkpoint_path and init_from != 'checkpoint':
         return checkpoint.load(checkpoint_path)
     state, path = checkpoint.load_newest(out_dir) if place.is_master else (None, None)
     path = distributed.broadcast(path)
@@ -238,7 +242,8 @@ def find_checkpoint(place):
 def restore_settings(state, explicit):
     """Goes on with the settings the checkpoint was trained with, except those given now, which are named."""
     if 'optimizer' not in state:
-        raise ValueError('the checkpoint holds weights only (best.pt?): resume from ckpt.pt or a numbered one')
+        raise ValueError('the checkpoint holds weights only (best.pt?): resume from ckpt.pt or a numbered one, '
+                         'or begin with its weights by --init_from=checkpoint --checkpoint_path=FILE')
     stored = {k: v for k, v in state['config'].items() if k not in THIS_RUN} if 'format' in state else {}
     stored = {'optimizer': 'adamw', **stored, **{k: v for k, v in state['model_args'].items() if k in FIXED}}
     stored = {k: v for k, v in stored.items() if k in config_of(globals())}
@@ -250,6 +255,30 @@ def restore_settings(state, explicit):
                              f'leave --{name} out, or use another --out_dir')
         print0(f'{name} = {globals()[name]!r} from now on, was {stored[name]!r}')
     globals().update({k: v for k, v in stored.items() if k not in explicit})
+
+
+def find_weights(explicit):
+    """What a new run begins with: {'name', 'model_args', 'tokenizer' or None, 'model' where a checkpoint holds the weights}.
+
+    The architecture becomes that of the weights; block_size may be given smaller.
+    """
+    if init_from == 'checkpoint':
+        if not checkpoint_path:
+            raise ValueError('init_from=checkpoint: name the file with --checkpoint_path')
+        start = checkpoint.load(checkpoint_path, n_head if 'n_head' in explicit else None)
+        start = dict(name=checkpoint_path, **{k: start.get(k) for k in ('model', 'model_args', 'tokenizer')})
+    else:
+        path = pretrained.find(init_from, also=['scratch', 'resume', 'checkpoint'])
+        start = dict(name=init_from, model_args=pretrained.read_model_args(path), tokenizer=pretrained.read_tokenizer(init_from))
+    for name, theirs in start['model_args'].items():
+        ours = globals().get(name)
+        if name not in FIXED or (name in explicit and name == 'block_size' and ours < theirs):
+            continue
+        if name in explicit and ours != theirs:
+            raise ValueError(f'{name}={ours}: {start["name"]} has {name}={theirs}: ' + (
+                'use that or less' if name == 'block_size' else f'leave --{name} out'))
+        globals()[name] = theirs
+    return start
 
 
 def open_data(grad_accum, rows, place):
@@ -267,20 +296,30 @@ def open_data(grad_accum, rows, place):
     return train, [(loader, np.arange(wanted) * loader.n_windows // wanted) for loader in (train_eval, val)]  # evenly spread
 
 
-def make_model(state, vocab_size, tokenizer_meta):
-    """A new GPT, or one as the checkpoint's."""
-    if state is None:
+def make_model(state, start, vocab_size, tokenizer_meta):
+    """A new GPT; or one as the checkpoint's, whose weights scatter() brings; or one with the weights to start from."""
+    known = state or start
+    if known is None:
         # GPT-2's 50257 become 50304: a multiple of 64 suits the matrix kernels, and costs a small vocabulary more than it gains
         padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
         return GPT(GPTConfig(block_size, padded, n_layer, n_head, n_embd, dropout, bias, arch))
-    stored = state.get('tokenizer')
+    name = out_dir if state else start['name']
+    stored = known.get('tokenizer')
     if stored and fingerprint(stored) != fingerprint(tokenizer_meta):
-        raise ValueError(f'{out_dir}: the checkpoint was trained with tokenizer {fingerprint(stored)} of {state["vocab_size"]} tokens, dataset '
+        raise ValueError(f'{name}: the checkpoint was trained with tokenizer {fingerprint(stored)} of {vocab_size_of(stored)} tokens, dataset '
                          f'{dataset} was packed with {fingerprint(tokenizer_meta)} of {vocab_size}: use the dataset it was trained on, or pack with its tokenizer')
-    if vocab_size > state['model_args']['vocab_size']:
-        raise ValueError(f'{out_dir}: the checkpoint knows {state["model_args"]["vocab_size"]} tokens, dataset {dataset} has {vocab_size}: '
+    if vocab_size > known['model_args']['vocab_size']:
+        raise ValueError(f'{name}: the checkpoint knows {known["model_args"]["vocab_size"]} tokens, dataset {dataset} has {vocab_size}: '
                          'use the dataset it was trained on')
-    return GPT(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
+    if not stored and not state:
+        print0(f'{name} does not say its tokenizer: taking it for that of {dataset}')
+    if state is None and 'model' not in start:
+        return GPT.from_pretrained(init_from, dropout, block_size)
+    model = GPT(GPTConfig(**{**known['model_args'], 'dropout': dropout}))
+    if state is None:
+        checkpoint.load_weights(model, start.pop('model'), checkpoint_path, strict)
+        model.crop_block_size(block_size)
+    return model
 
 
 def describe(model, place, precision, use_compile, loader, grad_accum, rows):

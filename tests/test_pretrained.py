@@ -516,3 +516,74 @@ def test_files_that_are_no_checkpoint(tmp_path):
     untied['lm_head.weight'] = untied['lm_head.weight'] + 1
     torch.save(untied, path)
     assert error_of(checkpoint.load, path, n_head=3) == f'{path}: lm_head.weight is not transformer.wte.weight: GPT-2 has one matrix for both'
+
+
+# -----------------------------------------------------------------------------
+# train.py
+
+FEW = ('--batch_size=4', '--gradient_accumulation_steps=1', '--learning_rate=1e-3', '--warmup_iters=0', '--max_iters=3', '--eval_interval=3',
+       '--eval_iters=2', '--device=cpu', '--dtype=float32')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, tiny):
+    """A model exported with the tokenizer of the tiny dataset."""
+    folder, meta = tmp_path_factory.mktemp('exported') / 'x', json.loads((tiny / 'meta.json').read_text(encoding='utf-8'))
+    ours(vocab_size=32, block_size=16).save_pretrained(folder, load_tokenizer(meta['tokenizer']))
+    return folder
+
+
+def test_training_goes_on_from_a_folder(tmp_path, tiny, folder):
+    code, out, err, metrics = train_here(f'--init_from={folder}', f'--dataset={tiny}', '--block_size=8', '--dropout=0.1', *FEW, out_dir=tmp_path)
+    assert code == 0, err
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert state['model_args'] == vars(GPTConfig(**{**ODD, 'vocab_size': 32}, block_size=8, dropout=0.1))
+    assert state['config']['n_layer'] == 3 and state['config']['bias'] is True
+    code, out, err, metrics = train_here('--init_from=resume', '--max_iters=4', out_dir=tmp_path)
+    assert code == 0 and [line['iter'] for line in metrics if 'val_loss' in line] == [0, 3, 4], err
+
+
+def test_evaluation_is_of_the_weights_given(tmp_path, tiny, folder):
+    code, out, err, _ = train_here(f'--init_from={folder}', f'--dataset={tiny}', '--eval_only=True', *FEW, out_dir=tmp_path / 'x')
+    assert code == 0 and not (tmp_path / 'x').exists(), err
+    from data.loader import Loader
+    loader, model = Loader([tiny], 'val', 16, 8, order='sequential'), GPT.from_pretrained(folder).eval()
+    windows = np.arange(8) * loader.n_windows // 8
+    with torch.no_grad():
+        expected = model(*loader.windows(windows))[1].item()
+    assert f'val loss {expected:.4f}' in out
+
+
+@pytest.mark.parametrize('flags, text', [
+    (['--init_from=resum'], 'resum: no such model, accepted are scratch, resume, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with '
+                            'config.json and model.safetensors, or an .npz file that save_pretrained wrote'),
+    (['--init_from={folder}', '--n_layer=6'], 'n_layer=6: {folder} has n_layer=3: leave --n_layer out'),
+    (['--init_from={folder}', '--block_size=17'], 'block_size=17: {folder} has block_size=16: use that or less'),
+    (['--init_from=checkpoint'], 'init_from=checkpoint: name the file with --checkpoint_path'),
+])
+def test_settings_that_the_weights_contradict(tmp_path, tiny, folder, flags, text):
+    code, out, err, _ = train_here(*[flag.format(folder=folder) for flag in flags], f'--dataset={tiny}', *FEW, out_dir=tmp_path / 'x')
+    assert (code, err) == (2, text.format(folder=folder) + '\n') and not (tmp_path / 'x').exists()
+
+
+def test_the_dataset_must_be_in_the_tokens_of_the_weights(tmp_path, folder):
+    other = pack_chars(tmp_path / 'other', sentences(400, 1), sentences(100, 2), chars='\n .abcdefghijklmnopqrstuvwxyz')
+    code, out, err, _ = train_here(f'--init_from={folder}', f'--dataset={other}', *FEW, out_dir=tmp_path / 'x')
+    assert code == 2 and err.startswith(f'{folder}: the checkpoint was trained with tokenizer ') and err.count('\n') == 1
+    assert err.endswith(': use the dataset it was trained on, or pack with its tokenizer\n')
+
+
+def test_training_begins_with_the_weights_of_a_foreign_checkpoint(tmp_path, tiny):
+    weights = ours(block_size=16).state_dict()
+    del weights['transformer.h.2.mlp.c_fc.bias']
+    torch.save({'model_state_dict': nest(weights, 'module.')}, tmp_path / 'x.pt')
+    flags = '--init_from=checkpoint', f'--checkpoint_path={tmp_path / "x.pt"}', f'--dataset={tiny}', *FEW
+    code, out, err, _ = train_here(*flags, '--n_head=3', out_dir=tmp_path / 'out')
+    assert code == 2 and err.startswith(f'{tmp_path / "x.pt"} does not fit the model: 1 weights missing (transformer.h.2.mlp.c_fc.bias), 0 unexpected ()')
+    code, out, err, metrics = train_here(*flags, '--n_head=3', '--strict=False', '--block_size=8', out_dir=tmp_path / 'out')
+    assert code == 0 and '1 weights missing, left as a new model has them: transformer.h.2.mlp.c_fc.bias\n' in out, err
+    assert 'does not say its tokenizer: taking it for that of' in out
+    assert read_metrics(tmp_path / 'out') and checkpoint.load(tmp_path / 'out/ckpt.pt')['model_args']['block_size'] == 8
+    # its own best.pt, weights without an optimizer, begins a new run too
+    code, out, err, _ = train_here('--init_from=checkpoint', f'--checkpoint_path={tmp_path / "out/best.pt"}', f'--dataset={tiny}', *FEW, out_dir=tmp_path / 'b')
+    assert code == 0 and 'iter 0: ' in out, err
