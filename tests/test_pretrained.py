@@ -587,3 +587,23 @@ def test_training_begins_with_the_weights_of_a_foreign_checkpoint(tmp_path, tiny
     # its own best.pt, weights without an optimizer, begins a new run too
     code, out, err, _ = train_here('--init_from=checkpoint', f'--checkpoint_path={tmp_path / "out/best.pt"}', f'--dataset={tiny}', *FEW, out_dir=tmp_path / 'b')
     assert code == 0 and 'iter 0: ' in out, err
+
+
+# -----------------------------------------------------------------------------
+# configurations
+
+
+@pytest.mark.parametrize('path', sorted(Path(ROOT, 'config').glob('*.py')), ids=lambda path: path.stem)
+def test_every_recipe_is_understood(path, capsys):
+    import train
+    from configurator import configure
+    from distributed import divide_batch
+    settings = dict(vars(train))
+    configure(settings, [str(path)])
+    for ranks in (1, 2, 4, 8) if settings['gradient_accumulation_steps'] > 1 else [1]:
+        divide_batch(settings['gradient_accumulation_steps'], settings['batch_size'], ranks)
+    GPTConfig(**{name: settings[name] for name in ('arch', 'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')})
+    assert settings['init_from'] in ('scratch', *pretrained.HUB)
+    tokens = settings['gradient_accumulation_steps'] * settings['batch_size'] * settings['block_size']
+    expected = dict(train_gpt2=491_520, train_gpt2_modern=524_288, finetune_shakespeare=32_768)
+    assert tokens == expected.get(path.stem, tokens)
