@@ -52,6 +52,11 @@ def start(device='auto', backend='auto', timeout_s=600):
 
 
 def stop():
+    """Leaves the process group; to be called when the wrapped model is gone.
+
+    DistributedDataParallel holds the group too. Were it the last to let go, it would wait for the group's threads with Python's lock
+    in hand, which one of them may want: about 1 of 60 runs on two CPU ranks then never ended (torch 2.13, gloo).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -9,9 +9,11 @@
 out_dir gets ckpt.pt (the newest state), best.pt (the best weights) and metrics.jsonl (a line per logged step and evaluation).
 """
 
+import importlib.util
 import json
 import math
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Literal
@@ -91,7 +93,16 @@ backend = 'auto'  # nccl, gloo
 # -----------------------------------------------------------------------------
 
 FIXED = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'optimizer')  # cannot change when a run is resumed
-THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only')  # what a checkpoint does not bring back
+# what a checkpoint does not bring back
+THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'device', 'backend')
+LIMITS = (  # least, below, and the settings that this holds for; GPTConfig knows those of the model
+    (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters restart_iters restart_mult'),
+    (0, math.inf, 'eval_iters checkpoint_interval warmup_iters lr_decay_iters learning_rate matrix_lr embedding_lr head_lr min_lr'),
+    (0, math.inf, 'weight_decay grad_clip decay_fraction'),
+    (0, 1, 'beta1 beta2'),
+    (0, 2**63, 'seed'),
+    (-1, math.inf, 'keep_last_n_checkpoints'),
+)
 SMOOTHING = 0.95
 
 
@@ -99,9 +110,10 @@ def main(explicit):
     """One run, from the settings above; explicit names those that the user gave."""
     place = distributed.start(device, backend)
     state = find_checkpoint(place)
-    start = find_weights(explicit) if state is None and init_from not in ('scratch', 'resume') else None
     if state is not None:
         restore_settings(state, explicit)
+    check_settings()
+    start = find_weights(explicit) if state is None and init_from not in ('scratch', 'resume') else None
 
     # data, model and optimizers: everything that can be wrong is found here, before a file is written
     grad_accum, rows = distributed.divide_batch(gradient_accumulation_steps, batch_size, place.world_size)
@@ -116,7 +128,6 @@ def main(explicit):
     optimizers = configure_optimizers(
         model, optimizer=optimizer, learning_rate=learning_rate, matrix_lr=matrix_lr, embedding_lr=embedding_lr, head_lr=head_lr,
         betas=(beta1, beta2), weight_decay=weight_decay, decay_groups=decay_groups)
-    lr_at(0)
     if state is not None:
         if state.get('scaler'):
             scaler.load_state_dict(state['scaler'])
@@ -125,7 +136,13 @@ def main(explicit):
     best_val_loss = state['best_val_loss'] if state else math.inf
     smoothed = state.get('smoothed', [0.0, 0]) if state else [0.0, 0]  # decayed sum of logged losses, and how many
     skipped = state.get('skipped', 0) if state else 0
+    if state is not None and state.get('data', train_loader.fingerprint()) != train_loader.fingerprint():
+        print0(f'{dataset} is not the data that the checkpoint saw: the run goes on, but not as an unbroken one would')
+    run_id = state.get('run_id') if state else None
+    run_id = run_id or secrets.token_hex(4)  # tells checkpoint.save which files in out_dir are earlier states of this run
     wandb_id, state = state.get('wandb_id') if state else None, None  # the tensors now live in the model
+    for loader in (train_loader, *(loader for loader, _ in eval_sets)):
+        loader.windows(np.arange(batch_size))  # ids of another tokenizer stop the run here
 
     use_compile = distributed.choose_compile(compile, place.device)
     describe(model, place, precision, use_compile, train_loader, grad_accum, rows)
@@ -149,7 +166,7 @@ def main(explicit):
             checkpoint.save(out_dir, dict(
                 **weights, scaler=scaler.state_dict(), model_args=vars(model.config), iter_num=iter_num, best_val_loss=best_val_loss,
                 smoothed=smoothed, skipped=skipped, config=config_of(globals()), tokenizer=tokenizer_meta, vocab_size=vocab_size,
-                data=train_loader.fingerprint(), wandb_id=wandb_id, format=checkpoint.FORMAT), keep_last_n_checkpoints, is_best)
+                data=train_loader.fingerprint(), wandb_id=wandb_id, run_id=run_id, format=checkpoint.FORMAT), keep_last_n_checkpoints, is_best)
 
     resumed_at, t_log, logged_at = iter_num, time.perf_counter(), iter_num
     model.train()
@@ -162,8 +179,8 @@ def main(explicit):
             t_pause, is_best = time.perf_counter(), False
             if evaluate_now:
                 val_loss = evaluate()
-                is_best = val_loss < best_val_loss
-                best_val_loss = min(val_loss, best_val_loss)
+                is_best = val_loss < best_val_loss and iter_num > resumed_at  # what is not saved is not the best: best.pt has this loss
+                best_val_loss = val_loss if is_best else best_val_loss
             if (save_now or is_best) and iter_num > resumed_at and not eval_only:
                 save(is_best)
             t_log += time.perf_counter() - t_pause
@@ -173,7 +190,7 @@ def main(explicit):
         # one update
         scale = lr_at(iter_num)
         set_lr(optimizers, scale, muon_momentum(iter_num))
-        torch.manual_seed((seed * 1_000_003 + iter_num) * 1_000_003 + place.rank)  # dropout: as in an unbroken run
+        torch.manual_seed(((seed * 1_000_003 + iter_num) * 1_000_003 + place.rank) % 2**63)  # dropout: as in an unbroken run
         n_targets = max(1, train_loader.count_targets(iter_num))
         step_loss = torch.zeros((), device=place.device)
         for micro_step in range(grad_accum):
@@ -219,7 +236,6 @@ def main(explicit):
     if place.is_master and not eval_only:
         print0(f'done: {out_dir}/ckpt.pt after {iter_num} iterations, best val loss {best_val_loss:.4f}; '
                f'python sample.py --out_dir={out_dir}')
-    distributed.stop()
 
 
 # -----------------------------------------------------------------------------
@@ -229,14 +245,16 @@ def main(explicit):
 def find_checkpoint(place):
     """The checkpoint to go on from, or None for a run from scratch; the first rank chooses for all."""
     if init_from != 'resume' and not auto_resume:
+        if (Path(out_dir) / 'ckpt.pt').exists() and not eval_only:
+            print0(f'{out_dir} holds a checkpoint, which this run from scratch will replace: --init_from=resume goes on with it')
         return None
-    if checkpoint_path and init_from != 'checkpoint':
-        return checkpoint.load(checkpoint_path)
-    state, path = checkpoint.load_newest(out_dir) if place.is_master else (None, None)
-    path = distributed.broadcast(path)
+    state, path = None, None
+    if place.is_master and (auto_resume or not checkpoint_path):
+        state, path = checkpoint.load_newest(out_dir)
+    path = distributed.broadcast(path) or (checkpoint_path if init_from != 'checkpoint' else '') or None
     if path is None and not auto_resume:
         raise FileNotFoundError(f'{out_dir} has no checkpoint to resume: use --init_from=scratch, or another --out_dir')
-    return state if place.is_master or path is None else checkpoint.load(path)
+    return checkpoint.load(path) if state is None and path is not None else state
 
 
 def restore_settings(state, explicit):
@@ -247,7 +265,7 @@ def restore_settings(state, explicit):
     stored = {k: v for k, v in state['config'].items() if k not in THIS_RUN} if 'format' in state else {}
     stored = {'optimizer': 'adamw', **stored, **{k: v for k, v in state['model_args'].items() if k in FIXED}}
     stored = {k: v for k, v in stored.items() if k in config_of(globals())}
-    for name in explicit & stored.keys():
+    for name in sorted(explicit & stored.keys()):
         if globals()[name] == stored[name]:
             continue
         if name in FIXED:
@@ -281,6 +299,23 @@ def find_weights(explicit):
     return start
 
 
+def check_settings():
+    """ValueError for a setting that makes no sense, by itself or beside another."""
+    for least, below, names in LIMITS:
+        for name in names.split():
+            value = globals()[name]
+            if value is not None and not least <= value < below:
+                limit = f', below {below}' if below < math.inf or value == math.inf else ''
+                raise ValueError(f'{name}={value}: accepted is {least} or more{limit}')
+    if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:
+        raise ValueError(f'min_lr={min_lr} is above learning_rate={learning_rate}, which falls to it: '
+                         f'use --min_lr={learning_rate / 10:g}, or --decay_lr=False')
+    if checkpoint_path and init_from not in ('resume', 'checkpoint') and not auto_resume:
+        raise ValueError(f'checkpoint_path={checkpoint_path} is for resuming: add --init_from=resume, or leave it out')
+    if wandb_log and importlib.util.find_spec('wandb') is None:
+        raise ValueError('wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False')
+
+
 def open_data(grad_accum, rows, place):
     """The training loader, and what is evaluated: (loader, numbers of its windows) of the training and of the validation split."""
     folders, weights = dataset_folders(dataset)
@@ -292,8 +327,8 @@ def open_data(grad_accum, rows, place):
         if split.meta['origin'] != 'meta.json':
             rule = 'characters from meta.pkl' if split.meta['origin'] == 'meta.pkl' else "GPT-2's ids"
             print0(f'{split.folder} has no meta.json: taking its shards for uint16, {rule}, as nanoGPT does')
-    wanted = min(eval_iters * batch_size or val.n_windows, val.n_windows, train_eval.n_windows)
-    return train, [(loader, np.arange(wanted) * loader.n_windows // wanted) for loader in (train_eval, val)]  # evenly spread
+    wanted = [(loader, min(eval_iters * batch_size or val.n_windows, loader.n_windows)) for loader in (train_eval, val)]
+    return train, [(loader, np.arange(n) * loader.n_windows // n) for loader, n in wanted]  # evenly spread
 
 
 def make_model(state, start, vocab_size, tokenizer_meta):
@@ -339,7 +374,7 @@ def lr_at(it):
     if not decay_lr:
         return 1.0
     return lr_scale(it, schedule=lr_schedule, warmup_iters=warmup_iters, max_iters=max_iters, lr_decay_iters=lr_decay_iters,
-                    min_lr_ratio=min_lr / learning_rate, decay_fraction=decay_fraction, restart_iters=restart_iters, restart_mult=restart_mult)
+                    min_lr_ratio=min_lr / (learning_rate or 1.0), decay_fraction=decay_fraction, restart_iters=restart_iters, restart_mult=restart_mult)
 
 
 # -----------------------------------------------------------------------------
@@ -349,13 +384,14 @@ def lr_at(it):
 @torch.inference_mode()
 def mean_loss(model, loader, windows, place, autocast):
     """Nats per target over the windows numbered so, the same at any world size; each rank does its share."""
-    sums = torch.zeros(2, dtype=torch.float64, device=place.device)  # nats, targets
+    exact = torch.float32 if place.device.type == 'mps' else torch.float64  # MPS has no float64
+    sums = torch.zeros(2, dtype=exact, device=place.device)  # nats, targets
     model.eval()
     for start in range(place.rank * batch_size, len(windows), place.world_size * batch_size):
         x, y = loader.to(place.device, loader.windows(windows[start:start + batch_size]))
         with autocast:
             nats = model(x, y, reduction='sum')[1]
-        sums += torch.stack((nats.double(), (y != IGNORE).sum()))
+        sums += torch.stack((nats.to(exact), (y != IGNORE).sum()))
     model.train()
     nats, targets = distributed.all_reduce_sum(sums).tolist()
     return nats / max(targets, 1)
@@ -373,7 +409,7 @@ def open_logs(place, iter_num, wandb_id):
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if iter_num and path.exists():
-        for line in path.read_text(encoding='utf-8').splitlines():
+        for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
             try:
                 if json.loads(line)['iter'] < iter_num:  # what follows is about to be done again
                     kept.append(line + '\n')
@@ -386,6 +422,7 @@ def open_logs(place, iter_num, wandb_id):
         wandb_id = run.id
 
     def write_metrics(line):
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # JSON has no NaN
         with open(path, 'a', encoding='utf-8') as f:
             f.write(json.dumps(line) + '\n')
         if run is not None:
@@ -414,3 +451,4 @@ def clock(seconds):
 if __name__ == '__main__':
     with one_line_errors():
         main(configure(globals()))
+        distributed.stop()  # after main() has let go of the model: see there

@@ -5,7 +5,7 @@
 
 out_dir = 'out-quickstart'
 dataset = 'shakespeare_char'
-eval_interval = 500
+eval_interval = 650
 eval_iters = 0  # the whole validation set
 log_interval = 25
 
@@ -18,7 +18,7 @@ batch_size = 16
 gradient_accumulation_steps = 1
 
 optimizer = 'muon'
-matrix_lr = 0.02
+matrix_lr = 0.03
 learning_rate = 0.004
 embedding_lr = 0.3
 head_lr = 0.004
@@ -27,8 +27,8 @@ beta1 = 0.8
 beta2 = 0.95
 grad_clip = 0.0
 
-max_iters = 1500
+max_iters = 1300
 lr_schedule = 'wsd'
 warmup_iters = 0
-decay_fraction = 0.5
+decay_fraction = 0.7
 min_lr = 0.0

@@ -10,9 +10,11 @@ epoch). With two ranks, each takes every other micro-batch of the same global ba
 
 Example: 10 tokens, block_size 3, epoch of phase 1. The windows start at 1 and 4 (x = tokens 1-3, y = tokens 2-4; then 4-6 and
 5-7); the order visits them as 4, 1.
+
+B rows, T block_size, K any number of windows
 """
 
-import os
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -24,6 +26,7 @@ import torch
 from data.tokenizer import LLMC_HEADER_BYTES, LLMC_MAGIC, fingerprint, read_meta
 
 IGNORE = -100  # the target that is not one
+ORDERS = ('shuffle', 'random', 'sequential', 'documents')
 
 
 # -----------------------------------------------------------------------------
@@ -31,51 +34,85 @@ IGNORE = -100  # the target that is not one
 
 
 class Shard:
-    """One .bin with its optional .mask and .idx, mapped, not read."""
+    """One .bin file of token ids, mapped when used.
 
-    def __init__(self, path, dtype, n_tokens=None):
+    first  where in its split it begins, in tokens
+    mask   (n_tokens,) uint8, 0 = not a target; None = all are
+    """
+
+    def __init__(self, path, dtype, n_tokens, first, mask):
+        self.path, self.dtype, self.n_tokens, self.first, self.mask = path, dtype, n_tokens, first, mask
+        # a map of a file that is too short would end in SIGBUS, which Python cannot catch
         size = path.stat().st_size
-        with open(path, 'rb') as f:
-            header = LLMC_HEADER_BYTES if f.read(len(LLMC_MAGIC)) == LLMC_MAGIC else 0
-        whole, rest = divmod(size - header, dtype.itemsize)
-        if rest or (n_tokens is not None and whole != n_tokens):
-            # a map of a file that is too short would end in SIGBUS, which Python cannot catch
-            expected = f'{n_tokens} tokens of {dtype.itemsize} bytes' if n_tokens is not None else f'whole tokens of {dtype.itemsize} bytes'
-            raise ValueError(f'{path} has {size} bytes, expected {expected}: it was cut short or altered, prepare the dataset again')
-        self.path, self.n_tokens = path, whole
-        self.tokens = np.memmap(path, dtype=dtype, mode='r', offset=header, shape=(whole,)) if whole else np.empty(0, dtype)
-        self.mask = self._beside('.mask', np.uint8, (whole,))
-        self.documents = self._beside('.idx', np.dtype('<i8'), (-1, 2))
+        self.header = size - n_tokens * dtype.itemsize
+        if self.header not in (0, LLMC_HEADER_BYTES):
+            raise ValueError(f'{path} has {size} bytes, expected {n_tokens} tokens of {dtype.itemsize} bytes: it was cut short '
+                             'or altered, prepare the dataset again')
+        if self.header:
+            with open(path, 'rb') as f:
+                magic, version, count = (f.read(4) for _ in range(3))
+            expected = 1 if dtype.itemsize == 2 else 7  # llm.c's numbers for uint16 and uint32
+            version, count = int.from_bytes(version, 'little'), int.from_bytes(count, 'little')
+            if magic != LLMC_MAGIC or (version, count) != (expected, n_tokens):
+                raise ValueError(f'{path} begins with 1024 bytes that are no header of llm.c for {n_tokens} tokens of {dtype.itemsize} '
+                                 f'bytes (it says version {version}, {count} tokens): it was cut short or altered, prepare the dataset again')
 
-    def _beside(self, suffix, dtype, shape):
-        path = self.path.with_suffix(suffix)
-        if not path.exists():
-            return None
-        size, width = path.stat().st_size, np.dtype(dtype).itemsize
-        if size % (width * 2) if shape[0] == -1 else size != shape[0] * width:
-            raise ValueError(f'{path} has {size} bytes, which does not fit {self.path.name}: prepare the dataset again')
-        return np.memmap(path, dtype=dtype, mode='r').reshape(shape) if size else None
+    @property
+    def tokens(self):
+        return map_tokens(self)
+
+
+@lru_cache(maxsize=256)  # every map holds a file open, and many systems allow a process 1024
+def map_tokens(shard):
+    """The ids of a shard, (n_tokens,) of its dtype."""
+    if not shard.n_tokens:
+        return np.empty(0, shard.dtype)
+    return np.asarray(np.memmap(shard.path, shard.dtype, 'r', shard.header, (shard.n_tokens,)))
 
 
 class Split:
-    """The shards of one split of one dataset, and what its meta.json says of them."""
+    """One split of one dataset: its shards, the .mask and .idx beside them, and what meta.json says of it."""
 
     def __init__(self, folder, split):
-        folder = Path(folder)
-        self.folder, self.split, self.meta = folder, split, read_meta(folder)
-        dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
+        self.folder, self.split, self.meta = Path(folder), split, read_meta(folder)
+        self.vocab_size, self.tokenizer = self.meta['vocab_size'], self.meta['tokenizer']
         known = self.meta['splits'].get(split)
         if known is None:
             raise ValueError(f'{folder} has no {split} split, only {", ".join(self.meta["splits"])}: prepare it with one')
-        self.checksums = [shard.get('crc32') for shard in known['shards']]
+        dtype, first = np.dtype(self.meta['dtype']).newbyteorder('<'), 0
+        self.n_tokens = known['tokens']
+        self.mask = self.beside('.mask', np.uint8, (self.n_tokens,))
+        self.checksums = [shard['crc32'] for shard in known['shards']]
         self.shards = []
         for shard in known['shards']:
-            path = folder / shard['file']
-            if not path.exists():
-                raise FileNotFoundError(f'{path} is missing though {folder / "meta.json"} names it: prepare the dataset again')
-            self.shards.append(Shard(path, dtype, shard.get('tokens')))
-        self.n_tokens = sum(shard.n_tokens for shard in self.shards)
-        self.vocab_size, self.tokenizer = self.meta['vocab_size'], self.meta['tokenizer']
+            end = first + shard['tokens']
+            mask = None if self.mask is None else self.mask[first:end]
+            self.shards.append(Shard(self.folder / shard['file'], dtype, shard['tokens'], first, mask))
+            first = end
+
+    def beside(self, suffix, dtype, shape):
+        """The array in train.mask or train.idx, or None where there is no such file. One dimension may be -1."""
+        path, dtype = self.folder / f'{self.split}{suffix}', np.dtype(dtype)
+        if not path.exists():
+            return None
+        size, unit = path.stat().st_size, abs(int(np.prod(shape))) * dtype.itemsize
+        if size % unit if -1 in shape else size != unit:
+            raise ValueError(f'{path} has {size} bytes, which does not fit the {self.n_tokens} tokens of the {self.split} split: '
+                             'it was cut short or altered, prepare the dataset again')
+        return np.asarray(np.memmap(path, dtype, 'r')).reshape(shape) if size else np.empty(0, dtype).reshape(shape)
+
+    def documents(self):
+        """Where each document lies in the split: offset and length in tokens, (M,) int64 each."""
+        table, path = self.beside('.idx', '<i8', (-1, 2)), self.folder / f'{self.split}.idx'
+        if table is None:
+            raise FileNotFoundError(f'{path} is missing: rows that begin with documents need it, prepare the dataset with one')
+        offset, length = table.T
+        outside = (offset < 0) | (length < 0) | (offset > self.n_tokens - length)
+        if outside.any():
+            at = int(np.argmax(outside))
+            raise ValueError(f'{path}: document {at} has offset {offset[at]} and length {length[at]}, the split has {self.n_tokens} tokens: '
+                             'it was altered, prepare the dataset again')
+        return offset, length
 
     def fingerprint(self):
         """What a checkpoint remembers of its data: sizes, checksums and tokenizer, as plain values."""
@@ -107,126 +144,158 @@ def mix(x):
 
 @lru_cache(maxsize=64)
 def draws(seed, count, high=1 << 63):
-    """`count` seeded random integers below high (one bound, or a tuple of count bounds)."""
+    """`count` seeded random integers below high (one bound, or a tuple of count bounds): (count,) uint64."""
     return np.random.default_rng(seed).integers(high, size=count, dtype=np.uint64)
 
 
 def permute(index, n, keys):
     """Where the permutation of range(n) that keys stand for puts each index: (K,) int64 -> (K,) int64, without holding it.
 
-    A Feistel network over the smallest square of a power of two that holds n; what lands at n or past it is sent through again
-    (cycle walking, Black and Rogaway 2002), so each index has one image below n and each image one index.
+    Adding, multiplying by an odd number and folding the upper half onto the lower all permute the numbers of so many bits.
+    What lands at n or past it is sent through again (cycle walking, Black and Rogaway 2002): one image below n for each index.
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    result = index.astype(np.uint64)
-    todo = np.arange(result.size)
+    bits = max(1, (n - 1).bit_length())
+    low, half = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
+    result, todo = index.astype(np.uint64), np.arange(index.size)
     while todo.size:
-        left, right = result[todo] >> half, result[todo] & low
-        for key in keys:
-            left, right = right, left ^ (mix(right + key) & low)
-        result[todo] = left << half | right
-        todo = todo[result[todo] >= n]
+        x = result[todo]
+        for add, factor in zip(keys[::2], keys[1::2]):
+            x = (x + add) * (factor | np.uint64(1)) & low
+            x ^= x >> half
+        result[todo] = x
+        todo = todo[x >= n]
     return result.astype(np.int64)
 
 
-class Windows:
-    """The windows of one split: the pass over the data that window g falls in, and which tokens it shows.
+def spread(counts):
+    """Lists (i, 0), (i, 1) ... (i, counts[i] - 1) for every i: two arrays. spread([2, 0, 1]) = [0, 0, 2], [0, 1, 0]"""
+    i = np.repeat(np.arange(len(counts)), counts)
+    return i, np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
 
-    order  'shuffle': each pass in a seeded order, from a seeded phase; 'sequential': from the first token, in order, for
-           evaluation; 'random': nanoGPT's draws with replacement; 'documents': as 'shuffle', but each window begins where a
-           document begins (or block_size after that), and what a short document leaves of its row is no target
+
+class Windows:
+    """The windows of one split, or of several as if they were one: which tokens window g shows, g counted over all epochs.
+
+    order  'shuffle': each epoch in a seeded order, from a seeded phase; 'sequential': from the first token, in order, the last
+           window short where need be, for evaluation; 'random': nanoGPT's draws with replacement; 'documents': as 'shuffle', but
+           each window begins where a document begins (or a multiple of T after that), and what a document leaves of its row is
+           no target
     """
 
-    def __init__(self, split, block_size, order, seed):
-        self.split, self.block_size, self.order, self.seed = split, block_size, order, seed
-        T, sizes = block_size, np.array([shard.n_tokens for shard in split.shards], dtype=np.int64)
-        if sizes.max(initial=0) < T + 1 and order != 'documents':
-            raise ValueError(f'{split.folder}: the {split.split} split has {split.n_tokens} tokens, too few for one window of '
-                             f'block_size {T} and the token after it: use --block_size={max(split.n_tokens - 1, 1)} or less, or more text')
+    def __init__(self, splits, block_size, order, seed):
+        assert order in ORDERS, order
+        self.block_size, self.order, self.seed = block_size, order, seed
+        self.shards = [shard for split in splits for shard in split.shards]
+        self.sizes = np.array([shard.n_tokens for shard in self.shards], dtype=np.int64)
+        where = f'{", ".join(str(split.folder) for split in splits)}: the {splits[0].split} split'
+        T, most = block_size, int(self.sizes.max(initial=0))
         if order == 'documents':
-            self._cut_documents()
-        elif order == 'random':
-            self.per_shard = np.maximum(sizes - T, 0)  # every start, as in nanoGPT
+            pieces = [cut_documents(split, T) for split in splits]
+            before = np.cumsum([0] + [len(split.shards) for split in splits])  # shards of the splits before each
+            self.table = np.concatenate([piece + [[n], [0], [0]] for piece, n in zip(pieces, before)], axis=1)  # (3, n)
+            self.n = self.table.shape[1]
+            if not self.n:
+                raise ValueError(f'{where} has no document of 2 tokens or more, so there is nothing to predict: add text')
+            return
+        if most < T + 1:
+            longest = ' in its longest shard' if len(self.shards) > 1 else ''
+            raise ValueError(f'{where} has {most} tokens{longest}, too few for one window of block_size {T} and the token after it: '
+                             f'use {f"--block_size={most - 1} or less, or " if most > 1 else ""}more text')
+        if order == 'random':
+            per_shard = np.maximum(self.sizes - T, 0)  # every start, as in nanoGPT
         elif order == 'sequential':
-            self.per_shard = -(-np.maximum(sizes - 1, 0) // T)  # the last one may be short, so that every token is scored
+            per_shard = -(-np.maximum(self.sizes - 1, 0) // T)
         else:
             # one window less than fits from phase 0: so many fit from every phase, and each epoch has the same number
-            self.per_shard = np.where(sizes > T, np.maximum((sizes - T) // T, 1), 0)
-            self.phases = tuple(np.clip(sizes - self.per_shard * T, 1, T).tolist())  # how many each shard may begin at
-        self.firsts = np.concatenate(([0], np.cumsum(self.per_shard)))  # number of the first window of each shard
+            per_shard = np.where(self.sizes > T, np.maximum(self.sizes // T - 1, 1), 0)
+            self.n_phases = tuple(np.maximum(self.sizes - per_shard * T, 1).tolist())  # the last one reaches the last token
+        self.firsts = np.concatenate(([0], np.cumsum(per_shard)))  # number of the first window of each shard
         self.n = int(self.firsts[-1])
 
-    def _cut_documents(self):
-        starts, lengths, counts, T = [], [], [], self.block_size
-        for shard in self.split.shards:
-            if shard.documents is None:
-                raise ValueError(f'{shard.path.with_suffix(".idx")} is missing: rows aligned to documents need it, prepare the dataset with one')
-            offset, length = shard.documents[:, 0], shard.documents[:, 1]
-            if shard.n_tokens < (offset + length).max() or offset.min() < 0:
-                raise ValueError(f'{shard.path.with_suffix(".idx")} points past the {shard.n_tokens} tokens of {shard.path.name}')
-            pieces = np.maximum(-(-(length - 1) // T), 0)  # a document of one token has no target
-            piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-            starts.append(np.repeat(offset, pieces) + piece * T)
-            lengths.append(np.minimum(np.repeat(length, pieces) - piece * T, T + 1))
-            counts.append(int(pieces.sum()))
-        self.per_shard, self.starts, self.lengths = np.array(counts), np.concatenate(starts), np.concatenate(lengths)
-
     def locate(self, g):
-        """Shard, start and length in tokens of the windows numbered g: (K,) int64 -> three (K,) int64."""
+        """Shard number, start in the shard and length in tokens of the windows numbered g: (K,) int64 -> three (K,) int64."""
         T = self.block_size
         if self.order == 'random':
             n = (mix(g.astype(np.uint64) + draws(self.seed, 1)) % np.uint64(self.n)).astype(np.int64)
-        else:
-            epoch, n = np.divmod(g, self.n)
-            if self.order != 'sequential':
-                for e in np.unique(epoch):
-                    n[epoch == e] = permute(n[epoch == e], self.n, draws((*self.seed, int(e)), 6))
-        shard = np.searchsorted(self.firsts, n, side='right') - 1
-        nth = n - self.firsts[shard]
+            shard = np.searchsorted(self.firsts, n, side='right') - 1
+            return shard, n - self.firsts[shard], np.full_like(n, T + 1)
+        epoch, n = np.divmod(g, self.n)
+        epochs = [(e, epoch == e) for e in set(epoch.tolist())]  # mostly one
+        if self.order != 'sequential':
+            for e, rows in epochs:
+                n[rows] = permute(n[rows], self.n, draws((*self.seed, e), 12))
         if self.order == 'documents':
-            return shard, self.starts[n], self.lengths[n]
-        if self.order == 'random':
-            return shard, nth, np.full_like(nth, T + 1)
-        start = nth * T
+            return self.table[:, n]
+        shard = np.searchsorted(self.firsts, n, side='right') - 1
+        start = (n - self.firsts[shard]) * T
         if self.order == 'sequential':
-            sizes = np.array([s.n_tokens for s in self.split.shards])[shard]
-            return shard, start, np.minimum(T + 1, sizes - start)
-        for e in np.unique(epoch):
-            phase = draws((*self.seed, int(e), 1), len(self.phases), self.phases).astype(np.int64)  # one a shard
-            start[epoch == e] += phase[shard[epoch == e]]
+            return shard, start, np.minimum(T + 1, self.sizes[shard] - start)
+        for e, rows in epochs:
+            phases = draws((*self.seed, e, 1), len(self.n_phases), self.n_phases).astype(np.int64)  # one a shard
+            start[rows] += phases[shard[rows]]
         return shard, start, np.full_like(start, T + 1)
 
 
+def cut_documents(split, T):
+    """The windows of 2 to T + 1 tokens into which the documents of a split fall: shard number, start and length, (3, n) int64.
+
+    A window begins at the last token of the one before, so that every token but a document's first is a target once. No window
+    goes from one shard to the next.
+    """
+    offset, length = split.documents()
+    border = np.array([shard.first for shard in split.shards] + [split.n_tokens])
+    home = np.searchsorted(border[:-1], offset, side='right') - 1
+    end_home = np.searchsorted(border[:-1], offset + length - 1, side='right') - 1
+    document, part = spread(np.where(length > 0, end_home - home + 1, 0))
+    shard = home[document] + part
+    start = np.maximum(offset[document], border[shard])
+    end = np.minimum((offset + length)[document], border[shard + 1])
+    stretch, piece = spread(np.maximum(-(-(end - start - 1) // T), 0))  # one token alone has no target
+    begin = start[stretch] + piece * T
+    return np.stack((shard[stretch], begin - border[shard[stretch]], np.minimum(end[stretch] - begin, T + 1)))
+
+
+# -----------------------------------------------------------------------------
+# the dataset setting
+
+
 def parse_mixture(dataset):
-    """'a:0.7,b:0.3' -> (['a', 'b'], [0.7, 0.3]); weights may be left out, and are scaled to sum to 1."""
+    """'a:0.7,b:0.3' -> (['a', 'b'], [0.7, 0.3]); a weight left out is 1, and all are scaled to sum to 1."""
     names, weights = [], []
     for part in dataset.split(','):
-        name, colon, weight = part.strip().rpartition(':')
-        if not colon or not _is_number(weight):
-            name, weight = part.strip(), '1'
-        if not name or not 0 < float(weight) < float('inf'):
-            raise ValueError(f'dataset={dataset}: {part!r} is no NAME:WEIGHT with a weight above 0, such as zhwiki:0.7')
+        name, weight = re.fullmatch(r'(.*?)(?::([^:/\\]*))?', part.strip(), re.DOTALL).groups()  # C:\texts is a name
+        try:
+            weight = 1.0 if weight is None else float(weight)
+        except ValueError:
+            weight = 0.0
+        if not name or not 0 < weight < float('inf'):
+            raise ValueError(f'dataset={dataset}: {part.strip()!r} is no NAME or NAME:WEIGHT with a weight above 0, such as zhwiki:0.7')
         names.append(name)
-        weights.append(float(weight))
-    return names, [w / sum(weights) for w in weights]
-
-
-def _is_number(text):
-    try:
-        float(text)
-        return True
-    except ValueError:
-        return False
+        weights.append(weight)
+    return names, [weight / sum(weights) for weight in weights]
 
 
 def dataset_folders(dataset):
-    """Folder and share of each part of a dataset setting: a folder as it stands, else data/NAME beside this file."""
+    """Folder and share of each part of a dataset setting: data/NAME beside this file, else the folder NAME as it stands."""
     names, weights = parse_mixture(dataset)
-    here = Path(__file__).resolve().parent
-    folders = [Path(name) if os.sep in name and Path(name).is_dir() else here / name for name in names]
-    inside = [folder.is_relative_to(Path.cwd()) for folder in folders]  # shorter in messages
-    return [folder.relative_to(Path.cwd()) if short else folder for folder, short in zip(folders, inside)], weights
+    here, folders = Path(__file__).resolve().parent, []
+    for name in names:
+        folder = Path(name) if Path(name).is_dir() and not (here / name).is_dir() else here / name
+        folders.append(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)  # shorter in messages
+    return folders, weights
+
+
+def interleave(weights, slots):
+    """Which source each of `slots` consecutive windows comes from, as evenly as the weights allow: (slots,) int64.
+
+    Each slot goes to the source furthest behind its share, so any run of windows holds each source's share to within one or two.
+    """
+    weights = np.asarray(weights)
+    pattern, count = np.empty(slots, dtype=np.int64), np.zeros(len(weights))
+    for i in range(slots):
+        k = int(np.argmax(weights * (i + 1) - count))
+        pattern[i], count[k] = k, count[k] + 1
+    return pattern
 
 
 # -----------------------------------------------------------------------------
@@ -240,9 +309,10 @@ class Loader:
     split        'train' | 'val'
     batch_size   rows of one micro-batch of one rank
     grad_accum   micro-steps of one rank; the global batch is batch_size * grad_accum * world_size rows
-    order        as in Windows
-    weights      share of each folder, None = one folder
+    order        as in Windows; 'sequential' goes through all folders one after another, whatever their weights
+    weights      share of each folder, summing to 1; None = all as one dataset
     vocab_size   ids the model has; a larger one stops the batch, naming shard and offset; None = as the dataset says
+    prefetch     whether a thread makes the batch after the one asked for
     raises       ValueError, FileNotFoundError where the data do not fit
     """
 
@@ -250,19 +320,30 @@ class Loader:
 
     def __init__(self, folders, split, block_size, batch_size, grad_accum=1, rank=0, world_size=1, order='shuffle', seed=0,
                  weights=None, vocab_size=None, prefetch=False):
+        assert block_size > 0 and batch_size > 0 and seed >= 0 and rank < world_size
         folders = folders if isinstance(folders, list) else [folders]
         self.splits = [Split(folder, split) for folder in folders]
+        first = self.splits[0]
         for other in self.splits[1:]:
-            first = self.splits[0]
             if fingerprint(other.tokenizer) != fingerprint(first.tokenizer):
                 raise ValueError(f'{other.folder} and {first.folder} were packed with different tokenizers: pack them with one')
-        self.sources = [Windows(s, block_size, order, (seed, i)) for i, s in enumerate(self.splits)]
         self.block_size, self.batch_size, self.grad_accum = block_size, batch_size, grad_accum
         self.rank, self.world_size = rank, world_size
-        self.vocab_size = vocab_size or self.splits[0].vocab_size
+        self.vocab_size = vocab_size or first.vocab_size
         self.n_tokens = sum(s.n_tokens for s in self.splits)
-        self.has_mask = order in ('documents', 'sequential') or any(shard.mask is not None for s in self.splits for shard in s.shards)
-        self.pattern = interleave(weights or [1.0], self.SLOTS if len(folders) > 1 else 1)
+        self.all_targets = order in ('shuffle', 'random') and all(s.mask is None for s in self.splits)
+
+        separate = weights is not None and order != 'sequential'
+        groups = [[s] for s in self.splits] if separate else [self.splits]
+        self.sources = [Windows(group, block_size, order, (seed, k)) for k, group in enumerate(groups)]
+        self.pattern = interleave(weights if separate else [1.0], self.SLOTS if len(groups) > 1 else 1)
+        is_from = self.pattern == np.arange(len(groups))[:, None]  # (sources, slots)
+        self.before = np.cumsum(is_from, axis=1) - is_from  # windows of each source before each slot
+        self.per_period = is_from.sum(axis=1)
+        if not self.per_period.all():
+            k = int(np.argmin(self.per_period))
+            raise ValueError(f'the share {weights[k]:.6f} of {self.splits[k].folder} is less than one window in {self.SLOTS}: '
+                             'give it a larger weight or leave it out')
         self.worker = ThreadPoolExecutor(1, 'loader') if prefetch else None
         self.ahead = {}  # (step, micro_step) -> the batch being made; may be dropped at any time, nothing depends on it
 
@@ -275,7 +356,7 @@ class Loader:
     @property
     def n_windows(self):
         """Windows in one pass over everything."""
-        return sum(windows.n for windows in self.sources)
+        return sum(source.n for source in self.sources)
 
     def batch(self, step, micro_step=0):
         """x and y of one micro-batch of this rank: (B, T) int64 each, y is -100 where there is nothing to predict."""
@@ -293,13 +374,11 @@ class Loader:
     def windows(self, g):
         """The windows numbered g, (K,) int64, counted over the whole run: x, y (K, T) int64."""
         tokens = np.zeros((len(g), self.block_size + 1), dtype=np.int64)
-        target = np.ones(tokens.shape, dtype=bool) if self.has_mask else None
+        target = None if self.all_targets else np.zeros(tokens.shape, dtype=bool)
         for row, shard, start, length in self._locate(g):
             tokens[row, :length] = shard.tokens[start:start + length]
             if target is not None:
-                target[row, length:] = False
-                if shard.mask is not None:
-                    target[row, :length] = shard.mask[start:start + length] != 0
+                target[row, :length] = True if shard.mask is None else shard.mask[start:start + length]
         if tokens.max() >= self.vocab_size:
             self._name_foreign_id(g)
         x, y = tokens[:, :-1], tokens[:, 1:]
@@ -310,22 +389,24 @@ class Loader:
     def count_targets(self, step):
         """Targets in the global batch of a step, all ranks and micro-steps counted: no rank needs to ask another."""
         G = self.batch_size * self.grad_accum * self.world_size
-        if not self.has_mask:
+        if self.all_targets:
             return G * self.block_size
-        return int((self.windows(np.arange(step * G, (step + 1) * G))[1] != IGNORE).sum())
+        n = 0
+        for _, shard, start, length in self._locate(np.arange(step * G, (step + 1) * G)):
+            n += length - 1 if shard.mask is None else int(np.count_nonzero(shard.mask[start + 1:start + length]))
+        return n
 
     def _locate(self, g):
         """(row, shard, start, length) of each window numbered g."""
-        period = len(self.pattern)
-        source = self.pattern[g % period]
+        period, slot = np.divmod(g, len(self.pattern))
+        source = self.pattern[slot]
         for k, windows in enumerate(self.sources):
             rows = np.flatnonzero(source == k)
-            if not rows.size:
-                continue
-            before = np.concatenate(([0], np.cumsum(self.pattern == k)))  # windows of source k before each slot
-            shard, start, length = windows.locate(g[rows] // period * before[-1] + before[g[rows] % period])
-            for row, s, first, n in zip(rows.tolist(), shard.tolist(), start.tolist(), length.tolist()):
-                yield row, windows.split.shards[s], first, n
+            if rows.size:
+                nth = period[rows] * self.per_period[k] + self.before[k, slot[rows]]
+                shard, start, length = windows.locate(nth)
+                for row, s, first, n in zip(rows.tolist(), shard.tolist(), start.tolist(), length.tolist()):
+                    yield row, windows.shards[s], first, n
 
     def _name_foreign_id(self, g):
         for _, shard, start, length in self._locate(g):
@@ -343,16 +424,3 @@ class Loader:
         if device.type == 'cuda':
             return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
         return tuple(t.to(device) for t in batch)
-
-
-def interleave(weights, slots):
-    """Which source each of `slots` consecutive windows comes from, as evenly as the weights allow: (slots,) int64.
-
-    Each slot goes to the source furthest behind its share, so any run of windows holds each source's share to within one or two.
-    """
-    weights = np.asarray(weights)
-    pattern, count = np.empty(slots, dtype=np.int64), np.zeros(len(weights))
-    for i in range(slots):
-        k = int(np.argmax(weights * (i + 1) - count))
-        pattern[i], count[k] = k, count[k] + 1
-    return pattern

@@ -72,3 +72,17 @@ def train_here(*flags, out_dir):
     finally:
         sys.argv = argv
     return code, stdout.getvalue(), stderr.getvalue(), read_metrics(out_dir)
+
+
+def read_checkpoint(path):
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def differences(a, b, path=''):
+    """Where two checkpoints, or parts of them, are not equal bit for bit: [] if nowhere."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for key in a.keys() | b.keys() for d in differences(a.get(key), b.get(key), f'{path}.{key}')]
+    if isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
+        return [d for i, pair in enumerate(zip(a, b)) for d in differences(*pair, f'{path}[{i}]')]
+    equal = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if equal else [path]

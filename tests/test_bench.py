@@ -1,0 +1,114 @@
+"""bench.py on a model of a few thousand weights: what it prints, and that its numbers belong together. How fast is no test's business."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import runpy
+import sys
+
+import pytest
+
+import bench
+from conftest import ROOT
+
+SMALL = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=65', '--batch_size=2', '--device=cpu', '--dtype=float32')
+STEP = (*SMALL, '--warmup_steps=1', '--steps=3')
+DECODE = (*SMALL, '--mode=decode', '--prompt_tokens=8', '--max_new_tokens=5', '--rounds=2')
+
+
+def run_bench(*flags):
+    """(exit code, stdout, stderr, the last line's object or None) of python bench.py."""
+    stdout, stderr, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = [str(ROOT / 'bench.py'), *flags]
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            runpy.run_path(sys.argv[0], run_name='__main__')
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+    lines = stdout.getvalue().splitlines()
+    return code, stdout.getvalue(), stderr.getvalue(), json.loads(lines[-1]) if code == 0 else None
+
+
+@pytest.mark.parametrize('arch, optimizer', [('gpt2', 'adamw'), ('modern', 'muon')])
+def test_step(arch, optimizer):
+    code, stdout, stderr, result = run_bench(*STEP, f'--arch={arch}', f'--optimizer={optimizer}')
+    assert (code, stderr) == (0, '')
+    ms = result['step_ms']
+    assert 0 < ms['min'] <= ms['median'] <= ms['max'] and ms['n'] == 3
+    assert result['tok_per_s'] == pytest.approx(2 * 16 / ms['median'] * 1000)
+    assert result['flop_per_s'] == pytest.approx(result['tok_per_s'] * result['flops_per_token'])
+    # six for each weight of the matrices and the head, and the T x C products of scores and values
+    assert result['flops_per_token'] == 6 * (2 * 12 * 16 * 16 + 65 * 16) + 12 * 2 * 16 * 16
+    assert result['loss'] == pytest.approx(math.log(65), abs=0.5)
+    assert result['mfu'] is None  # nobody knows a processor's peak
+    assert result['settings']['arch'] == arch and result['machine']['torch'] and result['dtype'] == 'float32'
+    for word in ('tok/s', 'TFLOP/s', ' ms (median of 3', 'loss', 'peak memory', 'step 1 of 4'):
+        assert word in stdout
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_decode(arch):
+    code, stdout, stderr, result = run_bench(*DECODE, f'--arch={arch}')
+    assert (code, stderr) == (0, '')
+    assert result['prefill_ms']['n'] == 2 and result['decode_ms']['n'] == 2 * (5 - 1)  # the prompt gives the first token
+    assert result['prefill_tok_per_s'] == pytest.approx(2 * 8 / result['prefill_ms']['median'] * 1000)
+    assert result['decode_tok_per_s'] == pytest.approx(2 / result['decode_ms']['median'] * 1000)
+    norms = 5 * 16 if arch == 'gpt2' else 0
+    assert result['weight_bytes'] == 4 * (2 * 12 * 16 * 16 + 65 * 16 + norms)
+    assert result['cache_bytes'] == 4 * 2 * 2 * 16 * 2 * (8 + 5 / 2)
+    assert result['memory_limit_ms'] is None and 'no memory limit' in stdout  # so few weights stay in the caches
+    assert 'prefill: ' in stdout and 'decode: ' in stdout
+
+
+def test_memory_limit(monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'CACHE_BYTES', 0)
+    monkeypatch.setattr(sys, 'argv', ['bench.py', *DECODE])
+    for name in bench.config_of(vars(bench)):
+        monkeypatch.setattr(bench, name, getattr(bench, name))  # so that they are put back
+    bench.configure(vars(bench))
+    bench.main()
+    *words, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    limit_s = (result['weight_bytes'] + result['cache_bytes']) / result['read_bytes_per_s']
+    assert result['memory_limit_ms'] == pytest.approx(limit_s * 1000)
+    assert any(line.startswith('memory limit: ') for line in words)
+
+
+def test_json_leaves_out_the_words():
+    _, stdout, _, result = run_bench(*STEP, '--json')
+    settings, line = stdout.splitlines()
+    assert settings.startswith('overrides: ') and json.loads(line) == result
+
+
+def test_batch_size_follows_the_mode():
+    tiny = [flag for flag in SMALL if 'batch_size' not in flag]
+    assert run_bench(*tiny, '--steps=1', '--warmup_steps=0')[3]['settings']['batch_size'] == 12
+    assert run_bench(*tiny, *DECODE[len(SMALL):])[3]['settings']['batch_size'] == 1
+
+
+def test_windows_of_a_dataset(tiny):
+    code, _, stderr, result = run_bench(*STEP, f'--dataset={tiny}')
+    assert (code, stderr) == (0, '') and result['settings']['dataset'] == str(tiny)
+    code, _, stderr, _ = run_bench(*STEP, f'--dataset={tiny}', '--vocab_size=2')
+    assert code == 2 and stderr.startswith(f'vocab_size=2: dataset {tiny} has ') and stderr.endswith(' or more\n')
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--mode=decod'], '--mode=decod: accepted is step or decode; did you mean decode?'),
+    (['--steps=0'], '--steps=0: accepted is 1 or more'),
+    (['--mode=decode', '--max_new_tokens=1'], '--max_new_tokens=1: accepted is 2 or more'),
+    (['--mode=decode', '--prompt_tokens=1000'], 'prompt_tokens=1000 and max_new_tokens=128 do not fit into block_size=1024: use --block_size=1128 or more'),
+    (['--n_embd=10', '--n_head=3'], 'n_embd=10 is not divisible by n_head=3: use n_embd=9 or 12'),
+])
+def test_wrong_settings(flags, message):
+    code, _, stderr, _ = run_bench(*flags)
+    assert (code, stderr) == (2, message + '\n')
+
+
+def test_works_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_bench(*STEP)[0] == 0 and not os.listdir(tmp_path)

@@ -1,0 +1,107 @@
+"""Both READMEs say the same commands, and every script, config file, setting and link that they and docs/ name exists."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from configurator import config_of, configure
+
+READMES = [ROOT / 'README.md', ROOT / 'README.zh-CN.md']
+PAGES = [*READMES, *sorted(ROOT.glob('docs/*.md'))]
+RUN = ['python data/shakespeare_char/prepare.py', 'python train.py config/quickstart.py', 'python sample.py --out_dir=out-quickstart']
+TEST = ['python -m pytest']
+INSTALL = ['python3 -m venv .venv', '. .venv/bin/activate', 'pip install -r requirements.txt']
+
+
+def blocks(page, language='sh'):
+    """The fenced blocks of a page in one language."""
+    fenced = re.findall(r'^```(\w*)\n(.*?)^```$', page.read_text(encoding='utf-8'), re.MULTILINE | re.DOTALL)
+    return [block for kind, block in fenced if kind == language]
+
+
+def commands(text):
+    """'a && b  # why' -> [['a'], ['b']]: the words of each command, comments left out."""
+    lines = text.replace('\\\n', ' ').splitlines()
+    return [shlex.split(part, comments=True) for line in lines for part in line.split('&&') if shlex.split(part, comments=True)]
+
+
+def named_commands(page):
+    """Every command of a page, in a block or in the middle of a sentence."""
+    spans = re.findall(r'`((?:python|torchrun) [^`\n]+)`', page.read_text(encoding='utf-8'))
+    return [command for text in [*blocks(page), *spans] for command in commands(text)]
+
+
+def split_command(words):
+    """(script, its arguments) of python or torchrun with a script; (None, []) for any other command."""
+    scripts = [i for i, word in enumerate(words) if word.endswith('.py')]
+    if words[0] not in ('python', 'torchrun') or '-m' in words or not scripts:
+        return None, []
+    return words[scripts[0]], words[scripts[0] + 1:]
+
+
+SCRIPTS = sorted({(script, *arguments) for page in PAGES for script, arguments in map(split_command, named_commands(page)) if script})
+
+
+def test_the_pages_hold_what_is_checked():
+    assert commands('python a.py --start="x y" \\\n  --b=1 && c  # why\n\n# only this') == [['python', 'a.py', '--start=x y', '--b=1'], ['c']]
+    assert split_command(['torchrun', '--nnodes=2', 'train.py', 'config/x.py']) == ('train.py', ['config/x.py'])
+    assert {command[0] for command in SCRIPTS} >= {'train.py', 'sample.py', 'bench.py', 'data/text/prepare.py'}
+
+
+def test_both_languages_have_the_same_commands():
+    english, chinese = ([commands(block) for block in blocks(page)] for page in READMES)
+    assert english == chinese and blocks(READMES[0], '') == blocks(READMES[1], '')
+
+
+@pytest.mark.parametrize('page', READMES, ids=lambda page: page.name)
+def test_run_and_test_are_one_line_each_on_the_first_screen(page):
+    run, test = blocks(page)[:2]
+    assert run == ' && '.join([*INSTALL, *RUN]) + '\n' and test == ' && '.join([*INSTALL, *TEST]) + '\n'
+    assert page.read_text(encoding='utf-8').split(test)[0].count('\n') < 25
+
+
+@pytest.mark.parametrize('command', SCRIPTS, ids=' '.join)
+def test_commands_name_what_exists(command, capsys):
+    script, *arguments = command
+    assert (ROOT / script).is_file()
+    if script.startswith('data/'):
+        done = subprocess.run([sys.executable, ROOT / script, '--help'], capture_output=True, text=True, encoding='utf-8') if arguments else None
+        assert not [flag for flag in arguments if flag.startswith('--') and flag.split('=')[0] not in done.stdout]
+        return
+    settings = dict(vars(importlib.import_module(script.removesuffix('.py'))))
+    if '--help' in arguments:
+        with pytest.raises(SystemExit, match='0'):
+            configure(settings, arguments)
+    else:
+        given = configure(settings, arguments)
+        assert len(given) >= sum(argument.startswith('--') for argument in arguments)
+
+
+def test_the_error_shown_is_the_one_that_comes():
+    for page in READMES:
+        [shown] = [line for block in blocks(page, '') for line in block.splitlines() if 'unknown setting' in line]
+        with pytest.raises(ValueError) as error:
+            configure(dict(vars(importlib.import_module('train'))), [shown.split(':')[0] + '=1'])
+        assert str(error.value) == shown
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_settings_exist(page):
+    text = page.read_text(encoding='utf-8')
+    links = [link for link in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in link]
+    assert not [link for link in links if link.split('#')[0] and not (page.parent / link.split('#')[0]).exists()]
+    known = {name for script in ('train', 'sample', 'bench') for name in config_of(vars(importlib.import_module(script)))}
+    named = re.findall(r'`(?:--)?([a-z]\w*)=[^`\n]*`', text) + re.findall(r'`([a-z]+_[a-z_]+)`', text)
+    assert not [name for name in named if name not in known]
+    assert not [name for name in re.findall(r'\bconfig/\w+\.py', text) if not (ROOT / name).is_file()]
+
+
+def test_requirements_pin_torch_and_bound_the_rest():
+    lines = [line for line in Path(ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines() if line and not line.startswith('#')]
+    assert lines[0].startswith('torch==') and all(re.fullmatch(r'[\w]+>=[\d.]+', line) for line in lines[1:])
