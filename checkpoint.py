@@ -10,11 +10,11 @@ A checkpoint is one dict of tensors and plain values in torch's zip format, load
     scaler          the float16 loss scaler's state
     model_args      what GPTConfig takes
     iter_num        updates done
-    best_val_loss, loss_ema, config (all settings), tokenizer, vocab_size (without padding), data (fingerprint), wandb_id, format
+    run_id          the run that wrote it: a folder's checkpoints are one run's, each an earlier state of the next
+    best_val_loss, config (all settings), tokenizer, vocab_size (without padding), data (fingerprint), format, and what train.py adds
 """
 
 import os
-import pickle
 import re
 import shutil
 import zipfile
@@ -65,35 +65,64 @@ def save(out_dir, state, keep_last_n=0, best=False):
     keep_last_n  how many older checkpoints stay, as ckpt_00001000.pt by their iter_num; -1 = all of them
     """
     out_dir = Path(out_dir)
+    for leftover in out_dir.glob('.*.pt.tmp*'):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    if keep_last_n or numbered(out_dir):
+        make_way(out_dir, state, keep_last_n != 0)
     if best:
         weights = {k: v for k, v in state.items() if k not in ('optimizer', 'scaler')}
         write_atomically(out_dir / 'best.pt', lambda f: torch.save(weights, f))
-    newest = out_dir / 'ckpt.pt'
-    if keep_last_n and newest.exists():
-        keep_under_number(newest)
-    write_atomically(newest, lambda f: torch.save(state, f))
+    write_atomically(out_dir / 'ckpt.pt', lambda f: torch.save(state, f))
     for old in numbered(out_dir)[keep_last_n:] if keep_last_n >= 0 else []:
         old.unlink(missing_ok=True)
 
 
-def keep_under_number(path):
-    """A second name for ckpt.pt by its iter_num: a hard link, or a copy where the file system has none."""
+def make_way(out_dir, state, keep):
+    """Gives the present ckpt.pt its number as a second name, since its first is about to become the name of state.
+
+    What is not an earlier state of the same run (another run was here, or this one went back) gets .old behind its name: resuming
+    and pruning go by numbers, which say nothing between runs. A damaged file gets no second name, and so pushes no good one out.
+    """
+    newest, before = out_dir / 'ckpt.pt', None
+    for path in candidates(out_dir):  # the first that can be read tells whose they all are
+        try:
+            before = modernize(read(path, mmap=True), path)
+            break
+        except ValueError as error:
+            print0(f'{error}: not kept as an older checkpoint')
+    same_run = before is not None and before.get('run_id') == state.get('run_id')
+    for old in numbered(out_dir):
+        if not same_run or number(old) >= state['iter_num']:
+            aside = old.with_name(old.name + '.old')
+            os.replace(old, aside)
+            print0(f'{old} is no earlier state of this run: renamed to {aside.name}')
+    if keep and before is not None and path == newest:
+        earlier = same_run and before['iter_num'] < state['iter_num']
+        add_name(newest, out_dir / f'ckpt_{before["iter_num"]:08d}.pt{"" if earlier else ".old"}')
+
+
+def add_name(path, name):
+    """A second name for a file: a hard link, or a copy where the file system has none."""
+    name.unlink(missing_ok=True)
     try:
-        iter_num = torch.load(path, map_location='cpu', mmap=True, weights_only=True)['iter_num']
-    except Exception:  # damaged or foreign: load_newest() deals with it, an older name would only hide it
-        return
-    kept = path.with_name(f'ckpt_{iter_num:08d}.pt')
-    temporary = path.with_name(f'.{kept.name}.tmp{os.getpid()}')
-    try:
-        os.link(path, temporary)
+        os.link(path, name)
     except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, kept)
+        with open(path, 'rb') as source:
+            write_atomically(name, lambda f: shutil.copyfileobj(source, f))
 
 
 def numbered(out_dir):
     """The older checkpoints of a folder, newest first."""
-    return sorted((p for p in Path(out_dir).glob('ckpt_*.pt') if re.fullmatch(r'ckpt_\d{8,}\.pt', p.name)), reverse=True)
+    return sorted((p for p in Path(out_dir).glob('ckpt_*.pt') if re.fullmatch(r'ckpt_\d{8,}\.pt', p.name)), key=number, reverse=True)
+
+
+def number(path):
+    return int(path.stem[len('ckpt_'):])
+
+
+def candidates(out_dir):
+    """What resuming may take, in the order in which it tries."""
+    return [p for p in (Path(out_dir) / 'ckpt.pt', *numbered(out_dir)) if p.is_file()]
 
 
 # -----------------------------------------------------------------------------
@@ -104,47 +133,70 @@ def load(path, n_head=None):
     """The verified checkpoint at path, in today's form; ValueError or FileNotFoundError in one line if it cannot be had.
 
     n_head  for a file of weights alone that does not say it: the shapes of weights do not show heads
+    """
+    return modernize(read(path), path, n_head)
 
-    torch.load does not look at the checksums of its own zip format, so a flipped bit would become a weight: they are checked first.
+
+def read(path, mmap=False):
+    """What was saved at path, verified.
+
+    mmap    map the tensors instead of reading them, for a look at the rest
+    raises  FileNotFoundError, ValueError for a damaged file or one that holds more than tensors and plain values
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist')
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is None:
-            state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        if isinstance(error, pickle.UnpicklingError) and 'weights_only' in str(error):
-            asked = re.search(r'GLOBAL (\S+)', str(error))
-            raise ValueError(f'{path} holds more than tensors and plain values{f" ({asked[1]})" if asked else ""}, which could run code when read: '
-                             'where it was written, save model.state_dict() alone') from None
-        raise ValueError(f'{path} is not a readable checkpoint ({reason[0][:150]})') from None
-    if damaged is not None:
-        raise ValueError(f'{path} is damaged: the checksum of {damaged} does not match')
-    return modernize(state, path, n_head)
+    with open(path, 'rb') as f:  # an OSError here is not the file's fault
+        try:
+            damage = find_damage(f)
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap) if damage is None else None
+        except MemoryError:
+            raise
+        except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
+            raise ValueError(f'{path} is not a readable checkpoint ({reason(error)})') from None
+    if damage is not None:
+        raise ValueError(f'{path} is damaged: {damage}')
+    return state
+
+
+def find_damage(f):
+    """What is wrong with the bytes of an open checkpoint, or None. torch.load does not look at the checksums of its zip format, so
+    a flipped bit would become a weight. One bit in the directory makes a record a folder, which torch.load reads as nothing at all
+    and leaves the memory of its tensor as it was."""
+    with zipfile.ZipFile(f) as archive:
+        for record in archive.infolist():
+            if record.external_attr:
+                return f'the attributes of {record.filename} are {record.external_attr:#x}, expected 0'
+        damaged = archive.testzip()
+        return None if damaged is None else f'the checksum of {damaged} does not match'
+
+
+def reason(error):
+    """The part of an error of zipfile or torch.load that tells something, in one line."""
+    words = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2] or type(error).__name__
+    name = re.search(r'GLOBAL (\S+)', words)
+    return f'it asks for {name[1]}, and only tensors and plain values are read' if name else words[:150]
 
 
 def load_newest(out_dir):
     """(state, path) of the newest readable checkpoint of out_dir, or (None, None) where there is none at all.
 
-    A damaged file is renamed to *.corrupt, said aloud, and the next older one is taken; ValueError if none is left.
+    A damaged file is renamed to *.corrupt, said aloud, and the next older one is taken; ValueError if none is left, or if the
+    newest is sound but no checkpoint of ours.
     """
-    candidates = [p for p in (Path(out_dir) / 'ckpt.pt', *numbered(out_dir)) if p.exists()]
-    for path in candidates:
+    for path in candidates(out_dir):
         try:
-            state = load(path)
+            state = read(path)
         except ValueError as error:
             aside = path.with_name(path.name + '.corrupt')
             os.replace(path, aside)
             print0(f'{error}: renamed to {aside.name}, looking for an older one')
             continue
+        state = modernize(state, path)
         print0(f'checkpoint: {path} (iteration {state["iter_num"]})')
         return state, path
-    if candidates:
-        raise ValueError(f'{out_dir} has no readable checkpoint left: see the *.corrupt files there, or start again with --init_from=scratch')
+    if any(Path(out_dir).glob('ckpt*.pt.corrupt')):  # also the next time: a run that resumes by itself must not begin again unasked
+        raise ValueError(f'{out_dir} has no readable checkpoint left: see the *.corrupt files there, or start again with another --out_dir')
     return None, None
 
 
@@ -162,21 +214,32 @@ def modernize(state, path, n_head=None):
         raise ValueError(f'{path} holds a {type(state).__name__}, not a checkpoint dict')
     if state.get('format', FORMAT) != FORMAT:
         raise ValueError(f'{path} has format {state["format"]}, this version reads {FORMAT}: use a newer flatGPT')
-    if 'format' in state:
-        if not isinstance(state.get('model'), dict) or not isinstance(state.get('model_args'), dict):
-            raise ValueError(f'{path} has no model and model_args: it is not a checkpoint of flatGPT')
-        return state
+    if 'format' not in state:
+        state = of_another_trainer(state, path, n_head)
+    if not is_weights(state.get('model')) or not isinstance(state.get('model_args'), dict):
+        raise ValueError(f'{path} has no model and model_args: it is not a checkpoint of flatGPT or nanoGPT')
+    for key, kind in (('iter_num', int), ('best_val_loss', float | int | None), ('config', dict | None), ('optimizer', dict | None)):
+        if not isinstance(state.get(key), kind):
+            raise ValueError(f'{path} is not a checkpoint of flatGPT or nanoGPT: {key} is a {type(state.get(key)).__name__}')
+    return state
+
+
+def of_another_trainer(state, path, n_head):
+    """A checkpoint from nanoGPT's dict, or from weights in any dict, under any prefix: model_state_dict, state_dict, or bare."""
     weights = next((state[key] for key in ('model', 'model_state_dict', 'state_dict') if isinstance(state.get(key), dict)), state)
-    weights = {k: v for k, v in strip_prefixes(weights).items() if not re.search(r'\.attn\.(masked_)?bias$', k)}  # causal masks of old files
-    if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+    if not weights or not is_weights(weights):
         raise ValueError(f'{path} has no weights by name, itself or under model, model_state_dict or state_dict: it is not a checkpoint')
-    if isinstance(state.get('model_args'), dict) and 'model' in state:  # nanoGPT, which uses the exact GELU
-        known = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
-        args = {k: v for k, v in state['model_args'].items() if k in known} | dict(arch='gpt2', activation='gelu')
-        return {**state, 'model': weights, 'model_args': args, 'iter_num': int(state.get('iter_num', 0)),
-                'best_val_loss': float(state.get('best_val_loss', float('inf')))}
-    weights, args = adopt(weights, state, path, n_head)
-    return dict(model=weights, model_args=args, iter_num=0, config={})
+    weights = {k: v for k, v in strip_prefixes(weights).items() if not re.search(r'\.attn\.(masked_)?bias$', k)}  # causal masks of old files
+    args = state.get('model_args')
+    if 'model' not in state or not isinstance(args, dict):
+        weights, args = adopt(weights, state, path, n_head)
+        return dict(model=weights, model_args=args, iter_num=0, best_val_loss=None, config={})
+    # nanoGPT, which uses the exact GELU
+    known = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+    args = {k: v for k, v in args.items() if k in known} | dict(arch='gpt2', activation='gelu')
+    loss = state.get('best_val_loss', float('inf'))
+    loss = loss.item() if isinstance(loss, torch.Tensor) else loss
+    return dict(iter_num=0, config={}) | state | dict(model=weights, model_args=args, best_val_loss=loss)
 
 
 def adopt(weights, state, path, n_head):
@@ -211,34 +274,52 @@ def adopt(weights, state, path, n_head):
     return weights, args
 
 
+def is_weights(value):
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
+
+
 # -----------------------------------------------------------------------------
 # model and optimizers <-> plain dicts, the same for one process, DDP and FSDP2
 
 
 def gather(model, optimizers):
     """{'model': …, 'optimizer': …} with whole tensors by parameter name, on the first rank; every rank takes part."""
-    model_state, optimizer_state = dcp.get_state_dict(
-        model, optimizers, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    fresh = [optimizer for optimizer in optimizers if not optimizer.state]
+    if fresh:  # what has no state yet is given one by a step at rate 0, which must not count as a step
+        dcp.get_optimizer_state_dict(model, fresh)
+        for steps in (moments['step'] for optimizer in fresh for moments in optimizer.state.values() if 'step' in moments):
+            steps.zero_()
+    model_state, optimizer_state = dcp.get_state_dict(model, optimizers, options=options)
     return dict(model=model_state, optimizer=optimizer_state)
 
 
 def scatter(state, model, optimizers):
-    """Puts what gather() took back in. Rates, decay and betas stay as the optimizers have them now (optim.keep_settings)."""
-    optimizer_state = state['optimizer']
-    if 'format' not in state:
-        optimizer_state = name_parameters(optimizer_state, model, optimizers)
-    dcp.set_state_dict(model, optimizers, model_state_dict=state['model'], optim_state_dict=optimizer_state,
+    """Puts what gather() took back in. Rates, decay and betas stay as the optimizers have them now.
+
+    raises  ValueError where weights or moments do not fit the model
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    groups = [{**group, 'params': [names[p] for p in group['params']]} for optimizer in optimizers for group in optimizer.param_groups]
+    moments = state['optimizer'].get('state', {})
+    if 'format' not in state:  # nanoGPT numbers the parameters in the order of its two groups
+        order = [name for group in groups for name in group['params']]
+        moments = {order[i]: of_one for i, of_one in moments.items() if i in range(len(order))}
+    check_weights(model, state['model'], 'the checkpoint')
+    check_moments(model, moments, groups)
+    dcp.set_state_dict(model, optimizers, model_state_dict=state['model'], optim_state_dict=dict(state=moments, param_groups=groups),
                        options=dcp.StateDictOptions(full_state_dict=True))
 
 
-def name_parameters(optimizer_state, model, optimizers):
-    """nanoGPT's optimizer state, which numbers the parameters in the order of its two groups, with their names instead."""
-    names = {p: name for name, p in model.named_parameters()}
-    order = [names[p] for o in optimizers for group in o.param_groups for p in group['params']]
-    if len(order) != sum(len(g['params']) for g in optimizer_state['param_groups']):
-        raise ValueError('the checkpoint holds another optimizer: resume it with --optimizer=adamw and --decay_groups=matrices')
-    return dict(state={order[i]: s for i, s in optimizer_state['state'].items()},
-                param_groups=[{**g, 'params': [order[i] for i in g['params']]} for g in optimizer_state['param_groups']])
+def check_moments(model, moments, groups):
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for group in groups:
+        keys = {'momentum_buffer'} if 'momentum' in group else {'step', 'exp_avg', 'exp_avg_sq'}
+        for name in group['params']:
+            own = moments.get(name, {})
+            if own.keys() != keys or any(own[key].shape != shapes[name] for key in keys - {'step'}):
+                raise ValueError(f'the checkpoint has no {" and ".join(sorted(keys - {"step"}))} of {name} with shape {tuple(shapes[name])}: '
+                                 'it was written with another optimizer, resume it with that one')
 
 
 def load_weights(model, weights, path, strict=True):
@@ -246,6 +327,16 @@ def load_weights(model, weights, path, strict=True):
 
     strict  False: the latter are listed instead, and what is missing stays as it is in the model
     """
+    missing, unexpected = check_weights(model, weights, path, strict, '; --strict=False takes those that fit')
+    if missing:
+        print0(f'{path}: {len(missing)} weights missing, left as a new model has them: {", ".join(missing)}')
+    if unexpected:
+        print0(f'{path}: {len(unexpected)} weights unexpected, not used: {", ".join(unexpected)}')
+    model.load_state_dict({k: v for k, v in weights.items() if k not in unexpected}, strict=False)
+
+
+def check_weights(model, weights, path, strict=True, remedy=''):
+    """The names that weights lack and those that the model lacks, both none if strict."""
     own = model.state_dict()
     for name, tensor in weights.items():
         if name in own and own[name].shape != tensor.shape:
@@ -253,9 +344,5 @@ def load_weights(model, weights, path, strict=True):
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if (missing or unexpected) and strict:
         raise ValueError(f'{path} does not fit the model: {len(missing)} weights missing ({", ".join(missing[:3])}), '
-                         f'{len(unexpected)} unexpected ({", ".join(unexpected[:3])}); --strict=False takes those that fit')
-    if missing:
-        print0(f'{path}: {len(missing)} weights missing, left as a new model has them: {", ".join(missing)}')
-    if unexpected:
-        print0(f'{path}: {len(unexpected)} weights unexpected, not used: {", ".join(unexpected)}')
-    model.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
+                         f'{len(unexpected)} unexpected ({", ".join(unexpected[:3])}){remedy}')
+    return missing, unexpected

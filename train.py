@@ -322,7 +322,7 @@ def open_data(grad_accum, rows, place):
     train = Loader(folders, 'train', block_size, rows, grad_accum, place.rank, place.world_size, sampling, seed, weights,
                    prefetch=place.device.type != 'cpu')
     in_order = 'documents' if sampling == 'documents' else 'sequential'
-    train_eval, val = (Loader(folders, split, block_size, batch_size, order=in_order, weights=weights) for split in ('train', 'val'))
+    train_eval, val = (Loader(folders, split, block_size, batch_size, order=in_order) for split in ('train', 'val'))
     for split in train.splits:
         if split.meta['origin'] != 'meta.json':
             rule = 'characters from meta.pkl' if split.meta['origin'] == 'meta.pkl' else "GPT-2's ids"

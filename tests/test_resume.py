@@ -169,7 +169,7 @@ def test_no_readable_checkpoint_is_an_error(finished):
     for path in finished.glob('ckpt*.pt'):
         path.write_bytes(b'not a checkpoint')
     code, _, stderr, _ = train_here('--init_from=resume', '--device=cpu', out_dir=finished)
-    remedy = 'see the *.corrupt files there, or start again with --init_from=scratch'
+    remedy = 'see the *.corrupt files there, or start again with another --out_dir'
     assert (code, stderr) == (2, f'{finished} has no readable checkpoint left: {remedy}\n')
 
 

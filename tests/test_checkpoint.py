@@ -1,0 +1,471 @@
+"""checkpoint.py: never half-written, never silently wrong, and the same state back, whatever optimizer and architecture."""
+
+import copy
+import io
+import os
+import random
+import re
+import stat
+import zipfile
+
+import pytest
+import torch
+
+import checkpoint
+from conftest import differences
+from model import GPT, GPTConfig
+from optim import configure_optimizers, set_lr
+
+SIZES = dict(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=8)
+
+
+def small_state(iter_num=10, run_id='a', **more):
+    """A checkpoint with a recognisable tensor, loadable but of no model."""
+    return dict(model={'weight': torch.full((300,), float(iter_num)), 'bias': torch.arange(7.0)}, optimizer={'state': {}, 'param_groups': []},
+                scaler={}, model_args={'n_layer': 1}, iter_num=iter_num, best_val_loss=2.5, config={'dataset': 'x'}, run_id=run_id,
+                format=checkpoint.FORMAT, **more)
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def save_many(folder, iter_nums, run_id='a', **settings):
+    for iter_num in iter_nums:
+        checkpoint.save(folder, small_state(iter_num, run_id), **settings)
+
+
+def error_of(path):
+    with pytest.raises((ValueError, OSError)) as caught:
+        checkpoint.load(path)
+    message = str(caught.value).replace(str(path), 'PATH')
+    assert '\n' not in message and len(message) < 300
+    return message
+
+
+def damage(path, position=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * position)] ^= 1
+    path.write_bytes(data)
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    def write(f):
+        f.write(b'new')
+        raise error
+    path = tmp_path / 'file'
+    for error in (OSError('disk full'), KeyboardInterrupt()):
+        path.write_bytes(b'old')
+        with pytest.raises(type(error)):
+            checkpoint.write_atomically(path, write)
+        assert files(tmp_path) == ['file'] and path.read_bytes() == b'old'
+
+
+def test_the_order_is_fsync_replace_fsync_of_the_folder(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    path = tmp_path / 'file'
+
+    def recorded_fsync(descriptor):
+        calls.append('fsync folder' if stat.S_ISDIR(os.fstat(descriptor).st_mode) else f'fsync {[p.read_bytes() for p in tmp_path.iterdir()]}')
+        fsync(descriptor)
+
+    def recorded_replace(source, target):
+        assert os.path.dirname(source) == os.path.dirname(target)
+        calls.append('replace')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'fsync', recorded_fsync)
+    monkeypatch.setattr(os, 'replace', recorded_replace)
+    checkpoint.write_atomically(path, lambda f: f.write(b'content'))
+    assert calls == ["fsync [b'content']", 'replace'] + ['fsync folder'] * (os.name == 'posix')
+
+
+def test_leftovers_of_a_killed_writer_go_with_the_next_save(tmp_path):
+    for name in ('.ckpt.pt.tmp123', '.best.pt.tmp7', '.ckpt_00000010.pt.tmp7', '.other.tmp1'):
+        (tmp_path / name).write_bytes(b'half')
+    save_many(tmp_path, [10])
+    assert files(tmp_path) == ['.other.tmp1', 'ckpt.pt']
+
+
+def test_best_holds_weights_only(tmp_path):
+    checkpoint.save(tmp_path, small_state(10), best=True)
+    checkpoint.save(tmp_path, small_state(20))
+    best = checkpoint.load(tmp_path / 'best.pt')
+    assert best['iter_num'] == 10 and not {'optimizer', 'scaler'} & best.keys()
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 20
+
+
+# -----------------------------------------------------------------------------
+# how many stay
+
+
+@pytest.mark.parametrize('keep_last_n, kept', [(0, []), (1, [40]), (3, [20, 30, 40]), (-1, [10, 20, 30, 40])])
+def test_keep_last_n(tmp_path, keep_last_n, kept):
+    save_many(tmp_path, [10, 20, 30, 40, 50], keep_last_n=keep_last_n)
+    assert files(tmp_path) == ['ckpt.pt'] + [f'ckpt_{n:08d}.pt' for n in kept]
+    for n in kept:
+        assert checkpoint.load(tmp_path / f'ckpt_{n:08d}.pt')['iter_num'] == n
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 50
+
+
+def test_numbers_are_compared_as_numbers(tmp_path):
+    save_many(tmp_path, [99_999_999, 100_000_000, 100_000_001], keep_last_n=1)
+    assert files(tmp_path) == ['ckpt.pt', 'ckpt_100000000.pt']
+
+
+def test_nothing_is_pruned_before_the_new_one_is_there(tmp_path, monkeypatch):
+    save_many(tmp_path, [10, 20, 30], keep_last_n=2)
+
+    def fill_the_disk(state, f):
+        f.write(b'half')
+        raise OSError('disk full')
+    monkeypatch.setattr(torch, 'save', fill_the_disk)
+    with pytest.raises(OSError, match='disk full'):
+        checkpoint.save(tmp_path, small_state(40), keep_last_n=1)
+    assert {'ckpt.pt', 'ckpt_00000010.pt', 'ckpt_00000020.pt'} <= set(files(tmp_path))
+    assert not [name for name in files(tmp_path) if 'tmp' in name]
+    assert checkpoint.load_newest(tmp_path)[0]['iter_num'] == 30
+
+
+def test_where_there_are_no_hard_links_it_is_a_copy(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError('not supported')
+    monkeypatch.setattr(os, 'link', link)
+    save_many(tmp_path, [10, 20, 30], keep_last_n=1)
+    assert files(tmp_path) == ['ckpt.pt', 'ckpt_00000020.pt']
+    assert checkpoint.load(tmp_path / 'ckpt_00000020.pt')['iter_num'] == 20
+
+
+def test_a_damaged_checkpoint_does_not_push_a_good_one_out(tmp_path, capsys):
+    save_many(tmp_path, [10, 20], keep_last_n=1)
+    damage(tmp_path / 'ckpt.pt')
+    save_many(tmp_path, [30], keep_last_n=1)
+    assert files(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt']
+    assert 'does not match: not kept as an older checkpoint' in capsys.readouterr().out
+    damage(tmp_path / 'ckpt.pt')
+    assert checkpoint.load_newest(tmp_path)[0]['iter_num'] == 10
+
+
+def test_keeping_maps_no_file_that_is_about_to_be_replaced(tmp_path):
+    if not os.path.exists('/proc/self/maps'):
+        pytest.skip('needs /proc')
+    save_many(tmp_path, [10, 20], keep_last_n=1)  # Windows refuses to replace a file that is mapped
+    with open('/proc/self/maps', encoding='utf-8') as f:
+        assert str(tmp_path) not in f.read()
+
+
+# -----------------------------------------------------------------------------
+# one folder, several runs
+
+
+def test_a_new_run_sets_the_checkpoints_of_another_aside(tmp_path, capsys):
+    save_many(tmp_path, [1000, 2000, 3000], 'first', keep_last_n=2)
+    save_many(tmp_path, [1500], 'second', keep_last_n=2)
+    theirs = [f'ckpt_0000{n}.pt.old' for n in (1000, 2000, 3000)]
+    assert files(tmp_path) == ['ckpt.pt', *theirs]
+    assert f'{tmp_path / "ckpt_00001000.pt"} is no earlier state of this run: renamed to ckpt_00001000.pt.old' in capsys.readouterr().out
+    save_many(tmp_path, [2500, 3500], 'second', keep_last_n=2)
+    assert files(tmp_path) == ['ckpt.pt', theirs[0], 'ckpt_00001500.pt', theirs[1], 'ckpt_00002500.pt', theirs[2]]
+    for expected in (3500, 2500, 1500):
+        state, path = checkpoint.load_newest(tmp_path)
+        assert (state['iter_num'], state['run_id']) == (expected, 'second')
+        path.unlink()
+    assert checkpoint.load(tmp_path / theirs[2])['run_id'] == 'first'
+
+
+def test_a_run_that_went_back_sets_its_later_checkpoints_aside(tmp_path):
+    save_many(tmp_path, [10, 20, 30, 40], keep_last_n=-1)
+    save_many(tmp_path, [25, 35], keep_last_n=-1)  # resumed from ckpt_00000020.pt
+    assert files(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt', 'ckpt_00000020.pt', 'ckpt_00000025.pt', 'ckpt_00000030.pt.old', 'ckpt_00000040.pt.old']
+
+
+def test_a_run_goes_on_where_the_newest_was_damaged(tmp_path):
+    save_many(tmp_path, [10, 20, 30], keep_last_n=2)
+    damage(tmp_path / 'ckpt.pt')
+    state, _ = checkpoint.load_newest(tmp_path)
+    save_many(tmp_path, [state['iter_num'] + 10], keep_last_n=2)
+    assert files(tmp_path) == ['ckpt.pt', 'ckpt.pt.corrupt', 'ckpt_00000010.pt', 'ckpt_00000020.pt']
+
+
+def test_without_older_ones_another_run_is_simply_replaced(tmp_path):
+    save_many(tmp_path, [3000], 'first')
+    save_many(tmp_path, [1500], 'second')
+    assert files(tmp_path) == ['ckpt.pt'] and checkpoint.load(tmp_path / 'ckpt.pt')['run_id'] == 'second'
+
+
+# -----------------------------------------------------------------------------
+# reading what is damaged
+
+
+@pytest.fixture(scope='module')
+def packed():
+    """The bytes of a checkpoint, and its state."""
+    state, buffer = small_state(), io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue(), state
+
+
+def is_noticed(path, data, state):
+    """Whether load() refuses the data; if it does not, they must be the state, bit for bit."""
+    path.write_bytes(data)
+    try:
+        loaded = checkpoint.load(path)
+    except ValueError:
+        return True
+    assert not differences(loaded, state)
+    return False
+
+
+def flipped(data, bit):
+    copy = bytearray(data)
+    copy[bit // 8] ^= 1 << bit % 8
+    return bytes(copy)
+
+
+def test_flipped_bits_are_noticed_or_change_nothing(tmp_path, packed):
+    data, state = packed
+    draw = random.Random(0)
+    for _ in range(40):
+        is_noticed(tmp_path / 'ckpt.pt', flipped(data, draw.randrange(8 * len(data))), state)
+    # in a tensor, none goes unnoticed
+    start = data.index(state['model']['weight'].numpy().tobytes())
+    assert all(is_noticed(tmp_path / 'ckpt.pt', flipped(data, bit), state) for bit in range(8 * start, 8 * (start + 1200), 61))
+    # every bit of one entry of the directory: among them the one that makes a tensor a folder, read as nothing
+    entry = data.rindex(b'PK\1\2', 0, data.rindex(b'data/1'))
+    noticed = [is_noticed(tmp_path / 'ckpt.pt', flipped(data, bit), state) for bit in range(8 * entry, 8 * (entry + 46))]
+    assert noticed[8 * 38 + 4]
+
+
+def test_truncated_empty_and_zeroed_files_are_noticed(tmp_path, packed):
+    data, state = packed
+    for n in {0, 1, 30, 100, len(data) // 2, len(data) - 100, len(data) - 22, len(data) - 1}:
+        assert is_noticed(tmp_path / 'ckpt.pt', data[:n], state), n
+    for start in range(0, len(data), 256):
+        zeroed = data[:start] + bytes(len(data[start:start + 256])) + data[start + 256:]
+        noticed = is_noticed(tmp_path / 'ckpt.pt', zeroed, state)
+    assert noticed  # the end of the directory
+
+
+@pytest.mark.parametrize('write, message', [
+    (lambda f: None, 'PATH is not a readable checkpoint (File is not a zip file)'),
+    (lambda f: f.write(b'some text\n' * 100), 'PATH is not a readable checkpoint (File is not a zip file)'),
+    (lambda f: zipfile.ZipFile(f, 'w').close(), 'PATH is not a readable checkpoint ('),
+    (lambda f: torch.save([1, 2], f), 'PATH holds a list, not a checkpoint dict'),
+    (lambda f: torch.save(torch.zeros(3), f), 'PATH holds a Tensor, not a checkpoint dict'),
+    (lambda f: torch.save({'weight': torch.zeros(3)}, f), "PATH does not name its weights as nanoGPT or transformers name a GPT-2's"),
+    (lambda f: torch.save({'epoch': 3}, f), 'PATH has no weights by name, itself or under model, model_state_dict or state_dict: it is not a checkpoint'),
+    (lambda f: torch.save(small_state() | {'model': {1: 2}}, f), 'PATH has no model and model_args: it is not a checkpoint of flatGPT or nanoGPT'),
+    (lambda f: torch.save(small_state() | {'model_args': 3}, f), 'PATH has no model and model_args: it is not a checkpoint of flatGPT or nanoGPT'),
+    (lambda f: torch.save(small_state() | {'iter_num': '../x'}, f), 'PATH is not a checkpoint of flatGPT or nanoGPT: iter_num is a str'),
+    (lambda f: torch.save(small_state() | {'config': 'x'}, f), 'PATH is not a checkpoint of flatGPT or nanoGPT: config is a str'),
+    (lambda f: torch.save(small_state() | {'format': 2}, f), 'PATH has format 2, this version reads 1: use a newer flatGPT'),
+])
+def test_what_is_no_checkpoint_gets_one_line(tmp_path, write, message):
+    path = tmp_path / 'ckpt.pt'
+    with open(path, 'wb') as f:
+        write(f)
+    assert error_of(path).startswith(message)
+
+
+def test_a_checkpoint_that_asks_for_code_is_refused(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'was_here'),)
+
+    path = tmp_path / 'ckpt.pt'
+    for name in ('model', 'config', 'anything'):
+        torch.save(small_state() | {name: Hostile()}, path)
+        assert re.fullmatch(r'PATH is not a readable checkpoint \(it asks for \w+\.mkdir, and only tensors and plain values are read\)', error_of(path))
+        assert not (tmp_path / 'was_here').exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / 'was_here').exists()  # it would have worked
+
+
+def test_a_missing_file_and_one_that_cannot_be_opened_are_no_damage(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match='does not exist'):
+        checkpoint.load(tmp_path / 'ckpt.pt')
+    save_many(tmp_path, [10])
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr('builtins.open', refuse)
+    with pytest.raises(PermissionError):
+        checkpoint.load_newest(tmp_path)
+    monkeypatch.undo()
+    assert files(tmp_path) == ['ckpt.pt']
+
+
+def test_the_newest_that_can_be_read_is_taken(tmp_path, capsys):
+    assert checkpoint.load_newest(tmp_path) == checkpoint.load_newest(tmp_path / 'none') == (None, None)
+    save_many(tmp_path, [10, 20, 30], keep_last_n=2)
+    for newest, older, n in (('ckpt.pt', 'ckpt_00000020.pt', 20), ('ckpt_00000020.pt', 'ckpt_00000010.pt', 10)):
+        damage(tmp_path / newest)
+        state, path = checkpoint.load_newest(tmp_path)
+        assert (state['iter_num'], path) == (n, tmp_path / older)
+        said = capsys.readouterr().out
+        assert said.startswith(f'{tmp_path / newest} is damaged: the checksum of ') and f'renamed to {newest}.corrupt' in said
+    damage(tmp_path / 'ckpt_00000010.pt')
+    for _ in range(2):  # the second time too: nothing readable is not the same as nothing
+        with pytest.raises(ValueError, match='has no readable checkpoint left'):
+            checkpoint.load_newest(tmp_path)
+    assert files(tmp_path) == ['ckpt.pt.corrupt', 'ckpt_00000010.pt.corrupt', 'ckpt_00000020.pt.corrupt']
+
+
+def test_a_sound_file_of_another_kind_is_left_where_it_is(tmp_path):
+    save_many(tmp_path, [10, 20], keep_last_n=1)
+    torch.save(small_state() | {'format': 2}, tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match='has format 2, this version reads 1: use a newer flatGPT'):
+        checkpoint.load_newest(tmp_path)
+    assert files(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt']
+
+
+# -----------------------------------------------------------------------------
+# model and optimizers
+
+
+def new_model(arch, seed=0, **changes):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(arch=arch, **{**SIZES, **changes}))
+
+
+def new_optimizers(model, optimizer, learning_rate=1e-2, weight_decay=0.1):
+    return configure_optimizers(model, optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay)
+
+
+def train(model, optimizers, n_steps, seed=0):
+    """Steps on random tokens; returns the weights."""
+    torch.manual_seed(seed)
+    for _ in range(n_steps):
+        idx = torch.randint(13, (4, 9))
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return copy.deepcopy(model.state_dict())
+
+
+def through_a_file(folder, state):
+    checkpoint.save(folder, small_state() | state)
+    return checkpoint.load(folder / 'ckpt.pt')
+
+
+BOTH = pytest.mark.parametrize('arch, optimizer', [('gpt2', 'adamw'), ('gpt2', 'muon'), ('modern', 'adamw'), ('modern', 'muon')])
+
+
+@BOTH
+def test_scatter_gives_back_what_gather_took(tmp_path, arch, optimizer):
+    model = new_model(arch)
+    optimizers = new_optimizers(model, optimizer)
+    train(model, optimizers, 3)
+    state = through_a_file(tmp_path, checkpoint.gather(model, optimizers))
+
+    other = new_model(arch, seed=1)
+    others = new_optimizers(other, optimizer)
+    checkpoint.scatter(state, other, others)
+    assert not differences(checkpoint.gather(other, others), checkpoint.gather(model, optimizers))
+    assert not differences(train(other, others, 2), train(model, optimizers, 2))
+    assert (other.lm_head.weight is other.transformer.wte.weight) == (arch == 'gpt2')  # tied weights stay tied
+
+
+@BOTH
+def test_settings_of_now_win_over_the_stored_ones(tmp_path, arch, optimizer):
+    model = new_model(arch)
+    optimizers = new_optimizers(model, optimizer)
+    train(model, optimizers, 3)
+    state = through_a_file(tmp_path, checkpoint.gather(model, optimizers))
+
+    other = new_model(arch, seed=1)
+    others = new_optimizers(other, optimizer, learning_rate=3e-3, weight_decay=0.01)
+    settings = [{k: v for k, v in group.items() if k != 'params'} for each in others for group in each.param_groups]
+    checkpoint.scatter(state, other, others)
+    assert settings == [{k: v for k, v in group.items() if k != 'params'} for each in others for group in each.param_groups]
+    for each in optimizers:  # the same change by hand
+        for ours, theirs in zip(each.param_groups, others[optimizers.index(each)].param_groups):
+            ours.update({k: v for k, v in theirs.items() if k != 'params'})
+    assert not differences(train(other, others, 2), train(model, optimizers, 2))
+
+
+@BOTH
+def test_gathering_before_the_first_step_changes_nothing(arch, optimizer):
+    model, twin = new_model(arch), new_model(arch)
+    optimizers, twins = new_optimizers(model, optimizer), new_optimizers(twin, optimizer)
+    for each in (optimizers, twins):
+        set_lr(each, 0.5)
+    before = copy.deepcopy((model.state_dict(), dict(model.named_buffers()), [each.state_dict()['param_groups'] for each in optimizers]))
+    gathered = copy.deepcopy(checkpoint.gather(model, optimizers))
+    assert not differences(before, (model.state_dict(), dict(model.named_buffers()), [each.state_dict()['param_groups'] for each in optimizers]))
+    assert all(p.grad is None for p in model.parameters())
+    resumed = new_model(arch, seed=1)
+    resumed_optimizers = new_optimizers(resumed, optimizer)
+    checkpoint.scatter(gathered | dict(format=1), resumed, resumed_optimizers)
+    set_lr(resumed_optimizers, 0.5)
+    expected = train(twin, twins, 2)
+    assert not differences(train(model, optimizers, 2), expected)
+    assert not differences(train(resumed, resumed_optimizers, 2), expected)
+
+
+def test_scatter_names_what_does_not_fit():
+    model = new_model('gpt2')
+    optimizers = new_optimizers(model, 'adamw')
+    train(model, optimizers, 1)
+    state = copy.deepcopy(checkpoint.gather(model, optimizers)) | dict(format=1)
+    with pytest.raises(ValueError, match=re.escape(
+            'the checkpoint has no momentum_buffer of transformer.h.0.attn.c_attn.weight with shape (24, 8): it was written with another optimizer')):
+        checkpoint.scatter(state, model, new_optimizers(model, 'muon'))
+    larger = new_model('gpt2', vocab_size=17)
+    with pytest.raises(ValueError, match=re.escape('the checkpoint: transformer.wte.weight has shape (13, 8), the model expects (17, 8)')):
+        checkpoint.scatter(state, larger, new_optimizers(larger, 'adamw'))
+
+
+def test_load_weights_names_what_does_not_fit():
+    weights = new_model('gpt2').state_dict()
+    extra = {'spare': weights.pop('transformer.wpe.weight'), **weights}
+    with pytest.raises(ValueError, match=re.escape('x.pt does not fit the model: 1 weights missing (transformer.wpe.weight), 1 unexpected (spare)')):
+        checkpoint.load_weights(new_model('gpt2'), extra, 'x.pt')
+
+
+# -----------------------------------------------------------------------------
+# nanoGPT's format
+
+
+def write_nanogpt(path, model, optimizer, prefix):
+    """What nanoGPT's train.py saves: its own names, numbered moments, a tensor for the loss."""
+    torch.save(dict(
+        model={f'{prefix}{k}': v for k, v in model.state_dict().items()}, optimizer=optimizer.state_dict(), iter_num=2000,
+        model_args=dict(n_layer=2, n_head=2, n_embd=8, block_size=8, bias=False, vocab_size=13, dropout=0.0),
+        best_val_loss=torch.tensor(1.5), config=dict(dataset='shakespeare_char', out_dir='out')), path)
+
+
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module._orig_mod.'])
+def test_a_checkpoint_of_nanogpt_goes_on(tmp_path, prefix):
+    model = new_model('gpt2', bias=False, activation='gelu')
+    decay, rest = ([p for p in model.parameters() if (p.dim() >= 2) == matrices] for matrices in (True, False))
+    theirs = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], lr=1e-2, betas=(0.9, 0.95))
+    train(model, [theirs], 3)
+    write_nanogpt(tmp_path / 'ckpt.pt', model, theirs, prefix)
+
+    state, _ = checkpoint.load_newest(tmp_path)
+    assert (state['iter_num'], state['best_val_loss'], type(state['best_val_loss'])) == (2000, 1.5, float)
+    ours = GPT(GPTConfig(**state['model_args']))
+    assert (ours.config.arch, ours.config.activation, ours.config.bias) == ('gpt2', 'gelu', False)
+    optimizers = configure_optimizers(ours, optimizer='adamw', learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), fused=False)
+    checkpoint.scatter(state, ours, optimizers)
+    moments = optimizers[0].state
+    for p, q in zip(ours.parameters(), model.parameters()):
+        assert not differences(moments[p], theirs.state[q])
+    assert not differences(train(ours, optimizers, 2), train(model, [theirs], 2))
+
+    with pytest.raises(ValueError, match='it was written with another optimizer, resume it with that one'):
+        checkpoint.scatter(state, ours, new_optimizers(ours, 'muon'))
+
+
+def test_old_causal_masks_of_nanogpt_and_other_keys_for_the_weights(tmp_path):
+    weights = {f'module.{k}': v for k, v in new_model('gpt2').state_dict().items()} | {'transformer.h.0.attn.bias': torch.ones(1, 1, 8, 8)}
+    torch.save(dict(model_state_dict=weights, model_args=dict(SIZES)), tmp_path / 'ckpt.pt')
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    checkpoint.load_weights(GPT(GPTConfig(**state['model_args'])), state['model'], tmp_path / 'ckpt.pt')
+    assert state['iter_num'] == 0
