@@ -251,7 +251,7 @@ def adopt(weights, state, path, n_head):
         weights = {k if k == 'lm_head.weight' else 'transformer.' + k: v for k, v in weights.items()}
     wte, wpe, c_attn = (weights.get(f'transformer.{name}.weight') for name in ('wte', 'wpe', 'h.0.attn.c_attn'))
     wte = weights.get('lm_head.weight') if wte is None else wte
-    if wte is None or wpe is None or c_attn is None:
+    if any(tensor is None or tensor.dim() != 2 for tensor in (wte, wpe, c_attn)):
         raise ValueError(f'{path} does not name its weights as nanoGPT or transformers name a GPT-2\'s (transformer.wte.weight and so on, '
                          f'found {", ".join(sorted(weights)[:3])}): rename them where it was written')
     if not torch.equal(wte, weights.get('lm_head.weight', wte)):
@@ -265,7 +265,7 @@ def adopt(weights, state, path, n_head):
     said = next((d[name] for name in ('n_head', 'n_heads', 'num_heads', 'num_attention_heads') for d in dicts if type(d.get(name)) is int), None)
     if said is None and n_head is None:
         raise ValueError(f'{path} does not say its number of heads, and weights do not show it: give --n_head '
-                         f'({C // 64} if its heads are 64 wide, as GPT-2\'s)')
+                         f'({max(C // 64, 1)} if its heads are 64 wide, as GPT-2\'s)')
     args = dict(arch='gpt2', activation='gelu_tanh' if transposed else 'gelu', vocab_size=wte.size(0), block_size=wpe.size(0), n_embd=C,
                 n_head=said or n_head, n_layer=len({k.split('.')[2] for k in weights if k.startswith('transformer.h.')}),
                 bias=any(k.endswith('.bias') for k in weights), dropout=0.0)

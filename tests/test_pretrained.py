@@ -463,7 +463,7 @@ def test_heads_are_read_from_the_file_or_asked_for(tmp_path, capsys):
     path = tmp_path / 'x.pt'
     torch.save({'model_state_dict': ours().state_dict()}, path)
     assert error_of(checkpoint.load, path) == (f'{path} does not say its number of heads, and weights do not show it: give --n_head '
-                                               "(0 if its heads are 64 wide, as GPT-2's)")
+                                               "(1 if its heads are 64 wide, as GPT-2's)")
     torch.save({'model_state_dict': ours().state_dict(), 'config': {'n_head': 3, 'lr': 0.1}}, path)
     assert checkpoint.load(path, n_head=7)['model_args']['n_head'] == 3
     assert 'n_head = 3 from a setting in it' in capsys.readouterr().out
