@@ -129,9 +129,12 @@ def candidates(out_dir):
 # reading
 
 
-def load(path):
-    """The verified checkpoint at path, in today's form; ValueError or FileNotFoundError in one line if it cannot be had."""
-    return modernize(read(path), path)
+def load(path, n_head=None):
+    """The verified checkpoint at path, in today's form; ValueError or FileNotFoundError in one line if it cannot be had.
+
+    n_head  for a file of weights alone that does not say it: the shapes of weights do not show heads
+    """
+    return modernize(read(path), path, n_head)
 
 
 def read(path, mmap=False):
@@ -205,28 +208,70 @@ def strip_prefixes(weights):
     return {bare(name): tensor for name, tensor in weights.items()}
 
 
-def modernize(state, path):
-    """A checkpoint as this file describes it, from ours, nanoGPT's, or one that holds its weights under model_state_dict."""
+def modernize(state, path, n_head=None):
+    """A checkpoint as this file describes it, from ours, nanoGPT's, or another trainer's."""
     if not isinstance(state, dict):
         raise ValueError(f'{path} holds a {type(state).__name__}, not a checkpoint dict')
     if state.get('format', FORMAT) != FORMAT:
         raise ValueError(f'{path} has format {state["format"]}, this version reads {FORMAT}: use a newer flatGPT')
-    if 'model' not in state and 'model_state_dict' in state:
-        state['model'] = state.pop('model_state_dict')
+    if 'format' not in state:
+        state = of_another_trainer(state, path, n_head)
     if not is_weights(state.get('model')) or not isinstance(state.get('model_args'), dict):
         raise ValueError(f'{path} has no model and model_args: it is not a checkpoint of flatGPT or nanoGPT')
-    if 'format' not in state:
-        # nanoGPT: exact GELU, prefixes of torch.compile, and in old files a causal mask per layer
-        state['model'] = {k: v for k, v in strip_prefixes(state['model']).items() if not k.endswith('.attn.bias')}
-        known = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
-        state['model_args'] = {k: v for k, v in state['model_args'].items() if k in known} | dict(arch='gpt2', activation='gelu')
-        loss = state.get('best_val_loss', float('inf'))
-        state['best_val_loss'] = loss.item() if isinstance(loss, torch.Tensor) else loss
-        state = dict(iter_num=0, config={}) | state
     for key, kind in (('iter_num', int), ('best_val_loss', float | int | None), ('config', dict | None), ('optimizer', dict | None)):
         if not isinstance(state.get(key), kind):
             raise ValueError(f'{path} is not a checkpoint of flatGPT or nanoGPT: {key} is a {type(state.get(key)).__name__}')
     return state
+
+
+def of_another_trainer(state, path, n_head):
+    """A checkpoint from nanoGPT's dict, or from weights in any dict, under any prefix: model_state_dict, state_dict, or bare."""
+    weights = next((state[key] for key in ('model', 'model_state_dict', 'state_dict') if isinstance(state.get(key), dict)), state)
+    if not weights or not is_weights(weights):
+        raise ValueError(f'{path} has no weights by name, itself or under model, model_state_dict or state_dict: it is not a checkpoint')
+    weights = {k: v for k, v in strip_prefixes(weights).items() if not re.search(r'\.attn\.(masked_)?bias$', k)}  # causal masks of old files
+    args = state.get('model_args')
+    if 'model' not in state or not isinstance(args, dict):
+        weights, args = adopt(weights, state, path, n_head)
+        return dict(model=weights, model_args=args, iter_num=0, best_val_loss=None, config={})
+    # nanoGPT, which uses the exact GELU
+    known = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+    args = {k: v for k, v in args.items() if k in known} | dict(arch='gpt2', activation='gelu')
+    loss = state.get('best_val_loss', float('inf'))
+    loss = loss.item() if isinstance(loss, torch.Tensor) else loss
+    return dict(iter_num=0, config={}) | state | dict(model=weights, model_args=args, best_val_loss=loss)
+
+
+def adopt(weights, state, path, n_head):
+    """Weights that another trainer saved under GPT-2's names, in our layout, and their model_args, read off the shapes.
+
+    What shapes do not show is said aloud: n_head is taken from a dict in the file, else from the argument.
+    """
+    if 'wte.weight' in weights:  # as transformers' GPT2Model names them
+        weights = {k if k == 'lm_head.weight' else 'transformer.' + k: v for k, v in weights.items()}
+    wte, wpe, c_attn = (weights.get(f'transformer.{name}.weight') for name in ('wte', 'wpe', 'h.0.attn.c_attn'))
+    wte = weights.get('lm_head.weight') if wte is None else wte
+    if any(tensor is None or tensor.dim() != 2 for tensor in (wte, wpe, c_attn)):
+        raise ValueError(f'{path} does not name its weights as nanoGPT or transformers name a GPT-2\'s (transformer.wte.weight and so on, '
+                         f'found {", ".join(sorted(weights)[:3])}): rename them where it was written')
+    if not torch.equal(wte, weights.get('lm_head.weight', wte)):
+        raise ValueError(f'{path}: lm_head.weight is not transformer.wte.weight: GPT-2 has one matrix for both')
+    C = wte.size(1)
+    weights = {'transformer.wte.weight': wte, 'lm_head.weight': wte, **weights}
+    transposed = c_attn.shape == (C, 3 * C)
+    if transposed:  # transformers' Conv1D
+        weights = {k: v.t() if re.search(r'(c_attn|c_proj|c_fc)\.weight$', k) else v for k, v in weights.items()}
+    dicts = [v for v in state.values() if isinstance(v, dict)]
+    said = next((d[name] for name in ('n_head', 'n_heads', 'num_heads', 'num_attention_heads') for d in dicts if type(d.get(name)) is int), None)
+    if said is None and n_head is None:
+        raise ValueError(f'{path} does not say its number of heads, and weights do not show it: give --n_head '
+                         f'({max(C // 64, 1)} if its heads are 64 wide, as GPT-2\'s)')
+    args = dict(arch='gpt2', activation='gelu_tanh' if transposed else 'gelu', vocab_size=wte.size(0), block_size=wpe.size(0), n_embd=C,
+                n_head=said or n_head, n_layer=len({k.split('.')[2] for k in weights if k.startswith('transformer.h.')}),
+                bias=any(k.endswith('.bias') for k in weights), dropout=0.0)
+    print0(f'{path}: sizes from its weights, n_head = {args["n_head"]} from {"a setting in it" if said else "--n_head"}, '
+           + ('transposed matrices and tanh GELU, as transformers has them' if transposed else 'exact GELU, as nanoGPT has it'))
+    return weights, args
 
 
 def is_weights(value):
@@ -277,18 +322,27 @@ def check_moments(model, moments, groups):
                                  'it was written with another optimizer, resume it with that one')
 
 
-def load_weights(model, weights, path):
-    """Loads weights by name; ValueError naming the first that is missing, unexpected, or of another shape."""
-    check_weights(model, weights, path)
-    model.load_state_dict(weights)
+def load_weights(model, weights, path, strict=True):
+    """Loads weights by name. ValueError for one of another shape, and for names that are missing or unexpected.
+
+    strict  False: the latter are listed instead, and what is missing stays as it is in the model
+    """
+    missing, unexpected = check_weights(model, weights, path, strict, '; --strict=False takes those that fit')
+    if missing:
+        print0(f'{path}: {len(missing)} weights missing, left as a new model has them: {", ".join(missing)}')
+    if unexpected:
+        print0(f'{path}: {len(unexpected)} weights unexpected, not used: {", ".join(unexpected)}')
+    model.load_state_dict({k: v for k, v in weights.items() if k not in unexpected}, strict=False)
 
 
-def check_weights(model, weights, path):
+def check_weights(model, weights, path, strict=True, remedy=''):
+    """The names that weights lack and those that the model lacks, both none if strict."""
     own = model.state_dict()
     for name, tensor in weights.items():
         if name in own and own[name].shape != tensor.shape:
             raise ValueError(f'{path}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(own[name].shape)}')
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or unexpected:
+    if (missing or unexpected) and strict:
         raise ValueError(f'{path} does not fit the model: {len(missing)} weights missing ({", ".join(missing[:3])}), '
-                         f'{len(unexpected)} unexpected ({", ".join(unexpected[:3])})')
+                         f'{len(unexpected)} unexpected ({", ".join(unexpected[:3])}){remedy}')
+    return missing, unexpected

@@ -294,6 +294,41 @@ class GPT(nn.Module):
             self.cos, self.sin = self.cos[:block_size], self.sin[:block_size]
 
     # -------------------------------------------------------------------------
+    # from and to other libraries
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, dropout=0.0, block_size=None, dtype=None):
+        """A model with the weights of GPT-2, of a folder in transformers' format, or of an .npz file; on the CPU.
+
+        name_or_folder  gpt2, gpt2-medium, gpt2-large, gpt2-xl; a folder with config.json of model_type gpt2 or nanochat, and
+                        model.safetensors, whole or in shards; x.npz as save_pretrained writes it
+        block_size      fewer positions than the model has; None = all
+        dtype           of the parameters, which are converted one by one as they are read; None = torch.float32
+        raises          ValueError, OSError: one line, for what is not there, damaged or of another architecture
+        """
+        import pretrained  # here, so that model.py alone suffices to train
+        path = pretrained.find(name_or_folder)
+        with torch.device('meta'):  # shapes only: no memory, no time spent on values that are replaced
+            model = cls(GPTConfig(**pretrained.read_model_args(path), dropout=dropout)).to(dtype or torch.float32)
+        model.to_empty(device='cpu')
+        if model.config.arch == 'gpt2':
+            model.transformer.wte.weight = model.lm_head.weight  # to_empty() took them apart
+        else:
+            model.cos, model.sin = rotary_table(model.config)
+        pretrained.fill(model, path)
+        if block_size is not None:
+            model.crop_block_size(block_size)
+        return model
+
+    def save_pretrained(self, folder, tokenizer=None):
+        """Writes the model, and the tokenizer given, as AutoModelForCausalLM and AutoTokenizer load them; returns the paths written.
+
+        A name that ends in .npz gets a single file for NumPy instead. from_pretrained() gives the same model back from either.
+        """
+        import pretrained
+        return pretrained.save(self, folder, tokenizer)
+
+    # -------------------------------------------------------------------------
     # sampling
 
     @torch.inference_mode()

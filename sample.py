@@ -3,6 +3,8 @@
     python sample.py --out_dir=out-quickstart
     python sample.py --out_dir=out-quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=200 --temperature=0.8 --top_k=200
     python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0
+    python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" --num_samples=5 --max_new_tokens=100
+    python sample.py --out_dir=out-quickstart --export=exported      # for transformers; or --export=weights.npz, for NumPy
 
 All samples are drawn in one batch, the first is shown as it is drawn, and each ends where the model ends its document.
 """
@@ -15,6 +17,7 @@ import torch
 
 import checkpoint
 import distributed
+import pretrained
 from configurator import configure, one_line_errors
 from data.loader import dataset_folders
 from data.tokenizer import GPT2_META, load_tokenizer, read_meta_pkl
@@ -22,9 +25,12 @@ from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # what to sample from
-init_from: Literal['resume'] = 'resume'
+init_from = 'resume'  # out_dir's checkpoint; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in transformers' format, an .npz file
 out_dir = 'out'
-checkpoint_path = ''  # this file instead of the one in out_dir
+checkpoint_path = ''  # this file instead of the one in out_dir; may be another trainer's
+n_head: int | None = None  # of a checkpoint_path that does not say it
+strict = True  # False: checkpoint_path may lack weights or have others, which are listed
+export = ''  # write the model to this folder for transformers, or to this .npz file, and sample nothing
 # what to write
 start = '\n'  # the prompt, or FILE:prompt.txt; may hold <|endoftext|>
 num_samples = 10
@@ -44,21 +50,39 @@ compile: bool | Literal['auto'] = 'auto'  # auto = eager: it pays for long batch
 def main():
     check_settings()
     place = distributed.choose_device(device)
-    state, path = find_checkpoint()
-    tokenizer = load_tokenizer(state.get('tokenizer') or nanogpt_tokenizer(state))
+    precision = torch.float32 if export and dtype == 'auto' else distributed.choose_dtype(dtype, place)  # exported as it was trained
+    state, path = find_checkpoint() if init_from == 'resume' else (None, init_from)
+    tokenizer = load_tokenizer(find_tokenizer(state))
     prompt = read_prompt(tokenizer)  # before the model is built: a wrong one shows at once
-    model = GPT(GPTConfig(**state['model_args']))
-    checkpoint.load_weights(model, state['model'], path)
-    model.to(place, distributed.choose_dtype(dtype, place)).eval()
+    if state is None:
+        model = GPT.from_pretrained(init_from, dtype=precision)
+    else:
+        model = GPT(GPTConfig(**state['model_args']))
+        checkpoint.load_weights(model, state['model'], path, strict)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f'{path} has a vocabulary of {model.config.vocab_size}, its tokenizer {tokenizer.vocab_size} tokens: one belongs to another model')
+    model.to(place, precision).eval()
+    print(f'{path}: ' + (f'iteration {state["iter_num"]:,}, ' if state else '')
+          + f'{model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.kind} tokenizer')
+    if export:
+        return write_export(model, tokenizer)
     if compile is True and distributed.choose_compile(True, place):
         model.compile(dynamic=True)
-    print(f'{path}: iteration {state["iter_num"]:,}, {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.kind} tokenizer')
 
     torch.manual_seed(seed)
     prompts = torch.tensor(prompt, device=place).repeat(num_samples, 1)  # (num_samples, T)
     drawn = model.stream(prompts, max_new_tokens, temperature, top_k, top_p, vocab_size=tokenizer.vocab_size)
     for text in write_out(drawn, tokenizer, start_text(tokenizer, prompt)):
         print(text, end='', flush=True)
+
+
+def write_export(model, tokenizer):
+    for file in model.save_pretrained(export, tokenizer):
+        print(f'{file}: {file.stat().st_size:,} bytes')
+    if export.endswith('.npz'):
+        print(f"read it with numpy.load('{export}'), or here with --init_from={export}")
+    else:
+        print(f"read it with AutoModelForCausalLM.from_pretrained('{export}') and AutoTokenizer.from_pretrained('{export}'), or here with --init_from={export}")
 
 
 def write_out(drawn, tokenizer, prompt):
@@ -94,7 +118,7 @@ def check_settings():
 def find_checkpoint():
     """State and path: checkpoint_path, else the newest of out_dir, or its best where the run asked for that (always_save_checkpoint=False)."""
     if checkpoint_path:
-        return checkpoint.load(checkpoint_path), checkpoint_path
+        return checkpoint.load(checkpoint_path, n_head), checkpoint_path
     state, path = checkpoint.load_newest(out_dir)
     best = Path(out_dir) / 'best.pt'
     if best.exists() and (state is None or not state.get('config', {}).get('always_save_checkpoint', True)):
@@ -102,6 +126,17 @@ def find_checkpoint():
     if state is None:
         raise FileNotFoundError(f'{out_dir} has no checkpoint: train one with python train.py --out_dir={out_dir}, or name another --out_dir')
     return state, path
+
+
+def find_tokenizer(state):
+    """meta() of the model's tokenizer: from its checkpoint, or from the folder or file that init_from names."""
+    if state is not None:
+        return state.get('tokenizer') or nanogpt_tokenizer(state)
+    pretrained.find(init_from, also=['resume'])
+    meta = pretrained.read_tokenizer(init_from)
+    if meta is None:
+        print(f"{init_from} has no tokenizer.json: taking GPT-2's")
+    return meta or GPT2_META
 
 
 def nanogpt_tokenizer(state):

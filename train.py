@@ -4,6 +4,7 @@
     python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     python train.py --init_from=resume --out_dir=out-quickstart --max_iters=2000
+    python train.py config/finetune_shakespeare.py --init_from=gpt2
 
 out_dir gets ckpt.pt (the newest state), best.pt (the best weights) and metrics.jsonl (a line per logged step and evaluation).
 """
@@ -22,9 +23,10 @@ import torch
 
 import checkpoint
 import distributed
+import pretrained
 from configurator import config_of, configure, one_line_errors
 from data.loader import IGNORE, Loader, dataset_folders
-from data.tokenizer import fingerprint
+from data.tokenizer import fingerprint, vocab_size_of
 from distributed import print0
 from model import GPT, GPTConfig
 from optim import configure_optimizers, lr_scale, muon_momentum, set_lr
@@ -40,9 +42,10 @@ eval_only = False  # evaluate once, write nothing
 always_save_checkpoint = True  # False: what sample.py takes is best.pt, not the newest
 checkpoint_interval = 0  # save every so many iterations; 0 = with each evaluation
 keep_last_n_checkpoints = 1  # older ones kept beside ckpt.pt; -1 = all
-init_from: Literal['scratch', 'resume'] = 'scratch'
+init_from = 'scratch'  # resume; checkpoint: only the weights of checkpoint_path; gpt2, gpt2-medium, gpt2-large, gpt2-xl; a folder for transformers
 auto_resume = False  # resume where out_dir has a checkpoint, start from scratch where it has none
 checkpoint_path = ''  # resume from this file instead of the newest in out_dir
+strict = True  # False: with init_from=checkpoint the file may lack weights or have others, which are listed
 # wandb
 wandb_log = False
 wandb_project = 'owt'
@@ -90,7 +93,8 @@ backend = 'auto'  # nccl, gloo
 # -----------------------------------------------------------------------------
 
 FIXED = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'optimizer')  # cannot change when a run is resumed
-THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'eval_only', 'device', 'backend')  # what a checkpoint does not bring back
+# what a checkpoint does not bring back
+THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'device', 'backend')
 LIMITS = (  # least, below, and the settings that this holds for; GPTConfig knows those of the model
     (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters restart_iters restart_mult'),
     (0, math.inf, 'eval_iters checkpoint_interval warmup_iters lr_decay_iters learning_rate matrix_lr embedding_lr head_lr min_lr'),
@@ -109,13 +113,14 @@ def main(explicit):
     if state is not None:
         restore_settings(state, explicit)
     check_settings()
+    start = find_weights(explicit) if state is None and init_from not in ('scratch', 'resume') else None
 
     # data, model and optimizers: everything that can be wrong is found here, before a file is written
     grad_accum, rows = distributed.divide_batch(gradient_accumulation_steps, batch_size, place.world_size)
     train_loader, eval_sets = open_data(grad_accum, rows, place)
     tokenizer_meta, vocab_size = train_loader.splits[0].tokenizer, train_loader.splits[0].vocab_size
     torch.manual_seed(seed)
-    model = make_model(state, vocab_size, tokenizer_meta)
+    model = make_model(state, start, vocab_size, tokenizer_meta)
     model.to(place.device)
     precision = distributed.choose_dtype(dtype, place.device)
     autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
@@ -246,7 +251,7 @@ def find_checkpoint(place):
     state, path = None, None
     if place.is_master and (auto_resume or not checkpoint_path):
         state, path = checkpoint.load_newest(out_dir)
-    path = distributed.broadcast(path) or checkpoint_path or None
+    path = distributed.broadcast(path) or (checkpoint_path if init_from != 'checkpoint' else '') or None
     if path is None and not auto_resume:
         raise FileNotFoundError(f'{out_dir} has no checkpoint to resume: use --init_from=scratch, or another --out_dir')
     return checkpoint.load(path) if state is None and path is not None else state
@@ -255,7 +260,8 @@ def find_checkpoint(place):
 def restore_settings(state, explicit):
     """Goes on with the settings the checkpoint was trained with, except those given now, which are named."""
     if 'optimizer' not in state:
-        raise ValueError('the checkpoint holds weights only (best.pt?): resume from ckpt.pt or a numbered one')
+        raise ValueError('the checkpoint holds weights only (best.pt?): resume from ckpt.pt or a numbered one, '
+                         'or begin with its weights by --init_from=checkpoint --checkpoint_path=FILE')
     stored = {k: v for k, v in state['config'].items() if k not in THIS_RUN} if 'format' in state else {}
     stored = {'optimizer': 'adamw', **stored, **{k: v for k, v in state['model_args'].items() if k in FIXED}}
     stored = {k: v for k, v in stored.items() if k in config_of(globals())}
@@ -269,6 +275,30 @@ def restore_settings(state, explicit):
     globals().update({k: v for k, v in stored.items() if k not in explicit})
 
 
+def find_weights(explicit):
+    """What a new run begins with: {'name', 'model_args', 'tokenizer' or None, 'model' where a checkpoint holds the weights}.
+
+    The architecture becomes that of the weights; block_size may be given smaller.
+    """
+    if init_from == 'checkpoint':
+        if not checkpoint_path:
+            raise ValueError('init_from=checkpoint: name the file with --checkpoint_path')
+        start = checkpoint.load(checkpoint_path, n_head if 'n_head' in explicit else None)
+        start = dict(name=checkpoint_path, **{k: start.get(k) for k in ('model', 'model_args', 'tokenizer')})
+    else:
+        path = pretrained.find(init_from, also=['scratch', 'resume', 'checkpoint'])
+        start = dict(name=init_from, model_args=pretrained.read_model_args(path), tokenizer=pretrained.read_tokenizer(init_from))
+    for name, theirs in start['model_args'].items():
+        ours = globals().get(name)
+        if name not in FIXED or (name in explicit and name == 'block_size' and ours < theirs):
+            continue
+        if name in explicit and ours != theirs:
+            raise ValueError(f'{name}={ours}: {start["name"]} has {name}={theirs}: ' + (
+                'use that or less' if name == 'block_size' else f'leave --{name} out'))
+        globals()[name] = theirs
+    return start
+
+
 def check_settings():
     """ValueError for a setting that makes no sense, by itself or beside another."""
     for least, below, names in LIMITS:
@@ -280,7 +310,7 @@ def check_settings():
     if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:
         raise ValueError(f'min_lr={min_lr} is above learning_rate={learning_rate}, which falls to it: '
                          f'use --min_lr={learning_rate / 10:g}, or --decay_lr=False')
-    if checkpoint_path and init_from != 'resume' and not auto_resume:
+    if checkpoint_path and init_from not in ('resume', 'checkpoint') and not auto_resume:
         raise ValueError(f'checkpoint_path={checkpoint_path} is for resuming: add --init_from=resume, or leave it out')
     if wandb_log and importlib.util.find_spec('wandb') is None:
         raise ValueError('wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False')
@@ -301,20 +331,30 @@ def open_data(grad_accum, rows, place):
     return train, [(loader, np.arange(n) * loader.n_windows // n) for loader, n in wanted]  # evenly spread
 
 
-def make_model(state, vocab_size, tokenizer_meta):
-    """A new GPT, or one as the checkpoint's."""
-    if state is None:
+def make_model(state, start, vocab_size, tokenizer_meta):
+    """A new GPT; or one as the checkpoint's, whose weights scatter() brings; or one with the weights to start from."""
+    known = state or start
+    if known is None:
         # GPT-2's 50257 become 50304: a multiple of 64 suits the matrix kernels, and costs a small vocabulary more than it gains
         padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
         return GPT(GPTConfig(block_size, padded, n_layer, n_head, n_embd, dropout, bias, arch))
-    stored = state.get('tokenizer')
+    name = out_dir if state else start['name']
+    stored = known.get('tokenizer')
     if stored and fingerprint(stored) != fingerprint(tokenizer_meta):
-        raise ValueError(f'{out_dir}: the checkpoint was trained with tokenizer {fingerprint(stored)} of {state["vocab_size"]} tokens, dataset '
+        raise ValueError(f'{name}: the checkpoint was trained with tokenizer {fingerprint(stored)} of {vocab_size_of(stored)} tokens, dataset '
                          f'{dataset} was packed with {fingerprint(tokenizer_meta)} of {vocab_size}: use the dataset it was trained on, or pack with its tokenizer')
-    if vocab_size > state['model_args']['vocab_size']:
-        raise ValueError(f'{out_dir}: the checkpoint knows {state["model_args"]["vocab_size"]} tokens, dataset {dataset} has {vocab_size}: '
+    if vocab_size > known['model_args']['vocab_size']:
+        raise ValueError(f'{name}: the checkpoint knows {known["model_args"]["vocab_size"]} tokens, dataset {dataset} has {vocab_size}: '
                          'use the dataset it was trained on')
-    return GPT(GPTConfig(**{**state['model_args'], 'dropout': dropout}))
+    if not stored and not state:
+        print0(f'{name} does not say its tokenizer: taking it for that of {dataset}')
+    if state is None and 'model' not in start:
+        return GPT.from_pretrained(init_from, dropout, block_size)
+    model = GPT(GPTConfig(**{**known['model_args'], 'dropout': dropout}))
+    if state is None:
+        checkpoint.load_weights(model, start.pop('model'), checkpoint_path, strict)
+        model.crop_block_size(block_size)
+    return model
 
 
 def describe(model, place, precision, use_compile, loader, grad_accum, rows):

@@ -65,6 +65,12 @@ class CharTokenizer:
     def meta(self):
         return {'kind': 'char', 'chars': self.chars}
 
+    def tokenizer_json(self):
+        """The dict of a tokenizer.json with these ids; there too a character that is not among them is an error."""
+        return {**PLAIN_JSON, 'decoder': {'type': 'Fuse'},
+                'pre_tokenizer': {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False},
+                'model': {'type': 'WordLevel', 'vocab': {char: i for i, char in enumerate(self.chars)}, 'unk_token': '<unk>'}}
+
 
 def checked_ids(ids, vocab_size):
     """Ids as a list of int. Raises ValueError at one that the vocabulary does not hold."""
@@ -126,20 +132,39 @@ class GPT2Tokenizer:
     def meta(self):
         return dict(GPT2_META)
 
+    def tokenizer_json(self):
+        """The dict of a tokenizer.json with these ids."""
+        merges = read_merges(fetch('vocab.bpe', GPT2_MERGES_SOURCES, GPT2_MERGES_SHA256))
+        byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+        end = {'id': self.eot, 'content': '<|endoftext|>', 'special': True,
+               'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
+        return {**PLAIN_JSON, 'added_tokens': [end], 'pre_tokenizer': byte_level, 'decoder': byte_level,
+                'model': {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
+                          'fuse_unk': False, 'vocab': {**gpt2_vocab(merges), '<|endoftext|>': self.eot}, 'merges': merges}}
 
-def gpt2_ranks(path):
-    """{bytes: id} of GPT-2's 50,256 ordinary tokens, from its merges file.
 
-    The file writes a byte as a visible character: 188 bytes are visible in Latin-1 and stand for themselves, the
-    other 68 follow from U+0100 on, in order. The same order gives the ids of the 256 single bytes.
-    """
+def byte_characters():
+    """{character: byte} of GPT-2's files, which write a byte as a visible character: 188 bytes are visible in Latin-1 and
+    stand for themselves, the other 68 follow from U+0100 on, in order. The same order gives the ids of the 256 single bytes."""
     visible = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
-    byte_of = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-    tokens = [bytes([byte]) for byte in byte_of.values()]
-    for line in path.read_text(encoding='utf-8').splitlines()[1:]:  # the first line is the version
-        tokens.append(bytes(byte_of[char] for char in line if char != ' '))
-    return {token: i for i, token in enumerate(tokens)}  # in the order of the ids
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def read_merges(path):
+    """The lines of a merges file, such as 'Ġ t'; its first line is the version."""
+    return path.read_text(encoding='utf-8').splitlines()[1:]
+
+
+def gpt2_vocab(merges):
+    """{token as it is written: id} of the ordinary tokens that merges make, in the order of the ids."""
+    return {token: i for i, token in enumerate([*byte_characters(), *(merge.replace(' ', '') for merge in merges)])}
+
+
+def gpt2_ranks(path):
+    """{bytes: id} of GPT-2's 50,256 ordinary tokens, from its merges file."""
+    byte_of = byte_characters()
+    return {bytes(byte_of[char] for char in token): i for token, i in gpt2_vocab(read_merges(path)).items()}
 
 # -----------------------------------------------------------------------------
 # any tokenizer, by its meta()
@@ -171,6 +196,54 @@ def fingerprint(meta):
     """12 hex digits that two tokenizers share when they give the same ids."""
     canonical = json.dumps(meta, sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(canonical.encode('utf-8')).hexdigest()[:12]
+
+# -----------------------------------------------------------------------------
+# tokenizers as transformers writes them
+
+PLAIN_JSON = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None, 'post_processor': None}
+
+
+def read_tokenizer_json(folder):
+    """The meta() of the tokenizer in a folder of transformers' files, or None where there is none.
+
+    raises  ValueError for one that is neither GPT-2's nor one token per character: its ids would not be these
+    """
+    path, merges_path = Path(folder) / 'tokenizer.json', Path(folder) / 'merges.txt'
+    supported = "supported are GPT-2's own and one token per character as save_pretrained writes it"
+    if not path.exists():
+        if merges_path.exists() and hashlib.sha256(merges_path.read_bytes()).hexdigest() != GPT2_MERGES_SHA256:
+            raise ValueError(f"{merges_path} holds other merges than GPT-2's: {supported}")
+        return dict(GPT2_META) if merges_path.exists() else None
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+        kind, vocab = found['model']['type'], found['model']['vocab']
+        meta = {'WordLevel': meta_of_characters, 'BPE': meta_of_gpt2}.get(kind, lambda found: None)(found)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path}: not a tokenizer.json: {error or type(error).__name__}') from None
+    if meta is None:
+        raise ValueError(f'{path} is a {kind} tokenizer of {len(vocab)} tokens: {supported}')
+    return meta
+
+
+def meta_of_characters(found):
+    """meta() of the content of a tokenizer.json where it says what CharTokenizer.tokenizer_json() says, else None."""
+    vocab = found['model']['vocab']
+    if not vocab or any(len(token) != 1 for token in vocab):
+        return None
+    same = CharTokenizer(''.join(sorted(vocab, key=vocab.get)))
+    ours = same.tokenizer_json()
+    alike = vocab == ours['model']['vocab'] and all(found.get(key) == ours[key] for key in ('added_tokens', 'normalizer', 'pre_tokenizer'))
+    return same.meta() if alike else None
+
+
+def meta_of_gpt2(found):
+    """The same for GPT-2's; its ids follow from its merges, and the file may write each merge as a text or as a pair."""
+    merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in found['model']['merges']]
+    before, ids = found['pre_tokenizer'], {**found['model']['vocab'], **{token['content']: token['id'] for token in found['added_tokens']}}
+    alike = (before['type'] == 'ByteLevel' and not before['add_prefix_space'] and before.get('use_regex', True) and found['normalizer'] is None
+             and hashlib.sha256('\n'.join(['#version: 0.2', *merges, '']).encode('utf-8')).hexdigest() == GPT2_MERGES_SHA256
+             and ids == {**gpt2_vocab(merges), '<|endoftext|>': GPT2_VOCAB_SIZE - 1})
+    return dict(GPT2_META) if alike else None
 
 # -----------------------------------------------------------------------------
 # what a data folder holds
@@ -263,8 +336,9 @@ def meta_of_nanogpt(folder):
     tokenizer = read_meta_pkl(folder / 'meta.pkl') if with_chars else GPT2_META
     splits = {}
     for name in ('train', 'val'):
-        whole = folder / f'{name}.bin'
-        paths = [whole] if whole.is_file() else sorted(folder.glob(f'{name}_*.bin'))
+        # train.bin; train_000000.bin; as llm.c names them: fineweb_train_000001.bin, TinyStories_train.bin
+        patterns = [f'{name}.bin', f'{name}_*.bin', f'*_{name}_*.bin', f'*_{name}.bin']
+        paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
         shards = [{'file': path.name, 'tokens': count_uint16(path), 'crc32': None} for path in paths]
         if shards or name == 'train':
             tokens = sum(shard['tokens'] for shard in shards)

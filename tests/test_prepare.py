@@ -160,7 +160,7 @@ def test_killed_at_any_step_no_mixture_passes_for_a_dataset(tmp_path, old, monke
 def data(tmp_path):
     """A copy of the data folder's scripts."""
     shutil.copytree(REPO / 'data', tmp_path / 'data', ignore=lambda folder, names: [
-        name for name in names if not name.endswith('.py') and not (Path(folder) / name).is_dir()])
+        name for name in names if name == '__pycache__' or not name.endswith('.py') and not (Path(folder) / name).is_dir()])
     return tmp_path / 'data'
 
 

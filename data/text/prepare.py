@@ -15,19 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.fetch import one_line_errors
-from data.pack import read_text, write_dataset
+from data.pack import find_files, read_text, write_dataset
 from data.tokenizer import CharTokenizer, GPT2Tokenizer
-
-
-def find_files(inputs):
-    """The files named, and those ending in .txt below the folders named, in a fixed order."""
-    paths = []
-    for path in map(Path, inputs):
-        found = sorted(path.rglob('*.txt')) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f'{path}: no .txt file in this folder')
-        paths += found
-    return paths
 
 
 def characters(paths, start, end):
@@ -48,7 +37,7 @@ def main():
     if not 0 < args.val_fraction < 1:
         raise ValueError(f'--val_fraction={args.val_fraction} must lie between 0 and 1')
 
-    paths = find_files(args.input)
+    paths = find_files(args.input, '.txt')
     n_chars, chars = 0, set()
     for path in paths:
         text = read_text(path)

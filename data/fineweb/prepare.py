@@ -1,0 +1,27 @@
+"""FineWeb, web text filtered for training: its sample of about 10 billion GPT-2 tokens, in 14.9 million documents.
+
+    python data/fineweb/prepare.py                          # streams 31 GB of Parquet from the Hugging Face hub
+    python data/fineweb/prepare.py --max_docs 20000         # a first try
+    python data/fineweb/prepare.py --input parquet/         # from files that are here already
+
+writes 20 GB: train_000000.bin and so on with 100M tokens each, and one document in 2000 to val_000000.bin, as its hash decides;
+llm.c takes the first 100M tokens for validation instead, so losses compare only roughly. <|endoftext|> stands between two
+documents. All cores tokenize; the files do not depend on how many. A run that was killed is continued by the same
+command. HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE are honoured.
+"""
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from data.fetch import one_line_errors
+from data.pack import prepare_parquet
+
+REPO = 'HuggingFaceFW/fineweb'
+REVISION = '9bb295ddab0e05d785b879661af7260fed5140fc'  # its tag v1.4.0
+FOLDER = 'sample/10BT'
+N_DOCUMENTS = 14_868_862
+
+if __name__ == '__main__':
+    with one_line_errors():
+        prepare_parquet(HERE, __doc__, REPO, REVISION, FOLDER, N_DOCUMENTS)

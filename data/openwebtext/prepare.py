@@ -1,0 +1,26 @@
+"""OpenWebText, the open copy of what GPT-2 was trained on: about 9 billion tokens in 8,013,769 documents.
+
+    python data/openwebtext/prepare.py                          # streams 24 GB of Parquet from the Hugging Face hub
+    python data/openwebtext/prepare.py --max_docs 20000         # a first try
+    python data/openwebtext/prepare.py --input parquet/         # from files that are here already
+
+writes 18 GB: train_000000.bin and so on with 100M tokens each, and one document in 2000 to val_000000.bin, as its hash decides.
+<|endoftext|> stands between two documents. All cores tokenize; the files do not depend on how many. A run that was
+killed is continued by the same command. HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE are honoured.
+"""
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from data.fetch import one_line_errors
+from data.pack import prepare_parquet
+
+REPO = 'Skylion007/openwebtext'
+REVISION = '79d93d786212f7344586290adb811d4ae6a1762c'  # Parquet, no script
+FOLDER = 'plain_text'  # 80
+N_DOCUMENTS = 8_013_769
+
+if __name__ == '__main__':
+    with one_line_errors():
+        prepare_parquet(HERE, __doc__, REPO, REVISION, FOLDER, N_DOCUMENTS)

@@ -1,0 +1,609 @@
+"""pretrained.py against transformers: what it writes is loaded here, what is written here is loaded by it, bit for bit and token for token."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import pretrained
+from conftest import ROOT, pack_chars, read_metrics, sentences, train_here
+from data.tokenizer import GPT2_META, CharTokenizer, GPT2Tokenizer, load_tokenizer, read_tokenizer_json
+from model import GPT, GPTConfig
+
+transformers = pytest.importorskip('transformers')
+transformers.logging.disable_progress_bar()
+
+CHARS = '\n !\',-.:;?ABCabcdefghijklmnopqrstuvwxyz\t\r"\\<|>_€你\u0301\U0001f600'
+TEXTS = ('a cab.', '\nBad  idea ,\n\n', '<|endoftext|>', ' 你€ \U0001f600e\u0301\r\n\t "x" \\')
+ODD = dict(vocab_size=83, n_layer=3, n_head=3, n_embd=42)
+
+
+def theirs(folder, arch, **changes):
+    """A model of transformers with random weights of odd shapes, saved by it."""
+    torch.manual_seed(0)
+    if arch == 'gpt2':
+        config = transformers.GPT2Config(**ODD, n_positions=101, bos_token_id=None, eos_token_id=None, **changes)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.NanoChatConfig(vocab_size=83, hidden_size=42, intermediate_size=168, num_hidden_layers=3, num_attention_heads=3,
+                                             max_position_embeddings=101, bos_token_id=None, eos_token_id=None, pad_token_id=None, **changes)
+        model = transformers.NanoChatForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def ours(**changes):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**ODD, 'block_size': 101, **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+    return model
+
+
+def read_by_transformers(folder):
+    return (transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder))
+
+
+def assert_same(model, other):
+    a, b = model.state_dict(), other.state_dict()
+    assert model.config == other.config and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_parity(model, reference, n_tokens=83):
+    """Logits, loss and 64 greedy tokens from three prompts."""
+    torch.manual_seed(1)
+    idx = torch.randint(n_tokens, (3, 37))
+    with torch.no_grad():
+        logits, loss = model(idx, torch.cat((idx[:, 1:], torch.full((3, 1), -100)), dim=1))
+        expected = reference(idx, labels=idx)
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
+    for prompt in (idx[:1, :1], idx[1:2, :7], idx[2:, :36]):
+        mask = torch.ones_like(prompt)  # else generate() takes what looks like padding for padding
+        greedy = reference.generate(prompt, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert torch.equal(model.generate(prompt, 64, temperature=0, vocab_size=n_tokens), greedy)
+
+
+# -----------------------------------------------------------------------------
+# in
+
+
+@pytest.mark.parametrize('arch, changes, activation', [
+    ('gpt2', {}, 'gelu_tanh'), ('gpt2', dict(activation_function='gelu'), 'gelu'), ('gpt2', dict(n_inner=168), 'gelu_tanh'),
+    ('modern', {}, 'relu2'), ('modern', dict(hidden_act='gelu'), 'gelu')])
+def test_models_of_transformers_compute_the_same_here(tmp_path, arch, changes, activation):
+    reference = theirs(tmp_path, arch, **changes)
+    model = GPT.from_pretrained(tmp_path).eval()
+    assert model.config == GPTConfig(block_size=101, **ODD, arch=arch, activation=activation)
+    assert_parity(model, reference)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_shards_names_without_prefix_and_old_buffers(tmp_path, arch):
+    reference = theirs(tmp_path / 'whole', arch)
+    reference.save_pretrained(tmp_path / 'shards', max_shard_size='60KB')
+    assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 3 and not (tmp_path / 'shards/model.safetensors').exists()
+    bare = tmp_path / 'bare'
+    (reference.transformer if arch == 'gpt2' else reference.model).save_pretrained(bare)
+    weights = pretrained.open_weights(bare)
+    tensors = {name: weights[name].clone() for name in weights.keys()}
+    if arch == 'gpt2':
+        tensors |= {'h.0.attn.bias': torch.ones(1, 1, 101, 101), 'h.0.attn.masked_bias': torch.tensor([-1e4])}
+    else:
+        tensors |= {'lm_head.weight': reference.lm_head.weight.detach()}
+    with open(bare / 'model.safetensors', 'wb') as f:
+        pretrained.write_safetensors(f, tensors)
+    whole = GPT.from_pretrained(tmp_path / 'whole')
+    assert_same(whole, GPT.from_pretrained(tmp_path / 'shards'))
+    assert_same(whole, GPT.from_pretrained(bare))
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_fewer_positions_dropout_and_dtype(tmp_path, arch):
+    theirs(tmp_path, arch)
+    full, short = GPT.from_pretrained(tmp_path), GPT.from_pretrained(tmp_path, dropout=0.1, block_size=9, dtype=torch.bfloat16)
+    assert short.config == GPTConfig(block_size=9, **ODD, arch=arch, dropout=0.1)
+    for name, p in short.named_parameters():
+        expected = dict(full.named_parameters())[name]
+        assert p.dtype == torch.bfloat16 and p.requires_grad and torch.equal(p, expected[:p.size(0)].to(torch.bfloat16))
+    logits = short.eval()(torch.arange(9)[None])[0]
+    torch.testing.assert_close(logits, full.to(torch.bfloat16).eval()(torch.arange(9)[None])[0])
+    with pytest.raises(ValueError, match='^block_size=102 is larger than the 101 of these weights: use that or less$'):
+        GPT.from_pretrained(tmp_path, block_size=102)
+
+
+def test_tied_weights_stay_one_and_train(tmp_path):
+    theirs(tmp_path, 'gpt2')
+    model = GPT.from_pretrained(tmp_path)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model(torch.arange(9)[None], torch.arange(9)[None])[1].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+MEASURE = """
+import sys, torch
+def read(key):
+    return int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1]) * 1024
+from model import GPT
+GPT.from_pretrained(sys.argv[1], dtype=torch.bfloat16)  # what torch loads at its first use is no part of a model
+open('/proc/self/clear_refs', 'w').write('5')  # the peak begins anew
+before = read('VmRSS')
+model = GPT.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
+print((read('VmHWM') - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='the peak of the resident set is read from /proc')
+def test_loading_takes_little_more_memory_than_the_model(tmp_path):
+    # 50M parameters: 202 MB of float32 in the file, 101 MB of bfloat16 in memory
+    ours(n_embd=512, n_head=8, n_layer=16, vocab_size=64).save_pretrained(tmp_path / 'large')
+    ours().save_pretrained(tmp_path / 'small')
+    done = subprocess.run([sys.executable, '-c', MEASURE, tmp_path / 'small', tmp_path / 'large'], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.3
+
+
+# -----------------------------------------------------------------------------
+# out
+
+
+@pytest.mark.parametrize('changes', [
+    dict(arch='gpt2'), dict(arch='gpt2', bias=False, activation='gelu'), dict(arch='gpt2', vocab_size=64), dict(arch='modern'),
+    dict(arch='modern', vocab_size=64)], ids=str)
+def test_transformers_loads_what_is_exported(tmp_path, changes):
+    tokenizer = CharTokenizer(CHARS)
+    V = tokenizer.vocab_size
+    model = ours(**{'vocab_size': V, **changes})  # 64: some ids are padding, which must not be drawn
+    paths = model.save_pretrained(tmp_path, tokenizer)
+    assert sorted(os.listdir(tmp_path)) == sorted(path.name for path in paths), 'nothing temporary stays'
+    reference, their_tokenizer = read_by_transformers(tmp_path)
+    assert type(reference).__name__ == {'gpt2': 'GPT2LMHeadModel', 'modern': 'NanoChatForCausalLM'}[changes['arch']]
+    assert reference.dtype == torch.float32 and len(their_tokenizer) == V
+    assert_parity(model, reference, n_tokens=V)
+    for text in TEXTS:
+        ids = their_tokenizer(text)['input_ids']
+        assert ids == tokenizer.encode(text) and their_tokenizer.decode(ids) == text == tokenizer.decode(ids)
+    assert read_tokenizer_json(tmp_path) == tokenizer.meta()
+    with pytest.raises(Exception, match='Missing'):
+        their_tokenizer('Z')
+    assert_same(model, GPT.from_pretrained(tmp_path))
+
+
+def test_a_model_that_transformers_trained_on_comes_back(tmp_path):
+    """A GPT-2 without biases is exported with zeros for them; once they are trained they are there to stay."""
+    ours(bias=False).save_pretrained(tmp_path / 'a')
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'a')
+    reference.save_pretrained(tmp_path / 'b')
+    assert GPT.from_pretrained(tmp_path / 'b').config.bias is False
+    with torch.no_grad():
+        reference.transformer.ln_f.bias += 1
+    reference.save_pretrained(tmp_path / 'c')
+    model = GPT.from_pretrained(tmp_path / 'c').eval()
+    assert model.config.bias is True
+    assert_parity(model, reference.eval())
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_bfloat16_and_npz_round_trips(tmp_path, arch):
+    model, tokenizer = ours(arch=arch, vocab_size=64), CharTokenizer(CHARS)
+    assert model.save_pretrained(tmp_path / 'x.npz', tokenizer) == [tmp_path / 'x.npz']
+    assert_same(model, GPT.from_pretrained(tmp_path / 'x.npz'))
+    assert pretrained.read_tokenizer(str(tmp_path / 'x.npz')) == tokenizer.meta()
+    with np.load(tmp_path / 'x.npz', allow_pickle=False) as arrays:
+        assert set(arrays.files) == {'settings', *dict(model.named_parameters())}
+        assert np.array_equal(arrays['transformer.h.1.mlp.c_fc.weight'], model.transformer.h[1].mlp.c_fc.weight.detach().numpy())
+    model.to(torch.bfloat16)
+    for name in ('folder', 'y.npz'):
+        model.save_pretrained(tmp_path / name)
+        back = GPT.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters()))
+    assert read_by_transformers_dtype(tmp_path / 'folder') == torch.bfloat16
+
+
+def read_by_transformers_dtype(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).dtype
+
+
+def test_safetensors_package_agrees(tmp_path):
+    from safetensors.torch import load_file, save_file
+    torch.manual_seed(0)
+    tensors = {'a': torch.randn(3, 5), 'bé': torch.randn(7).bfloat16(), 'c': torch.randn(2, 3, 4).half().transpose(0, 2), 'd': torch.randn(1).double()}
+    with open(tmp_path / 'ours.safetensors', 'wb') as f:
+        pretrained.write_safetensors(f, tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / 'theirs.safetensors')
+    here, there = pretrained.Safetensors([tmp_path / 'theirs.safetensors']), load_file(tmp_path / 'ours.safetensors')
+    for name, tensor in tensors.items():
+        assert torch.equal(here[name], tensor) and torch.equal(there[name], tensor) and there[name].dtype == here[name].dtype == tensor.dtype
+
+
+@pytest.fixture(scope='module')
+def gpt2_tokenizer():
+    merges = ROOT.parent / 'shared/data/gpt2_bpe/vocab.bpe'
+    if not merges.exists():
+        pytest.skip(f'{merges} is absent')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('FLATGPT_CACHE', str(merges.parent))
+        yield GPT2Tokenizer()
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_gpt2_tokenizer_is_exported(tmp_path, arch, gpt2_tokenizer):
+    text = "Hello  world, it's\n\n\tnaïve 你好 \U0001f600 12345 <|endoftext|>" + sentences(2000, 1)
+    ours(arch=arch, vocab_size=50304, n_layer=1, n_head=1, n_embd=2).save_pretrained(tmp_path, gpt2_tokenizer)
+    reference, their_tokenizer = read_by_transformers(tmp_path)
+    ids = their_tokenizer(text)['input_ids']
+    assert ids == gpt2_tokenizer.encode(text, allowed_special={'<|endoftext|>'}) and their_tokenizer.decode(ids) == text
+    assert their_tokenizer.eos_token_id == reference.config.eos_token_id == reference.generation_config.eos_token_id == 50256
+    assert reference.generation_config.suppress_tokens == list(range(50257, 50304))
+    assert read_tokenizer_json(tmp_path) == GPT2_META
+    their_tokenizer.save_pretrained(tmp_path / 'again')
+    assert read_tokenizer_json(tmp_path / 'again') == GPT2_META
+    (tmp_path / 'merges').mkdir()
+    (tmp_path / 'merges/merges.txt').write_bytes((ROOT.parent / 'shared/data/gpt2_bpe/vocab.bpe').read_bytes())
+    assert read_tokenizer_json(tmp_path / 'merges') == GPT2_META
+    content = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))
+    content['model']['merges'][7], content['model']['merges'][8] = content['model']['merges'][8], content['model']['merges'][7]
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content), encoding='utf-8')
+    with pytest.raises(ValueError) as error:
+        read_tokenizer_json(tmp_path)
+    assert str(error.value) == (f"{tmp_path / 'tokenizer.json'} is a BPE tokenizer of 50257 tokens: supported are GPT-2's own and one token per "
+                                'character as save_pretrained writes it')
+
+
+# -----------------------------------------------------------------------------
+# bad input
+
+
+def error_of(call, *arguments, **named):
+    with pytest.raises((ValueError, OSError)) as error:
+        call(*arguments, **named)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize('arch, wrong, text', [
+    ('gpt2', dict(model_type='llama'), "model_type = 'llama' is not supported, accepted are gpt2 (GPT2LMHeadModel) and nanochat (NanoChatForCausalLM)"),
+    ('gpt2', dict(model_type=None), 'model_type = None is not supported, accepted are gpt2 (GPT2LMHeadModel) and nanochat (NanoChatForCausalLM)'),
+    ('gpt2', dict(activation_function='silu'), "activation_function = 'silu' is not supported, accepted is 'gelu_new' or 'gelu' or 'relu2' or 'gelu_pytorch_tanh'"),
+    ('gpt2', dict(n_inner=100), 'n_inner = 100 is not supported, accepted is None or 168'),
+    ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx = True is not supported, accepted is False'),
+    ('gpt2', dict(tie_word_embeddings=False), 'tie_word_embeddings = False is not supported, accepted is True'),
+    ('gpt2', dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon = 1e-06 is not supported, accepted is 1e-05'),
+    ('gpt2', dict(n_layer='3'), "n_layer = '3' must be a whole number, 1 or more"),
+    ('modern', dict(num_key_value_heads=1), 'num_key_value_heads = 1 is not supported, accepted is None or 3'),
+    ('modern', dict(intermediate_size=42), 'intermediate_size = 42 is not supported, accepted is 168'),
+    ('modern', dict(rope_parameters=dict(rope_theta=5e5, rope_type='default')),
+     "rope_parameters = {'rope_theta': 500000.0, 'rope_type': 'default'} are not supported, accepted is rope_theta 10000 of rope_type default"),
+    ('modern', dict(rope_parameters=None, rope_theta=1e5),
+     "rope_parameters = {'rope_theta': 100000.0, 'rope_type': 'default'} are not supported, accepted is rope_theta 10000 of rope_type default"),
+    ('modern', dict(final_logit_softcapping=None), 'final_logit_softcapping = None is not supported, accepted is 15.0'),
+    ('modern', dict(tie_word_embeddings=True), 'tie_word_embeddings = True is not supported, accepted is False'),
+    ('modern', dict(attention_bias=True), 'attention_bias = True is not supported, accepted is False'),
+    ('modern', dict(rms_norm_eps=1e-5), 'rms_norm_eps = 1e-05 is not supported, accepted is 1e-06'),
+])
+def test_configurations_that_model_py_cannot_be(tmp_path, arch, wrong, text):
+    ours(arch=arch).save_pretrained(tmp_path)
+    path = tmp_path / 'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding='utf-8')), **wrong}), encoding='utf-8')
+    assert error_of(GPT.from_pretrained, tmp_path) == f'{path}: {text}'
+
+
+def test_folders_that_lack_something(tmp_path):
+    folder = tmp_path / 'x'
+    assert error_of(GPT.from_pretrained, 'gpt3') == (
+        'gpt3: no such model, accepted are gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with config.json and model.safetensors, '
+        'or an .npz file that save_pretrained wrote')
+    folder.mkdir()
+    assert error_of(GPT.from_pretrained, folder) == f"{folder} has no config.json: a model in transformers' format is config.json and model.safetensors"
+    ours().save_pretrained(folder)
+    (folder / 'model.safetensors').unlink()
+    assert error_of(GPT.from_pretrained, folder) == (
+        f"{folder} has neither model.safetensors nor model.safetensors.index.json: save it with transformers' save_pretrained")
+    index = folder / 'model.safetensors.index.json'
+    index.write_text(json.dumps({'weight_map': {'a': 'a.safetensors'}}))
+    assert error_of(GPT.from_pretrained, folder) == f'{folder / "a.safetensors"} is missing though model.safetensors.index.json names it'
+    index.write_text(json.dumps({'weight_map': {'a': '../a.safetensors'}}))
+    assert error_of(GPT.from_pretrained, folder) == f'{index}: names a file that is no .safetensors file of this folder'
+    index.write_text('[]')
+    assert error_of(GPT.from_pretrained, folder).startswith(f'{index}: not an index of shards: ')
+    (folder / 'config.json').write_text('{')
+    assert error_of(GPT.from_pretrained, folder).startswith(f'{folder / "config.json"}: not a configuration: ')
+
+
+def test_weights_that_do_not_fit_the_configuration(tmp_path):
+    ours().save_pretrained(tmp_path)
+    config, path = tmp_path / 'config.json', tmp_path / 'model.safetensors'
+    stored, weights = json.loads(config.read_text(encoding='utf-8')), pretrained.open_weights(tmp_path)
+    tensors = {name: weights[name].clone() for name in weights.keys()}
+    config.write_text(json.dumps({**stored, 'vocab_size': 84}), encoding='utf-8')
+    assert error_of(GPT.from_pretrained, tmp_path) == f'{tmp_path}: transformer.wte.weight has shape (83, 42), its configuration makes it (84, 42)'
+    config.write_text(json.dumps({**stored, 'n_layer': 4}), encoding='utf-8')
+    assert error_of(GPT.from_pretrained, tmp_path) == (
+        f'{tmp_path} does not fit its configuration: 12 weights missing (transformer.h.3.ln_1.weight, transformer.h.3.ln_1.bias, '
+        'transformer.h.3.attn.c_attn.weight), 0 unexpected ()')
+    config.write_text(json.dumps(stored), encoding='utf-8')
+    for changed, text in ((tensors | {'score.weight': torch.ones(2)}, 'does not fit its configuration: 0 weights missing (), 1 unexpected (score.weight)'),
+                          (tensors | {'transformer.h.0.attn.c_attn.weight': tensors['transformer.h.0.attn.c_attn.weight'].t()},
+                           'transformer.h.0.attn.c_attn.weight has shape (126, 42), its configuration makes it (42, 126)')):
+        with open(path, 'wb') as f:
+            pretrained.write_safetensors(f, changed)
+        assert text in error_of(GPT.from_pretrained, tmp_path)
+
+
+def test_damaged_safetensors(tmp_path):
+    ours().save_pretrained(tmp_path)
+    path = tmp_path / 'model.safetensors'
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert error_of(GPT.from_pretrained, tmp_path) == (
+        f'{path} has {len(whole) - 1:,} bytes, its header says {len(whole):,}: it was cut short, download or copy it again')
+    header = 8 + int.from_bytes(whole[:8], 'little')
+    path.write_bytes(whole[:100])
+    assert error_of(GPT.from_pretrained, tmp_path) == (
+        f'{path} is not a whole .safetensors file: it has 100 bytes, its header alone would take {header:,}')
+    for broken in (b'', b'1234567', whole[:8] + b'[' * (header - 8) + whole[header:], whole[:8] + whole[8:].replace(b'"F32"', b'"F33"', 1),
+                   whole.replace(b'[83,42]', b'[42,83]'), whole.replace(b'[83,42]', b'[83,43]'), whole.replace(b'[83,42]', b'[-3,42]'),
+                   b'\xff' * 8 + whole[8:]):
+        path.write_bytes(broken)
+        assert str(path) in error_of(GPT.from_pretrained, tmp_path) or broken[header:] == whole[header:] and str(tmp_path) in error_of(
+            GPT.from_pretrained, tmp_path)
+
+
+def test_damaged_npz(tmp_path):
+    path = tmp_path / 'x.npz'
+    ours().save_pretrained(path)
+    whole = path.read_bytes()
+    for broken in (b'', whole[:-100], whole[:5000] + b'\xff' + whole[5001:]):
+        path.write_bytes(broken)
+        assert error_of(GPT.from_pretrained, path).startswith(f'{path}')
+    np.savez(path, settings=np.array({'a': 1}, dtype=object))  # a pickle
+    assert error_of(GPT.from_pretrained, path).startswith(f'{path} was not written by save_pretrained: {path}: settings is unreadable: Object arrays')
+    for settings in ({'a': 1}, {'model_args': {**vars(GPTConfig()), 'n_layer': '3'}, 'tokenizer': None}, {'model_args': vars(GPTConfig()), 'tokenizer': 3}):
+        np.savez(path, settings=np.array(json.dumps(settings)))
+        assert error_of(GPT.from_pretrained, path).startswith(f'{path} was not written by save_pretrained: ')
+    np.savez(path, a=np.ones(3))
+    assert error_of(GPT.from_pretrained, path).startswith(f'{path} was not written by save_pretrained: ')
+
+
+# -----------------------------------------------------------------------------
+# the hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a hub as two files need, at the pinned commit of gpt2 and nowhere else."""
+
+    def do_HEAD(self):
+        asked, name = self.path.rsplit('/', 1)
+        found = asked == '/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e' and (self.server.folder / name).is_file()
+        body = (self.server.folder / name).read_bytes() if found else b''
+        self.send_response(200 if found else 404)
+        headers = {'X-Repo-Commit': asked.rsplit('/', 1)[1], 'ETag': f'"{name}"'} if found else {'X-Error-Code': 'RevisionNotFound'}
+        for key, value in {**headers, 'Content-Length': len(body)}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        return body
+
+    def do_GET(self):
+        self.wfile.write(self.do_HEAD())
+
+    def log_message(self, *arguments):
+        pass
+
+
+def run_with_hub(code, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith('HF_') and not k.lower().endswith('_proxy')}
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env={
+        **clean, 'OMP_NUM_THREADS': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_XET': '1', **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_gpt2_comes_from_the_hub_that_hf_endpoint_names_and_is_kept(tmp_path):
+    theirs(tmp_path / 'hub', 'gpt2')
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    server.folder = tmp_path / 'hub'
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f'http://127.0.0.1:{server.server_port}'
+    load = "from model import GPT; print(GPT.from_pretrained('gpt2').transformer.wte.weight.double().sum().item())"
+    try:
+        code, out, err = run_with_hub(load, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / 'home'))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert code == 0, err
+    assert float(out) == GPT.from_pretrained(tmp_path / 'hub').transformer.wte.weight.double().sum().item()
+    # the copy in the cache is enough; what is not there is one line that names the way without a network
+    both = load + """
+try:
+    GPT.from_pretrained('gpt2-xl')
+except OSError as error:
+    print(error)"""
+    code, again, err = run_with_hub(both, HF_HUB_OFFLINE='1', HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / 'home'))
+    assert code == 0, err
+    assert again.startswith(out + f'gpt2-xl cannot be downloaded from {endpoint} (')
+    assert again.endswith('): put config.json and model.safetensors of openai-community/gpt2-xl into a folder and use --init_from=FOLDER\n')
+    assert again.count('\n') == 2
+
+
+# -----------------------------------------------------------------------------
+# checkpoints of other trainers
+
+
+def nest(weights, prefix):
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize('key, prefix', [
+    *[('model_state_dict', prefix) for prefix in ('', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.')],
+    ('model', '_orig_mod.'), ('state_dict', ''), (None, ''), (None, 'module.')])
+def test_weights_under_any_of_these_names(tmp_path, capsys, key, prefix):
+    model = ours(activation='gelu')
+    weights = nest(model.state_dict(), prefix)
+    torch.save({key: weights, 'epoch': 3} if key else weights, tmp_path / 'x.pt')
+    state = checkpoint.load(tmp_path / 'x.pt', n_head=3)
+    assert capsys.readouterr().out == f'{tmp_path / "x.pt"}: sizes from its weights, n_head = 3 from --n_head, exact GELU, as nanoGPT has it\n'
+    loaded = GPT(GPTConfig(**state['model_args']))
+    checkpoint.load_weights(loaded, state['model'], tmp_path / 'x.pt')
+    assert_same(model, loaded)
+
+
+def test_heads_are_read_from_the_file_or_asked_for(tmp_path, capsys):
+    path = tmp_path / 'x.pt'
+    torch.save({'model_state_dict': ours().state_dict()}, path)
+    assert error_of(checkpoint.load, path) == (f'{path} does not say its number of heads, and weights do not show it: give --n_head '
+                                               "(1 if its heads are 64 wide, as GPT-2's)")
+    torch.save({'model_state_dict': ours().state_dict(), 'config': {'n_head': 3, 'lr': 0.1}}, path)
+    assert checkpoint.load(path, n_head=7)['model_args']['n_head'] == 3
+    assert 'n_head = 3 from a setting in it' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('bare', [False, True])
+def test_a_state_dict_of_transformers_gpt2(tmp_path, bare):
+    reference = theirs(tmp_path, 'gpt2')
+    weights = (reference.transformer if bare else reference).state_dict()
+    torch.save({'model_state_dict': nest(weights, 'module.')}, tmp_path / 'x.pt')
+    state = checkpoint.load(tmp_path / 'x.pt', n_head=3)
+    model = GPT(GPTConfig(**state['model_args'])).eval()
+    checkpoint.load_weights(model, state['model'], tmp_path / 'x.pt')
+    assert_parity(model, reference)
+
+
+def test_strict_names_what_does_not_fit_and_lax_lists_it(tmp_path, capsys):
+    model, path = ours(), tmp_path / 'x.pt'
+    weights = model.state_dict() | {'value_head.weight': torch.ones(3)}
+    for name in ('transformer.h.1.ln_2.weight', 'transformer.h.2.mlp.c_fc.bias'):
+        del weights[name]
+    torch.save({'model_state_dict': weights}, path)
+    state = checkpoint.load(path, n_head=3)
+    fresh = GPT(model.config)
+    assert error_of(checkpoint.load_weights, fresh, state['model'], path) == (
+        f'{path} does not fit the model: 2 weights missing (transformer.h.1.ln_2.weight, transformer.h.2.mlp.c_fc.bias), '
+        '1 unexpected (value_head.weight); --strict=False takes those that fit')
+    capsys.readouterr()
+    checkpoint.load_weights(fresh, state['model'], path, strict=False)
+    assert capsys.readouterr().out == (
+        f'{path}: 2 weights missing, left as a new model has them: transformer.h.1.ln_2.weight, transformer.h.2.mlp.c_fc.bias\n'
+        f'{path}: 1 weights unexpected, not used: value_head.weight\n')
+    assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
+    assert torch.equal(fresh.transformer.h[1].ln_2.weight, torch.ones(42))
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    path = tmp_path / 'x.pt'
+    torch.save({'epoch': 3}, path)
+    assert error_of(checkpoint.load, path) == (
+        f'{path} has no weights by name, itself or under model, model_state_dict or state_dict: it is not a checkpoint')
+    torch.save({'model_state_dict': {'layers.0.weight': torch.ones(3)}}, path)
+    assert error_of(checkpoint.load, path) == (
+        f"{path} does not name its weights as nanoGPT or transformers name a GPT-2's (transformer.wte.weight and so on, found layers.0.weight): "
+        'rename them where it was written')
+    torch.save({'model_state_dict': ours().state_dict(), 'args': pytest.MonkeyPatch()}, path)  # any object will do
+    assert error_of(checkpoint.load, path) == (f'{path} is not a readable checkpoint (it asks for _pytest.monkeypatch.MonkeyPatch, and only tensors '
+                                               'and plain values are read)')
+    untied = ours().state_dict()
+    untied['lm_head.weight'] = untied['lm_head.weight'] + 1
+    torch.save(untied, path)
+    assert error_of(checkpoint.load, path, n_head=3) == f'{path}: lm_head.weight is not transformer.wte.weight: GPT-2 has one matrix for both'
+
+
+# -----------------------------------------------------------------------------
+# train.py
+
+FEW = ('--batch_size=4', '--gradient_accumulation_steps=1', '--learning_rate=1e-3', '--warmup_iters=0', '--max_iters=3', '--eval_interval=3',
+       '--eval_iters=2', '--device=cpu', '--dtype=float32')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, tiny):
+    """A model exported with the tokenizer of the tiny dataset."""
+    folder, meta = tmp_path_factory.mktemp('exported') / 'x', json.loads((tiny / 'meta.json').read_text(encoding='utf-8'))
+    ours(vocab_size=32, block_size=16).save_pretrained(folder, load_tokenizer(meta['tokenizer']))
+    return folder
+
+
+def test_training_goes_on_from_a_folder(tmp_path, tiny, folder):
+    code, out, err, metrics = train_here(f'--init_from={folder}', f'--dataset={tiny}', '--block_size=8', '--dropout=0.1', *FEW, out_dir=tmp_path)
+    assert code == 0, err
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert state['model_args'] == vars(GPTConfig(**{**ODD, 'vocab_size': 32}, block_size=8, dropout=0.1))
+    assert state['config']['n_layer'] == 3 and state['config']['bias'] is True
+    code, out, err, metrics = train_here('--init_from=resume', '--max_iters=4', out_dir=tmp_path)
+    assert code == 0 and [line['iter'] for line in metrics if 'val_loss' in line] == [0, 3, 4], err
+
+
+def test_evaluation_is_of_the_weights_given(tmp_path, tiny, folder):
+    code, out, err, _ = train_here(f'--init_from={folder}', f'--dataset={tiny}', '--eval_only=True', *FEW, out_dir=tmp_path / 'x')
+    assert code == 0 and not (tmp_path / 'x').exists(), err
+    from data.loader import Loader
+    loader, model = Loader([tiny], 'val', 16, 8, order='sequential'), GPT.from_pretrained(folder).eval()
+    windows = np.arange(8) * loader.n_windows // 8
+    with torch.no_grad():
+        expected = model(*loader.windows(windows))[1].item()
+    assert f'val loss {expected:.4f}' in out
+
+
+@pytest.mark.parametrize('flags, text', [
+    (['--init_from=resum'], 'resum: no such model, accepted are scratch, resume, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with '
+                            'config.json and model.safetensors, or an .npz file that save_pretrained wrote'),
+    (['--init_from={folder}', '--n_layer=6'], 'n_layer=6: {folder} has n_layer=3: leave --n_layer out'),
+    (['--init_from={folder}', '--block_size=17'], 'block_size=17: {folder} has block_size=16: use that or less'),
+    (['--init_from=checkpoint'], 'init_from=checkpoint: name the file with --checkpoint_path'),
+])
+def test_settings_that_the_weights_contradict(tmp_path, tiny, folder, flags, text):
+    code, out, err, _ = train_here(*[flag.format(folder=folder) for flag in flags], f'--dataset={tiny}', *FEW, out_dir=tmp_path / 'x')
+    assert (code, err) == (2, text.format(folder=folder) + '\n') and not (tmp_path / 'x').exists()
+
+
+def test_the_dataset_must_be_in_the_tokens_of_the_weights(tmp_path, folder):
+    other = pack_chars(tmp_path / 'other', sentences(400, 1), sentences(100, 2), chars='\n .abcdefghijklmnopqrstuvwxyz')
+    code, out, err, _ = train_here(f'--init_from={folder}', f'--dataset={other}', *FEW, out_dir=tmp_path / 'x')
+    assert code == 2 and err.startswith(f'{folder}: the checkpoint was trained with tokenizer ') and err.count('\n') == 1
+    assert err.endswith(': use the dataset it was trained on, or pack with its tokenizer\n')
+
+
+def test_training_begins_with_the_weights_of_a_foreign_checkpoint(tmp_path, tiny):
+    weights = ours(block_size=16).state_dict()
+    del weights['transformer.h.2.mlp.c_fc.bias']
+    torch.save({'model_state_dict': nest(weights, 'module.')}, tmp_path / 'x.pt')
+    flags = '--init_from=checkpoint', f'--checkpoint_path={tmp_path / "x.pt"}', f'--dataset={tiny}', *FEW
+    code, out, err, _ = train_here(*flags, '--n_head=3', out_dir=tmp_path / 'out')
+    assert code == 2 and err.startswith(f'{tmp_path / "x.pt"} does not fit the model: 1 weights missing (transformer.h.2.mlp.c_fc.bias), 0 unexpected ()')
+    code, out, err, metrics = train_here(*flags, '--n_head=3', '--strict=False', '--block_size=8', out_dir=tmp_path / 'out')
+    assert code == 0 and '1 weights missing, left as a new model has them: transformer.h.2.mlp.c_fc.bias\n' in out, err
+    assert 'does not say its tokenizer: taking it for that of' in out
+    assert read_metrics(tmp_path / 'out') and checkpoint.load(tmp_path / 'out/ckpt.pt')['model_args']['block_size'] == 8
+    # its own best.pt, weights without an optimizer, begins a new run too
+    code, out, err, _ = train_here('--init_from=checkpoint', f'--checkpoint_path={tmp_path / "out/best.pt"}', f'--dataset={tiny}', *FEW, out_dir=tmp_path / 'b')
+    assert code == 0 and 'iter 0: ' in out, err
+
+
+# -----------------------------------------------------------------------------
+# configurations
+
+
+@pytest.mark.parametrize('path', sorted(Path(ROOT, 'config').glob('*.py')), ids=lambda path: path.stem)
+def test_every_recipe_is_understood(path, capsys):
+    import train
+    from configurator import configure
+    from distributed import divide_batch
+    settings = dict(vars(train))
+    configure(settings, [str(path)])
+    for ranks in (1, 2, 4, 8) if settings['gradient_accumulation_steps'] > 1 else [1]:
+        divide_batch(settings['gradient_accumulation_steps'], settings['batch_size'], ranks)
+    GPTConfig(**{name: settings[name] for name in ('arch', 'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')})
+    assert settings['init_from'] in ('scratch', *pretrained.HUB)
+    tokens = settings['gradient_accumulation_steps'] * settings['batch_size'] * settings['block_size']
+    expected = dict(train_gpt2=491_520, train_gpt2_modern=524_288, finetune_shakespeare=32_768)
+    assert tokens == expected.get(path.stem, tokens)
