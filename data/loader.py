@@ -102,7 +102,10 @@ class Split:
         return np.asarray(np.memmap(path, dtype, 'r')).reshape(shape) if size else np.empty(0, dtype).reshape(shape)
 
     def documents(self):
-        """Where each document lies in the split: offset and length in tokens, (M,) int64 each."""
+        """Where each document lies in the split: offset and length in tokens, (M,) int64 each.
+
+        The one token that parts a document from the next (end-of-text) ends it, so that a model learns where to stop.
+        """
         table, path = self.beside('.idx', '<i8', (-1, 2)), self.folder / f'{self.split}.idx'
         if table is None:
             raise FileNotFoundError(f'{path} is missing: rows that begin with documents need it, prepare the dataset with one')
@@ -112,7 +115,7 @@ class Split:
             at = int(np.argmax(outside))
             raise ValueError(f'{path}: document {at} has offset {offset[at]} and length {length[at]}, the split has {self.n_tokens} tokens: '
                              'it was altered, prepare the dataset again')
-        return offset, length
+        return offset, length + np.append(offset[1:] == (offset + length)[:-1] + 1, False)
 
     def fingerprint(self):
         """What a checkpoint remembers of its data: sizes, checksums and tokenizer, as plain values."""

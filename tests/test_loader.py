@@ -190,6 +190,15 @@ def test_documents_begin_rows(tmp_path):
     assert dict(zip(map(tuple, x.tolist()), map(tuple, y.tolist()))) == rows and len(x) == len(rows)
 
 
+def test_end_of_text_is_learnt_where_a_row_is_a_document(tmp_path):
+    class Letters(CharTokenizer):
+        eot = 3
+    write_dataset(tmp_path, Letters('abcd'), {'train': ['ab', 'ca', 'bb'], 'val': ['ab']}, 'made here')
+    x, y = Loader(tmp_path, 'train', 4, 3, order='documents').batch(0)
+    rows = sorted((a[0], *b) for a, b in zip(x.tolist(), y.tolist()))
+    assert rows == [(0, 1, 3, -100, -100), (1, 1, -100, -100, -100), (2, 0, 3, -100, -100)]
+
+
 def test_documents_come_once_an_epoch_in_orders_of_their_own(tmp_path):
     loader = Loader(pack(tmp_path, [range(i, i + 3) for i in range(0, 300, 3)]), 'train', 4, 2, order='documents')
     epochs = [starts(loader, 100, 100 * epoch) for epoch in range(3)]
