@@ -18,9 +18,9 @@ batch_size = 16
 gradient_accumulation_steps = 1
 
 optimizer = 'muon'
-matrix_lr = 0.03
+matrix_lr = 0.04
 learning_rate = 0.004
-embedding_lr = 0.3
+embedding_lr = 0.4
 head_lr = 0.004
 weight_decay = 0.0
 beta1 = 0.8
