@@ -189,7 +189,7 @@ def read_bandwidth(device, n_bytes=512 << 20):
 
 
 def check_settings():
-    for name, least in (('batch_size', 1), ('steps', 1), ('warmup_steps', 0), ('prompt_tokens', 1), ('max_new_tokens', 2), ('rounds', 1)):
+    for name, least in (('batch_size', 1), ('steps', 1), ('warmup_steps', 0), ('prompt_tokens', 1), ('max_new_tokens', 2), ('rounds', 1), ('seed', 0)):
         if globals()[name] < least:
             raise ValueError(f'--{name}={globals()[name]}: accepted is {least} or more')
     if mode == 'decode' and prompt_tokens + max_new_tokens > block_size:

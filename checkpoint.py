@@ -145,7 +145,7 @@ def read(path, mmap=False):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'{path} does not exist')
+        raise FileNotFoundError(f'{path} is a folder, a checkpoint is a file such as ckpt.pt' if path.is_dir() else f'{path} does not exist')
     with open(path, 'rb') as f:  # an OSError here is not the file's fault
         try:
             damage = find_damage(f)

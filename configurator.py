@@ -170,7 +170,7 @@ def read_config(file, script, current, accepted):
     try:
         symbols = symtable.symtable(source, path, 'exec').get_symbols()
         result = runpy.run_path(path, init_globals=current)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         line = lines[-1] if lines else getattr(e, 'lineno', None)  # the latter of a SyntaxError
         raise ValueError(f'{file}:{line or 1}: {type(e).__name__}: {getattr(e, "msg", e)}') from e

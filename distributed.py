@@ -83,11 +83,6 @@ def broadcast(value):
     return box[0]
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 # -----------------------------------------------------------------------------
 # device and dtype
 

@@ -369,7 +369,7 @@ class GPT(nn.Module):
 
 def draw(logits, temperature, top_k, top_p):
     """One token a row from logits (B, V), as stream() says: (B,) int64."""
-    if temperature == 0:
+    if temperature < 1e-6:  # what is left of the other tokens is below float32
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k:

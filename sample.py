@@ -20,7 +20,8 @@ import distributed
 import pretrained
 from configurator import configure, one_line_errors
 from data.loader import dataset_folders
-from data.tokenizer import GPT2_META, load_tokenizer, read_meta_pkl
+from data.pack import read_text
+from data.tokenizer import GPT2_META, load_tokenizer, read_meta, read_meta_pkl
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -110,7 +111,8 @@ def write_out(drawn, tokenizer, prompt):
 def check_settings():
     for name, fits, accepted in (('num_samples', num_samples >= 1, '1 or more'), ('max_new_tokens', max_new_tokens >= 0, '0 or more'),
                                  ('temperature', temperature >= 0, '0 (greedy) or more'), ('top_k', (top_k or 0) >= 0, '0 or more, or None'),
-                                 ('top_p', top_p is None or 0 < top_p <= 1, 'above 0 up to 1, or None')):
+                                 ('top_p', top_p is None or 0 < top_p <= 1, 'above 0 up to 1, or None'),
+                                 ('seed', 0 <= seed < 2**63, '0 or more, below 2**63')):
         if not fits:
             raise ValueError(f'--{name}={globals()[name]}: accepted is {accepted}')
 
@@ -140,19 +142,22 @@ def find_tokenizer(state):
 
 
 def nanogpt_tokenizer(state):
-    """The tokenizer of a checkpoint that does not hold one: nanoGPT looks into the data folder, and else takes GPT-2's."""
+    """The tokenizer of a checkpoint that does not hold one: its dataset's where that lies in data/, else GPT-2's, as in nanoGPT."""
     dataset = state.get('config', {}).get('dataset', '')
-    (folder, *_), _ = dataset_folders(dataset) if dataset else ([Path('data')], None)
-    if (folder / 'meta.pkl').exists():
-        print(f'no tokenizer in the checkpoint: taking the characters in {folder / "meta.pkl"}, as nanoGPT does')
-        return read_meta_pkl(folder / 'meta.pkl')
-    print(f"no tokenizer in the checkpoint and no {folder / 'meta.pkl'}: taking GPT-2's, as nanoGPT does")
+    for folder in dataset_folders(dataset)[0] if dataset else []:
+        if (folder / 'meta.pkl').exists():  # nanoGPT's rule, whether or not the tokens are there too
+            print(f'no tokenizer in the checkpoint: taking the characters in {folder / "meta.pkl"}')
+            return read_meta_pkl(folder / 'meta.pkl')
+        if (folder / 'meta.json').exists():
+            print(f'no tokenizer in the checkpoint: taking the one in {folder / "meta.json"}')
+            return read_meta(folder)['tokenizer']
+    print(f"no tokenizer in the checkpoint, and no dataset {dataset!r} here that has one: taking GPT-2's, as nanoGPT does")
     return GPT2_META
 
 
 def read_prompt(tokenizer):
     """The ids of the prompt; an empty one is the end of the document before, or a line break where the tokenizer marks no ends."""
-    text = Path(start[len('FILE:'):]).read_text(encoding='utf-8') if start.startswith('FILE:') else start
+    text = read_text(start[len('FILE:'):]) if start.startswith('FILE:') else start
     if not text:
         return [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')
     return tokenizer.encode(text, allowed_special={'<|endoftext|>'})

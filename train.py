@@ -89,7 +89,7 @@ seed = 1337
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 compile: bool | Literal['auto'] = 'auto'
-backend = 'auto'  # nccl, gloo
+backend: Literal['auto', 'nccl', 'gloo', 'mpi'] = 'auto'
 # -----------------------------------------------------------------------------
 
 FIXED = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'optimizer')  # cannot change when a run is resumed
@@ -98,7 +98,7 @@ THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 
 LIMITS = (  # least, below, and the settings that this holds for; GPTConfig knows those of the model
     (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters restart_iters restart_mult'),
     (0, math.inf, 'eval_iters checkpoint_interval warmup_iters lr_decay_iters learning_rate matrix_lr embedding_lr head_lr min_lr'),
-    (0, math.inf, 'weight_decay grad_clip decay_fraction'),
+    (0, math.inf, 'weight_decay grad_clip'),
     (0, 1, 'beta1 beta2'),
     (0, 2**63, 'seed'),
     (-1, math.inf, 'keep_last_n_checkpoints'),
@@ -168,6 +168,8 @@ def main(explicit):
                 smoothed=smoothed, skipped=skipped, config=config_of(globals()), tokenizer=tokenizer_meta, vocab_size=vocab_size,
                 data=train_loader.fingerprint(), wandb_id=wandb_id, run_id=run_id, format=checkpoint.FORMAT), keep_last_n_checkpoints, is_best)
 
+    if iter_num >= max_iters and not eval_only:
+        print0(f'nothing to train: the checkpoint is at iteration {iter_num}, max_iters is {max_iters}, give a larger --max_iters')
     resumed_at, t_log, logged_at = iter_num, time.perf_counter(), iter_num
     model.train()
     while True:
@@ -270,7 +272,7 @@ def restore_settings(state, explicit):
             continue
         if name in FIXED:
             raise ValueError(f'{name}={globals()[name]}: the checkpoint in {out_dir} has {name}={stored[name]}, which cannot change: '
-                             f'leave --{name} out, or use another --out_dir')
+                             f'give --{name}={stored[name]}, or use another --out_dir')
         print0(f'{name} = {globals()[name]!r} from now on, was {stored[name]!r}')
     globals().update({k: v for k, v in stored.items() if k not in explicit})
 
@@ -294,7 +296,7 @@ def find_weights(explicit):
             continue
         if name in explicit and ours != theirs:
             raise ValueError(f'{name}={ours}: {start["name"]} has {name}={theirs}: ' + (
-                'use that or less' if name == 'block_size' else f'leave --{name} out'))
+                'use that or less' if name == 'block_size' else f'give --{name}={theirs}'))
         globals()[name] = theirs
     return start
 
@@ -310,6 +312,10 @@ def check_settings():
     if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:
         raise ValueError(f'min_lr={min_lr} is above learning_rate={learning_rate}, which falls to it: '
                          f'use --min_lr={learning_rate / 10:g}, or --decay_lr=False')
+    if not 0 <= decay_fraction <= 1:
+        raise ValueError(f'decay_fraction={decay_fraction}: accepted is 0 up to 1, the part of max_iters')
+    if not out_dir:
+        raise ValueError('out_dir is empty: name the folder for checkpoints and logs')
     if checkpoint_path and init_from not in ('resume', 'checkpoint') and not auto_resume:
         raise ValueError(f'checkpoint_path={checkpoint_path} is for resuming: add --init_from=resume, or leave it out')
     if wandb_log and importlib.util.find_spec('wandb') is None:

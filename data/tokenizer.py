@@ -169,12 +169,11 @@ def gpt2_ranks(path):
 # -----------------------------------------------------------------------------
 # any tokenizer, by its meta()
 
-def load_tokenizer(meta, folder=None):
+def load_tokenizer(meta):
     """The tokenizer that meta() describes.
 
-    meta      dict of plain values
-    folder    where the files of a trained tokenizer lie; 'char' and 'gpt2' need none
-    raises    ValueError for a description that fits no tokenizer
+    meta    dict of plain values
+    raises  ValueError for a description that fits no tokenizer
     """
     vocab_size_of(meta)
     return CharTokenizer(meta['chars']) if meta['kind'] == 'char' else GPT2Tokenizer()

@@ -216,7 +216,7 @@ def test_text_char_from_a_folder_and_a_file(data, tmp_path):
     (tmp_path / 'last').write_bytes('\u4f60\u597d'.encode())
     done = run(data / 'text' / 'prepare.py', '--input', 'notes', 'last', '--tokenizer=char', '--val_fraction=0.25', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == 'next: python train.py --dataset=text'
+    assert done.stdout.splitlines()[-1] == 'next: python train.py config/quickstart.py --dataset=text --out_dir=out-text'
     meta = json.loads((data / 'text' / 'meta.json').read_text(encoding='utf-8'))
     tokenizer = CharTokenizer(meta['tokenizer']['chars'])
     train, val = [tokenizer.decode(np.fromfile(data / 'text' / f'{name}.bin', dtype='<u2')) for name in ('train', 'val')]
@@ -233,7 +233,7 @@ def test_text_gpt2_has_tiktokens_ids_and_eot_between_files(data, tmp_path):
                '--val_fraction', '0.3125', cwd=tmp_path, cache=SHARED / 'gpt2_bpe')
     assert done.returncode == 0, done.stderr
     assert np.fromfile(data / 'mine' / 'train.bin', dtype='<u2').tolist() == [15496, 995, 50256, 15496, 995]
-    assert done.stdout.splitlines()[-1] == 'next: python train.py --dataset=mine'
+    assert done.stdout.splitlines()[-1] == 'next: python train.py config/quickstart.py --dataset=mine --out_dir=out-mine'
 
 
 @pytest.mark.parametrize('content, args, error', [

@@ -256,7 +256,7 @@ def test_what_cannot_change_fails_and_leaves_everything(finished, flag, was):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     code, _, stderr, _ = train_here('--init_from=resume', '--device=cpu', f'--{flag}', out_dir=finished)
     name = flag.split('=')[0]
-    assert (code, stderr) == (2, f'{flag}: the checkpoint in {finished} has {name}={was}, which cannot change: leave --{name} out, '
+    assert (code, stderr) == (2, f'{flag}: the checkpoint in {finished} has {name}={was}, which cannot change: give --{name}={was}, '
                                  'or use another --out_dir\n')
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 

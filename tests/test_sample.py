@@ -1,6 +1,7 @@
 """sample.py end to end on tiny checkpoints of random weights."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import checkpoint
 import sample
 from configurator import configure
+from data.pack import write_dataset
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 
@@ -172,3 +174,22 @@ def test_a_checkpoint_of_another_trainer(monkeypatch, capsys, tmp_path):
         run(monkeypatch, capsys, *flags)
     out = printed(monkeypatch, capsys, *flags, '--strict=False', '--dtype=float32')
     assert '1 weights missing, left as a new model has them: transformer.h.1.ln_1.bias\n' in out and out.endswith(f'{text}\n---------------\n')
+
+
+def test_a_nanogpt_checkpoint_takes_the_tokenizer_of_its_dataset(monkeypatch, tmp_path):
+    folder = tmp_path / 'prepared'
+    write_dataset(folder, CharTokenizer('abc'), {'train': ['abcabc'], 'val': ['abc']}, 'made here')
+    assert sample.nanogpt_tokenizer(dict(config=dict(dataset=str(folder)))) == {'kind': 'char', 'chars': 'abc'}
+    (folder / 'meta.json').unlink()
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=2, itos={0: 'x', 1: 'y'}, stoi={'x': 0, 'y': 1})))
+    assert sample.nanogpt_tokenizer(dict(config=dict(dataset=str(folder)))) == {'kind': 'char', 'chars': 'xy'}
+    assert sample.nanogpt_tokenizer(dict(config=dict(dataset='nowhere')))['kind'] == 'gpt2'
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark_and_must_be_utf8(monkeypatch, capsys, out_dir, tmp_path):
+    prompt = tmp_path / 'prompt.txt'
+    prompt.write_bytes(b'\xef\xbb\xbfab')
+    assert run(monkeypatch, capsys, f'--out_dir={out_dir}', f'--start=FILE:{prompt}', '--num_samples=1', '--temperature=1e-40')[0].startswith('ab')
+    prompt.write_bytes(b'a\nb\xff')
+    with pytest.raises(ValueError, match=r'prompt.txt, line 2: not UTF-8'):
+        run(monkeypatch, capsys, f'--out_dir={out_dir}', f'--start=FILE:{prompt}')

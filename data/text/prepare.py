@@ -8,7 +8,6 @@ characters is for validation (--val_fraction). A file is a document: gpt2 puts <
 a time.
 """
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -50,7 +49,9 @@ def main():
     splits = {'train': characters(paths, 0, n_train), 'val': characters(paths, n_train, n_chars)}
     source = paths[0].name if len(paths) == 1 else f'{len(paths)} files, {paths[0].name} to {paths[-1].name}'
     write_dataset(args.out, tokenizer, splits, source)
-    print(f'next: python train.py --dataset={os.path.relpath(args.out, HERE.parent)}')
+    out = Path(args.out).resolve()
+    dataset = out.name if out.parent == HERE.parent else args.out
+    print(f'next: python train.py config/quickstart.py --dataset={dataset} --out_dir=out-{out.name}')
 
 
 if __name__ == '__main__':
