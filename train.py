@@ -128,19 +128,17 @@ def main(explicit):
     optimizers = configure_optimizers(
         model, optimizer=optimizer, learning_rate=learning_rate, matrix_lr=matrix_lr, embedding_lr=embedding_lr, head_lr=head_lr,
         betas=(beta1, beta2), weight_decay=weight_decay, decay_groups=decay_groups)
+    past = dict(iter_num=0, best_val_loss=math.inf, smoothed=[0.0, 0], skipped=0, run_id=None, wandb_id=None) | (state or {})
+    iter_num, best_val_loss, skipped, wandb_id = (past[k] for k in ('iter_num', 'best_val_loss', 'skipped', 'wandb_id'))
+    smoothed = past['smoothed']  # decayed sum of logged losses, and how many
+    run_id = past['run_id'] or secrets.token_hex(4)  # tells checkpoint.save which files in out_dir are earlier states of this run
     if state is not None:
         if state.get('scaler'):
             scaler.load_state_dict(state['scaler'])
         checkpoint.scatter(state, model, optimizers)
-    iter_num = state['iter_num'] if state else 0
-    best_val_loss = state['best_val_loss'] if state else math.inf
-    smoothed = state.get('smoothed', [0.0, 0]) if state else [0.0, 0]  # decayed sum of logged losses, and how many
-    skipped = state.get('skipped', 0) if state else 0
-    if state is not None and state.get('data', train_loader.fingerprint()) != train_loader.fingerprint():
-        print0(f'{dataset} is not the data that the checkpoint saw: the run goes on, but not as an unbroken one would')
-    run_id = state.get('run_id') if state else None
-    run_id = run_id or secrets.token_hex(4)  # tells checkpoint.save which files in out_dir are earlier states of this run
-    wandb_id, state = state.get('wandb_id') if state else None, None  # the tensors now live in the model
+        if state.get('data', train_loader.fingerprint()) != train_loader.fingerprint():
+            print0(f'{dataset} is not the data that the checkpoint saw: the run goes on, but not as an unbroken one would')
+    state = past = None  # the tensors now live in the model
     for loader in (train_loader, *(loader for loader, _ in eval_sets)):
         loader.windows(np.arange(batch_size))  # ids of another tokenizer stop the run here
 
