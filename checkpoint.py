@@ -26,6 +26,8 @@ from torch.distributed.checkpoint import state_dict as dcp
 from distributed import print0
 
 FORMAT = 1
+MODEL_ARGS = dict.fromkeys(('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'), int) | dict(
+    dropout=float | int, bias=bool | None, arch=str, activation=str | None)  # what GPTConfig takes
 PREFIXES = ('module.', '_orig_mod.')
 
 
@@ -205,23 +207,32 @@ def strip_prefixes(weights):
         while name.startswith(PREFIXES):
             name = name.split('.', 1)[1]
         return name
-    return {bare(name): tensor for name, tensor in weights.items()}
+    stripped = {bare(name): tensor for name, tensor in weights.items()}
+    if len(stripped) != len(weights):
+        raise ValueError(f'{len(weights) - len(stripped)} weights stand there twice, with a prefix such as module. and without: keep one of each')
+    return stripped
 
 
 def modernize(state, path, n_head=None):
     """A checkpoint as this file describes it, from ours, nanoGPT's, or another trainer's."""
     if not isinstance(state, dict):
         raise ValueError(f'{path} holds a {type(state).__name__}, not a checkpoint dict')
-    if state.get('format', FORMAT) != FORMAT:
+    if type(state.get('format', FORMAT)) is not int or state.get('format', FORMAT) != FORMAT:
         raise ValueError(f'{path} has format {state["format"]}, this version reads {FORMAT}: use a newer flatGPT')
     if 'format' not in state:
         state = of_another_trainer(state, path, n_head)
     if not is_weights(state.get('model')) or not isinstance(state.get('model_args'), dict):
         raise ValueError(f'{path} has no model and model_args: it is not a checkpoint of flatGPT or nanoGPT')
+    for name, tensor in state['model'].items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise ValueError(f'{path}: {name} is {tensor.dtype}, {tensor.layout}: accepted are dense floating-point weights')
+    for name, value in state['model_args'].items():
+        if not isinstance(value, MODEL_ARGS.get(name, ())):
+            raise ValueError(f'{path}: {name} = {value!r} in its model_args is none that this version knows')
     for key, kind in (('iter_num', int), ('best_val_loss', float | int | None), ('config', dict | None), ('optimizer', dict | None)):
         if not isinstance(state.get(key), kind):
             raise ValueError(f'{path} is not a checkpoint of flatGPT or nanoGPT: {key} is a {type(state.get(key)).__name__}')
-    return state
+    return state | dict(config=state.get('config') or {})
 
 
 def of_another_trainer(state, path, n_head):
@@ -238,7 +249,7 @@ def of_another_trainer(state, path, n_head):
     known = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
     args = {k: v for k, v in args.items() if k in known} | dict(arch='gpt2', activation='gelu')
     loss = state.get('best_val_loss', float('inf'))
-    loss = loss.item() if isinstance(loss, torch.Tensor) else loss
+    loss = loss.item() if isinstance(loss, torch.Tensor) and loss.numel() == 1 else loss
     return dict(iter_num=0, config={}) | state | dict(model=weights, model_args=args, best_val_loss=loss)
 
 
@@ -260,7 +271,7 @@ def adopt(weights, state, path, n_head):
     weights = {'transformer.wte.weight': wte, 'lm_head.weight': wte, **weights}
     transposed = c_attn.shape == (C, 3 * C)
     if transposed:  # transformers' Conv1D
-        weights = {k: v.t() if re.search(r'(c_attn|c_proj|c_fc)\.weight$', k) else v for k, v in weights.items()}
+        weights = {k: v.t() if re.search(r'(c_attn|c_proj|c_fc)\.weight$', k) and v.dim() == 2 else v for k, v in weights.items()}
     dicts = [v for v in state.values() if isinstance(v, dict)]
     said = next((d[name] for name in ('n_head', 'n_heads', 'num_heads', 'num_attention_heads') for d in dicts if type(d.get(name)) is int), None)
     if said is None and n_head is None:

@@ -239,6 +239,10 @@ def one_line_errors():
         code, message = 2, str(e) or type(e).__name__
         if isinstance(e, OSError) and e.strerror and e.filename is not None:
             message = f'{e.filename}: {e.strerror}'
+    except (MemoryError, RuntimeError) as e:  # torch's is a RuntimeError, told by its words on a CPU and by its name elsewhere
+        if isinstance(e, RuntimeError) and "can't allocate memory" not in str(e) and type(e).__name__ != 'OutOfMemoryError':
+            raise
+        code, message = 2, f'not enough memory for this: use a smaller model, batch or row ({str(e)[-150:] or "MemoryError"})'
     rank = f'rank {os.environ["RANK"]}: ' if 'RANK' in os.environ and os.environ.get('WORLD_SIZE', '1') != '1' else ''
     print(rank + ' '.join(map(str.strip, message.splitlines())), file=sys.stderr)
     sys.exit(code)

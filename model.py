@@ -55,6 +55,8 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: accepted is 1 or more')
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f'{name}={getattr(self, name)}: no machine holds that, give less')
         if self.n_embd % self.n_head:
             near = max(self.n_embd // self.n_head, 1) * self.n_head
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '

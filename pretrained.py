@@ -123,7 +123,7 @@ def read_model_args(path):
         theirs = need(name, default, *ACTIVATIONS.values(), *SYNONYMS)
         return next(k for k, v in ACTIVATIONS.items() if v == SYNONYMS.get(theirs, theirs))
 
-    if kind not in FIXED:
+    if not isinstance(kind, str) or kind not in FIXED:
         raise ValueError(f'{file}: model_type = {kind!r} is not supported, accepted are gpt2 (GPT2LMHeadModel) and nanochat (NanoChatForCausalLM)')
     for name, value in FIXED[kind].items():
         need(name, value, value)
@@ -320,17 +320,23 @@ def read_header(path):
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
             raise ValueError(f'{path} is not a whole .safetensors file: it has {size:,} bytes, its header alone would take {8 + length:,}')
         header = f.read(length)
-    places = {}
+    places, spans = {}, []
     try:
-        entries = json.loads(header.decode('utf-8'))
+        entries = json.loads(header.decode('utf-8'), object_pairs_hook=without_repeats)
         entries.pop('__metadata__', None)
         for name, entry in entries.items():
             dtype, shape, (start, end) = DTYPES.get(entry['dtype']), tuple(entry['shape']), entry['data_offsets']
             width = dtype.itemsize if dtype else 1
             if set(map(type, (start, end, *shape))) != {int} or min(start, *shape) < 0 or dtype and end - start != math.prod(shape) * width:
                 raise ValueError(f'{name} does not fill its place')
+            if any(n >= 2**48 for n in shape):
+                raise ValueError(f'{name} has shape {shape}')
+            spans.append((start, end))
             if dtype or not BUFFERS.search(name):
                 places[name] = (path, dtype, shape, 8 + length + start, end - start)
+        spans.sort()
+        if any(start != end for (_, end), (start, _) in zip([(0, 0), *spans], spans)):
+            raise ValueError('its tensors overlap or leave gaps')
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is not a .safetensors file: {error or type(error).__name__}') from None
     end = max((start + n_bytes for _, _, _, start, n_bytes in places.values()), default=0)
@@ -341,6 +347,13 @@ def read_header(path):
         if dtype is None:
             raise ValueError(f'{path}: {name} is {entries[name]["dtype"]}, accepted are {", ".join(DTYPES)}')
     return places
+
+
+def without_repeats(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError('a name stands in its header twice')
+    return entries
 
 
 def write_safetensors(f, tensors):
@@ -389,9 +402,12 @@ class Npz:
 
     def array(self, name):
         try:
-            return self.arrays[name]
+            array = self.arrays[name]
         except Exception as error:
             raise ValueError(f'{self.path}: {name} is unreadable: {error}') from None
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f'{self.path}: {name} is no array')
+        return array
 
     def __getitem__(self, name):
         array = self.array(name)

@@ -144,7 +144,7 @@ def find_tokenizer(state):
 def nanogpt_tokenizer(state):
     """The tokenizer of a checkpoint that does not hold one: its dataset's where that lies in data/, else GPT-2's, as in nanoGPT."""
     dataset = state.get('config', {}).get('dataset', '')
-    for folder in dataset_folders(dataset)[0] if dataset else []:
+    for folder in dataset_folders(dataset)[0] if dataset and isinstance(dataset, str) else []:
         if (folder / 'meta.pkl').exists():  # nanoGPT's rule, whether or not the tokens are there too
             print(f'no tokenizer in the checkpoint: taking the characters in {folder / "meta.pkl"}')
             return read_meta_pkl(folder / 'meta.pkl')

@@ -215,12 +215,12 @@ def read_tokenizer_json(folder):
         return dict(GPT2_META) if merges_path.exists() else None
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
-        kind, vocab = found['model']['type'], found['model']['vocab']
+        kind, n_tokens = found['model']['type'], len(found['model']['vocab'])
         meta = {'WordLevel': meta_of_characters, 'BPE': meta_of_gpt2}.get(kind, lambda found: None)(found)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path}: not a tokenizer.json: {error or type(error).__name__}') from None
     if meta is None:
-        raise ValueError(f'{path} is a {kind} tokenizer of {len(vocab)} tokens: {supported}')
+        raise ValueError(f'{path} is a {kind} tokenizer of {n_tokens} tokens: {supported}')
     return meta
 
 

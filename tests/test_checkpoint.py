@@ -467,3 +467,19 @@ def test_old_causal_masks_of_nanogpt_and_other_keys_for_the_weights(tmp_path):
     state = checkpoint.load(tmp_path / 'ckpt.pt')
     checkpoint.load_weights(GPT(GPTConfig(**state['model_args'])), state['model'], tmp_path / 'ckpt.pt')
     assert state['iter_num'] == 0
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(model_args=dict(n_layer='abc')), "n_layer = 'abc' in its model_args is none that this version knows"),
+    (dict(model_args=dict(n_kv_head=2)), 'n_kv_head = 2 in its model_args is none that this version knows'),
+    (dict(model=dict(w=torch.ones(2, dtype=torch.int8))), 'w is torch.int8, torch.strided: accepted are dense floating-point weights'),
+    (dict(format=torch.ones(3)), 'this version reads 1'),
+])
+def test_contents_of_the_wrong_kind_get_one_line(tmp_path, change, words):
+    torch.save(small_state() | change, tmp_path / 'ckpt.pt')
+    assert words in error_of(tmp_path / 'ckpt.pt')
+
+
+def test_a_weight_that_stands_there_twice_is_refused():
+    with pytest.raises(ValueError, match='1 weights stand there twice'):
+        checkpoint.strip_prefixes({'x': 0, 'module.x': 1, 'module.y': 2})

@@ -413,3 +413,15 @@ def test_one_line_errors_passes_results_through():
     with one_line_errors():
         result = 1
     assert result == 1
+
+
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 4 bytes")])
+def test_memory_that_is_not_there_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise error
+    assert end.value.code == 2 and capsys.readouterr().err.startswith('not enough memory for this: use a smaller model, batch or row')
+
+
+def test_other_errors_of_ours_keep_their_traceback():
+    with pytest.raises(RuntimeError, match='a mistake of ours'), one_line_errors():
+        raise RuntimeError('a mistake of ours')

@@ -607,3 +607,16 @@ def test_every_recipe_is_understood(path, capsys):
     tokens = settings['gradient_accumulation_steps'] * settings['batch_size'] * settings['block_size']
     expected = dict(train_gpt2=491_520, train_gpt2_modern=524_288, finetune_shakespeare=32_768)
     assert tokens == expected.get(path.stem, tokens)
+
+
+def test_safetensors_whose_tensors_overlap_or_repeat_are_refused(tmp_path):
+    def refused(header, n_bytes):
+        text = header.encode()
+        (tmp_path / 'x.safetensors').write_bytes(len(text).to_bytes(8, 'little') + text + bytes(n_bytes))
+        with pytest.raises(ValueError) as error:
+            pretrained.read_header(tmp_path / 'x.safetensors')
+        return str(error.value).partition('not a .safetensors file: ')[2]
+    entry = '{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
+    assert refused(f'{{"a":{entry % (0, 4)},"b":{entry % (2, 6)}}}', 6) == 'its tensors overlap or leave gaps'
+    assert refused(f'{{"a":{entry % (0, 4)},"a":{entry % (4, 8)}}}', 8) == 'a name stands in its header twice'
+    assert refused('{"a":{"dtype":"F32","shape":[0,%d],"data_offsets":[0,0]}}' % 10**30, 0).startswith('a has shape (0, 1000')
