@@ -6,6 +6,7 @@ import json
 import os
 import random
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,26 @@ def differences(a, b, path=''):
         return [d for i, pair in enumerate(zip(a, b)) for d in differences(*pair, f'{path}[{i}]')]
     equal = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
     return [] if equal else [path]
+
+
+def survives(n, work):
+    """Runs work() in a child that is killed before its change number n to a file, counted from 0; whether it came through."""
+    child = os.fork()
+    if child == 0:
+        changes = 0
+
+        def die_at_n(event, args):
+            nonlocal changes
+            if event in ('os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'open'):
+                changes += 1
+                if changes > n:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(die_at_n)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), f'work() failed by itself before change {n}'
+    return status == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import survives
 from data.pack import write_dataset
 from data.shakespeare_char import prepare as shakespeare
 from data.tokenizer import CharTokenizer, read_meta
@@ -125,20 +126,7 @@ def test_killed_at_any_step_no_mixture_passes_for_a_dataset(tmp_path, old, monke
             (folder / 'train.bin').write_bytes(b'\0\0\1\0')
             (folder / 'val.bin').write_bytes(b'\1\0')
         before = contents(folder)
-        child = os.fork()
-        if child == 0:
-            changes = 0
-
-            def die_at_n(event, args):
-                nonlocal changes
-                if event in ('os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'open'):
-                    changes += 1
-                    if changes > n:
-                        os._exit(1)
-            sys.addaudithook(die_at_n)
-            write_dataset(folder, CharTokenizer('abc'), {'train': ['cab'], 'val': ['cc']}, 'new')
-            os._exit(0)
-        survived = os.waitpid(child, 0)[1] == 0
+        survived = survives(n, lambda: write_dataset(folder, CharTokenizer('abc'), {'train': ['cab'], 'val': ['cc']}, 'new'))
         try:
             after = contents(folder)
         except (ValueError, FileNotFoundError) as error:
