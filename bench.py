@@ -86,7 +86,7 @@ def measure_step(model, device, precision, use_compile):
     """Times forward, backward, clipping and update, as train.py does them, with one micro-step in a step."""
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    optimizers = configure_optimizers(model, optimizer=optimizer, learning_rate=1e-4, weight_decay=1e-2)
+    optimizers = configure_optimizers(model, optimizer=optimizer, learning_rate=1e-4, weight_decay=1e-2, dtype=precision)
     next_batch = open_batches(device)
     if use_compile:
         model.compile()

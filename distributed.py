@@ -3,13 +3,20 @@
 Under torchrun (RANK, WORLD_SIZE and LOCAL_RANK set) every process is one rank; otherwise there is one rank, 0 of 1.
 """
 
+import contextlib
 import os
+import signal
+import time
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -34,10 +41,11 @@ class Place:
 def start(device='auto', backend='auto', timeout_s=600):
     """Finds the device, joins the process group where torchrun made one, and says where this process stands.
 
-    device    'auto' (CUDA, other accelerators, MPS, else CPU), or a torch device such as 'cpu', 'cuda', 'cuda:1', 'mps'
-    backend   'auto' (nccl on CUDA, else gloo) or a torch.distributed backend
-    returns   Place
-    raises    ValueError for a device that is not there
+    device     'auto' (CUDA, other accelerators, MPS, else CPU), or a torch device such as 'cpu', 'cuda', 'cuda:1', 'mps'
+    backend    'auto' (nccl on CUDA, else gloo) or a torch.distributed backend
+    timeout_s  how long a rank waits for the others before it gives up, with an error
+    returns    Place
+    raises     ValueError for a device that is not there
     """
     rank, local_rank, world_size = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     device = choose_device(device, local_rank if world_size > 1 else None)
@@ -45,8 +53,8 @@ def start(device='auto', backend='auto', timeout_s=600):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TensorFloat32 where the product stays in float32
     if world_size > 1:
-        if backend == 'auto' or (backend == 'nccl' and device.type != 'cuda'):  # nanoGPT's configs say nccl everywhere
-            backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        if backend in ('auto', 'nccl'):  # nanoGPT's configs say nccl everywhere
+            backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'  # gloo beside it: what hosts agree on makes no GPU wait
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Place(rank, local_rank, world_size, device)
 
@@ -81,6 +89,56 @@ def broadcast(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first_rank(function):
+    """What function() returns on the first rank (plain data), on every rank; the ValueError or OSError that it raises, too."""
+    value = error = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            value = function()
+        except (ValueError, OSError) as raised:
+            error = raised
+    value, error = broadcast((value, error))
+    if error is not None:
+        raise error
+    return value
+
+
+# -----------------------------------------------------------------------------
+# signals
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]  # Windows has no SIGUSR1
+received = dict(signal=0, at=0.0)
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Within it SIGTERM, SIGINT and SIGUSR1 are only written down, for signal_to_stop() to tell; a second SIGINT ends the process at once."""
+    def note(number, frame):
+        # under torchrun a Ctrl-C comes twice: from the terminal, and passed on by torchrun
+        again = time.monotonic() - received['at'] > (1.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0)
+        if number == signal.SIGINT == received['signal'] and again:
+            os._exit(130)  # nothing is tidied up that could make it wait: what was being written stays a temporary file
+        if not received['signal']:
+            received.update(signal=int(number), at=time.monotonic())
+
+    received.update(signal=0)
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def signal_to_stop():
+    """The name of a signal that any rank has received, the same on all ranks, or None; no accelerator waits for it."""
+    number = torch.tensor(received['signal'])
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return signal.Signals(int(number)).name if number else None
 
 
 # -----------------------------------------------------------------------------
@@ -202,15 +260,69 @@ def divide_batch(gradient_accumulation_steps, batch_size, world_size):
     return micro_steps, per_rank // micro_steps
 
 
-def wrap(model, place):
-    """The model as training calls it: itself, or in DistributedDataParallel where there are several ranks."""
+def wrap(model, place, parallel='ddp', shard_ranks=0, dtype=torch.float32):
+    """The model as training calls it, on its device: itself, or made to work over several ranks. To be called before optimizers are made.
+
+    parallel     'ddp': DistributedDataParallel, every rank has all weights. 'fsdp': every rank has a part of each weight (FSDP2), and
+                 they are gathered for a block when it is its turn
+    shard_ranks  with fsdp, how many ranks hold one copy of the weights between them; 0 = all
+    dtype        of the matrix products: with fsdp in bfloat16 the blocks' weights travel in it, and their gradients in float32
+    raises       ValueError for a number of ranks that does not divide
+    """
     if place.world_size == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[place.device.index] if place.device.type == 'cuda' else None,
-                                   gradient_as_bucket_view=True)
+        return model.to(place.device)
+    if parallel == 'ddp':
+        return DistributedDataParallel(model.to(place.device), device_ids=[place.device.index] if place.device.type == 'cuda' else None,
+                                       gradient_as_bucket_view=True)
+    shards = shard_ranks or place.world_size
+    if place.world_size % shards:
+        near = [n for n in range(1, place.world_size + 1) if place.world_size % n == 0]
+        raise ValueError(f'shard_ranks={shard_ranks} does not divide {place.world_size} ranks: use {" or ".join(map(str, near))}, or 0 for all')
+    if shards == place.world_size:
+        mesh = init_device_mesh(place.device.type, (shards,), mesh_dim_names=('shard',))
+    else:
+        mesh = init_device_mesh(place.device.type, (place.world_size // shards, shards), mesh_dim_names=('replicate', 'shard'))
+    policy = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:  # autocast stays on: it casts what goes in, and leaves the sum over blocks in float32
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)  # the norms, in float32, go with the root
+    fully_shard(model, mesh=mesh)
+    warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')  # which nothing here changes in place
+    return model.to(place.device)
 
 
 def sync_gradients(model, last):
     """Gradients travel between ranks in the last micro-step only: the sums of the others wait for it."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+
+
+def whole(tensor):
+    """All of a tensor of which FSDP gives each rank a part; every rank takes part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor, like):
+    """The part of a whole tensor that this rank has of `like`: whole() turned round, without a word between the ranks."""
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else tensor
+
+
+def share_out(function, rows):
+    """function(rows), each rank doing its share of them: for what is the same on all ranks and would else be done by each.
+
+    rows      (K, ...), the same on every rank
+    function  (k, ...) -> (k, ...) for any k, each row by itself
+    """
+    if not dist.is_initialized():
+        return function(rows)
+    n = -(-len(rows) // dist.get_world_size())
+    share = rows[dist.get_rank() * n:][:n]
+    done = torch.zeros(n, *rows.shape[1:], dtype=rows.dtype, device=rows.device)  # the last ranks may have less to do, or nothing
+    if len(share):
+        done[:len(share)] = function(share)
+    result = torch.empty(n * dist.get_world_size(), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    dist.all_gather(list(result.split(n)), done)
+    return result[:len(rows)]

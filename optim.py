@@ -4,6 +4,8 @@
     set_lr(optimizers, lr_scale(iter_num, schedule='wsd', warmup_iters=20, max_iters=900), muon_momentum(iter_num))
     for optimizer in optimizers:
         optimizer.step()
+
+Sizes: K matrices of one shape (out, in).
 """
 
 import math
@@ -11,14 +13,14 @@ from collections import defaultdict
 
 import torch
 
-from distributed import multiplies_bfloat16
+from distributed import part_of, share_out, whole
 
 # -----------------------------------------------------------------------------
 # parameter groups
 
 
 def configure_optimizers(model, *, optimizer='adamw', learning_rate, matrix_lr=0.02, embedding_lr=None, head_lr=None,
-                         betas=(0.9, 0.95), weight_decay=0.1, decay_groups='matrices', fused=None):
+                         betas=(0.9, 0.95), weight_decay=0.1, decay_groups='matrices', dtype=torch.float32, fused=None):
     """The optimizers of a model that has GPT-2's parameter names; each step takes all of them.
 
     optimizer     'adamw': [AdamW], every parameter at learning_rate, in nanoGPT's groups and order
@@ -27,6 +29,7 @@ def configure_optimizers(model, *, optimizer='adamw', learning_rate, matrix_lr=0
     head_lr       with muon, of an untied lm_head; None = learning_rate
     decay_groups  'all': weight decay on every parameter. 'matrices': with adamw on all of two dimensions, embeddings included,
                   as in nanoGPT; with muon on Muon's only, since decay goes by lr * weight_decay and embedding rates are large
+    dtype         of training's matrix products; Muon orthogonalises in bfloat16 where that is it, else in float32
     fused         AdamW's kernel; None = fused where the device has one
     returns       list of torch.optim.Optimizer; their groups carry 'kind' (what they hold) and 'peak_lr' (lr at scale 1).
                   load_state_dict restores the state and leaves these settings alone: a resumed run obeys its own
@@ -60,7 +63,7 @@ def configure_optimizers(model, *, optimizer='adamw', learning_rate, matrix_lr=0
         fused = has_fused_adamw(for_adamw[0]['params'][0].device)
     optimizers = [torch.optim.AdamW(for_adamw, betas=betas, eps=1e-8, fused=fused)]
     if for_muon:
-        optimizers.append(Muon(for_muon))
+        optimizers.append(Muon(for_muon, ns_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
     for each in optimizers:
         each.register_load_state_dict_pre_hook(keep_settings)
     return optimizers
@@ -132,8 +135,11 @@ class Muon(torch.optim.Optimizer):
 
     params    parameters or groups of them; a group's `parts` matrices lie one below the other in each of its parameters
               (the fused Q, K, V: 3) and are orthogonalised each by itself
-    ns_dtype  to orthogonalise in; None = bfloat16 where the device multiplies it (twice float32's rate on such a CPU), else float32
+    ns_dtype  to orthogonalise in; None = that of the parameters. In bfloat16 the last bit of a gradient can turn a direction that the
+              gradient hardly has, by 1e-2 of the step: ranks in other numbers then part by so much
     source    https://kellerjordan.github.io/posts/muon/; decoupled decay arXiv:2502.16982
+
+    Where there are several ranks each orthogonalises its share of the matrices. With FSDP the matrices of one shape are gathered for it.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, ns_dtype=None):
@@ -146,6 +152,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        skip = getattr(self, 'found_inf', None)
         # matrices of one shape go through one chain of batched products, whatever group they are from
         batches = defaultdict(list)
         for group in self.param_groups:
@@ -156,13 +163,15 @@ class Muon(torch.optim.Optimizer):
         for (shape, lr, momentum, weight_decay), params in batches.items():
             grads = [p.grad for p in params]
             buffers = [self.momentum_buffer(p) for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            updates = torch.cat(torch._foreach_lerp(grads, buffers, momentum))  # (K * out, in)
-            dtype = self.ns_dtype or (torch.bfloat16 if multiplies_bfloat16(updates.device) else torch.float32)
-            updates = orthogonalize(updates.view(-1, *shape), dtype=dtype)  # (K, out, in)
+            new_buffers = torch._foreach_lerp(buffers, grads, 1 - momentum)
+            updates = torch.cat([whole(update) for update in torch._foreach_lerp(grads, new_buffers, momentum)])  # (K * out, in)
+            updates = share_out(lambda G: orthogonalize(G, dtype=self.ns_dtype), updates.view(-1, *shape))  # (K, out, in)
             updates = updates.view(-1, shape[1]).split([p.size(0) for p in params])
-            torch._foreach_mul_(params, 1 - lr * weight_decay)
-            torch._foreach_add_(params, updates, alpha=-lr * math.sqrt(max(1, shape[0] / shape[1])))
+            new_params = torch._foreach_mul(params, 1 - lr * weight_decay)
+            torch._foreach_add_(new_params, [part_of(update, p) for update, p in zip(updates, params)],
+                                alpha=-lr * math.sqrt(max(1, shape[0] / shape[1])))
+            for old, new in zip([*buffers, *params], [*new_buffers, *new_params]):
+                old.copy_(new if skip is None else torch.where(skip > 0, old, new))
         return loss
 
     def momentum_buffer(self, p):
@@ -170,6 +179,46 @@ class Muon(torch.optim.Optimizer):
         if 'momentum_buffer' not in state:
             state['momentum_buffer'] = torch.zeros_like(p)
         return state['momentum_buffer']
+
+
+# -----------------------------------------------------------------------------
+# steps that are not taken
+
+SMOOTHING = 0.95
+JUDGED_AFTER = 20  # steps: a running mean of fewer says little
+
+
+def new_history(device):
+    """What judge() remembers, (5,) float32: steps skipped, how many of them the last in a row, steps taken, and for gradient norms and
+    losses of the steps taken a sum in which each weighs 0.95 of the one after it; divided by 1 - 0.95^taken it is a running mean."""
+    return torch.zeros(5, device=device)
+
+
+def judge(history, grad_norm, loss, skip_spikes=0.0):
+    """Whether to skip a step, as a 0-d float32 of 0 or 1 that the host need not wait for; history, changed in place, counts it.
+
+    grad_norm, loss  0-d float32, the same on all ranks
+    skip_spikes      skip where one of them is above so many times its running mean; 0 = only where one is not finite
+    """
+    skipped, in_a_row, taken = history[:3]
+    now, sums = torch.stack((grad_norm, loss)), history[3:]
+    skip = ~now.isfinite().all()
+    if skip_spikes:
+        skip = skip | ((now > skip_spikes * sums / (1 - SMOOTHING ** taken)).any() & (taken >= JUDGED_AFTER))
+    history.copy_(torch.where(skip, torch.cat((torch.stack((skipped + 1, in_a_row + 1, taken)), sums)),
+                              torch.cat((torch.stack((skipped, torch.zeros_like(taken), taken + 1)), SMOOTHING * sums + (1 - SMOOTHING) * now))))
+    return skip.float()
+
+
+def step_unless(optimizer, skip):
+    """optimizer.step(), which changes nothing where skip is 1; the host knows only where the kernel cannot."""
+    if optimizer.defaults.get('fused') is False:
+        if not skip:
+            optimizer.step()
+        return
+    optimizer.found_inf = skip  # as torch's GradScaler tells fused kernels
+    optimizer.step()
+    del optimizer.found_inf
 
 
 # -----------------------------------------------------------------------------

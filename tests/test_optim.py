@@ -8,7 +8,8 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from model import GPT, GPTConfig
-from optim import Muon, configure_optimizers, has_fused_adamw, lr_scale, muon_momentum, orthogonalize, set_lr
+from optim import (Muon, configure_optimizers, has_fused_adamw, judge, lr_scale, muon_momentum, new_history, orthogonalize, set_lr,
+                   step_unless)
 
 
 def tiny(arch, seed=0):
@@ -217,6 +218,58 @@ def test_muon_skips_parameters_without_gradient_and_runs_a_closure():
 
     assert muon.step(closure).item() == 16.0
     assert torch.equal(b, torch.ones(4, 4)) and b not in muon.state and not torch.equal(a, torch.ones(4, 4))
+
+
+@pytest.mark.parametrize('dtype, expected', [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_muon_orthogonalises_in_bfloat16_only_where_training_multiplies_in_it(dtype, expected):
+    assert configure_optimizers(tiny('modern'), **MUON, dtype=dtype)[1].ns_dtype == expected
+
+
+# -----------------------------------------------------------------------------
+# steps that are not taken
+
+
+def judged(history, grad_norm, loss, skip_spikes=0.0):
+    return judge(history, torch.tensor(grad_norm), torch.tensor(loss), skip_spikes).item()
+
+
+def test_what_is_not_finite_is_skipped_and_counted():
+    history = new_history('cpu')
+    verdicts = [judged(history, *now) for now in ((1.0, 2.0), (math.nan, 2.0), (1.0, math.inf), (1e9, 2.0), (math.inf, math.nan))]
+    assert verdicts == [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert history[:3].tolist() == [3, 1, 2]  # the big norm is no spike as long as skip_spikes is off, and ends the row
+    assert history[3:].tolist() == pytest.approx([0.05 * 1e9 + 0.05 * 0.95, 0.05 * 2 + 0.05 * 0.95 * 2])
+
+
+def test_a_spike_is_what_is_above_a_multiple_of_the_running_mean():
+    history = new_history('cpu')
+    for i in range(20):
+        assert judged(history, 100.0 if i == 0 else 1.0, 2.0, 3.0) == 0.0  # too early to tell
+    mean = (1 + 99 * 0.05 * 0.95 ** 19 / (1 - 0.95 ** 20))
+    before = history.clone()
+    assert judged(history, 3.01 * mean, 2.0, 3.0) == 1.0 and judged(history, 1.0, 6.01, 3.0) == 1.0
+    assert torch.equal(history[2:], before[2:]) and history[:2].tolist() == [2, 2]  # a spike does not raise the mean
+    assert judged(history, 2.99 * mean, 5.9, 3.0) == 0.0
+
+
+@pytest.mark.parametrize('fused', [None, False])
+def test_a_step_not_taken_changes_neither_weights_nor_moments(fused):
+    model, reference = tiny('gpt2'), tiny('gpt2')
+    ours, theirs = (configure_optimizers(m, **MUON, fused=fused) for m in (model, reference))
+    for seed in range(3):
+        train_step(reference, theirs, seed)
+    for seed, skip in ((0, 0.0), (7, 1.0), (1, 0.0), (8, 1.0), (9, 1.0), (2, 0.0)):
+        tokens = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(seed))
+        (model(tokens[:, :-1], tokens[:, 1:])[1] * (math.nan if skip else 1.0)).backward()
+        for each in ours:
+            step_unless(each, torch.tensor(skip))
+            each.zero_grad(set_to_none=True)
+    for p, q in zip(model.parameters(), reference.parameters()):
+        assert torch.equal(p, q)
+    for each, other in zip(ours, theirs):
+        for p, q in zip(each.state.values(), other.state.values(), strict=True):
+            assert p.keys() == q.keys() and all(torch.equal(p[key], q[key]) for key in p)
+        assert not hasattr(each, 'found_inf')
 
 
 # -----------------------------------------------------------------------------
