@@ -17,6 +17,7 @@ A checkpoint is one dict of tensors and plain values in torch's zip format, load
 import os
 import re
 import shutil
+import socket
 import zipfile
 from pathlib import Path
 
@@ -45,8 +46,10 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a write, on a full disk say
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     sync_folder(path.parent)
 
@@ -65,6 +68,7 @@ def save(out_dir, state, keep_last_n=0, best=False):
     """Publishes state as ckpt.pt, and its weights as best.pt if they are the best so far.
 
     keep_last_n  how many older checkpoints stay, as ckpt_00001000.pt by their iter_num; -1 = all of them
+    raises       OSError, a full disk say: ckpt.pt and the older ones are as they were
     """
     out_dir = Path(out_dir)
     for leftover in out_dir.glob('.*.pt.tmp*'):  # of a process that was killed while it wrote
@@ -73,10 +77,17 @@ def save(out_dir, state, keep_last_n=0, best=False):
         make_way(out_dir, state, keep_last_n != 0)
     if best:
         weights = {k: v for k, v in state.items() if k not in ('optimizer', 'scaler')}
-        write_atomically(out_dir / 'best.pt', lambda f: torch.save(weights, f))
-    write_atomically(out_dir / 'ckpt.pt', lambda f: torch.save(state, f))
+        write_atomically(out_dir / 'best.pt', lambda f: write_zip(weights, f))
+    write_atomically(out_dir / 'ckpt.pt', lambda f: write_zip(state, f))
     for old in numbered(out_dir)[keep_last_n:] if keep_last_n >= 0 else []:
         old.unlink(missing_ok=True)
+
+
+def write_zip(state, f):
+    try:
+        torch.save(state, f)
+    except RuntimeError as error:  # torch's own words for a file that did not take what was written hide the reason
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def make_way(out_dir, state, keep):
@@ -98,9 +109,48 @@ def make_way(out_dir, state, keep):
             aside = old.with_name(old.name + '.old')
             os.replace(old, aside)
             print0(f'{old} is no earlier state of this run: renamed to {aside.name}')
-    if keep and before is not None and path == newest:
+    if keep and before is not None and path == newest and not (same_run and before['iter_num'] == state['iter_num']):
         earlier = same_run and before['iter_num'] < state['iter_num']
         add_name(newest, out_dir / f'ckpt_{before["iter_num"]:08d}.pt{"" if earlier else ".old"}')
+
+
+def set_aside(out_dir):
+    """Renames the checkpoints that another run left in out_dir to *.old, so that a run from scratch is never resumed as that one."""
+    out_dir = Path(out_dir)
+    # ckpt.pt is the last: until then the other run is as it was
+    found = [path for path in (out_dir / 'best.pt', *reversed(numbered(out_dir)), out_dir / 'ckpt.pt') if path.is_file()]
+    for path in found:
+        os.replace(path, path.with_name(path.name + '.old'))
+    if found:
+        print0(f'{out_dir}: {", ".join(path.name for path in found)} of the run before renamed to *.old')
+
+
+def lock(out_dir):
+    """Claims out_dir for this process, as long as the open file returned is kept; whatever ends the process ends the claim.
+
+    raises  ValueError where another process has it, which out_dir/.lock names
+    """
+    path = Path(out_dir) / '.lock'
+    f = open(path, 'a+', encoding='utf-8')
+    try:
+        if os.name == 'posix':
+            import fcntl
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+            f.seek(1 << 30)  # a byte past the text, which others are to read
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if not isinstance(error, (BlockingIOError, PermissionError)):
+            print0(f'{path}: {error.strerror}: this file system has no locks, see to it that no other trainer writes there')
+            return f
+        f.seek(0)
+        holder = f.read().strip()
+        raise ValueError(f'{out_dir}: another trainer writes there, {holder}: wait for it, stop it, or use another --out_dir') from None
+    f.truncate(0)
+    f.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    f.flush()
+    return f
 
 
 def add_name(path, name):

@@ -26,6 +26,16 @@ TINY = ('--batch_size=4', '--gradient_accumulation_steps=2', '--block_size=16', 
 TINY_TOKENS = 65 * 16
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'full: the full size of a test that has a reduced one, run by -m full alone')
+
+
+def pytest_collection_modifyitems(config, items):
+    if 'full' not in (config.option.markexpr or '').split() and not any('::' in arg for arg in config.args):  # nor asked for by name
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker('full')])
+        items[:] = [item for item in items if not item.get_closest_marker('full')]
+
+
 def sentences(n_chars, seed):
     """Text of a small grammar, the same each time."""
     draw, text = random.Random(seed), ''
