@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 RMS_EPS = 1e-6  # transformers' NanoChatConfig.rms_norm_eps
 ROPE_THETA = 10_000.0
@@ -189,6 +190,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # True: training keeps only what goes into each block, and computes the rest again
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.arch == 'gpt2':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
@@ -252,7 +254,10 @@ class GPT(nn.Module):
             mask = torch.full((T, seen + T), -math.inf, device=x.device, dtype=dtype).triu(seen + 1)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, rotary, mask, cache)
+            if self.activation_checkpointing and self.training:
+                x = recompute(block, x, rotary, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, rotary, mask, cache)
         if cache is not None:
             cache.n_tokens += T
         x = self.transformer.ln_f(x)

@@ -29,7 +29,7 @@ from data.loader import IGNORE, Loader, dataset_folders
 from data.tokenizer import fingerprint, vocab_size_of
 from distributed import print0
 from model import GPT, GPTConfig
-from optim import configure_optimizers, lr_scale, muon_momentum, set_lr
+from optim import SMOOTHING, configure_optimizers, judge, lr_scale, muon_momentum, new_history, set_lr, step_unless
 
 # -----------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) on OpenWebText, as nanoGPT's do.
@@ -56,6 +56,7 @@ gradient_accumulation_steps = 5 * 8  # the total over all ranks
 batch_size = 12  # windows in one micro-batch
 block_size = 1024
 sampling: Literal['shuffle', 'random', 'documents'] = 'shuffle'  # each window once an epoch; with replacement (nanoGPT); aligned to documents
+verify_data = False  # read every shard against its checksum before the first step; sizes are always looked at
 # model
 arch: Literal['gpt2', 'modern'] = 'gpt2'
 n_layer = 12
@@ -75,6 +76,8 @@ decay_groups: Literal['matrices', 'all'] = 'matrices'
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # 0.0 = off
+skip_spikes = 0.0  # skip a step whose loss or gradient norm is above so many times its running mean; 0.0 = only what is not finite
+max_skipped_steps = 100  # in a row; then the run stops
 # learning rate
 decay_lr = True  # False = constant, without warm-up
 lr_schedule: Literal['cosine', 'wsd', 'cosine_restarts', 'constant'] = 'cosine'
@@ -89,26 +92,31 @@ seed = 1337
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 compile: bool | Literal['auto'] = 'auto'
+activation_checkpointing = False  # less memory: blocks are computed again for the backward pass, a third more work
 backend: Literal['auto', 'nccl', 'gloo', 'mpi'] = 'auto'
+# many ranks, under torchrun
+parallel: Literal['ddp', 'fsdp'] = 'ddp'  # all weights on each rank, or a part of each weight
+shard_ranks = 0  # fsdp: how many ranks hold one copy of the weights between them; 0 = all
+timeout_s = 600  # a rank that waits so long for the others gives up; more than saving takes
 # -----------------------------------------------------------------------------
 
 FIXED = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'optimizer')  # cannot change when a run is resumed
 # what a checkpoint does not bring back
-THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'device', 'backend')
+THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'verify_data', 'device', 'backend', 'timeout_s')
 LIMITS = (  # least, below, and the settings that this holds for; GPTConfig knows those of the model
     (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters restart_iters restart_mult'),
+    (1, math.inf, 'max_skipped_steps timeout_s'),
     (0, math.inf, 'eval_iters checkpoint_interval warmup_iters lr_decay_iters learning_rate matrix_lr embedding_lr head_lr min_lr'),
-    (0, math.inf, 'weight_decay grad_clip'),
+    (0, math.inf, 'weight_decay grad_clip skip_spikes shard_ranks'),
     (0, 1, 'beta1 beta2'),
     (0, 2**63, 'seed'),
     (-1, math.inf, 'keep_last_n_checkpoints'),
 )
-SMOOTHING = 0.95
 
 
 def main(explicit):
     """One run, from the settings above; explicit names those that the user gave."""
-    place = distributed.start(device, backend)
+    place = distributed.start(device, backend, timeout_s)
     state = find_checkpoint(place)
     if state is not None:
         restore_settings(state, explicit)
@@ -121,24 +129,29 @@ def main(explicit):
     tokenizer_meta, vocab_size = train_loader.splits[0].tokenizer, train_loader.splits[0].vocab_size
     torch.manual_seed(seed)
     model = make_model(state, start, vocab_size, tokenizer_meta)
-    model.to(place.device)
+    model.activation_checkpointing = activation_checkpointing
     precision = distributed.choose_dtype(dtype, place.device)
+    wrapped = distributed.wrap(model, place, parallel, shard_ranks, precision)
+    parameters = list(model.parameters())
     autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(place.device.type, enabled=precision == torch.float16)
     optimizers = configure_optimizers(
         model, optimizer=optimizer, learning_rate=learning_rate, matrix_lr=matrix_lr, embedding_lr=embedding_lr, head_lr=head_lr,
-        betas=(beta1, beta2), weight_decay=weight_decay, decay_groups=decay_groups)
-    past = dict(iter_num=0, best_val_loss=math.inf, smoothed=[0.0, 0], skipped=0, run_id=None, wandb_id=None) | (state or {})
-    iter_num, best_val_loss, skipped, wandb_id = (past[k] for k in ('iter_num', 'best_val_loss', 'skipped', 'wandb_id'))
-    smoothed = past['smoothed']  # decayed sum of logged losses, and how many
+        betas=(beta1, beta2), weight_decay=weight_decay, decay_groups=decay_groups, dtype=precision)
+    history = new_history(place.device)
+    past = dict(iter_num=0, best_val_loss=math.inf, history=None, to_evaluate=False, run_id=None, wandb_id=None) | (state or {})
+    iter_num, best_val_loss, wandb_id = past['iter_num'], past['best_val_loss'], past['wandb_id']
     run_id = past['run_id'] or secrets.token_hex(4)  # tells checkpoint.save which files in out_dir are earlier states of this run
+    done_at = iter_num - past['to_evaluate']  # what is saved and evaluated already
     if state is not None:
         if state.get('scaler'):
             scaler.load_state_dict(state['scaler'])
+        if past['history']:
+            history.copy_(torch.tensor(past['history']))
         checkpoint.scatter(state, model, optimizers)
         if state.get('data', train_loader.fingerprint()) != train_loader.fingerprint():
             print0(f'{dataset} is not the data that the checkpoint saw: the run goes on, but not as an unbroken one would')
-    state = past = None  # the tensors now live in the model
+    from_scratch, state, past = state is None, None, None  # the tensors now live in the model
     for loader in (train_loader, *(loader for loader, _ in eval_sets)):
         loader.windows(np.arange(batch_size))  # ids of another tokenizer stop the run here
 
@@ -146,9 +159,7 @@ def main(explicit):
     describe(model, place, precision, use_compile, train_loader, grad_accum, rows)
     if use_compile:
         model.compile()
-    wrapped = distributed.wrap(model, place)
-    parameters = list(model.parameters())
-    write_metrics, wandb_id = open_logs(place, iter_num, wandb_id)
+    write_metrics, wandb_id = open_logs(place, iter_num, wandb_id, from_scratch)
     bytes_per_token = eval_sets[1][0].bytes_per_token
 
     def evaluate():
@@ -158,33 +169,59 @@ def main(explicit):
         write_metrics(dict(iter=iter_num, train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb))
         return val_loss
 
-    def save(is_best):
-        weights = checkpoint.gather(model, optimizers)
-        if place.is_master:
-            checkpoint.save(out_dir, dict(
-                **weights, scaler=scaler.state_dict(), model_args=vars(model.config), iter_num=iter_num, best_val_loss=best_val_loss,
-                smoothed=smoothed, skipped=skipped, config=config_of(globals()), tokenizer=tokenizer_meta, vocab_size=vocab_size,
-                data=train_loader.fingerprint(), wandb_id=wandb_id, run_id=run_id, format=checkpoint.FORMAT), keep_last_n_checkpoints, is_best)
+    def save(is_best, to_evaluate):
+        newest = dict(
+            **checkpoint.gather(model, optimizers), scaler=scaler.state_dict(), model_args=vars(model.config), iter_num=iter_num,
+            best_val_loss=best_val_loss, to_evaluate=to_evaluate, history=history.tolist(), config=config_of(globals()), tokenizer=tokenizer_meta,
+            vocab_size=vocab_size, data=train_loader.fingerprint(), wandb_id=wandb_id, run_id=run_id, format=checkpoint.FORMAT)
+        distributed.on_first_rank(lambda: checkpoint.save(out_dir, newest, keep_last_n_checkpoints, is_best))
+
+    def log_step():
+        nonlocal t_log, logged_at
+        skipped, in_a_row, taken, _, loss_sum = history.tolist()
+        now, steps = time.perf_counter(), iter_num + 1 - logged_at
+        dt_s = (now - t_log) / steps
+        t_log, logged_at = now, iter_num + 1
+        tok_per_s = grad_accum * rows * place.world_size * block_size / dt_s
+        peak = distributed.peak_flops(place.device)
+        mfu = tok_per_s * model.flops_per_token() / (peak * place.world_size) if peak and precision != torch.float32 else None
+        line = dict(iter=iter_num, loss=step_loss.item(), loss_smoothed=loss_sum / (1 - SMOOTHING ** taken) if taken else None, lr=scale * peak_lr(),
+                    grad_norm=grad_norm.item(), tok_per_s=tok_per_s, mfu=mfu, eta_s=(max_iters - iter_num - 1) * dt_s, dt_s=dt_s,
+                    skipped=int(skipped), peak_memory_bytes=distributed.peak_memory_bytes(place.device))
+        problem = 'SPIKE' if math.isfinite(line['loss'] + line['grad_norm']) else 'NOT FINITE'
+        print0(f'iter {iter_num}: loss {line["loss"]:.4f}, lr {line["lr"]:.2e}, norm {line["grad_norm"]:.3f}, {dt_s * 1000:.1f}ms, '
+               f'{tok_per_s:,.0f} tok/s, ' + (f'mfu {mfu:.1%}, ' if mfu else '') + f'eta {clock(line["eta_s"])}'
+               + (f' {problem}, step skipped ({skipped:.0f} so far)' if in_a_row else ''))
+        write_metrics(line)
+        return in_a_row
 
     if iter_num >= max_iters and not eval_only:
         print0(f'nothing to train: the checkpoint is at iteration {iter_num}, max_iters is {max_iters}, give a larger --max_iters')
-    resumed_at, t_log, logged_at = iter_num, time.perf_counter(), iter_num
+    t_log, logged_at, saved_at = time.perf_counter(), iter_num, iter_num
     model.train()
     while True:
         # the state after iter_num updates: the last one is always evaluated and saved
+        stop = distributed.signal_to_stop()  # the same on all ranks
         finished = iter_num >= max_iters
         evaluate_now = finished or eval_only or iter_num % eval_interval == 0
-        save_now = finished or iter_num % (checkpoint_interval or eval_interval) == 0
+        save_now = finished or stop or iter_num % (checkpoint_interval or eval_interval) == 0
         if evaluate_now or save_now:
-            t_pause, is_best = time.perf_counter(), False
-            if evaluate_now:
+            t_pause, before, is_best = time.perf_counter(), best_val_loss, False
+            if evaluate_now and not stop:
                 val_loss = evaluate()
-                is_best = val_loss < best_val_loss and iter_num > resumed_at  # what is not saved is not the best: best.pt has this loss
+                is_best = val_loss < best_val_loss and iter_num > done_at  # what is not saved is not the best: best.pt has this loss
                 best_val_loss = val_loss if is_best else best_val_loss
-            if (save_now or is_best) and iter_num > resumed_at and not eval_only:
-                save(is_best)
+            if (save_now or is_best) and iter_num > done_at and not eval_only:
+                try:
+                    save(is_best, to_evaluate=evaluate_now and stop is not None)
+                    saved_at = iter_num
+                except OSError as error:  # a full disk; the same on all ranks
+                    best_val_loss = before
+                    if finished or stop:
+                        raise
+                    print0(f'NOT SAVED, {error.filename}: {error.strerror}: the checkpoint of iteration {saved_at} is still there, training goes on and tries again')
             t_log += time.perf_counter() - t_pause
-        if finished or eval_only:
+        if finished or eval_only or stop:
             break
 
         # one update
@@ -198,44 +235,30 @@ def main(explicit):
             distributed.sync_gradients(wrapped, last=micro_step == grad_accum - 1)
             with autocast:
                 loss = wrapped(x, y, reduction='sum')[1] / n_targets
-            scaler.scale(loss * place.world_size).backward()  # DDP takes the mean over ranks
+            scaler.scale(loss * place.world_size).backward()  # ranks take the mean of their gradients
             step_loss += loss.detach()
         for each in optimizers:
             scaler.unscale_(each)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grad_norm = distributed.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
-        finite = bool(grad_norm.isfinite())  # the same on all ranks; one bad gradient would make every weight NaN
-        skipped += not finite
-        for each in optimizers if finite else []:
-            scaler.step(each)
+        distributed.all_reduce_sum(step_loss)
+        skip = judge(history, grad_norm, step_loss, skip_spikes)  # the same on all ranks; one bad gradient would make every weight NaN
+        for each in optimizers:
+            step_unless(each, skip)
         scaler.update()
         for each in optimizers:
             each.zero_grad(set_to_none=True)
 
-        if iter_num % log_interval == 0 or not finite:
-            loss_value = distributed.all_reduce_sum(step_loss).item()
-            if finite:
-                smoothed = [SMOOTHING * smoothed[0] + (1 - SMOOTHING) * loss_value, smoothed[1] + 1]
-            now, steps = time.perf_counter(), iter_num + 1 - logged_at
-            dt_s = (now - t_log) / steps
-            t_log, logged_at = now, iter_num + 1
-            tok_per_s = grad_accum * rows * place.world_size * block_size / dt_s
-            peak = distributed.peak_flops(place.device)
-            mfu = tok_per_s * model.flops_per_token() / (peak * place.world_size) if peak and precision != torch.float32 else None
-            eta_s = (max_iters - iter_num - 1) * dt_s
-            print0(f'iter {iter_num}: loss {loss_value:.4f}, lr {scale * peak_lr():.2e}, norm {grad_norm.item():.3f}, {dt_s * 1000:.1f}ms, '
-                   f'{tok_per_s:,.0f} tok/s, ' + (f'mfu {mfu:.1%}, ' if mfu else '') + f'eta {clock(eta_s)}'
-                   + ('' if finite else f' NOT FINITE, step skipped ({skipped} so far)'))
-            write_metrics(dict(
-                iter=iter_num, loss=loss_value, loss_smoothed=smoothed[0] / (1 - SMOOTHING ** smoothed[1]) if smoothed[1] else None,
-                lr=scale * peak_lr(), grad_norm=grad_norm.item(), tok_per_s=tok_per_s, mfu=mfu, eta_s=eta_s, dt_s=dt_s, skipped=skipped,
-                peak_memory_bytes=distributed.peak_memory_bytes(place.device)))
+        if iter_num % log_interval == 0 or (place.device.type == 'cpu' and skip):  # elsewhere a look would make the host wait
+            if log_step() >= max_skipped_steps:
+                raise ValueError(f'{max_skipped_steps} steps in a row were skipped, up to iteration {iter_num}: ' + (
+                    f'the last good checkpoint is {out_dir}/ckpt.pt of iteration {saved_at}, go on from it' if saved_at else 'begin again')
+                    + ' with a lower --learning_rate or other data')
         iter_num += 1
 
-    if place.is_master and not eval_only:
-        print0(f'done: {out_dir}/ckpt.pt after {iter_num} iterations, best val loss {best_val_loss:.4f}; '
-               f'python sample.py --out_dir={out_dir}')
+    if not eval_only:
+        print0(farewell(stop, iter_num, iter_num > done_at, best_val_loss))
 
 
 # -----------------------------------------------------------------------------
@@ -246,12 +269,17 @@ def find_checkpoint(place):
     """The checkpoint to go on from, or None for a run from scratch; the first rank chooses for all."""
     if init_from != 'resume' and not auto_resume:
         if (Path(out_dir) / 'ckpt.pt').exists() and not eval_only:
-            print0(f'{out_dir} holds a checkpoint, which this run from scratch will replace: --init_from=resume goes on with it')
+            print0(f'{out_dir} holds a checkpoint, which this run from scratch does not go on with: for that, stop it and use --init_from=resume')
         return None
-    state, path = None, None
-    if place.is_master and (auto_resume or not checkpoint_path):
+    state = None
+
+    def newest():
+        nonlocal state
         state, path = checkpoint.load_newest(out_dir)
-    path = distributed.broadcast(path) or (checkpoint_path if init_from != 'checkpoint' else '') or None
+        return path
+
+    path = distributed.on_first_rank(newest) if auto_resume or not checkpoint_path else None
+    path = path or (checkpoint_path if init_from != 'checkpoint' else '') or None
     if path is None and not auto_resume:
         raise FileNotFoundError(f'{out_dir} has no checkpoint to resume: use --init_from=scratch, or another --out_dir')
     return checkpoint.load(path) if state is None and path is not None else state
@@ -312,6 +340,10 @@ def check_settings():
                          f'use --min_lr={learning_rate / 10:g}, or --decay_lr=False')
     if not 0 <= decay_fraction <= 1:
         raise ValueError(f'decay_fraction={decay_fraction}: accepted is 0 up to 1, the part of max_iters')
+    if 0 < skip_spikes <= 1:
+        raise ValueError(f'skip_spikes={skip_spikes} would skip steps that are below the running mean: accepted is 0 (off) or more than 1, such as 3')
+    if shard_ranks and parallel != 'fsdp':
+        raise ValueError(f'shard_ranks={shard_ranks} is for --parallel=fsdp: add it, or leave shard_ranks out')
     if not out_dir:
         raise ValueError('out_dir is empty: name the folder for checkpoints and logs')
     if checkpoint_path and init_from not in ('resume', 'checkpoint') and not auto_resume:
@@ -331,6 +363,10 @@ def open_data(grad_accum, rows, place):
         if split.meta['origin'] != 'meta.json':
             rule = 'characters from meta.pkl' if split.meta['origin'] == 'meta.pkl' else "GPT-2's ids"
             print0(f'{split.folder} has no meta.json: taking its shards for uint16, {rule}, as nanoGPT does')
+    if verify_data and place.local_rank == 0:
+        for split in (*train.splits, *val.splits):
+            print0(f'reading {split.folder}, {split.split}: {split.n_tokens:,} tokens, against their checksums')
+            split.verify()
     wanted = [(loader, min(eval_iters * batch_size or val.n_windows, loader.n_windows)) for loader in (train_eval, val)]
     return train, [(loader, np.arange(n) * loader.n_windows // n) for loader, n in wanted]  # evenly spread
 
@@ -385,17 +421,19 @@ def lr_at(it):
 # evaluation
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode's tensors cannot be trained on afterwards, and FSDP keeps some
 def mean_loss(model, loader, windows, place, autocast):
     """Nats per target over the windows numbered so, the same at any world size; each rank does its share."""
     exact = torch.float32 if place.device.type == 'mps' else torch.float64  # MPS has no float64
     sums = torch.zeros(2, dtype=exact, device=place.device)  # nats, targets
     model.eval()
-    for start in range(place.rank * batch_size, len(windows), place.world_size * batch_size):
-        x, y = loader.to(place.device, loader.windows(windows[start:start + batch_size]))
+    for start in range(0, len(windows), place.world_size * batch_size):
+        own = windows[start + place.rank * batch_size:][:batch_size]
+        x, y = loader.to(place.device, loader.windows(own if len(own) else windows[:1]))  # FSDP needs every rank, with work or without
         with autocast:
             nats = model(x, y, reduction='sum')[1]
-        sums += torch.stack((nats.to(exact), (y != IGNORE).sum()))
+        if len(own):
+            sums += torch.stack((nats.to(exact), (y != IGNORE).sum()))
     model.train()
     nats, targets = distributed.all_reduce_sum(sums).tolist()
     return nats / max(targets, 1)
@@ -405,33 +443,48 @@ def mean_loss(model, loader, windows, place, autocast):
 # logs
 
 
-def open_logs(place, iter_num, wandb_id):
-    """Makes out_dir, and returns what writes a line of metrics.jsonl (and to wandb), with the id of the wandb run."""
-    path = Path(out_dir) / 'metrics.jsonl'
-    if eval_only or not place.is_master:
+def open_logs(place, iter_num, wandb_id, from_scratch):
+    """Makes out_dir ours, and returns what writes a line of metrics.jsonl (and to wandb), with the id of the wandb run."""
+    path, run, lock = Path(out_dir) / 'metrics.jsonl', None, None
+    if eval_only:
         return lambda line: None, wandb_id
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if iter_num and path.exists():
-        for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-            try:
-                if json.loads(line)['iter'] < iter_num:  # what follows is about to be done again
-                    kept.append(line + '\n')
-            except (ValueError, KeyError, TypeError):
-                pass  # torn by a crash
-    checkpoint.write_atomically(path, lambda f: f.write(''.join(kept).encode('utf-8')))
-    run = None
+
+    def claim():
+        nonlocal lock
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = checkpoint.lock(out_dir)
+        if from_scratch:
+            checkpoint.set_aside(out_dir)
+        kept = []
+        if iter_num and path.exists():
+            for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+                try:
+                    if json.loads(line)['iter'] < iter_num:  # what follows is about to be done again
+                        kept.append(line + '\n')
+                except (ValueError, KeyError, TypeError):
+                    pass  # torn by a crash
+        checkpoint.write_atomically(path, lambda f: f.write(''.join(kept).encode('utf-8')))
+
+    distributed.on_first_rank(claim)
+    if not place.is_master:
+        return lambda line: None, wandb_id
     if wandb_log:
         run = start_wandb(wandb_id)
         wandb_id = run.id
 
     def write_metrics(line):
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # JSON has no NaN
-        with open(path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(line) + '\n')
+        size = path.stat().st_size
+        try:
+            with open(path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(line) + '\n')
+        except OSError as error:  # a full disk need not end the run
+            print0(f'{path}: {error.strerror}: the line of iteration {line["iter"]} is lost')
+            os.truncate(path, size)
         if run is not None:
             run.log(line, step=line['iter'])
 
+    write_metrics.lock = lock  # kept as long as there is something that writes
     return write_metrics, wandb_id
 
 
@@ -445,6 +498,15 @@ def start_wandb(wandb_id):
                       config=config_of(globals()), dir=out_dir)
 
 
+def farewell(stop, iter_num, has_saved, best_val_loss):
+    """The last line of a run: what is saved, and what to do next."""
+    if not stop:
+        return f'done: {out_dir}/ckpt.pt after {iter_num} iterations, best val loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}'
+    if not has_saved:
+        return f'stopped by {stop} at iteration {iter_num}, where this run began: nothing new to save'
+    return f'stopped by {stop}: {out_dir}/ckpt.pt has iteration {iter_num}; python train.py --init_from=resume --out_dir={out_dir} goes on'
+
+
 def clock(seconds):
     """83.2 -> '1m23s'"""
     minutes, seconds = divmod(round(seconds), 60)
@@ -453,6 +515,6 @@ def clock(seconds):
 
 
 if __name__ == '__main__':
-    with one_line_errors():
+    with one_line_errors(), distributed.signals_noted():
         main(configure(globals()))
         distributed.stop()  # after main() has let go of the model: see there

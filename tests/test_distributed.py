@@ -1,37 +1,50 @@
-"""Several ranks take the steps that one takes. CPU and gloo, two processes."""
+"""Several ranks take the steps that one takes, under DDP and FSDP, whichever of them wrote the checkpoint. CPU and gloo."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import distributed
-import optim
 from conftest import ROOT, TINY, read_checkpoint, read_metrics, run_train, train_here
-from optim import orthogonalize
 
-# One rank's part in several runs of train.py, one after the other, each with a port of its own to meet at. Muon in float32: in
-# bfloat16 the last bit of a gradient can turn a direction that the gradient hardly has, by 1e-2 of the step.
-RANK = '''
-import json, os, runpy, sys
+# Runs of train.py one after the other, each on so many ranks, which are children of one process that has imported everything but used
+# nothing. Every rank writes to a file of its own, and says how many matrices it has orthogonalised.
+RANKS = """
+import faulthandler, json, os, runpy, sys
 import torch
-import optim
-orthogonalize = optim.orthogonalize
-optim.orthogonalize = lambda G, **_: orthogonalize(G)
+import checkpoint, data.loader, optim
 torch.set_num_threads(1)
-train = sys.argv[1]
-for port, argv in json.loads(sys.argv[2]):
-    os.environ['MASTER_PORT'] = str(port)
-    sys.argv = [train, *argv]
-    runpy.run_path(train, run_name='__main__')
-'''
+train, folder, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+for port, world_size, argv in runs:
+    children = []
+    for rank in range(world_size):
+        children.append(os.fork())
+        if children[-1] == 0:
+            for output in (1, 2):
+                os.dup2(os.open(f'{folder}/rank{rank}.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), output)
+            faulthandler.dump_traceback_later(100, exit=True)  # one that waits for ever says where
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+            orthogonalize, count = optim.orthogonalize, 0
+            def counted(G, **kwargs):
+                global count
+                count += len(G)
+                return orthogonalize(G, **kwargs)
+            optim.orthogonalize = counted
+            sys.argv = [train, *argv]
+            runpy.run_path(train, run_name='__main__')
+            print('orthogonalised', count, flush=True)
+            os._exit(0)
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        sys.exit(f'{argv} on {world_size} ranks failed')
+"""
 
 
 def free_ports(n):
@@ -42,20 +55,19 @@ def free_ports(n):
     return ports
 
 
-def train_on_two_ranks(runs, folder):
-    """Several runs of train.py, given as (out_dir, flags), without the seconds that torchrun takes for each; folder gets what the ranks print."""
-    argvs = [[*map(str, flags), f'--out_dir={out_dir}'] for out_dir, flags in runs]
-    work = json.dumps(list(zip(free_ports(len(runs)), argvs)))
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1'}
-    files = [open(folder / f'rank{i}.txt', 'w+', encoding='utf-8') for i in range(2)]
-    ranks = [subprocess.Popen([sys.executable, '-X', 'faulthandler', '-c', RANK, str(ROOT / 'train.py'), work],
-                              env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=file, stderr=file) for i, file in enumerate(files)]
-    ends_at = time.monotonic() + 100
-    while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks) and time.monotonic() < ends_at:
-        time.sleep(0.05)
-    for rank in ranks:
-        rank.send_signal(signal.SIGABRT)  # one that still waits says where
-    assert [rank.wait() for rank in ranks] == [0, 0], '\n'.join((folder / f'rank{i}.txt').read_text(encoding='utf-8') for i in range(2))
+def train_on_ranks(runs, folder):
+    """Several runs of train.py, given as (ranks, out_dir, flags), without the seconds that torchrun takes for each; folder gets what they print."""
+    if not hasattr(os, 'fork'):
+        pytest.skip('needs os.fork')
+    work = [(port, n, [*map(str, flags), f'--out_dir={out_dir}']) for port, (n, out_dir, flags) in zip(free_ports(len(runs)), runs)]
+    done = subprocess.run([sys.executable, '-c', RANKS, str(ROOT / 'train.py'), str(folder), json.dumps(work)],
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + ''.join(path.read_text(encoding='utf-8') for path in sorted(folder.glob('rank*.txt')))
+
+
+def said(folder, rank):
+    """What a rank has printed; gloo says that it has connected."""
+    return [line for line in (folder / f'rank{rank}.txt').read_text(encoding='utf-8').splitlines() if not line.startswith('[Gloo]')]
 
 
 def assert_same_run(out_dir, other):
@@ -70,61 +82,108 @@ def assert_same_run(out_dir, other):
         torch.testing.assert_close(tensor, b['model'][name], rtol=0, atol=1e-5)
 
 
-# 10 steps at small rates: rounding errors grow with each
-FLAGS = *TINY, '--max_iters=10', '--learning_rate=1e-3', '--min_lr=1e-4', '--matrix_lr=1e-3'
-CASES = ['--gradient_accumulation_steps=1 --batch_size=8', '--gradient_accumulation_steps=4',
-         '--gradient_accumulation_steps=1 --batch_size=6 --arch=modern', '--optimizer=muon --arch=modern --gradient_accumulation_steps=4',
-         '--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2']
+# 8 steps at small rates, each gradient clipped: rounding errors grow with each
+FLAGS = *TINY, '--max_iters=8', '--learning_rate=1e-3', '--min_lr=1e-4', '--matrix_lr=1e-3', '--grad_clip=0.1'
+# what both do, and what several ranks do
+CASES = [
+    ('--gradient_accumulation_steps=1 --batch_size=8', '--backend=nccl'),
+    ('--gradient_accumulation_steps=1 --batch_size=6 --arch=modern', ''),
+    ('--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2', ''),
+    ('--optimizer=muon --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', ''),  # 12 windows: the last batch is one rank's
+    ('--gradient_accumulation_steps=4 --dropout=0.0', '--parallel=fsdp'),
+    ('--arch=modern --bias=False', '--parallel=fsdp --activation_checkpointing=True'),
+    ('--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2', '--parallel=fsdp'),
+    ('--optimizer=muon --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', '--parallel=fsdp'),
+]
+HALF = {dtype: [*FLAGS, f'--dtype={dtype}', '--optimizer=muon', '--max_iters=4'] for dtype in ('bfloat16', 'float16')}
+PAIRS = FLAGS + ('--optimizer=muon', '--max_iters=3')  # the tied weights of gpt2; AdamW and Muon side by side
+WAYS = {'one': (1, ''), 'ddp': (2, ''), 'fsdp': (2, '--parallel=fsdp')}
 
 
 @pytest.fixture(scope='module')
 def runs(tiny, tmp_path_factory):
-    """A folder with a run of one process and one of two ranks for each case, and runs that change from one to the other after 5 steps."""
+    """A folder with every run that the tests compare."""
     folder = tmp_path_factory.mktemp('runs')
     data = f'--dataset={tiny}'
-
-    def alone(out_dir, *flags):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(optim, 'orthogonalize', lambda G, **_: orthogonalize(G))
-            code, _, stderr, _ = train_here(*flags, out_dir=out_dir)
+    for case, flags in [*((case, FLAGS + tuple(case.split())) for case in dict(CASES)), *HALF.items()]:
+        code, _, stderr, _ = train_here(*flags, data, out_dir=folder / f'one {case}')
         assert code == 0, stderr
-
-    for i, case in enumerate(CASES):
-        alone(folder / f'one-{i}', *FLAGS, data, *case.split())
-    alone(folder / 'one-then-two', *FLAGS, data, '--max_iters=5')
-    alone(folder / 'straight', *FLAGS, data)
-    train_on_two_ranks([
-        *((folder / f'two-{i}', [*FLAGS, data, *case.split(), '--backend=nccl' if i else '--backend=auto']) for i, case in enumerate(CASES)),
-        (folder / 'one-then-two', ['--init_from=resume', '--device=cpu', '--max_iters=10']),
-        (folder / 'two-then-one', [*FLAGS, data, '--max_iters=5']),
-    ], folder)
-    alone(folder / 'two-then-one', '--init_from=resume', '--device=cpu', '--max_iters=10')
+    straight = folder / 'straight'
+    first = [(n, folder / way, [*PAIRS, data, *flags.split()]) for way, (n, flags) in WAYS.items()]
+    train_on_ranks([
+        *((2, folder / f'two {i}', [*FLAGS, data, *case.split(), *flags.split()]) for i, (case, flags) in enumerate(CASES)),
+        *((2, folder / f'two {dtype}', [*flags, data, '--parallel=fsdp']) for dtype, flags in HALF.items()),
+        (4, folder / 'four', [*FLAGS, data, *CASES[3][0].split(), '--parallel=fsdp', '--shard_ranks=2']),
+        (1, straight, [*PAIRS, data, '--max_iters=5']), *first], folder)
+    for source in WAYS:
+        for target in WAYS:
+            shutil.copytree(folder / source, folder / f'{source} to {target}')
+    again = ['--init_from=resume', '--device=cpu', '--max_iters=5']
+    train_on_ranks([(n, folder / f'{source} to {target}', [*again, flags or '--parallel=ddp']) for source in WAYS for target, (n, flags) in WAYS.items()], folder)
     return folder
 
 
-@pytest.mark.parametrize('i', range(len(CASES)), ids=CASES)
+@pytest.mark.parametrize('i', range(len(CASES)), ids=[' '.join(case) for case in CASES])
 def test_two_ranks_train_as_one(runs, i):
-    assert_same_run(runs / f'two-{i}', runs / f'one-{i}')
+    assert_same_run(runs / f'two {i}', runs / f'one {CASES[i][0]}')
 
 
-@pytest.mark.parametrize('name', ['one-then-two', 'two-then-one'])
-def test_a_run_goes_on_with_another_number_of_ranks(runs, name):
-    assert_same_run(runs / name, runs / 'straight')
-    assert [line['iter'] for line in read_metrics(runs / name) if 'loss' in line] == list(range(10))
+def test_four_ranks_in_two_copies_of_two_shards_train_as_one(runs):
+    assert_same_run(runs / 'four', runs / f'one {CASES[3][0]}')
+
+
+@pytest.mark.parametrize('source', WAYS)
+@pytest.mark.parametrize('target', WAYS)
+def test_a_run_goes_on_from_any_wrapping_under_any_other(runs, source, target):
+    assert_same_run(runs / f'{source} to {target}', runs / 'straight')
+    assert [line['iter'] for line in read_metrics(runs / f'{source} to {target}') if 'loss' in line] == list(range(5))
+
+
+def test_ranks_share_what_muon_orthogonalises(runs):
+    counts = [[int(line.split()[1]) for line in said(runs, rank) if line.startswith('orthogonalised ')] for rank in range(2)]
+    # a step of 2 layers: 8 matrices of one shape (Q, K, V and output), 2 of each of the MLP's two; ranks of several do half of each
+    assert counts[0][2] == counts[1][2] == counts[0][6] == counts[1][6] == 8 * (8 + 2 + 2) / 2
 
 
 def test_only_the_first_rank_speaks(runs):
-    assert (runs / 'rank0.txt').read_text(encoding='utf-8').count('done: ') == len(CASES) + 2
-    assert '(2 ranks x 1 micro-steps x 4 windows x 16)' in (runs / 'rank0.txt').read_text(encoding='utf-8')
-    rest = [line for line in (runs / 'rank1.txt').read_text(encoding='utf-8').splitlines() if not line.startswith('[Gloo]')]
-    assert rest == []
+    first = said(runs, 0)
+    assert sum(line.startswith('done: ') for line in first) == len(CASES) + len(HALF) + 1 + 1 + 3 + 9
+    assert any('(2 ranks x 1 micro-steps x 4 windows x 16)' in line for line in first)
+    assert {line.split()[0] for line in said(runs, 1)} == {'orthogonalised'}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('flags', ['', '--arch=modern', '--optimizer=muon', '--optimizer=muon --arch=modern'])
+def test_every_checkpoint_resumes_on_1_2_and_4_ranks(tiny, tmp_path, flags):
+    ways = {'one': (1, []), **{f'{parallel} {n}': (n, [f'--parallel={parallel}']) for parallel in ('ddp', 'fsdp') for n in (2, 4)},
+            'fsdp 2 of 4': (4, ['--parallel=fsdp', '--shard_ranks=2'])}
+    settings = *FLAGS, *flags.split(), f'--dataset={tiny}'
+    train_on_ranks([(1, tmp_path / 'straight', [*settings, '--max_iters=5']),
+                    *((n, tmp_path / way, [*settings, '--max_iters=3', *own]) for way, (n, own) in ways.items())], tmp_path)
+    for source in ways:
+        for target in ways:
+            shutil.copytree(tmp_path / source, tmp_path / f'{source} to {target}')
+    train_on_ranks([(n, tmp_path / f'{source} to {target}', ['--init_from=resume', '--device=cpu', '--max_iters=5', '--shard_ranks=0', *own])
+                    for source in ways for target, (n, own) in ways.items()], tmp_path)
+    for source in ways:
+        for target in ways:
+            assert_same_run(tmp_path / f'{source} to {target}', tmp_path / 'straight')
+
+
+@pytest.mark.parametrize('dtype', HALF)
+def test_fsdp_in_half_precision_is_near_the_single_process(runs, dtype):
+    for a, b in zip(read_metrics(runs / f'one {dtype}'), read_metrics(runs / f'two {dtype}'), strict=True):
+        for key in {'loss', 'grad_norm', 'val_loss'} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=0.01)
+    a, b = (read_checkpoint(runs / f'{n} {dtype}' / 'ckpt.pt') for n in ('one', 'two'))
+    assert a['scaler'] == b['scaler'] and all(tensor.dtype == torch.float32 for tensor in b['model'].values())
 
 
 def test_torchrun(runs, tiny, tmp_path):
     device = '--device=cpu' if torch.accelerator.is_available() else '--device=auto'
-    code, _, stderr, _ = run_train(*FLAGS, f'--dataset={tiny}', *CASES[0].split(), '--backend=nccl', device, n_proc=2, out_dir=tmp_path / 'out')
+    code, _, stderr, _ = run_train(*FLAGS, f'--dataset={tiny}', *CASES[0][0].split(), '--backend=nccl', device, n_proc=2, out_dir=tmp_path / 'out')
     assert code == 0, stderr
-    assert_same_run(tmp_path / 'out', runs / 'one-0')
+    assert_same_run(tmp_path / 'out', runs / f'one {CASES[0][0]}')
 
 
 def test_a_mistake_under_torchrun_is_one_line_of_each_rank(tiny, tmp_path):
@@ -134,6 +193,50 @@ def test_a_mistake_under_torchrun_is_one_line_of_each_rank(tiny, tmp_path):
     lines = [line for line in stderr.splitlines() if problem in line]
     assert lines and all(re.search(r'rank \d: 3 seq', line) for line in lines)
     assert 'train.py", line' not in stderr  # no traceback into our files
+
+
+def test_shards_that_do_not_divide_the_ranks():
+    place = distributed.Place(0, 0, 6, torch.device('cpu'))
+    with pytest.raises(ValueError, match='^shard_ranks=4 does not divide 6 ranks: use 1 or 2 or 3 or 6, or 0 for all$'):
+        distributed.wrap(torch.nn.Linear(1, 1), place, 'fsdp', 4)
+
+
+# -----------------------------------------------------------------------------
+# signals
+
+
+def in_a_child(work):
+    """The exit code of a child that does work(), negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(99)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+@pytest.mark.parametrize('signals, code', [(['SIGTERM', 'SIGTERM', 'SIGUSR1', 'SIGINT'], 0), (['SIGINT'], 0), (['SIGINT', 'SIGINT'], 130)])
+def test_signals_are_noted_and_a_second_sigint_ends_the_process(signals, code, monkeypatch):
+    def work():
+        with distributed.signals_noted():
+            assert distributed.signal_to_stop() is None
+            for name in signals:
+                os.kill(os.getpid(), getattr(signal, name))
+            assert distributed.signal_to_stop() == signals[0]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
+    assert in_a_child(work) == code
+
+
+def test_a_ctrl_c_that_torchrun_passes_on_is_the_same_one(monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    with distributed.signals_noted():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert distributed.signal_to_stop() == 'SIGINT'
 
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from conftest import ROOT, TINY, differences, pack_chars, read_checkpoint, sentences, train_here
+from model import GPT
 
 # Each case runs in a child of one process that has imported torch but not used it. What die() replaces is the encoding of a line
 # of metrics.jsonl: the process ends in the middle of the step, after checkpoints and lines that a resumed run must undo or keep.
@@ -44,6 +45,7 @@ CASES = {
     'muon, in the second epoch': ('--dropout=0.1 --optimizer=muon --arch=modern', 13, ''),
     'float16 with its scaler': ('--dtype=float16', 13, ''),
     'bfloat16, logged now and then': ('--dtype=bfloat16 --log_interval=3', 15, ''),
+    'spikes skipped': ('--dropout=0.1 --max_iters=40 --skip_spikes=1.1 --decay_lr=False', 33, ''),
     'other evaluations': ('--dropout=0.1', 12, '--eval_interval=4 --eval_iters=1'),
 }
 
@@ -114,7 +116,7 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(name, killed, unbroken):
 
     expected_dir, expected_lines = unbroken(flags)
     ours, theirs = read_checkpoint(out_dir / 'ckpt.pt'), read_checkpoint(expected_dir / 'ckpt.pt')
-    for part in ('model', 'optimizer', 'scaler', 'iter_num', 'smoothed', 'skipped', 'tokenizer', 'data'):
+    for part in ('model', 'optimizer', 'scaler', 'iter_num', 'history', 'tokenizer', 'data'):
         assert not differences(ours[part], theirs[part], part)
     assert trajectory(lines) == trajectory(expected_lines)
     if not new_flags:
@@ -122,6 +124,45 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(name, killed, unbroken):
         assert ours['best_val_loss'] == theirs['best_val_loss']
         assert not differences(read_checkpoint(out_dir / 'best.pt')['model'], read_checkpoint(expected_dir / 'best.pt')['model'])
     assert f'iteration {last_saved})' in stdout
+    if 'skip_spikes' in flags:
+        assert 0 < ours['history'][0] < 20, 'the factor is not right for this test'
+
+
+# flags of the run, the iteration in which SIGTERM comes; an evaluation every 5: at 10 it is due when the run stops, at 20 it is the last
+@pytest.mark.parametrize('optimizer, comes_at', [('adamw', 7), ('adamw', 9), ('muon', 9), ('adamw', 19)])
+def test_a_stopped_run_resumed_equals_an_unbroken_one(tiny, unbroken, tmp_path, monkeypatch, optimizer, comes_at):
+    flags = '--dropout=0.1 --optimizer=muon --arch=modern' if optimizer == 'muon' else '--dropout=0.1'
+    encode = json.dumps
+
+    def signalled(line, *args, **kwargs):
+        if 'loss' in line and line.get('iter') == comes_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(line, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, 'dumps', signalled)
+        code, stdout, stderr, _ = train_here(*TINY, *flags.split(), f'--dataset={tiny}', out_dir=tmp_path)
+    k = comes_at + 1
+    assert code == 0, stderr
+    assert stdout.splitlines()[-1] == f'stopped by SIGTERM: {tmp_path}/ckpt.pt has iteration {k}; python train.py --init_from=resume --out_dir={tmp_path} goes on'
+    assert read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == k
+
+    _, lines = resume(tmp_path)
+    expected_dir, expected_lines = unbroken(flags)
+    assert without_times(lines) == without_times(expected_lines)
+    for name in ('ckpt.pt', 'best.pt'):
+        ours, theirs = (read_checkpoint(folder / name) for folder in (tmp_path, expected_dir))
+        for part in {'model', 'iter_num', 'history', 'best_val_loss', 'to_evaluate'} & theirs.keys():
+            assert not differences(ours[part], theirs[part], part)
+        assert not differences(ours.get('optimizer', {}).get('state'), theirs.get('optimizer', {}).get('state'))  # the groups have the rates of the last step
+    assert not list(tmp_path.glob('*.old'))
+
+
+def test_a_signal_before_the_first_step_ends_the_run_in_order(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(GPT, 'get_num_params', lambda self: os.kill(os.getpid(), signal.SIGUSR1) or 1)
+    code, stdout, stderr, lines = train_here(*TINY, f'--dataset={tiny}', out_dir=tmp_path)
+    assert code == 0 and stdout.splitlines()[-1] == 'stopped by SIGUSR1 at iteration 0, where this run began: nothing new to save', stderr
+    assert lines == [] and not (tmp_path / 'ckpt.pt').exists()
 
 
 def test_max_iters_raised_on_resume_continues(tiny, unbroken, tmp_path):

@@ -2,15 +2,20 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import shutil
+import signal
+import socket
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import model as model_file
 from conftest import TINY, differences, pack_chars, read_checkpoint, read_metrics, run_train, sentences, train_here
 from data.loader import Loader
@@ -41,7 +46,7 @@ def test_a_process_trains_with_nothing_but_torch_and_numpy(tiny, tmp_path):
     code, stdout, stderr, lines = run_train(*TINY, '--max_iters=3', '--dataset=./data', out_dir='out', cwd=tmp_path, env={'PYTHONPATH': str(absent)})
     assert (code, stderr) == (0, '')
     assert stdout.splitlines()[-1].endswith('python sample.py --out_dir=out')
-    assert sorted(contents(tmp_path / 'out')) == ['best.pt', 'ckpt.pt', 'metrics.jsonl']
+    assert sorted(contents(tmp_path / 'out')) == ['.lock', 'best.pt', 'ckpt.pt', 'metrics.jsonl']
     assert not contents(tmp_path / 'data').keys() - contents(tiny).keys()
 
 
@@ -121,11 +126,22 @@ def test_eval_only_evaluates_once_and_writes_nothing(tiny, tmp_path):
     assert contents(tmp_path / 'old') == before
 
 
-def test_a_run_from_scratch_says_that_it_replaces_another(tiny, tmp_path):
-    notice = f'{tmp_path} holds a checkpoint, which this run from scratch will replace: --init_from=resume goes on with it'
-    assert notice not in train(*TINY, '--max_iters=2', f'--dataset={tiny}', out_dir=tmp_path)[0]
-    stdout, lines = train(*TINY, '--max_iters=2', f'--dataset={tiny}', out_dir=tmp_path)
-    assert notice in stdout and [line['iter'] for line in lines] == [0, 0, 1, 2]
+def test_a_run_from_scratch_sets_the_checkpoints_of_another_aside(tiny, tmp_path):
+    notice = f'{tmp_path} holds a checkpoint, which this run from scratch does not go on with: for that, stop it and use --init_from=resume'
+    flags = *TINY, '--eval_interval=2', f'--dataset={tiny}'
+    assert notice not in train(*flags, '--max_iters=4', out_dir=tmp_path)[0]
+    before = contents(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:  # a run that ends before it has saved anything
+        patch.setattr(model_file.GPT, 'forward', lambda *args, **kwargs: pytest.exit('killed'))
+        with pytest.raises(pytest.exit.Exception):
+            train_here(*flags, out_dir=tmp_path)
+    after = contents(tmp_path)
+    assert [after[f'{name}.old'] for name in ('ckpt.pt', 'ckpt_00000002.pt', 'best.pt')] == [before[name] for name in ('ckpt.pt', 'ckpt_00000002.pt', 'best.pt')]
+    assert refused('--init_from=resume', '--device=cpu', out_dir=tmp_path).startswith(f'{tmp_path} has no checkpoint to resume')
+    (tmp_path / 'ckpt.pt.old').rename(tmp_path / 'ckpt.pt')
+    stdout, lines = train(*flags, '--max_iters=2', out_dir=tmp_path)
+    assert notice in stdout and f'{tmp_path}: ckpt.pt of the run before renamed to *.old' in stdout
+    assert [line['iter'] for line in lines] == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
@@ -167,7 +183,137 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny, tmp_path, monkeypatc
     assert differences(after['model'], end['model']) and all(tensor.isfinite().all() for tensor in end['model'].values())
     if dtype == 'float16':
         assert after['scaler']['scale'] == before['scaler']['scale'] / 2
-    assert end['skipped'] == 1
+    assert end['history'][:3] == [1, 0, 5]
+
+
+def spoil(monkeypatch, from_iter, factor, to_iter=math.inf):
+    """Multiplies the training loss of these iterations, of two micro-steps each."""
+    forward, calls = GPT.forward, []
+
+    def spoiled(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        if self.training:
+            calls.append(loss)
+            if from_iter <= (len(calls) - 1) // 2 < to_iter:
+                loss = loss * factor
+        return logits, loss
+
+    monkeypatch.setattr(model_file.GPT, 'forward', spoiled)
+
+
+def test_a_spike_is_skipped_where_that_is_asked_for(tiny, tmp_path, monkeypatch):
+    flags = *TINY, '--max_iters=26', '--eval_interval=50', '--log_interval=100', f'--dataset={tiny}'
+    for name, own in (('off', []), ('on', ['--skip_spikes=3'])):
+        with monkeypatch.context() as patch:
+            spoil(patch, 23, 10.0, 24)
+            stdout, lines = train(*flags, *own, out_dir=tmp_path / name)
+        assert [line['iter'] for line in lines if line.get('skipped')] == ([23] if own else [])
+        assert ('SPIKE, step skipped (1 so far)' in stdout) == bool(own)
+        assert read_checkpoint(tmp_path / name / 'ckpt.pt')['history'][:3] == ([1, 0, 25] if own else [0, 0, 26])
+
+
+def test_too_many_skipped_steps_end_the_run_and_leave_the_checkpoint(tiny, tmp_path, monkeypatch):
+    flags = *TINY, '--max_skipped_steps=3', '--log_interval=100', f'--dataset={tiny}'
+    with monkeypatch.context() as patch:
+        spoil(patch, 7, math.nan)
+        code, stdout, stderr, lines = train_here(*flags, out_dir=tmp_path)
+    assert (code, stderr) == (2, f'3 steps in a row were skipped, up to iteration 9: the last good checkpoint is {tmp_path}/ckpt.pt of iteration 5, '
+                                 'go on from it with a lower --learning_rate or other data\n')
+    assert [line['skipped'] for line in lines if line['iter'] > 5] == [1, 2, 3]
+    state = read_checkpoint(tmp_path / 'ckpt.pt')
+    assert state['iter_num'] == 5 and all(tensor.isfinite().all() for tensor in state['model'].values())
+
+
+@pytest.mark.parametrize('arch, dtype', [('gpt2', 'float32'), ('modern', 'bfloat16')])
+def test_activation_checkpointing_changes_no_bit(tiny, tmp_path, arch, dtype):
+    flags = *TINY, '--max_iters=4', '--dropout=0.2', f'--arch={arch}', f'--dtype={dtype}', f'--dataset={tiny}'
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        forward = model_file.Block.forward
+        patch.setattr(model_file.Block, 'forward', lambda self, *args: calls.append(self.training) or forward(self, *args))
+        runs = []
+        for i, own in enumerate(([], ['--activation_checkpointing=True'])):
+            train(*flags, *own, out_dir=tmp_path / str(i))
+            runs.append((read_checkpoint(tmp_path / str(i) / 'ckpt.pt'), sum(calls)))
+            calls.clear()
+    (plain, n_plain), (recomputed, n_recomputed) = runs
+    assert n_recomputed == 2 * n_plain
+    assert not differences(plain['model'], recomputed['model']) and not differences(plain['optimizer']['state'], recomputed['optimizer']['state'])
+
+
+# -----------------------------------------------------------------------------
+# disks and folders
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypatch):
+    resource = pytest.importorskip('resource')
+    limits, dumps = resource.getrlimit(resource.RLIMIT_FSIZE), json.dumps
+
+    def fill(line, *args, **kwargs):  # no file can grow beyond so many bytes from iteration 6 up to 11
+        if 'loss' in line and line['iter'] in (6, 11):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]) if line['iter'] == 6 else limits)
+        return dumps(line, *args, **kwargs)
+
+    monkeypatch.setattr(json, 'dumps', fill)
+    try:
+        stdout, lines = train(*TINY, '--dropout=0.1', '--checkpoint_interval=5', '--eval_interval=10', f'--dataset={tiny}', out_dir=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f'NOT SAVED, {tmp_path}/best.pt: File too large: the checkpoint of iteration 5 is still there, training goes on and tries again' in stdout
+    assert stdout.count('metrics.jsonl: File too large: the line of iteration') == 6  # 6 to 10 and an evaluation; 11 is whole again
+    assert [line['iter'] for line in lines if 'loss' in line] == [*range(6), *range(11, 20)]
+    assert sorted(contents(tmp_path)) == ['.lock', 'best.pt', 'ckpt.pt', 'ckpt_00000015.pt', 'metrics.jsonl']
+    state = read_checkpoint(tmp_path / 'ckpt.pt')
+    assert state['iter_num'] == 20 and read_checkpoint(tmp_path / 'best.pt')['best_val_loss'] == state['best_val_loss']
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(tiny, tmp_path, monkeypatch):
+    resource = pytest.importorskip('resource')
+    limits, dumps = resource.getrlimit(resource.RLIMIT_FSIZE), json.dumps
+
+    def fill(line, *args, **kwargs):
+        if 'loss' in line and line['iter'] == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        return dumps(line, *args, **kwargs)
+
+    monkeypatch.setattr(json, 'dumps', fill)
+    try:
+        code, _, stderr, _ = train_here(*TINY, '--max_iters=8', f'--dataset={tiny}', out_dir=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, stderr) == (2, f'{tmp_path}/ckpt.pt: File too large\n')
+    assert read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == 5 and not list(tmp_path.glob('.*.tmp*'))
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+def test_two_trainers_in_one_folder(tiny, tmp_path):
+    (tmp_path / 'out').mkdir()
+    child = os.fork()
+    if child == 0:
+        claim = checkpoint.lock(tmp_path / 'out')
+        (tmp_path / 'ready').touch()
+        signal.pause()
+    while not (tmp_path / 'ready').exists():
+        time.sleep(0.01)
+    flags = *TINY, '--max_iters=1', f'--dataset={tiny}'
+    assert refused(*flags, out_dir=tmp_path / 'out') == (f'{tmp_path / "out"}: another trainer writes there, process {child} on {socket.gethostname()}: '
+                                                         'wait for it, stop it, or use another --out_dir')
+    train(*flags, '--eval_only=True', out_dir=tmp_path / 'out')  # which writes nothing
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    train(*flags, out_dir=tmp_path / 'out')
+
+
+def test_altered_data_are_noticed_where_that_is_asked_for(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / 'data')
+    ids = np.fromfile(folder / 'val.bin', dtype='<u2')
+    ids[100] ^= 1
+    ids.tofile(folder / 'val.bin')
+    flags = *TINY, '--max_iters=1', f'--dataset={folder}'
+    problem = f'{folder / "val.bin"} does not match its checksum in meta.json: it was altered, prepare the dataset again'
+    assert refused(*flags, '--verify_data=True', out_dir=tmp_path / 'out') == problem
+    train(*flags, out_dir=tmp_path / 'out')
+    train(*TINY, '--max_iters=1', '--verify_data=True', f'--dataset={tiny}', out_dir=tmp_path / 'sound')
 
 
 # -----------------------------------------------------------------------------
@@ -385,6 +531,10 @@ def refused(*flags, out_dir):
     ('--learning_rate=0', 'min_lr=0.001 is above learning_rate=0.0, which falls to it: use --min_lr=0, or --decay_lr=False'),
     ('--min_lr=1', 'min_lr=1.0 is above learning_rate=0.01, which falls to it: use --min_lr=0.001, or --decay_lr=False'),
     ('--grad_clip=-1', 'grad_clip=-1.0: accepted is 0 or more'),
+    ('--skip_spikes=0.5', 'skip_spikes=0.5 would skip steps that are below the running mean: accepted is 0 (off) or more than 1, such as 3'),
+    ('--max_skipped_steps=0', 'max_skipped_steps=0: accepted is 1 or more'),
+    ('--timeout_s=0', 'timeout_s=0: accepted is 1 or more'),
+    ('--shard_ranks=2', 'shard_ranks=2 is for --parallel=fsdp: add it, or leave shard_ranks out'),
     ('--beta2=1', 'beta2=1.0: accepted is 0 or more, below 1'),
     ('--seed=-1', 'seed=-1: accepted is 0 or more, below 9223372036854775808'),
     ('--dropout=1.5', 'dropout=1.5: accepted is 0.0 up to, not including, 1.0'),
