@@ -23,10 +23,11 @@ MAP = {
     'data.chat': ['data.tokenizer'],
     'optim': ['distributed'],
     'checkpoint': ['distributed'],
+    'report': ['checkpoint', 'configurator'],
     'evaluate': ['model', 'data.tokenizer', 'data.fetch', 'distributed', 'checkpoint', 'configurator'],
 }
 MAP['train'] = list(MAP)
-MAP.update(dict.fromkeys(['sample', 'bench', 'report'], [*MAP['train'], 'sample', 'bench', 'report']))
+MAP.update(dict.fromkeys(['sample', 'bench'], [*MAP['train'], 'sample', 'bench']))
 
 WHERE_USED = {'datasets', 'wandb', 'tokenizers', 'matplotlib', 'safetensors', 'huggingface_hub', 'transformers', 'tiktoken'}
 

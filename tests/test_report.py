@@ -1,0 +1,111 @@
+"""report.py: what it says and draws of what a run wrote, finished or not."""
+
+import json
+import runpy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from report import curves, split_samples, write_report, write_samples
+
+
+def step(iter_num, tokens_per_step, dt_s, **more):
+    return dict(iter=iter_num, loss=3.0, loss_smoothed=3.25, lr=1e-3, grad_norm=1.0, tok_per_s=tokens_per_step / dt_s, dt_s=dt_s, mfu=None, **more)
+
+
+def evaluation(iter_num, val_loss, val_bpb=None):
+    return dict(iter=iter_num, train_loss=val_loss, val_loss=val_loss, val_bpb=val_bpb)
+
+
+def write_run(folder, lines, torn='', **facts):
+    folder.mkdir(exist_ok=True)
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines) + torn, encoding='utf-8')
+    if facts:
+        (folder / 'run.json').write_text(json.dumps(facts), encoding='utf-8')
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# curves
+
+
+def test_tokens_and_time_add_up_over_steps_that_are_not_logged_and_over_a_change_of_batch():
+    # step 0 alone took 5 s; steps 1 to 10 took 1 s and 100 tokens each; then, resumed with twice the batch, steps 11 to 20 took 2 s
+    lines = [evaluation(0, 4.0), step(0, 100, 5.0), step(10, 100, 1.0), evaluation(10, 3.5), step(20, 200, 2.0), evaluation(25, 3.0)]
+    run = curves(lines)
+    assert run['steps']['tokens'].tolist() == pytest.approx([100, 1100, 3100])
+    assert run['steps']['time'].tolist() == pytest.approx([5, 15, 35])
+    assert run['evaluations']['tokens'].tolist() == pytest.approx([0, 1000, 3900])  # after 25 updates: 4 more of 200 tokens
+    assert run['evaluations']['time'].tolist() == pytest.approx([0, 14, 43])
+    assert (run['iters'], run['tokens'], run['seconds']) == (25, pytest.approx(3900), pytest.approx(43))
+
+
+def test_a_run_that_goes_on_from_another_folder_counts_its_tokens_but_only_its_own_time():
+    run = curves([evaluation(100, 2.0), step(100, 10, 60.0), step(101, 10, 1.0)])
+    assert run['steps']['tokens'].tolist() == pytest.approx([1010, 1020]) and run['steps']['time'].tolist() == pytest.approx([60, 61])
+
+
+# -----------------------------------------------------------------------------
+# the page
+
+
+def test_an_unfinished_run_with_a_torn_line_has_a_report(tmp_path):
+    folder = write_run(tmp_path / 'out', [evaluation(0, 4.0, 5.0), step(0, 100, 1.0), evaluation(1, 2.5, 3.0), step(1, 100, 1.0, peak_memory_bytes=5e8)],
+                       torn='{"iter": 2, "loss": 3.', settings=dict(max_iters=50, seed=1, dropout=0.0), defaults=dict(max_iters=9, seed=1, dropout=0.0),
+                       parameters=1234, flops_per_token=2_000_000, dataset_tokens=400, environment=dict(git='abc-dirty'))
+    (folder / 'eval.json').write_text(json.dumps(dict(piqa=dict(acc=0.5, acc_stderr=0.0123, n=1000))), encoding='utf-8')
+    page = write_report([folder]).read_text(encoding='utf-8')
+    for row in ('| updates | 2 of 50, unfinished |', '| tokens | 200 (0.50 epochs) |', '| time in training | 2.0 s |', '| parameters | 1,234 |',
+                '| best validation loss | 2.5000 (after 1 updates) |', '| bits per byte then | 3.0000 |', '| tokens per second (median) | 100 |',
+                '| cost in training | 4e+08 FLOPs (2e+06 a token, forward and backward) |', '| peak memory | 0.50 GB |',
+                '| `piqa` | `acc` | 0.5000 ± 0.0123 |', '| `piqa` | `n` | 1,000 |', '| `max_iters` | `50` | `9` |', '| git | abc-dirty |'):
+        assert row in page.splitlines(), row
+    assert '`seed`' not in page
+    for name in ('loss.png', 'bpb.png', 'training.png'):
+        assert f'({name})' in page and (folder / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_two_runs_are_compared_in_one_page(tmp_path):
+    defaults = dict(optimizer='adamw', dataset='owt', max_iters=2)
+    for name, optimizer in (('a', 'adamw'), ('b', 'muon')):
+        write_run(tmp_path / name, [step(0, 100, 1.0)], settings=dict(optimizer=optimizer, dataset='x|y', max_iters=2), defaults=defaults)
+    write_samples(tmp_path / 'b', 1, [('To be', 'or not')])
+    page = write_report([tmp_path / 'a', tmp_path / 'b'], tmp_path / 'both').read_text(encoding='utf-8')
+    assert "| `optimizer` | `'adamw'` | `'muon'` | `'adamw'` |" in page and "| `dataset` | `'x\\|y'` | `'owt'` |" in page
+    assert page.index('Settings that differ') < page.index('`optimizer`') < page.index('the same in all runs') < page.index('`dataset`')
+    assert '    or not' in page and f'### `{tmp_path / "a"}`' not in page
+    assert not (tmp_path / 'both' / 'bpb.png').exists() and 'bpb.png' not in page  # nothing was evaluated
+    assert not (tmp_path / 'a' / 'report.md').exists()
+
+
+@pytest.mark.parametrize('content, message', [
+    (None, 'metrics.jsonl does not exist: name the out_dir of a run that has begun to train'),
+    ('{"iter": 0, "lo', 'metrics.jsonl has no line yet: wait until the run has logged a step'),
+])
+def test_a_folder_without_a_run_gets_one_line(tmp_path, monkeypatch, capsys, content, message):
+    if content is not None:
+        (tmp_path / 'metrics.jsonl').write_text(content, encoding='utf-8')
+    monkeypatch.setattr('sys.argv', ['report.py', str(tmp_path), '--out', str(tmp_path / 'new')])
+    with pytest.raises(SystemExit, match='2'):
+        runpy.run_path(str(ROOT / 'report.py'), run_name='__main__')
+    assert capsys.readouterr() == ('', f'{tmp_path}/{message}\n') and not (tmp_path / 'new').exists()
+
+
+# -----------------------------------------------------------------------------
+# samples.md
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.text(), st.text(alphabet=st.sampled_from('\n\r## Iteration 7\u2028\x0b`*'))), min_size=1, max_size=3))
+def test_no_text_of_a_model_is_taken_for_a_heading(tmp_path_factory, pairs):
+    folder = tmp_path_factory.mktemp('samples')
+    write_samples(folder, 0, pairs)
+    first = split_samples((folder / 'samples.md').read_bytes().decode())
+    write_samples(folder, 5, pairs)
+    write_samples(folder, 9, pairs)
+    write_samples(folder, 5, [('again', 'and again')])  # a run that was resumed does it anew
+    sections = split_samples((folder / 'samples.md').read_bytes().decode())
+    assert [at for at, _ in sections] == [0, 5] and sections[:1] == first
+    assert 'and again' in sections[1][1]
