@@ -6,13 +6,15 @@
     python train.py --init_from=resume --out_dir=out-quickstart --max_iters=2000
     python train.py config/finetune_shakespeare.py --init_from=gpt2
 
-out_dir gets ckpt.pt (the newest state), best.pt (the best weights) and metrics.jsonl (a line per logged step and evaluation).
+out_dir gets ckpt.pt (the newest state), best.pt (the best weights), metrics.jsonl (a line per logged step and evaluation), run.json
+(settings and environment), samples.md with generate_interval, and at the end report.md with curves.
 """
 
 import importlib.util
 import json
 import math
 import os
+import platform
 import secrets
 import time
 from pathlib import Path
@@ -26,10 +28,11 @@ import distributed
 import pretrained
 from configurator import config_of, configure, one_line_errors
 from data.loader import IGNORE, Loader, dataset_folders
-from data.tokenizer import fingerprint, vocab_size_of
+from data.tokenizer import fingerprint, load_tokenizer, vocab_size_of
 from distributed import print0
 from model import GPT, GPTConfig
 from optim import SMOOTHING, configure_optimizers, judge, lr_scale, muon_momentum, new_history, set_lr, step_unless
+from report import environment, write_report, write_samples
 
 # -----------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) on OpenWebText, as nanoGPT's do.
@@ -39,6 +42,9 @@ eval_interval = 2000
 log_interval = 1
 eval_iters = 200  # batches of batch_size windows of each split, the same ones each time; 0 = the whole validation split
 eval_only = False  # evaluate once, write nothing
+generate_interval = 0  # iterations between samples from the same prompts, added to out_dir/samples.md; 0 = none
+generate_prompts = ''  # one a line; '' = the beginnings of four validation windows
+report = True  # at the end, report.md and its curves in out_dir; report.py writes them at any time
 always_save_checkpoint = True  # False: what sample.py takes is best.pt, not the newest
 checkpoint_interval = 0  # save every so many iterations; 0 = with each evaluation
 keep_last_n_checkpoints = 1  # older ones kept beside ckpt.pt; -1 = all
@@ -106,12 +112,14 @@ THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 
 LIMITS = (  # least, below, and the settings that this holds for; GPTConfig knows those of the model
     (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters restart_iters restart_mult'),
     (1, math.inf, 'max_skipped_steps timeout_s'),
-    (0, math.inf, 'eval_iters checkpoint_interval warmup_iters lr_decay_iters learning_rate matrix_lr embedding_lr head_lr min_lr'),
+    (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters lr_decay_iters learning_rate matrix_lr embedding_lr head_lr min_lr'),
     (0, math.inf, 'weight_decay grad_clip skip_spikes shard_ranks'),
     (0, 1, 'beta1 beta2'),
     (0, 2**63, 'seed'),
     (-1, math.inf, 'keep_last_n_checkpoints'),
 )
+SAMPLE_TOKENS = 100
+DEFAULTS = config_of(globals())
 
 
 def main(explicit):
@@ -159,7 +167,12 @@ def main(explicit):
     describe(model, place, precision, use_compile, train_loader, grad_accum, rows)
     if use_compile:
         model.compile()
-    write_metrics, wandb_id = open_logs(place, iter_num, wandb_id, from_scratch)
+    prompts = read_prompts(tokenizer_meta, eval_sets[1][0]) if generate_interval and not eval_only else []
+    write_metrics, write_table, wandb_id = open_logs(place, iter_num, wandb_id, from_scratch, dict(
+        settings=config_of(globals()), defaults=DEFAULTS, parameters=model.get_num_params(), flops_per_token=model.flops_per_token(),
+        dataset_tokens=train_loader.n_tokens, environment=environment() | dict(
+            device=distributed.device_name(place.device), processes=place.world_size, dtype=str(precision).removeprefix('torch.'),
+            compiled=use_compile, python=platform.python_version(), torch=torch.__version__, system=platform.platform())))
     bytes_per_token = eval_sets[1][0].bytes_per_token
 
     def evaluate():
@@ -205,7 +218,8 @@ def main(explicit):
         finished = iter_num >= max_iters
         evaluate_now = finished or eval_only or iter_num % eval_interval == 0
         save_now = finished or stop or iter_num % (checkpoint_interval or eval_interval) == 0
-        if evaluate_now or save_now:
+        generate_now = prompts and not stop and (finished or iter_num % generate_interval == 0)
+        if evaluate_now or save_now or generate_now:
             t_pause, before, is_best = time.perf_counter(), best_val_loss, False
             if evaluate_now and not stop:
                 val_loss = evaluate()
@@ -220,6 +234,11 @@ def main(explicit):
                     if finished or stop:
                         raise
                     print0(f'NOT SAVED, {error.filename}: {error.strerror}: the checkpoint of iteration {saved_at} is still there, training goes on and tries again')
+            if generate_now:
+                texts = generate(model, load_tokenizer(tokenizer_meta), prompts, place, autocast)
+                if place.is_master:
+                    write_samples(out_dir, iter_num, texts)
+                    write_table('samples', ['iter', 'prompt', 'text'], [(iter_num, *pair) for pair in texts], iter_num)
             t_log += time.perf_counter() - t_pause
         if finished or eval_only or stop:
             break
@@ -258,6 +277,11 @@ def main(explicit):
         iter_num += 1
 
     if not eval_only:
+        if place.is_master and report and not stop:
+            try:
+                print0(f'report: {write_report([out_dir])}')
+            except Exception as error:  # the run is done and saved: a picture that fails must not make it look otherwise
+                print0(f'no report: {type(error).__name__}: {error}')
         print0(farewell(stop, iter_num, iter_num > done_at, best_val_loss))
 
 
@@ -440,14 +464,44 @@ def mean_loss(model, loader, windows, place, autocast):
 
 
 # -----------------------------------------------------------------------------
+# samples
+
+
+def read_prompts(tokenizer_meta, loader):
+    """The prompts of generate_prompts, or 16 tokens (all before the first target where there is a mask) of four validation windows: lists of ids."""
+    tokenizer = load_tokenizer(tokenizer_meta)
+    if generate_prompts:
+        return [tokenizer.encode(line) for line in generate_prompts.splitlines() if line]
+    rows = zip(*loader.windows(np.arange(4) * loader.n_windows // 4))
+    first_targets = [(x, int((y != IGNORE).int().argmax())) for x, y in rows]
+    return [x[:first + 1 if first else 16].tolist() for x, first in first_targets]
+
+
+def generate(model, tokenizer, prompts, place, autocast):
+    """What the model writes on from each prompt, up to the end of the document: [(prompt, text)]. Every rank draws the same."""
+    pairs = []
+    torch.manual_seed(seed)
+    model.eval()
+    for prompt in prompts:
+        with autocast, torch.compiler.set_stance('force_eager'):  # each length would be compiled anew
+            drawn = list(model.stream(torch.tensor([prompt], device=place.device), SAMPLE_TOKENS, 0.8, 200, vocab_size=tokenizer.vocab_size))
+        ids = torch.cat(drawn).tolist()
+        ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
+        pairs.append((tokenizer.decode(prompt), tokenizer.decode(ids)))
+    model.train()
+    return pairs
+
+
+# -----------------------------------------------------------------------------
 # logs
 
 
-def open_logs(place, iter_num, wandb_id, from_scratch):
-    """Makes out_dir ours, and returns what writes a line of metrics.jsonl (and to wandb), with the id of the wandb run."""
+def open_logs(place, iter_num, wandb_id, from_scratch, facts):
+    """Makes out_dir ours, with the facts of the run in run.json. Returns what writes a line of metrics.jsonl (and to wandb), what gives
+    wandb a table, and the id of the wandb run."""
     path, run, lock = Path(out_dir) / 'metrics.jsonl', None, None
     if eval_only:
-        return lambda line: None, wandb_id
+        return lambda line: None, lambda *_: None, wandb_id
 
     def claim():
         nonlocal lock
@@ -455,6 +509,7 @@ def open_logs(place, iter_num, wandb_id, from_scratch):
         lock = checkpoint.lock(out_dir)
         if from_scratch:
             checkpoint.set_aside(out_dir)
+            path.with_name('samples.md').unlink(missing_ok=True)  # of the run that was here before
         kept = []
         if iter_num and path.exists():
             for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
@@ -464,10 +519,11 @@ def open_logs(place, iter_num, wandb_id, from_scratch):
                 except (ValueError, KeyError, TypeError):
                     pass  # torn by a crash
         checkpoint.write_atomically(path, lambda f: f.write(''.join(kept).encode('utf-8')))
+        checkpoint.write_atomically(path.with_name('run.json'), lambda f: f.write(json.dumps(facts, indent=1).encode('utf-8')))
 
     distributed.on_first_rank(claim)
     if not place.is_master:
-        return lambda line: None, wandb_id
+        return lambda line: None, lambda *_: None, wandb_id
     if wandb_log:
         run = start_wandb(wandb_id)
         wandb_id = run.id
@@ -484,8 +540,13 @@ def open_logs(place, iter_num, wandb_id, from_scratch):
         if run is not None:
             run.log(line, step=line['iter'])
 
+    def write_table(name, columns, rows, step):
+        if run is not None:
+            import wandb
+            run.log({name: wandb.Table(columns=columns, data=rows)}, step=step)
+
     write_metrics.lock = lock  # kept as long as there is something that writes
-    return write_metrics, wandb_id
+    return write_metrics, write_table, wandb_id
 
 
 def start_wandb(wandb_id):

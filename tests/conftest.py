@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 # a run of these takes about a second: 64 training windows, 8 a step, so an epoch is 8 steps
 TINY = ('--batch_size=4', '--gradient_accumulation_steps=2', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16',
         '--learning_rate=1e-2', '--min_lr=1e-3', '--warmup_iters=2', '--lr_decay_iters=20', '--max_iters=20', '--eval_interval=5',
-        '--eval_iters=2', '--device=cpu', '--dtype=float32')
+        '--eval_iters=2', '--device=cpu', '--dtype=float32', '--report=False')
 TINY_TOKENS = 65 * 16
 
 

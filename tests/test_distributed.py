@@ -14,6 +14,7 @@ import torch
 
 import distributed
 from conftest import ROOT, TINY, read_checkpoint, read_metrics, run_train, train_here
+from report import read_run
 
 # Runs of train.py one after the other, each on so many ranks, which are children of one process that has imported everything but used
 # nothing. Every rank writes to a file of its own, and says how many matrices it has orthogonalised.
@@ -86,7 +87,7 @@ def assert_same_run(out_dir, other):
 FLAGS = *TINY, '--max_iters=8', '--learning_rate=1e-3', '--min_lr=1e-4', '--matrix_lr=1e-3', '--grad_clip=0.1'
 # what both do, and what several ranks do
 CASES = [
-    ('--gradient_accumulation_steps=1 --batch_size=8', '--backend=nccl'),
+    ('--gradient_accumulation_steps=1 --batch_size=8 --generate_interval=8', '--backend=nccl'),
     ('--gradient_accumulation_steps=1 --batch_size=6 --arch=modern', ''),
     ('--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2', ''),
     ('--optimizer=muon --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', ''),  # 12 windows: the last batch is one rank's
@@ -143,6 +144,11 @@ def test_ranks_share_what_muon_orthogonalises(runs):
     counts = [[int(line.split()[1]) for line in said(runs, rank) if line.startswith('orthogonalised ')] for rank in range(2)]
     # a step of 2 layers: 8 matrices of one shape (Q, K, V and output), 2 of each of the MLP's two; ranks of several do half of each
     assert counts[0][2] == counts[1][2] == counts[0][6] == counts[1][6] == 8 * (8 + 2 + 2) / 2
+
+
+def test_two_ranks_write_the_samples_that_one_writes(runs):
+    one, two = (read_run(runs / name)['samples'] for name in (f'one {CASES[0][0]}', 'two 0'))
+    assert [at for at, _ in two] == [0, 8] and one[0] == two[0]  # before rounding errors of 8 steps
 
 
 def test_only_the_first_rank_speaks(runs):

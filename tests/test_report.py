@@ -1,4 +1,4 @@
-"""report.py: what it says and draws of what a run wrote, finished or not."""
+"""report.py, and what training writes for it: run.json, samples.md, and the report at its end."""
 
 import json
 import runpy
@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ROOT
-from report import curves, split_samples, write_report, write_samples
+import train as train_file
+from conftest import ROOT, TINY, differences, read_checkpoint, train_here
+from data.loader import Loader
+from report import curves, read_run, split_samples, write_report, write_samples
+
+
+def train(*flags, out_dir):
+    code, stdout, stderr, _ = train_here(*flags, out_dir=out_dir)
+    assert code == 0, stderr
+    return stdout
 
 
 def step(iter_num, tokens_per_step, dt_s, **more):
@@ -109,3 +117,48 @@ def test_no_text_of_a_model_is_taken_for_a_heading(tmp_path_factory, pairs):
     sections = split_samples((folder / 'samples.md').read_bytes().decode())
     assert [at for at, _ in sections] == [0, 5] and sections[:1] == first
     assert 'and again' in sections[1][1]
+
+
+def test_samples_move_nothing_in_training(tiny, tmp_path):
+    flags = *TINY, '--max_iters=6', '--dropout=0.2', f'--dataset={tiny}'
+    train(*flags, out_dir=tmp_path / 'without')
+    train(*flags, '--generate_interval=2', out_dir=tmp_path / 'with')
+    a, b = (read_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('without', 'with'))
+    assert not differences(a['model'], b['model']) and not differences(a['optimizer'], b['optimizer'])
+    assert not (tmp_path / 'without' / 'samples.md').exists()
+    sections = read_run(tmp_path / 'with')['samples']
+    assert [at for at, _ in sections] == [0, 2, 4, 6]
+    prompts = [[part.partition('comes')[0] for part in body.split('after the prompt')] for _, body in sections]
+    assert len(prompts[0]) == 5 and all(each == prompts[0] for each in prompts[1:]) and len({body for _, body in sections}) == 4  # the weights change
+
+
+def test_prompts_end_with_the_last_token_before_the_answer_where_a_mask_says_where(tiny, tmp_path):
+    loader = Loader(tiny, 'val', block_size=32, batch_size=4, order='sequential')
+    meta = loader.splits[0].tokenizer
+    assert list(map(len, train_file.read_prompts(meta, loader))) == [16] * 4
+    x, y = loader.windows([0, 1, 2, 3])
+    y[:, :20] = -100
+    y[3] = -100  # a window without any target
+    loader.windows = lambda g: (x, y)
+    assert [len(prompt) for prompt in train_file.read_prompts(meta, loader)] == [21, 21, 21, 16]
+
+
+# -----------------------------------------------------------------------------
+# at the end of training
+
+
+def test_training_ends_with_its_report(tiny, tmp_path):
+    stdout = train(*TINY, '--max_iters=3', '--report=True', f'--dataset={tiny}', out_dir=tmp_path)
+    assert f'report: {tmp_path}/report.md' in stdout and stdout.splitlines()[-1].startswith('done: ')
+    page = (tmp_path / 'report.md').read_text(encoding='utf-8')
+    assert '| updates | 3 of 3 |' in page and '| device | cpu, 1 threads |' in page and '| `n_embd` | `16` | `768` |' in page
+    assert '| tokens | 384 (' in page  # 3 steps of 8 windows of 16
+    facts = json.loads((tmp_path / 'run.json').read_text(encoding='utf-8'))
+    assert facts['settings']['n_embd'] == 16 and facts['defaults']['n_embd'] == 768 and facts['flops_per_token'] > 6 * 2 * 12 * 16**2
+
+
+def test_a_report_that_cannot_be_written_leaves_the_run_as_it_was(tiny, tmp_path):
+    (tmp_path / 'report.md').mkdir()
+    stdout = train(*TINY, '--max_iters=2', '--report=True', f'--dataset={tiny}', out_dir=tmp_path)
+    assert 'no report: IsADirectoryError: ' in stdout and stdout.splitlines()[-1].startswith('done: ')
+    assert read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == 2

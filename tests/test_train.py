@@ -43,10 +43,12 @@ def test_a_process_trains_with_nothing_but_torch_and_numpy(tiny, tmp_path):
         (absent / package).mkdir(parents=True)
         (absent / package / '__init__.py').write_text(f'raise ImportError("{package} was imported")', encoding='utf-8')
     shutil.copytree(tiny, tmp_path / 'data')
-    code, stdout, stderr, lines = run_train(*TINY, '--max_iters=3', '--dataset=./data', out_dir='out', cwd=tmp_path, env={'PYTHONPATH': str(absent)})
+    code, stdout, stderr, lines = run_train(*TINY, '--max_iters=3', '--report=True', '--dataset=./data', out_dir='out', cwd=tmp_path,
+                                            env={'PYTHONPATH': str(absent)})
     assert (code, stderr) == (0, '')
     assert stdout.splitlines()[-1].endswith('python sample.py --out_dir=out')
-    assert sorted(contents(tmp_path / 'out')) == ['.lock', 'best.pt', 'ckpt.pt', 'metrics.jsonl']
+    assert 'the report has no curves: matplotlib cannot be imported (matplotlib was imported): pip install matplotlib' in stdout.splitlines()
+    assert sorted(contents(tmp_path / 'out')) == ['.lock', 'best.pt', 'ckpt.pt', 'metrics.jsonl', 'report.md', 'run.json']
     assert not contents(tmp_path / 'data').keys() - contents(tiny).keys()
 
 
@@ -262,7 +264,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypa
     assert f'NOT SAVED, {tmp_path}/best.pt: File too large: the checkpoint of iteration 5 is still there, training goes on and tries again' in stdout
     assert stdout.count('metrics.jsonl: File too large: the line of iteration') == 6  # 6 to 10 and an evaluation; 11 is whole again
     assert [line['iter'] for line in lines if 'loss' in line] == [*range(6), *range(11, 20)]
-    assert sorted(contents(tmp_path)) == ['.lock', 'best.pt', 'ckpt.pt', 'ckpt_00000015.pt', 'metrics.jsonl']
+    assert sorted(contents(tmp_path)) == ['.lock', 'best.pt', 'ckpt.pt', 'ckpt_00000015.pt', 'metrics.jsonl', 'run.json']
     state = read_checkpoint(tmp_path / 'ckpt.pt')
     assert state['iter_num'] == 20 and read_checkpoint(tmp_path / 'best.pt')['best_val_loss'] == state['best_val_loss']
 
@@ -464,6 +466,8 @@ api = types.SimpleNamespace(api_key=None)
 def init(**kwargs):
     calls.append(json.loads(json.dumps(kwargs, default=str)))
     return types.SimpleNamespace(id=kwargs['id'] or 'abc123', log=lambda line, step: calls.append((step, line)))
+def Table(columns, data):
+    return [columns, *data]
 '''
 
 
@@ -494,6 +498,13 @@ def test_wandb_gets_every_line_and_is_resumed_under_its_id(tiny, tmp_path, wandb
     init = wandb().calls[0]
     assert (init['id'], init['resume'], init['mode']) == ('abc123', 'allow', 'online')
     assert 'secret' not in stdout + (tmp_path / 'out' / 'metrics.jsonl').read_text(encoding='utf-8')
+
+
+def test_wandb_gets_the_samples_as_a_table(tiny, tmp_path, wandb):
+    train(*TINY, '--wandb_log=True', '--max_iters=2', '--generate_interval=2', '--generate_prompts=the cat\na dog', f'--dataset={tiny}', out_dir=tmp_path / 'out')
+    tables = [(step, line['samples']) for step, line in wandb().calls[1:] if 'samples' in line]
+    assert [(step, table[0], [row[:2] for row in table[1:]]) for step, table in tables] == [
+        (step, ['iter', 'prompt', 'text'], [(step, 'the cat'), (step, 'a dog')]) for step in (0, 2)]
 
 
 def test_wandb_is_not_started_where_nothing_is_to_be_written(tiny, tmp_path, wandb):
