@@ -208,14 +208,15 @@ def evaluations(runs):
     """The table of evaluate.py: a row for each measure of each task, with its standard error where there is one."""
     cells = {}
     for i, run in enumerate(runs):
-        for task, measures in run['evals'].items():
-            for name, value in (measures.items() if isinstance(measures, dict) else [('value', measures)]):
+        for task, measures in run['evals'].get('results', {}).items():
+            for name, value in measures.items():
                 if isinstance(value, (int, float)) and not name.endswith('stderr'):
-                    error = measures.get(f'{name}_stderr') if isinstance(measures, dict) else None
+                    error = measures.get(f'{name}_stderr')
                     said = f'{value:,}' if isinstance(value, int) else f'{value:.4f}' + (f' ± {error:.4f}' if error is not None else '')
                     cells.setdefault((task, name), [''] * len(runs))[i] = said
     rows = [[code(task), code(name), *values] for (task, name), values in cells.items()]
-    return '## Evaluation\n\n' + table(['task', 'measure', *(code(run['name']) for run in runs)], rows) if rows else ''
+    at = ', '.join(f'{code(run["name"])} after {run["evals"]["iter"]:,} updates' for run in runs if run['evals'].get('iter') is not None)
+    return f'## Evaluation\n\n{at}\n\n' + table(['task', 'measure', *(code(run['name']) for run in runs)], rows) if rows else ''
 
 
 def samples(runs):

@@ -63,7 +63,7 @@ def test_an_unfinished_run_with_a_torn_line_has_a_report(tmp_path):
     folder = write_run(tmp_path / 'out', [evaluation(0, 4.0, 5.0), step(0, 100, 1.0), evaluation(1, 2.5, 3.0), step(1, 100, 1.0, peak_memory_bytes=5e8)],
                        torn='{"iter": 2, "loss": 3.', settings=dict(max_iters=50, seed=1, dropout=0.0), defaults=dict(max_iters=9, seed=1, dropout=0.0),
                        parameters=1234, flops_per_token=2_000_000, dataset_tokens=400, environment=dict(git='abc-dirty'))
-    (folder / 'eval.json').write_text(json.dumps(dict(piqa=dict(acc=0.5, acc_stderr=0.0123, n=1000))), encoding='utf-8')
+    (folder / 'eval.json').write_text(json.dumps(dict(iter=1, results=dict(piqa=dict(acc=0.5, acc_stderr=0.0123, n=1000)))), encoding='utf-8')
     page = write_report([folder]).read_text(encoding='utf-8')
     for row in ('| updates | 2 of 50, unfinished |', '| tokens | 200 (0.50 epochs) |', '| time in training | 2.0 s |', '| parameters | 1,234 |',
                 '| best validation loss | 2.5000 (after 1 updates) |', '| bits per byte then | 3.0000 |', '| tokens per second (median) | 100 |',
