@@ -232,9 +232,10 @@ class GPT(nn.Module):
 
         idx        (B, T) int64
         targets    (B, T) int64, -100 = not a target; None: logits of the last position only, as in nanoGPT
-        reduction  'mean' | 'sum' over targets, or 'none' for (B, T) losses
+        reduction  'mean' | 'sum' over targets; 'none' for (B, T) losses; 'targets' for logits and losses of the N targets alone,
+                   row after row, which spares the head all other positions
         cache      KVCache of the tokens before idx
-        returns    (B, T, V) or (B, 1, V) logits, float loss or None
+        returns    (B, T, V), (B, 1, V) or (N, V) logits; float loss, (B, T) or (N,) losses, or None
         raises     ValueError if the row, cached tokens included, is longer than block_size
         """
         B, T = idx.shape
@@ -263,6 +264,10 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.head(x[:, [-1]]), None
+        if reduction == 'targets':
+            scored = targets != IGNORE
+            logits = self.head(x[scored])  # (N, V)
+            return logits, F.cross_entropy(logits, targets[scored], reduction='none')
         logits = self.head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
         return logits, loss.view(B, T) if reduction == 'none' else loss

@@ -10,19 +10,15 @@ All samples are drawn in one batch, the first is shown as it is drawn, and each 
 """
 
 import codecs
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-import checkpoint
 import distributed
-import pretrained
 from configurator import configure, one_line_errors
-from data.loader import dataset_folders
 from data.pack import read_text
-from data.tokenizer import GPT2_META, load_tokenizer, read_meta, read_meta_pkl
-from model import GPT, GPTConfig
+from data.tokenizer import load_tokenizer
+from load import build_model, find_model, find_tokenizer
 
 # -----------------------------------------------------------------------------
 # what to sample from
@@ -52,19 +48,10 @@ def main():
     check_settings()
     place = distributed.choose_device(device)
     precision = torch.float32 if export and dtype == 'auto' else distributed.choose_dtype(dtype, place)  # exported as it was trained
-    state, path = find_checkpoint() if init_from == 'resume' else (None, init_from)
-    tokenizer = load_tokenizer(find_tokenizer(state))
+    state, path = find_model(init_from, out_dir, checkpoint_path, n_head)
+    tokenizer = load_tokenizer(find_tokenizer(state, path))
     prompt = read_prompt(tokenizer)  # before the model is built: a wrong one shows at once
-    if state is None:
-        model = GPT.from_pretrained(init_from, dtype=precision)
-    else:
-        model = GPT(GPTConfig(**state['model_args']))
-        checkpoint.load_weights(model, state['model'], path, strict)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f'{path} has a vocabulary of {model.config.vocab_size}, its tokenizer {tokenizer.vocab_size} tokens: one belongs to another model')
-    model.to(place, precision).eval()
-    print(f'{path}: ' + (f'iteration {state["iter_num"]:,}, ' if state else '')
-          + f'{model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.kind} tokenizer')
+    model = build_model(state, path, tokenizer, precision, strict).to(place, precision)
     if export:
         return write_export(model, tokenizer)
     if compile is True and distributed.choose_compile(True, place):
@@ -115,44 +102,6 @@ def check_settings():
                                  ('seed', 0 <= seed < 2**63, '0 or more, below 2**63')):
         if not fits:
             raise ValueError(f'--{name}={globals()[name]}: accepted is {accepted}')
-
-
-def find_checkpoint():
-    """State and path: checkpoint_path, else the newest of out_dir, or its best where the run asked for that (always_save_checkpoint=False)."""
-    if checkpoint_path:
-        return checkpoint.load(checkpoint_path, n_head), checkpoint_path
-    state, path = checkpoint.load_newest(out_dir)
-    best = Path(out_dir) / 'best.pt'
-    if best.exists() and (state is None or not state.get('config', {}).get('always_save_checkpoint', True)):
-        return checkpoint.load(best), best
-    if state is None:
-        raise FileNotFoundError(f'{out_dir} has no checkpoint: train one with python train.py --out_dir={out_dir}, or name another --out_dir')
-    return state, path
-
-
-def find_tokenizer(state):
-    """meta() of the model's tokenizer: from its checkpoint, or from the folder or file that init_from names."""
-    if state is not None:
-        return state.get('tokenizer') or nanogpt_tokenizer(state)
-    pretrained.find(init_from, also=['resume'])
-    meta = pretrained.read_tokenizer(init_from)
-    if meta is None:
-        print(f"{init_from} has no tokenizer.json: taking GPT-2's")
-    return meta or GPT2_META
-
-
-def nanogpt_tokenizer(state):
-    """The tokenizer of a checkpoint that does not hold one: its dataset's where that lies in data/, else GPT-2's, as in nanoGPT."""
-    dataset = state.get('config', {}).get('dataset', '')
-    for folder in dataset_folders(dataset)[0] if dataset and isinstance(dataset, str) else []:
-        if (folder / 'meta.pkl').exists():  # nanoGPT's rule, whether or not the tokens are there too
-            print(f'no tokenizer in the checkpoint: taking the characters in {folder / "meta.pkl"}')
-            return read_meta_pkl(folder / 'meta.pkl')
-        if (folder / 'meta.json').exists():
-            print(f'no tokenizer in the checkpoint: taking the one in {folder / "meta.json"}')
-            return read_meta(folder)['tokenizer']
-    print(f"no tokenizer in the checkpoint, and no dataset {dataset!r} here that has one: taking GPT-2's, as nanoGPT does")
-    return GPT2_META
 
 
 def read_prompt(tokenizer):

@@ -24,7 +24,8 @@ MAP = {
     'optim': ['distributed'],
     'checkpoint': ['distributed'],
     'report': ['checkpoint', 'configurator'],
-    'evaluate': ['model', 'data.tokenizer', 'data.fetch', 'distributed', 'checkpoint', 'configurator'],
+    'load': ['model', 'checkpoint', 'pretrained', 'data.tokenizer', 'data.loader', 'distributed'],
+    'evaluate': ['load', 'data.tokenizer', 'data.fetch', 'data.loader', 'distributed', 'checkpoint', 'configurator'],
 }
 MAP['train'] = list(MAP)
 MAP.update(dict.fromkeys(['sample', 'bench'], [*MAP['train'], 'sample', 'bench']))

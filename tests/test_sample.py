@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import checkpoint
+import load
 import sample
 from configurator import configure
 from data.pack import write_dataset
@@ -86,13 +87,12 @@ def test_samples_stop_at_end_of_text_and_characters_arrive_whole(monkeypatch):
     assert '€' in pieces and len(seen) == 7, 'the euro sign in one piece; nothing drawn once both samples ended'
 
 
-def test_best_is_taken_where_the_run_asked_for_it(monkeypatch, out_dir):
-    monkeypatch.setattr(sample, 'out_dir', str(out_dir))
-    state, path = sample.find_checkpoint()
+def test_best_is_taken_where_the_run_asked_for_it(out_dir):
+    state, path = load.find_checkpoint(out_dir)
     assert path.name == 'ckpt.pt'
     state['config'] = dict(always_save_checkpoint=False)
     checkpoint.save(out_dir, state, best=True)
-    assert sample.find_checkpoint()[1].name == 'best.pt'
+    assert load.find_checkpoint(out_dir)[1].name == 'best.pt'
 
 
 @pytest.mark.parametrize('flag, text', [
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_another_trainer(monkeypatch, capsys, tmp_path):
     model, path = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16, activation='gelu')), tmp_path / 'x.pt'
     weights = {'module.' + k: v for k, v in model.state_dict().items()}
     torch.save({'model_state_dict': weights, 'note': torch.ones(1)}, path)
-    monkeypatch.setattr(sample, 'nanogpt_tokenizer', lambda state: CharTokenizer(CHARS).meta())
+    monkeypatch.setattr(load, 'nanogpt_tokenizer', lambda state: CharTokenizer(CHARS).meta())
     with pytest.raises(ValueError, match='does not say its number of heads, and weights do not show it: give --n_head'):
         run(monkeypatch, capsys, f'--checkpoint_path={path}')
     flags = f'--checkpoint_path={path}', '--n_head=2', '--start=ab', '--num_samples=1', '--max_new_tokens=9', '--temperature=0'
@@ -179,11 +179,11 @@ def test_a_checkpoint_of_another_trainer(monkeypatch, capsys, tmp_path):
 def test_a_nanogpt_checkpoint_takes_the_tokenizer_of_its_dataset(monkeypatch, tmp_path):
     folder = tmp_path / 'prepared'
     write_dataset(folder, CharTokenizer('abc'), {'train': ['abcabc'], 'val': ['abc']}, 'made here')
-    assert sample.nanogpt_tokenizer(dict(config=dict(dataset=str(folder)))) == {'kind': 'char', 'chars': 'abc'}
+    assert load.nanogpt_tokenizer(dict(config=dict(dataset=str(folder)))) == {'kind': 'char', 'chars': 'abc'}
     (folder / 'meta.json').unlink()
     (folder / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=2, itos={0: 'x', 1: 'y'}, stoi={'x': 0, 'y': 1})))
-    assert sample.nanogpt_tokenizer(dict(config=dict(dataset=str(folder)))) == {'kind': 'char', 'chars': 'xy'}
-    assert sample.nanogpt_tokenizer(dict(config=dict(dataset='nowhere')))['kind'] == 'gpt2'
+    assert load.nanogpt_tokenizer(dict(config=dict(dataset=str(folder)))) == {'kind': 'char', 'chars': 'xy'}
+    assert load.nanogpt_tokenizer(dict(config=dict(dataset='nowhere')))['kind'] == 'gpt2'
 
 
 def test_a_prompt_file_may_begin_with_a_byte_order_mark_and_must_be_utf8(monkeypatch, capsys, out_dir, tmp_path):
