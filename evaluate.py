@@ -362,8 +362,10 @@ def read_table(data, path):
     if path.suffix == '.jsonl':
         return read_jsonl(data, path)
     if path.suffix == '.gz':  # a line per choice, and all of it twice
-        requests = read_jsonl(gzip.decompress(data), path)
-        return list({request['native_id']: of_package(request['doc']) for request in reversed(requests)}.values())[::-1]
+        docs = {}
+        for request in read_jsonl(gzip.decompress(data), path):
+            docs.setdefault(request['native_id'], request['doc'])
+        return list(map(of_package, docs.values()))
     import pyarrow
     import pyarrow.parquet
     source = pyarrow.BufferReader(data)

@@ -24,10 +24,10 @@ TASK_FILES = dict(hellaswag='hellaswag/hellaswag.yaml', lambada='lambada/lambada
                   winogrande='winogrande/default.yaml', copa='super_glue/copa/default.yaml', openbookqa='openbookqa/openbookqa.yaml')
 
 
-def random_model():
+def random_model(block_size=80):
     """A GPT-2 of seeded weights, so large that its guesses are far from even, and so short that long rows are cut."""
     from model import GPT, GPTConfig
-    model = GPT(GPTConfig(block_size=80, vocab_size=50304, n_layer=2, n_head=2, n_embd=16))
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=50304, n_layer=2, n_head=2, n_embd=16))
     draw = torch.Generator().manual_seed(8)
     with torch.no_grad():
         for name, p in model.named_parameters():

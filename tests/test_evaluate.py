@@ -1,0 +1,333 @@
+"""evaluate.py: against lm-evaluation-harness's own numbers, against the plain way to compute the same, and at any world size."""
+
+import gzip
+import http.server
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import distributed
+import evaluate
+from configurator import configure
+from conftest import ROOT, pack_chars, sentences
+from data.loader import Loader
+from data.pack import write_dataset
+from data.tokenizer import CharTokenizer, GPT2Tokenizer
+from model import GPT, GPTConfig
+from reference_lm_eval import random_model, read_items
+
+EVALS = ROOT / '../shared/data/evals'
+CHARS = ''.join(map(chr, [10, *range(32, 127)]))
+PLACE = distributed.Place(0, 0, 1, torch.device('cpu'))
+
+
+def rater(model, batch_tokens=512):
+    return partial(evaluate.score, model, batch_tokens=batch_tokens, place=PLACE, autocast=torch.autocast('cpu', enabled=False))
+
+
+@pytest.fixture(scope='module')
+def small():
+    """A model of characters whose guesses are far from even."""
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(block_size=32, vocab_size=len(CHARS), n_layer=2, n_head=2, n_embd=16)).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    return model
+
+
+# -----------------------------------------------------------------------------
+# log-likelihoods
+
+
+@pytest.mark.skipif(not EVALS.exists(), reason='needs ../shared/data/evals')
+def test_every_item_is_scored_as_lm_evaluation_harness_scores_it():
+    reference = json.loads((Path(__file__).parent / 'reference_lm_eval.json').read_text(encoding='utf-8'))
+    rate, tokenizer = rater(random_model(), 4096), GPT2Tokenizer()
+    for name, expected in reference.items():
+        items = read_items(EVALS, name, len(expected['items']))
+        benchmark, first = evaluate.prepare(name, items, name, tokenizer), 0
+        scores = rate(benchmark['rows'], name)
+        for pairs, gold, theirs in zip(benchmark['pairs'], benchmark['right'], expected['items']):
+            ours = scores[first:first + len(pairs)]
+            first += len(pairs)
+            assert np.abs(ours[:, 0] - theirs['nats']).max() < 1e-3
+            verdict = dict(acc=ours[0, 1]) if name == 'lambada' else evaluate.rate_choices([pairs], [gold], ours)
+            assert np.argmax(ours[:, 0]) == np.argmax(theirs['nats']) and all(verdict[key] == theirs[key] for key in theirs.keys() - {'nats'})
+        summary = evaluate.evaluate_task(lambda rows, title: scores, name, benchmark)
+        assert summary['n'] == 25 and all(summary[key] == pytest.approx(value, rel=1e-4) for key, value in expected['summary'].items())
+
+
+def test_scores_are_those_of_one_row_at_a_time_in_any_batch(small):
+    draw = np.random.default_rng(0)
+    rows = [(draw.integers(len(CHARS), size=n), int(draw.integers(1, n))) for n in draw.integers(2, 60, size=40)]
+    best = GPT.generate(small, torch.tensor([[1, 2]]), 5, temperature=0)[0].numpy()
+    rows.append((best, 2))
+    plain = []
+    for ids, start in rows:
+        kept = ids[-33:]  # block_size tokens, and the one after them
+        logp = small(torch.tensor(kept[None, :-1]), torch.tensor(kept[None, 1:]))[0][0].log_softmax(-1)
+        n = min(len(ids) - start, len(kept) - 1)
+        targets = torch.tensor(kept[-n:])
+        plain.append([logp[-n:].gather(1, targets[:, None]).sum().item(), bool((logp[-n:].argmax(-1) == targets).all()), n])
+    for batch_tokens in (1, 100, 10**6):
+        assert np.abs(rater(small, batch_tokens)(rows, None) - np.array(plain)).max() < 1e-4
+    assert plain[-1][1] and not plain[0][1]
+
+
+def test_training_mode_survives_scoring(small):
+    small.train()
+    rater(small)([([1, 2, 3], 1)], None)
+    assert small.training
+    small.eval()
+
+
+def test_what_is_scored_begins_where_the_context_by_itself_ends():
+    tokenizer = GPT2Tokenizer()
+    ids, start = evaluate.encode_pair(tokenizer, 'The answer is ', 'forty-two')
+    assert tokenizer.decode(ids[start:]) == ' forty-two', 'a space at the end of the context belongs to the word behind it'
+    ids, start = evaluate.encode_pair(tokenizer, '', ' x')
+    assert (ids[0], start) == (tokenizer.eot, 1)
+    assert evaluate.encode_pair(CharTokenizer(CHARS), '', ' x')[0].tolist() == CharTokenizer(CHARS).encode('\n x')
+
+
+def test_accuracies_by_sum_character_byte_and_token_differ_where_they_should():
+    pairs, scores = [('', 'ab'), ('', 'ééé')], np.array([[-3.0, 0, 1], [-4.0, 0, 2]])
+    # -3 > -4, but per character -1.5 < -1.33, per byte -1.5 < -0.67, per token -3 < -2
+    found = evaluate.rate_choices([pairs], [0], scores)
+    assert [found[key] for key in ('acc', 'acc_norm', 'acc_bytes', 'acc_tokens')] == [1, 0, 0, 0]
+    assert evaluate.mean_stderr('acc', [1, 0, 0, 1]) == {'acc': 0.5, 'acc_stderr': pytest.approx(math.sqrt(1 / 12))}
+
+
+def test_hellaswag_loses_its_markup():
+    item = dict(activity_label='A', ctx_a='One [step] two.', ctx_b='three', endings=['x [title] y  y', 'z'], label='1')
+    assert evaluate.hellaswag(item) == ([('A: One two. Three', 'x. y y'), ('A: One two. Three', 'z')], 1)
+
+
+# -----------------------------------------------------------------------------
+# bits per byte
+
+
+def pack(folder, tokenizer, text):
+    write_dataset(folder, tokenizer, {'train': [text], 'val': [text]}, 'a test')
+    return folder
+
+
+def bits(model, tokenizer, folder, batch_size=4, block_size=32):
+    loader = Loader(folder, 'val', block_size, batch_size, order='sequential')
+    byte_counts = torch.from_numpy(tokenizer.token_bytes())
+    return evaluate.text_loss(model, loader, evaluate.spread_windows(loader, 0), batch_size, byte_counts, PLACE, torch.autocast('cpu', enabled=False))
+
+
+def test_bits_per_byte_compare_between_tokenizers(tmp_path, small):
+    text = sentences(3000, 5).replace('cat', 'café')
+    for tokenizer in (CharTokenizer(''.join(sorted(set(text)))), GPT2Tokenizer()):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=32, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8))
+        torch.nn.init.zeros_(model.lm_head.weight)  # all tokens are as likely
+        folder = pack(tmp_path / tokenizer.kind, tokenizer, text)
+        loss, bpb, n_targets, n_bytes = bits(model, tokenizer, folder)
+        ids = tokenizer.encode(text)
+        assert n_bytes == len(text.encode('utf-8')) - len(tokenizer.decode_bytes(ids[:1])), 'each byte but those of the first token, once'
+        first = len(ids) - 1
+        assert bpb == pytest.approx(first * math.log2(tokenizer.vocab_size) / n_bytes) and loss == pytest.approx(math.log(tokenizer.vocab_size))
+
+
+def test_bits_per_byte_are_the_same_at_any_batch_size_and_count_no_special_token(tmp_path, small):
+    tokenizer = CharTokenizer(CHARS)
+    folder = pack(tmp_path / 'x', tokenizer, sentences(2000, 5))
+    one, other = bits(small, tokenizer, folder, 1), bits(small, tokenizer, folder, 7)
+    assert one[1] == pytest.approx(other[1], rel=1e-6) and one[2:] == other[2:] == (1999, 1999)
+
+    class Marked(CharTokenizer):  # as if line breaks were a special token
+        def token_bytes(self):
+            return np.where(np.arange(self.vocab_size) == 0, 0, super().token_bytes())
+    loss, bpb, n_targets, n_bytes = bits(small, Marked(CHARS), folder)
+    x = torch.tensor(tokenizer.encode(sentences(2000, 5)))
+    nats = torch.cat([small(x[None, i:i + 32], x[None, i + 1:i + 33], reduction='none')[1][0] if i + 33 <= 2000 else
+                      small(x[None, i:-1], x[None, i + 1:], reduction='none')[1][0] for i in range(0, 1999, 32)])
+    counted = x[1:] != 0
+    assert n_targets == 1999 and n_bytes == counted.sum()
+    assert bpb == pytest.approx(nats[counted].double().sum().item() / math.log(2) / n_bytes, rel=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# CORE
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A CORE bundle of three small tasks."""
+    folder = tmp_path / 'bundle'
+    (folder / 'eval_data/sub').mkdir(parents=True)
+    (folder / 'core.yaml').write_text('''icl_tasks:
+- {label: mc, dataset_uri: sub/mc.jsonl, num_fewshot: [2], icl_task_type: multiple_choice, continuation_delimiter: "\\nAnswer: "}
+- {label: schema, dataset_uri: schema.jsonl, num_fewshot: [0], icl_task_type: schema}
+- {label: lm, dataset_uri: lm.jsonl, num_fewshot: [1], icl_task_type: language_modeling}
+''', encoding='utf-8')
+    (folder / 'eval_meta_data.csv').write_text('Eval Task,Task Category,Random baseline\nmc,x,25\nschema,x,50.0\nlm,x,0\n', encoding='utf-8')
+    tasks = {'sub/mc': [dict(query=f'q{i}', choices=[f'a{i}', f'ab{i}', f'ac{i}'], gold=i % 3) for i in range(6)],
+             'schema': [dict(context_options=[f'x{i}', f'yy{i}'], continuation='is it', gold=i % 2) for i in range(4)],
+             'lm': [dict(context=f' c{i} ', continuation=f'd{i}') for i in range(3)]}
+    for name, items in tasks.items():
+        (folder / f'eval_data/{name}.jsonl').write_text(''.join(json.dumps(item) + '\n' for item in items), encoding='utf-8')
+    return folder
+
+
+def test_core_scores_the_right_tokens_behind_seeded_examples(bundle):
+    tokenizer, seen = CharTokenizer(CHARS), {}
+
+    def rate(rows, title):
+        seen[title] = [(tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])) for ids, start in rows]
+        # longer ends are less likely in sum, and more so per token
+        return np.array([[-len(ids[start:]) ** 0.5, title == 'lm', len(ids) - start] for ids, start in rows])
+
+    tasks = evaluate.read_core(bundle)
+    found = evaluate.evaluate_core(rate, tokenizer, tasks, 1000)
+    assert [item['query'] for item in tasks[0]['items']] == ['q1', 'q0', 'q3', 'q2', 'q5', 'q4'], 'random.Random(1337).shuffle'
+    # before the first item, random.Random(1234).sample shows numbers 4 and 1 with their answers; the three choices share their first letter
+    before = '\nq5\nAnswer: ac5\n\nq0\nAnswer: a0\n\nq1\nAnswer: a'
+    assert seen['mc'][:3] == [(before, '1'), (before, 'b1'), (before, 'c1')]
+    i = tasks[1]['items'][0]['context_options'][0][1]
+    assert seen['schema'][:2] == [('\nx', f'{i} is it'), ('\nyy', f'{i} is it')], 'what the two texts share at their end'
+    assert all(before.endswith(f'\n\nc{end[2]}') and end[:2] == ' d' for before, end in seen['lm']) and len(seen['lm']) == 3
+    assert found['tasks']['lm']['acc'] == found['tasks']['lm']['centered'] == 1.0
+    mc = found['tasks']['mc']
+    assert mc['n'] == 6 and mc['centered'] == pytest.approx((mc['acc'] - 0.25) / 0.75)
+    assert found['core'] == pytest.approx(np.mean([task['centered'] for task in found['tasks'].values()])) and found['n'] == 13
+
+
+def test_core_cuts_to_the_last_tokens_and_says_what_is_wrong_with_a_bundle(bundle):
+    tasks = evaluate.read_core(bundle)
+    for ids, start in evaluate.core_rows(CharTokenizer(CHARS), tasks[0], 0, 8):
+        assert len(ids) == 8 and CharTokenizer(CHARS).decode(ids[start:]) in ('1', 'b1', 'c1')
+    with pytest.raises(ValueError, match='2 examples are shown before each of 2 items: give a larger --max_examples'):
+        evaluate.read_core(bundle, max_examples=2)
+    (bundle / 'core.yaml').write_text('tasks: []\n', encoding='utf-8')
+    with pytest.raises(ValueError, match='is not a CORE bundle'):
+        evaluate.read_core(bundle)
+
+
+# -----------------------------------------------------------------------------
+# where items come from
+
+
+def test_the_hub_or_its_mirror_is_asked_for_a_pinned_file(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+    items = [dict(goal='g', sol1='a', sol2='b', label=1)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(items), tmp_path / 'p.parquet')
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write((tmp_path / 'p.parquet').read_bytes())
+
+        def log_message(self, *args):
+            pass
+    server = http.server.HTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}/')
+    monkeypatch.setenv('FLATGPT_CACHE', str(tmp_path / 'cache'))
+    for _ in range(2):
+        (found, source), hub_answers = evaluate.download('piqa', True)
+        assert found == items and source == 'baber/piqa@142f6d7' and hub_answers
+    server.shutdown()
+    assert asked == ['/datasets/baber/piqa/resolve/142f6d7367fd9877f0fb3b5734ea6a545f54cdd1/piqa_validation.parquet'], 'the second time from the cache'
+    monkeypatch.setenv('FLATGPT_OFFLINE', '1')
+    with pytest.raises(OSError, match=r'hellaswag could not be fetched|hellaswag: .*FLATGPT_OFFLINE is set.*--eval_dir'):
+        evaluate.download('hellaswag', True)
+
+
+def test_files_of_the_package_are_read_as_the_items_of_their_own_datasets():
+    import pyarrow
+    items = [dict(goal='g', sol1='a', sol2='b', label=1)]
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(stream, pyarrow.Table.from_pylist(items).schema) as writer:
+        writer.write_table(pyarrow.Table.from_pylist(items))
+    assert evaluate.read_table(stream.getvalue().to_pybytes(), Path('x.arrow')) == items
+    arc = dict(native_id='a', doc=dict(id='a', query='Question: Why?\nAnswer:', choices=['so', 'no', 'oh'], gold=2))
+    word = dict(native_id=0, doc=dict(query='To be or not to', choices=['be'], answers_text=['be']))
+    data = gzip.compress('\n'.join(map(json.dumps, [arc, arc, word, word, arc])).encode())
+    first, second = evaluate.read_table(data, Path('requests.jsonl.gz'))
+    assert evaluate.arc(first) == ([('Question: Why?\nAnswer:', choice) for choice in ('so', 'no', 'oh')], 2)
+    assert evaluate.openbookqa(first) == ([('Why?', choice) for choice in ('so', 'no', 'oh')], 2)
+    assert evaluate.lambada(second) == ([('To be or not to', 'be')], 0)
+
+
+# -----------------------------------------------------------------------------
+# the script
+
+
+@pytest.fixture(scope='module')
+def run_folder(tmp_path_factory, small):
+    """An out_dir with a checkpoint of `small` and its dataset, and a folder of items."""
+    folder = tmp_path_factory.mktemp('run')
+    data = pack_chars(folder / 'data', sentences(2000, 1), sentences(1500, 2), CHARS)
+    state = dict(model=small.state_dict(), optimizer={}, model_args=vars(small.config), iter_num=7, config=dict(dataset=str(data)),
+                 tokenizer=CharTokenizer(CHARS).meta(), vocab_size=len(CHARS), format=checkpoint.FORMAT)
+    checkpoint.save(folder, state)
+    (folder / 'items').mkdir()
+    piqa = [dict(goal=f'goal {i}', sol1='do ' * (i + 1), sol2='not at all', label=i % 2) for i in range(9)]
+    (folder / 'items/piqa.jsonl').write_text(''.join(json.dumps(item) + '\n' for item in piqa), encoding='utf-8')
+    (folder / 'items/lambada_few.jsonl').write_text(json.dumps(dict(text='the cat sat here')) + '\n', encoding='utf-8')
+    return folder
+
+
+def run(monkeypatch, *flags):
+    settings = dict(vars(evaluate))
+    explicit = configure(settings, ['--device=cpu', '--dtype=float32', *map(str, flags)])
+    for name, value in settings.items():
+        monkeypatch.setattr(evaluate, name, value, raising=False)
+    evaluate.main(explicit)
+
+
+def test_two_processes_find_what_one_finds(monkeypatch, capsys, run_folder, bundle):
+    flags = [f'--out_dir={run_folder}', '--tasks=bpb,piqa,lambada', f'--eval_dir={run_folder / "items"}', f'--core={bundle}', '--batch_tokens=100']
+    run(monkeypatch, *flags)
+    table = capsys.readouterr().out
+    one = json.loads((run_folder / 'eval.json').read_text(encoding='utf-8'))
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'evaluate.py']
+    subprocess.run([*launch, *flags, '--device=cpu', '--dtype=float32', f'--results={run_folder / "two.json"}'], check=True, capture_output=True,
+                   env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
+    two = json.loads((run_folder / 'two.json').read_text(encoding='utf-8'))
+    assert one['iter'] == two['iter'] == 7 and one['results'].keys() == {'bpb', 'piqa', 'lambada', 'core'}
+    for name, numbers in one['results'].items():
+        for key, value in numbers.items():
+            assert two['results'][name][key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
+    assert one['results']['piqa']['n'] == 9 and one['results']['bpb']['bytes'] == 1499
+    assert 'perplexity' in table and 'core' in table and f'{run_folder}/eval.json: written' in table
+
+
+@pytest.mark.parametrize('flags, text', [
+    (['--tasks=bpb,hellasvag'], "--tasks=bpb,hellasvag: 'hellasvag' is none, accepted are bpb, hellaswag, lambada"),
+    (['--tasks='], '--tasks is empty and there is no --core: nothing to evaluate'),
+    (['--tasks=copa', '--eval_dir={0}/items'], '{0}/items has no files for copa: one copa.jsonl is expected'),
+    (['--tasks=lambada', '--eval_dir={0}'], '{0} has no files for lambada'),
+    (['--max_examples=-1'], '--max_examples=-1: accepted is 0 or more'),
+])
+def test_errors(monkeypatch, run_folder, flags, text):
+    with pytest.raises((ValueError, OSError)) as error:
+        run(monkeypatch, f'--out_dir={run_folder}', *[flag.format(run_folder) for flag in flags])
+    assert str(error.value).startswith(text.format(run_folder))
+
+
+def test_an_item_that_is_none_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"x.jsonl: item 1 cannot be an item of piqa \(KeyError: 'label'\)"):
+        evaluate.prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=0), dict(goal='g', sol1='a', sol2='b')], 'x.jsonl', CharTokenizer(CHARS))
+    with pytest.raises(ValueError, match=r"item 0 .* character 'ß' \(U\+00DF\) at position 3 is not among the 96"):
+        evaluate.prepare('lambada', [dict(text='wei\u00df es')], 'x.jsonl', CharTokenizer(CHARS))
+    (tmp_path / 'piqa.jsonl').write_bytes(b'{"a": 1}\n{')
+    with pytest.raises(ValueError, match=r'piqa.jsonl, line 2: not JSON in UTF-8'):
+        evaluate.read_folder('piqa', tmp_path)
