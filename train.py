@@ -17,6 +17,7 @@ import os
 import platform
 import secrets
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,9 +28,11 @@ import checkpoint
 import distributed
 import pretrained
 from configurator import config_of, configure, one_line_errors
+from data.fetch import cache_folder
 from data.loader import IGNORE, Loader, dataset_folders
 from data.tokenizer import fingerprint, load_tokenizer, vocab_size_of
 from distributed import print0
+from evaluate import evaluate_core, evaluate_task, read_benchmarks, read_core, score, spread_windows, table_row, text_loss
 from model import GPT, GPTConfig
 from optim import SMOOTHING, configure_optimizers, judge, lr_scale, muon_momentum, new_history, set_lr, step_unless
 from report import environment, write_report, write_samples
@@ -45,6 +48,7 @@ eval_only = False  # evaluate once, write nothing
 generate_interval = 0  # iterations between samples from the same prompts, added to out_dir/samples.md; 0 = none
 generate_prompts = ''  # one a line; '' = the beginnings of four validation windows
 report = True  # at the end, report.md and its curves in out_dir; report.py writes them at any time
+patience = 0  # stop after so many evaluations in a row without a new best validation loss; 0 = never
 always_save_checkpoint = True  # False: what sample.py takes is best.pt, not the newest
 checkpoint_interval = 0  # save every so many iterations; 0 = with each evaluation
 keep_last_n_checkpoints = 1  # older ones kept beside ckpt.pt; -1 = all
@@ -52,6 +56,13 @@ init_from = 'scratch'  # resume; checkpoint: only the weights of checkpoint_path
 auto_resume = False  # resume where out_dir has a checkpoint, start from scratch where it has none
 checkpoint_path = ''  # resume from this file instead of the newest in out_dir
 strict = True  # False: with init_from=checkpoint the file may lack weights or have others, which are listed
+# benchmarks while training, as evaluate.py has them
+hellaswag_interval = 0  # iterations between scores on HellaSwag; 0 = never
+lambada_interval = 0
+core_interval = 0
+core = ''  # folder of the CORE bundle
+eval_dir = ''  # folder with hellaswag.jsonl and lambada.jsonl to read instead of downloading
+max_examples = 0  # of each task; 0 = all
 # wandb
 wandb_log = False
 wandb_project = 'owt'
@@ -113,11 +124,12 @@ LIMITS = (  # least, below, and the settings that this holds for; GPTConfig know
     (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters restart_iters restart_mult'),
     (1, math.inf, 'max_skipped_steps timeout_s'),
     (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters lr_decay_iters learning_rate matrix_lr embedding_lr head_lr min_lr'),
-    (0, math.inf, 'weight_decay grad_clip skip_spikes shard_ranks'),
+    (0, math.inf, 'weight_decay grad_clip skip_spikes shard_ranks patience hellaswag_interval lambada_interval core_interval max_examples'),
     (0, 1, 'beta1 beta2'),
     (0, 2**63, 'seed'),
     (-1, math.inf, 'keep_last_n_checkpoints'),
 )
+IN_METRICS = ('acc', 'acc_norm', 'perplexity', 'core')  # of a benchmark's numbers
 SAMPLE_TOKENS = 100
 DEFAULTS = config_of(globals())
 
@@ -147,8 +159,9 @@ def main(explicit):
         model, optimizer=optimizer, learning_rate=learning_rate, matrix_lr=matrix_lr, embedding_lr=embedding_lr, head_lr=head_lr,
         betas=(beta1, beta2), weight_decay=weight_decay, decay_groups=decay_groups, dtype=precision)
     history = new_history(place.device)
-    past = dict(iter_num=0, best_val_loss=math.inf, history=None, to_evaluate=False, run_id=None, wandb_id=None) | (state or {})
+    past = dict(iter_num=0, best_val_loss=math.inf, since_best=0, history=None, to_evaluate=False, run_id=None, wandb_id=None) | (state or {})
     iter_num, best_val_loss, wandb_id = past['iter_num'], past['best_val_loss'], past['wandb_id']
+    since_best = past['since_best']  # evaluations without a new best
     run_id = past['run_id'] or secrets.token_hex(4)  # tells checkpoint.save which files in out_dir are earlier states of this run
     done_at = iter_num - past['to_evaluate']  # what is saved and evaluated already
     if state is not None:
@@ -163,6 +176,9 @@ def main(explicit):
     for loader in (train_loader, *(loader for loader, _ in eval_sets)):
         loader.windows(np.arange(batch_size))  # ids of another tokenizer stop the run here
 
+    byte_counts = count_bytes(tokenizer_meta, place)
+    benchmarks = open_benchmarks(tokenizer_meta, place)
+
     use_compile = distributed.choose_compile(compile, place.device)
     describe(model, place, precision, use_compile, train_loader, grad_accum, rows)
     if use_compile:
@@ -173,20 +189,25 @@ def main(explicit):
         dataset_tokens=train_loader.n_tokens, environment=environment() | dict(
             device=distributed.device_name(place.device), processes=place.world_size, dtype=str(precision).removeprefix('torch.'),
             compiled=use_compile, python=platform.python_version(), torch=torch.__version__, system=platform.platform())))
-    bytes_per_token = eval_sets[1][0].bytes_per_token
 
     def evaluate():
-        train_loss, val_loss = (mean_loss(model, loader, windows, place, autocast) for loader, windows in eval_sets)
-        val_bpb = val_loss / math.log(2) / bytes_per_token if bytes_per_token else None
+        losses = [text_loss(model, loader, windows, batch_size, byte_counts, place, autocast) for loader, windows in eval_sets]
+        (train_loss, *_), (val_loss, val_bpb, *_) = losses
         print0(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else ''))
         write_metrics(dict(iter=iter_num, train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb))
         return val_loss
 
+    def run_benchmark(name, evaluate_it):
+        numbers = evaluate_it(partial(score, model, batch_tokens=batch_size * block_size, place=place, autocast=autocast))
+        print0(f'step {iter_num}: {table_row(name, numbers)}')
+        write_metrics(dict(iter=iter_num) | {name if key == name else f'{name}_{key}': numbers[key] for key in IN_METRICS if key in numbers})
+
     def save(is_best, to_evaluate):
         newest = dict(
             **checkpoint.gather(model, optimizers), scaler=scaler.state_dict(), model_args=vars(model.config), iter_num=iter_num,
-            best_val_loss=best_val_loss, to_evaluate=to_evaluate, history=history.tolist(), config=config_of(globals()), tokenizer=tokenizer_meta,
-            vocab_size=vocab_size, data=train_loader.fingerprint(), wandb_id=wandb_id, run_id=run_id, format=checkpoint.FORMAT)
+            best_val_loss=best_val_loss, since_best=since_best, to_evaluate=to_evaluate, history=history.tolist(), config=config_of(globals()),
+            tokenizer=tokenizer_meta, vocab_size=vocab_size, data=train_loader.fingerprint(), wandb_id=wandb_id, run_id=run_id,
+            format=checkpoint.FORMAT)
         distributed.on_first_rank(lambda: checkpoint.save(out_dir, newest, keep_last_n_checkpoints, is_best))
 
     def log_step():
@@ -219,18 +240,25 @@ def main(explicit):
         evaluate_now = finished or eval_only or iter_num % eval_interval == 0
         save_now = finished or stop or iter_num % (checkpoint_interval or eval_interval) == 0
         generate_now = prompts and not stop and (finished or iter_num % generate_interval == 0)
-        if evaluate_now or save_now or generate_now:
-            t_pause, before, is_best = time.perf_counter(), best_val_loss, False
+        due = [benchmark for interval, *benchmark in benchmarks if not stop and (finished or eval_only or iter_num % interval == 0)]
+        if evaluate_now or save_now or generate_now or due:
+            t_pause, before, is_best = time.perf_counter(), (best_val_loss, since_best), False
             if evaluate_now and not stop:
                 val_loss = evaluate()
                 is_best = val_loss < best_val_loss and iter_num > done_at  # what is not saved is not the best: best.pt has this loss
                 best_val_loss = val_loss if is_best else best_val_loss
+                since_best = 0 if is_best else since_best + (iter_num > done_at)
+                if 0 < patience <= since_best and not finished:
+                    print0(f'no new best validation loss in {since_best} evaluations: stopping here (patience={patience})')
+                    finished = save_now = True
+            for name, evaluate_it in due:
+                run_benchmark(name, evaluate_it)
             if (save_now or is_best) and iter_num > done_at and not eval_only:
                 try:
                     save(is_best, to_evaluate=evaluate_now and stop is not None)
                     saved_at = iter_num
                 except OSError as error:  # a full disk; the same on all ranks
-                    best_val_loss = before
+                    best_val_loss, since_best = before
                     if finished or stop:
                         raise
                     print0(f'NOT SAVED, {error.filename}: {error.strerror}: the checkpoint of iteration {saved_at} is still there, training goes on and tries again')
@@ -372,6 +400,8 @@ def check_settings():
         raise ValueError('out_dir is empty: name the folder for checkpoints and logs')
     if checkpoint_path and init_from not in ('resume', 'checkpoint') and not auto_resume:
         raise ValueError(f'checkpoint_path={checkpoint_path} is for resuming: add --init_from=resume, or leave it out')
+    if bool(core_interval) != bool(core):
+        raise ValueError(f'core_interval={core_interval} and core={core!r} go together: the interval, and the folder of the CORE bundle')
     if wandb_log and importlib.util.find_spec('wandb') is None:
         raise ValueError('wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False')
 
@@ -391,8 +421,7 @@ def open_data(grad_accum, rows, place):
         for split in (*train.splits, *val.splits):
             print0(f'reading {split.folder}, {split.split}: {split.n_tokens:,} tokens, against their checksums')
             split.verify()
-    wanted = [(loader, min(eval_iters * batch_size or val.n_windows, loader.n_windows)) for loader in (train_eval, val)]
-    return train, [(loader, np.arange(n) * loader.n_windows // n) for loader, n in wanted]  # evenly spread
+    return train, [(loader, spread_windows(loader, eval_iters * batch_size or val.n_windows)) for loader in (train_eval, val)]
 
 
 def make_model(state, start, vocab_size, tokenizer_meta):
@@ -445,22 +474,28 @@ def lr_at(it):
 # evaluation
 
 
-@torch.no_grad()  # inference_mode's tensors cannot be trained on afterwards, and FSDP keeps some
-def mean_loss(model, loader, windows, place, autocast):
-    """Nats per target over the windows numbered so, the same at any world size; each rank does its share."""
-    exact = torch.float32 if place.device.type == 'mps' else torch.float64  # MPS has no float64
-    sums = torch.zeros(2, dtype=exact, device=place.device)  # nats, targets
-    model.eval()
-    for start in range(0, len(windows), place.world_size * batch_size):
-        own = windows[start + place.rank * batch_size:][:batch_size]
-        x, y = loader.to(place.device, loader.windows(own if len(own) else windows[:1]))  # FSDP needs every rank, with work or without
-        with autocast:
-            nats = model(x, y, reduction='sum')[1]
-        if len(own):
-            sums += torch.stack((nats.to(exact), (y != IGNORE).sum()))
-    model.train()
-    nats, targets = distributed.all_reduce_sum(sums).tolist()
-    return nats / max(targets, 1)
+def count_bytes(tokenizer_meta, place):
+    """(V,) int64 bytes of each token, on the device; None, said aloud, for GPT-2's where vocab.bpe is not here: training downloads nothing for it."""
+    table = None
+    if place.is_master and (tokenizer_meta['kind'] != 'gpt2' or (cache_folder() / 'vocab.bpe').is_file()):
+        table = torch.from_numpy(load_tokenizer(tokenizer_meta).token_bytes())
+    elif place.is_master:
+        print0(f'no bits per byte: the bytes of GPT-2\'s tokens follow from {cache_folder() / "vocab.bpe"}, which a prepare script puts there')
+    table = distributed.broadcast(table)
+    return table if table is None else table.to(place.device)
+
+
+def open_benchmarks(tokenizer_meta, place):
+    """What is scored beside the losses: [(interval, name, what gives its numbers)]; what can be wrong with it shows before the first step."""
+    intervals = {name: interval for name, interval in (('hellaswag', hellaswag_interval), ('lambada', lambada_interval)) if interval}
+    if not intervals and not core_interval:
+        return []
+    tokenizer = load_tokenizer(tokenizer_meta)
+    read = read_benchmarks(list(intervals), eval_dir, max_examples, tokenizer, place)
+    found = [(interval, name, partial(evaluate_task, name=name, benchmark=read[name])) for name, interval in intervals.items()]
+    if core_interval:
+        found.append((core_interval, 'core', partial(evaluate_core, tokenizer=tokenizer, bundle=read_core(core, max_examples), block_size=block_size)))
+    return found
 
 
 # -----------------------------------------------------------------------------

@@ -351,12 +351,6 @@ class Loader:
         self.ahead = {}  # (step, micro_step) -> the batch being made; may be dropped at any time, nothing depends on it
 
     @property
-    def bytes_per_token(self):
-        """UTF-8 bytes in the mean token of this split, None where its meta.json does not say."""
-        known = [s.meta['splits'][s.split]['bytes'] for s in self.splits]
-        return sum(known) / self.n_tokens if all(known) else None
-
-    @property
     def n_windows(self):
         """Windows in one pass over everything."""
         return sum(source.n for source in self.sources)

@@ -19,7 +19,7 @@ import checkpoint
 import distributed
 import evaluate
 from configurator import configure
-from conftest import ROOT, pack_chars, sentences
+from conftest import ROOT, TINY, differences, pack_chars, read_checkpoint, sentences, train_here
 from data.loader import Loader
 from data.pack import write_dataset
 from data.tokenizer import CharTokenizer, GPT2Tokenizer
@@ -331,3 +331,60 @@ def test_an_item_that_is_none_is_named(tmp_path):
     (tmp_path / 'piqa.jsonl').write_bytes(b'{"a": 1}\n{')
     with pytest.raises(ValueError, match=r'piqa.jsonl, line 2: not JSON in UTF-8'):
         evaluate.read_folder('piqa', tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# while training
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+    return pack_chars(tmp_path_factory.mktemp('tiny'), sentences(65 * 16, 1), sentences(500, 2), CHARS)
+
+
+def numbers(metrics, key):
+    return [(line['iter'], line[key]) for line in metrics if key in line]
+
+
+def test_benchmarks_in_training_change_nothing_but_the_log(tmp_path, dataset, run_folder, bundle):
+    hellaswag = [dict(activity_label='A', ctx_a='one.', ctx_b='two', endings=[f'end {i}' * k for k in (1, 2)], label='1') for i in range(3)]
+    (run_folder / 'items/hellaswag.jsonl').write_text(''.join(json.dumps(item) + '\n' for item in hellaswag), encoding='utf-8')
+    flags = [*TINY, '--arch=gpt2', f'--dataset={dataset}', '--dropout=0.1', '--max_iters=10']
+    plain = train_here(*flags, out_dir=tmp_path / 'plain')
+    scored = train_here(*flags, '--hellaswag_interval=3', '--lambada_interval=5', '--core_interval=10', f'--eval_dir={run_folder / "items"}',
+                        f'--core={bundle}', out_dir=tmp_path / 'scored')
+    assert plain[0] == scored[0] == 0, plain[2] + scored[2]
+    states = [read_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('plain', 'scored')]
+    assert differences(*[{key: state[key] for key in ('model', 'optimizer', 'smoothed', 'best_val_loss')} for state in states]) == []
+    assert [i for i, _ in numbers(scored[3], 'hellaswag_acc_norm')] == [0, 3, 6, 9, 10]
+    assert [i for i, _ in numbers(scored[3], 'lambada_perplexity')] == [0, 5, 10] and len(numbers(scored[3], 'core')) == 2
+    assert numbers(plain[3], 'loss') == numbers(scored[3], 'loss') and 'step 3: hellaswag' in scored[1]
+
+
+def test_bits_per_byte_stand_beside_each_validation_loss(tmp_path, dataset):
+    code, _, stderr, metrics = train_here(*TINY, f'--dataset={dataset}', '--max_iters=5', out_dir=tmp_path)
+    assert code == 0, stderr
+    for line in metrics:
+        if 'val_loss' in line:  # a byte a token
+            assert line['val_bpb'] == pytest.approx(line['val_loss'] / math.log(2))
+
+
+def test_patience_stops_a_run_that_gets_no_better_and_a_resumed_one_alike(tmp_path, dataset):
+    flags = [*TINY, f'--dataset={dataset}', '--patience=2', '--eval_interval=2', '--learning_rate=0', '--min_lr=0']  # nothing is learnt
+    code, stdout, stderr, metrics = train_here(*flags, out_dir=tmp_path / 'a')
+    assert code == 0 and 'no new best validation loss in 2 evaluations: stopping here (patience=2)' in stdout, stderr
+    assert [i for i, _ in numbers(metrics, 'val_loss')] == [0, 2, 4, 6], 'the first counted is the best, two more are not'
+    assert train_here(*flags, '--max_iters=4', out_dir=tmp_path / 'b')[0] == 0
+    code, stdout, stderr, metrics = train_here('--init_from=resume', '--max_iters=20', out_dir=tmp_path / 'b')
+    assert code == 0 and 'stopping here' in stdout, stderr
+    assert [read_checkpoint(tmp_path / name / 'ckpt.pt')['iter_num'] for name in 'ab'] == [6, 6]
+
+
+@pytest.mark.parametrize('flags, text', [
+    (['--core_interval=5'], "core_interval=5 and core='' go together: the interval, and the folder of the CORE bundle"),
+    (['--hellaswag_interval=5', '--eval_dir=nowhere'], 'nowhere has no files for hellaswag: one hellaswag.jsonl is expected'),
+    (['--patience=-1'], 'patience=-1: accepted is 0 or more'),
+])
+def test_a_benchmark_that_cannot_run_stops_training_before_its_first_step(tmp_path, dataset, flags, text):
+    code, _, stderr, metrics = train_here(*TINY, f'--dataset={dataset}', *flags, out_dir=tmp_path / 'x')
+    assert code == 2 and stderr.strip().splitlines()[-1].startswith(text) and not (tmp_path / 'x').exists()
