@@ -96,7 +96,7 @@ def test_links_and_settings_exist(page):
     text = page.read_text(encoding='utf-8')
     links = [link for link in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in link]
     assert not [link for link in links if link.split('#')[0] and not (page.parent / link.split('#')[0]).exists()]
-    known = {name for script in ('train', 'sample', 'bench') for name in config_of(vars(importlib.import_module(script)))}
+    known = {name for script in ('train', 'sample', 'evaluate', 'bench') for name in config_of(vars(importlib.import_module(script)))}
     named = re.findall(r'`(?:--)?([a-z]\w*)=[^`\n]*`', text) + re.findall(r'`([a-z]+_[a-z_]+)`', text)
     assert not [name for name in named if name not in known]
     assert not [name for name in re.findall(r'\bconfig/\w+\.py', text) if not (ROOT / name).is_file()]
