@@ -36,10 +36,18 @@ def random_model(block_size=80):
     return model
 
 
-def read_items(folder, name, count=None):
+def read_items(folder, name, count=None, block_size=None):
+    """The first items of a task; with block_size, without those that have a choice of more tokens, which the harness refuses."""
+    from data.tokenizer import GPT2Tokenizer
+    from evaluate import prepare
     [file] = Path(folder).glob(f'{name}_*.jsonl')
     items = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()[:count]]
-    return [{'text': f'{item["query"]} {item["choices"][0]}'} for item in items] if name == 'lambada' else items
+    if name == 'lambada':
+        items = [{'text': f'{item["query"]} {item["choices"][0]}'} for item in items]
+    if block_size is None:
+        return items
+    tokenizer = GPT2Tokenizer()
+    return [item for item in items if all(len(ids) - start <= block_size for ids, start in prepare(name, [item], name, tokenizer)['rows'])]
 
 
 def run_harness(folder, items_folder, count):
@@ -48,14 +56,14 @@ def run_harness(folder, items_folder, count):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     tasks = Path(lm_eval.__file__).parent / 'tasks'
+    model = HFLM(pretrained=str(folder), device='cpu', dtype='float32', batch_size=8)
     with tempfile.TemporaryDirectory() as work:
         for name, file in TASK_FILES.items():
             data = Path(work) / f'{name}.jsonl'
-            data.write_text(''.join(json.dumps(item) + '\n' for item in read_items(items_folder, name, count)), encoding='utf-8')
+            data.write_text(''.join(json.dumps(item) + '\n' for item in read_items(items_folder, name, count, model.max_length)), encoding='utf-8')
             (Path(work) / f'{name}.yaml').write_text(
                 f'include: {tasks / file}\ntask: local_{name}\ntag: null\ndataset_path: json\ndataset_name: null\n'
                 f'dataset_kwargs:\n  data_files:\n    test: {data}\ntraining_split: null\nvalidation_split: null\ntest_split: test\n', encoding='utf-8')
-        model = HFLM(pretrained=str(folder), device='cpu', dtype='float32', batch_size=8)
         done = lm_eval.simple_evaluate(model=model, tasks=[f'local_{name}' for name in TASK_FILES], log_samples=True, bootstrap_iters=0,
                                        task_manager=TaskManager(include_path=work))
     found = {}
