@@ -19,6 +19,7 @@ import re
 import shutil
 import socket
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def write_atomically(path, write):
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.tmp{os.getpid()}')
     try:
-        with open(temporary, 'wb') as f:
+        with open(temporary, 'w+b') as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
@@ -84,10 +85,24 @@ def save(out_dir, state, keep_last_n=0, best=False):
 
 
 def write_zip(state, f):
+    """torch.save, and the checksum of the whole file at its end, as the zip's comment: the zip's own leave its headers and directory out."""
     try:
         torch.save(state, f)
     except RuntimeError as error:  # torch's own words for a file that did not take what was written hide the reason
         raise error.__context__ if isinstance(error.__context__, OSError) else error
+    ending = seal(f, f.tell() - 2)
+    f.seek(-2, os.SEEK_END)  # the length of a comment, 0 so far
+    f.write(ending)
+
+
+def seal(f, size):
+    """What ends a zip file behind its first size bytes: the length of a comment, and the comment."""
+    crc, step = 0, 1 << 24
+    f.seek(0)
+    for start in range(0, size, step):
+        crc = zlib.crc32(f.read(min(step, size - start)), crc)
+    comment = b'crc32 %08x' % crc
+    return len(comment).to_bytes(2, 'little') + comment
 
 
 def make_way(out_dir, state, keep):
@@ -219,7 +234,11 @@ def find_damage(f):
         for record in archive.infolist():
             if record.external_attr:
                 return f'the attributes of {record.filename} are {record.external_attr:#x}, expected 0'
-        damaged = archive.testzip()
+        if archive.comment:
+            size = f.seek(-2 - len(archive.comment), os.SEEK_END)
+            ending = f.read()
+            return None if ending == seal(f, size) else 'the checksum of the file does not match'
+        damaged = archive.testzip()  # of another trainer, or an older version
         return None if damaged is None else f'the checksum of {damaged} does not match'
 
 

@@ -240,6 +240,17 @@ def test_flipped_bits_are_noticed_or_change_nothing(tmp_path, packed):
     assert noticed[8 * 38 + 4]
 
 
+def test_every_flipped_bit_of_a_saved_file_is_noticed(tmp_path):
+    checkpoint.save(tmp_path, small_state())
+    data = (tmp_path / 'ckpt.pt').read_bytes()
+    directory = data.index(b'PK\1\2')  # from there to the end, and bits of all the rest
+    bits = [*range(0, 8 * directory, 23), *range(8 * directory, 8 * len(data), 3), *range(8 * len(data) - 200, 8 * len(data))]
+    for bit in bits:
+        (tmp_path / 'ckpt.pt').write_bytes(flipped(data, bit))
+        with pytest.raises(ValueError, match='is damaged|is not a readable checkpoint'):
+            checkpoint.read(tmp_path / 'ckpt.pt')
+
+
 def test_truncated_empty_and_zeroed_files_are_noticed(tmp_path, packed):
     data, state = packed
     for n in {0, 1, 30, 100, len(data) // 2, len(data) - 100, len(data) - 22, len(data) - 1}:
