@@ -40,7 +40,7 @@ def find(name, also=()):
     """The folder or .npz file that a name stands for; GPT-2's four are downloaded where the hub's cache lacks them (a folder
     of that name is ./gpt2).
 
-    also    words that the caller takes besides, to be named in the error
+    also    where the name is the setting init_from: the words that it takes besides; the error names both
     raises  FileNotFoundError where there is none; OSError, one line with the way without a network, where the hub is out of reach
     """
     if name in HUB:
@@ -48,9 +48,10 @@ def find(name, also=()):
     path = Path(name)
     if path.is_file() and path.suffix == '.npz' or (path / 'config.json').is_file():
         return path
+    said = f'init_from={name}' if also else name
     if path.is_dir():
-        raise FileNotFoundError(f'{path} has no config.json: a model in transformers\' format is config.json and model.safetensors')
-    raise FileNotFoundError(f'{name}: no such model, accepted are {", ".join([*also, *HUB])}, a folder with config.json and model.safetensors, '
+        raise FileNotFoundError(f'{said} has no config.json: a model in transformers\' format is config.json and model.safetensors')
+    raise FileNotFoundError(f'{said}: no such model, accepted are {", ".join([*also, *HUB])}, a folder with config.json and model.safetensors, '
                             'or an .npz file that save_pretrained wrote')
 
 

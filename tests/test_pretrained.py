@@ -555,7 +555,7 @@ def test_evaluation_is_of_the_weights_given(tmp_path, tiny, folder):
 
 
 @pytest.mark.parametrize('flags, text', [
-    (['--init_from=resum'], 'resum: no such model, accepted are scratch, resume, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with '
+    (['--init_from=resum'], 'init_from=resum: no such model, accepted are scratch, resume, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with '
                             'config.json and model.safetensors, or an .npz file that save_pretrained wrote'),
     (['--init_from={folder}', '--n_layer=6'], 'n_layer=6: {folder} has n_layer=3: give --n_layer=3'),
     (['--init_from={folder}', '--block_size=17'], 'block_size=17: {folder} has block_size=16: use that or less'),
