@@ -7,6 +7,7 @@
 The three steps are apart so that a script can refuse a wrong prompt or task before the weights are read.
 """
 
+import re
 from pathlib import Path
 
 import checkpoint
@@ -52,7 +53,8 @@ def find_tokenizer(state, path):
 def nanogpt_tokenizer(state):
     """The tokenizer of a checkpoint that does not hold one: its dataset's where that lies in data/, else GPT-2's, as in nanoGPT."""
     dataset = state.get('config', {}).get('dataset', '')
-    for folder in dataset_folders(dataset)[0] if dataset and isinstance(dataset, str) else []:
+    is_name = isinstance(dataset, str) and dataset and not re.search(r'[/\\]|\.\.', dataset)  # a file from elsewhere opens no other folder
+    for folder in dataset_folders(dataset)[0] if is_name else []:
         if (folder / 'meta.pkl').exists():  # nanoGPT's rule, whether or not the tokens are there too
             print0(f'no tokenizer in the checkpoint: taking the characters in {folder / "meta.pkl"}')
             return read_meta_pkl(folder / 'meta.pkl')

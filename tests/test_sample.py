@@ -178,12 +178,14 @@ def test_a_checkpoint_of_another_trainer(monkeypatch, capsys, tmp_path):
 
 def test_a_nanogpt_checkpoint_takes_the_tokenizer_of_its_dataset(monkeypatch, tmp_path):
     folder = tmp_path / 'prepared'
+    monkeypatch.chdir(tmp_path)
     write_dataset(folder, CharTokenizer('abc'), {'train': ['abcabc'], 'val': ['abc']}, 'made here')
-    assert load.nanogpt_tokenizer(dict(config=dict(dataset=str(folder)))) == {'kind': 'char', 'chars': 'abc'}
+    assert load.nanogpt_tokenizer(dict(config=dict(dataset='prepared'))) == {'kind': 'char', 'chars': 'abc'}
+    for elsewhere in (str(folder), './prepared', '../' + tmp_path.name, '..', 'nowhere'):  # nanoGPT's are names; a checkpoint opens no other folder
+        assert load.nanogpt_tokenizer(dict(config=dict(dataset=elsewhere)))['kind'] == 'gpt2'
     (folder / 'meta.json').unlink()
     (folder / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=2, itos={0: 'x', 1: 'y'}, stoi={'x': 0, 'y': 1})))
-    assert load.nanogpt_tokenizer(dict(config=dict(dataset=str(folder)))) == {'kind': 'char', 'chars': 'xy'}
-    assert load.nanogpt_tokenizer(dict(config=dict(dataset='nowhere')))['kind'] == 'gpt2'
+    assert load.nanogpt_tokenizer(dict(config=dict(dataset='prepared'))) == {'kind': 'char', 'chars': 'xy'}
 
 
 def test_a_prompt_file_may_begin_with_a_byte_order_mark_and_must_be_utf8(monkeypatch, capsys, out_dir, tmp_path):
