@@ -1,0 +1,140 @@
+"""launch/: two nodes played by two agents on this machine, and SLURM played by scripts that do what srun, scontrol and its signals do."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics
+from test_faults import last_iter, pids_of_ranks, run_ranks, wait_for
+from test_resume import without_times
+
+pytestmark = pytest.mark.skipif(os.name != 'posix' or not shutil.which('bash'), reason='needs bash')
+
+
+@pytest.mark.parametrize('script', ['multinode.sh', 'slurm.sbatch'])
+def test_the_scripts_are_sound_bash(script):
+    assert subprocess.run(['bash', '-n', str(ROOT / 'launch' / script)], capture_output=True).stderr == b''
+
+
+def start_nodes(*flags, log, n_nodes=2):
+    """launch/multinode.sh as each node would start it, one rank each."""
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'LOCAL_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'NNODES': str(n_nodes), 'NPROC_PER_NODE': '1',
+           'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
+    with open(log, 'a', encoding='utf-8') as output:
+        return [subprocess.Popen([str(ROOT / 'launch' / 'multinode.sh'), *flags], stdout=output, stderr=output, env=env) for _ in range(n_nodes)]
+
+
+@pytest.mark.parametrize('kills', [0, pytest.param(2, marks=pytest.mark.full)])
+def test_two_nodes_train_as_two_ranks_of_one_also_after_a_rank_is_killed(kills, tiny, tmp_path):
+    n_iters, out_dir, log = 20 + 150 * kills, tmp_path / 'out', tmp_path / 'log.txt'
+    flags = [*TINY, f'--dataset={tiny}', f'--max_iters={n_iters}', '--checkpoint_interval=10', '--eval_interval=100']
+    run_ranks(*flags, out_dir=tmp_path / 'one', n_ranks=2, folder=tmp_path)
+    nodes, gone = start_nodes(*flags, f'--out_dir={out_dir}', log=log), set()
+    try:
+        for kill in range(kills):
+            def next_to_kill():
+                return [pid for pid in pids_of_ranks(nodes[kill % 2].pid) if pid not in gone]
+            wait_for(lambda: last_iter(out_dir) >= 40 + 100 * kill and next_to_kill() or any(node.poll() is not None for node in nodes))
+            gone |= {pid for node in nodes for pid in pids_of_ranks(node.pid)}
+            os.kill(pids_of_ranks(nodes[kill % 2].pid)[0], signal.SIGKILL)
+        codes = [node.wait(200) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert codes == [0, 0], log.read_text(encoding='utf-8')[-5000:]
+    assert '(2 ranks x ' in log.read_text(encoding='utf-8')
+    assert without_times(read_metrics(out_dir)) == without_times(read_metrics(tmp_path / 'one'))
+    assert not differences(*(read_checkpoint(folder / 'ckpt.pt')['model'] for folder in (out_dir, tmp_path / 'one')))
+
+
+# -----------------------------------------------------------------------------
+# SLURM
+
+# srun starts the command in a step of its own, passes signals on to each process of it, and returns its exit code
+SRUN = '''#!/usr/bin/env bash
+while [ "${1:0:2}" = -- ]; do echo "srun $1"; shift; done
+set -m
+"$@" &
+trap 'kill -USR1 -- -$!' USR1
+trap 'kill -TERM -- -$!' TERM
+while kill -0 $! 2>/dev/null; do wait $!; done
+wait $!
+'''
+SCONTROL = '''#!/usr/bin/env bash
+if [ "$1" = show ]; then printf '127.0.0.1\\nsecond\\n'; else echo "scontrol $*" | tee -a "$REQUEUED"; fi
+'''
+STEP = '''#!/usr/bin/env bash
+echo "step: $MASTER_ADDR $MASTER_PORT $RUN_ID $NNODES $*"
+trap 'echo saved; exit 1' USR1
+trap 'echo ended; exit 1' TERM
+for _ in {1..200}; do sleep 0.05; [ "$1" = quick ] && exit $2; done
+'''
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Starts launch/slurm.sbatch as a job of a folder: (process, its log, where requeued jobs are written down)."""
+    for name, text in (('srun', SRUN), ('scontrol', SCONTROL)):
+        (tmp_path / name).write_text(text, encoding='utf-8')
+        (tmp_path / name).chmod(0o755)
+    log, requeued = tmp_path / 'slurm-123.out', tmp_path / 'requeued'
+
+    def start(folder, *arguments, **env):
+        job = {'SLURM_JOB_NODELIST': 'n[1-2]', 'SLURM_JOB_ID': '123', 'SLURM_JOB_NUM_NODES': '1', 'REQUEUED': str(requeued)}
+        with open(log, 'a', encoding='utf-8') as output:
+            return subprocess.Popen(['bash', str(ROOT / 'launch' / 'slurm.sbatch'), *arguments], cwd=folder, stdout=output, stderr=output,
+                                    env={**os.environ, **job, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', **env})
+    return start, log, requeued
+
+
+@pytest.mark.parametrize('arguments, number, code, goes_on', [
+    (['config/x.py', '--a=b c'], signal.SIGUSR1, 1, True),  # the time limit
+    (['config/x.py'], signal.SIGTERM, 1, False),  # scancel, or a preemption, after which SLURM itself queues the job
+    (['quick', '0'], None, 0, False),
+    (['quick', '2'], None, 2, False),
+])
+def test_a_job_is_queued_again_where_the_time_limit_ended_it_and_only_there(slurm, tmp_path, arguments, number, code, goes_on):
+    start, log, requeued = slurm
+    (tmp_path / 'launch').mkdir()
+    (tmp_path / 'launch' / 'multinode.sh').write_text(STEP, encoding='utf-8')
+    (tmp_path / 'launch' / 'multinode.sh').chmod(0o755)
+    job = start(tmp_path, *arguments)
+    wait_for(lambda: f'step: 127.0.0.1 20123 123 1 {" ".join(arguments)}\n' in log.read_text(encoding='utf-8'))
+    if number:
+        time.sleep(0.2)  # its traps come after that line
+        job.send_signal(number)
+    assert job.wait(30) == code, log.read_text(encoding='utf-8')
+    assert ('saved' in log.read_text(encoding='utf-8')) == (number == signal.SIGUSR1)
+    assert requeued.exists() == goes_on and (not goes_on or requeued.read_text(encoding='utf-8') == 'scontrol requeue 123\n')
+
+
+def test_the_headers_of_the_job():
+    text = (ROOT / 'launch' / 'slurm.sbatch').read_text(encoding='utf-8')
+    headers = [line.removeprefix('#SBATCH ') for line in text.split('set -uo pipefail')[0].splitlines() if line.startswith('#SBATCH')]
+    assert {'--requeue', '--open-mode=append', '--signal=B:USR1@300', '--ntasks-per-node=1'} <= set(headers)
+
+
+@pytest.mark.full
+def test_a_job_that_reaches_its_limit_saves_is_queued_again_and_goes_on(slurm, tiny, tmp_path):
+    start, log, requeued = slurm
+    flags = [*TINY, f'--dataset={tiny}', '--dropout=0.1', '--eval_interval=100000', f'--out_dir={tmp_path / "out"}']
+    env = dict(NPROC_PER_NODE='2', LOCAL_ADDR='127.0.0.1', PYTHON=sys.executable, OMP_NUM_THREADS='1')
+    job = start(ROOT, *flags, '--max_iters=100000', **env)
+    wait_for(lambda: last_iter(tmp_path / 'out') > 20 or job.poll() is not None)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(100) != 0 and requeued.exists(), log.read_text(encoding='utf-8')
+    stopped_at = last_iter(tmp_path / 'out')
+    assert read_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == stopped_at + 1
+    job = start(ROOT, *flags, f'--max_iters={stopped_at + 10}', SLURM_RESTART_COUNT='1', **env)
+    assert job.wait(100) == 0, log.read_text(encoding='utf-8')
+    assert [line['iter'] for line in read_metrics(tmp_path / 'out') if 'loss' in line] == list(range(stopped_at + 10))
+    assert 'job 123, start 1, ' in log.read_text(encoding='utf-8') and 'job 123, start 2, ' in log.read_text(encoding='utf-8')
+    assert requeued.read_text(encoding='utf-8').count('requeue') == 1
