@@ -24,6 +24,7 @@ RMS_EPS = 1e-6  # transformers' NanoChatConfig.rms_norm_eps
 ROPE_THETA = 10_000.0
 LOGIT_SOFTCAP = 15.0
 IGNORE = -100  # the target that is not one, as in torch's cross_entropy and transformers
+LOSS_CHUNK_BYTES = 256 << 20  # of float32 logits in a chunk of the loss, with loss_chunks='auto'
 
 
 # -----------------------------------------------------------------------------
@@ -75,8 +76,14 @@ class GPTConfig:
             raise ValueError(f'activation={self.activation} is unknown: accepted are {", ".join(ACTIVATIONS)}')
 
 
+def gelu_tanh(x):
+    """GPT-2's GELU. In bfloat16 on a CPU the exact one stands in, which is 4.8e-4 away at most, a fifth of the rounding on
+    average: torch's kernel for the tanh takes five times as long."""
+    return F.gelu(x, approximate='none' if x.device.type == 'cpu' and x.dtype == torch.bfloat16 else 'tanh')
+
+
 ACTIVATIONS = {
-    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
+    'gelu_tanh': gelu_tanh,
     'gelu': F.gelu,
     'relu2': lambda x: F.relu(x).square(),  # arXiv:2109.08668 (Primer)
 }
@@ -107,12 +114,21 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k, v, mask, dropout):
-    """Softmax(q k' / sqrt(D)) v, causal: q (B, H, T, D), k and v (B, H, S, D), mask None or (T, S) to add -> (B, H, T, D)."""
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and mask is not None:
-        # torch's fused kernel takes 2 to 4 times as long as these matrix products in bfloat16 (T = 64 to 256, AVX512-BF16)
-        scores = (q * q.size(-1) ** -0.5) @ k.mT + mask  # (B, H, T, S)
-        return F.dropout(scores.softmax(dim=-1), dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1, dropout_p=dropout)
+    """Softmax(q k' / sqrt(D)) v, causal: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    mask  to add to the scores, of a shape that expands to (B, H, T, S); None = a token sees itself and those before
+    """
+    if mask is None or not by_products(q, q.size(2)):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1, dropout_p=dropout)
+    mask = mask.expand(*q.shape[:3], k.size(2)).flatten(0, 1)
+    scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(-1) ** -0.5)  # (B * H, T, S)
+    return (F.dropout(scores.softmax(dim=-1), dropout) @ v.flatten(0, 1)).view_as(q)
+
+
+def by_products(x, T):
+    """Whether attention is faster as two matrix products: in bfloat16 on a CPU, where the backward pass of torch's fused kernel takes
+    2 to 4 times as long up to T = 256 and a third longer at 512. Its forward pass is the fastest; longer rows would cost memory."""
+    return x.device.type == 'cpu' and compute_dtype(x) == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
 
 
 def compute_dtype(x):
@@ -121,19 +137,45 @@ def compute_dtype(x):
 
 
 class KVCache:
-    """Keys and values of the tokens already seen, allocated once: (L, 2, B, H, max_tokens, D)."""
+    """Keys and values of the tokens already seen, allocated once: for each layer two of (B, H, max_tokens, D)."""
 
     def __init__(self, config, batch_size, max_tokens, device, dtype):
         head_size = config.n_embd // config.n_head
-        self.kv = torch.empty(config.n_layer, 2, batch_size, config.n_head, max_tokens, head_size, device=device, dtype=dtype)
+        kv = torch.empty(config.n_layer, 2, batch_size, config.n_head, max_tokens, head_size, device=device, dtype=dtype)
+        self.layers = [layer.unbind(0) for layer in kv]
         self.n_tokens = 0  # complete tokens; GPT.forward advances it after the last layer
 
     def append(self, layer, k, v):
         """Stores k and v (B, H, T, D) of one layer and returns all of that layer's: (B, H, n_tokens + T, D) twice."""
+        keys, values = self.layers[layer]
+        keys.narrow(2, self.n_tokens, k.size(2)).copy_(k)
+        values.narrow(2, self.n_tokens, k.size(2)).copy_(v)
         end = self.n_tokens + k.size(2)
-        self.kv[layer, 0, :, :, self.n_tokens:end] = k
-        self.kv[layer, 1, :, :, self.n_tokens:end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+
+class PackedLinear(nn.Module):
+    """A Linear for inference on a CPU, its weight laid out once: in oneDNN's blocks (bfloat16), or in int8 with a scale for each output."""
+
+    def __init__(self, linear, quantize):
+        super().__init__()
+        weight, self.bias, self.scale = linear.weight.detach(), linear.bias, None
+        if quantize == 'int8':
+            self.scale = (weight.abs().amax(dim=1).float() / 127).clamp(min=1e-12).to(weight.dtype)  # (out,)
+            self.weight = (weight.float() / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        else:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def forward(self, x):
+        if self.scale is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+        rows = x.flatten(0, -2)
+        if len(rows) <= 16:  # beyond, its time grows with the rows
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale  # int8 is exact in bfloat16
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -186,6 +228,45 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed cross entropy of many rows, without their (N, V) logits: each chunk of rows leaves its gradients and goes.
+
+    x         (N, C)   what the head takes
+    weight    (V, C)   of the head
+    targets   (N,)     int64, -100 = not a target
+    n_rows    rows in a chunk
+    softcap   logits are capped at +- this; None = they are not
+    dtype     of the matrix products
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, n_rows, softcap, dtype):
+        w, loss = weight.to(dtype), x.new_zeros((), dtype=torch.float32)
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for part, target, grad_part in zip(x.split(n_rows), targets.split(n_rows), grad_x.split(n_rows)):
+            part, valid = part.to(dtype), target != IGNORE
+            logits = (part @ w.t()).float()  # (n, V)
+            if softcap:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            lse = logits.logsumexp(dim=-1)
+            at_target = target.clamp(min=0)[:, None]
+            loss += ((lse - logits.gather(1, at_target)[:, 0]) * valid).sum()
+            slope = 1 - (logits / softcap).square_() if softcap else None
+            grad = logits.sub_(lse[:, None]).exp_()  # the probabilities; less 1 at the target, the gradient of the logits
+            grad.scatter_add_(1, at_target, -torch.ones_like(lse)[:, None])
+            grad = (grad.mul_(slope) if softcap else grad).mul_(valid[:, None]).to(dtype)
+            grad_part.copy_(grad @ w)
+            grad_weight += grad.t() @ part
+        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None, None
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -199,6 +280,8 @@ class GPT(nn.Module):
         parts['ln_f'] = make_norm(config)
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.softcap = LOGIT_SOFTCAP if config.arch == 'modern' else None
+        self.loss_chunks = 0  # parts in which the loss is computed, forward() then returns no logits; 'auto' = where they are large
         if config.arch == 'gpt2':
             self.transformer.wte.weight = self.lm_head.weight
         else:
@@ -235,7 +318,7 @@ class GPT(nn.Module):
         reduction  'mean' | 'sum' over targets; 'none' for (B, T) losses; 'targets' for logits and losses of the N targets alone,
                    row after row, which spares the head all other positions
         cache      KVCache of the tokens before idx
-        returns    (B, T, V), (B, 1, V) or (N, V) logits; float loss, (B, T) or (N,) losses, or None
+        returns    (B, T, V), (B, 1, V) or (N, V) logits, None where the loss went in chunks; float loss, (B, T) or (N,) losses, or None
         raises     ValueError if the row, cached tokens included, is longer than block_size
         """
         B, T = idx.shape
@@ -251,7 +334,7 @@ class GPT(nn.Module):
             x = F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
             rotary = self.cos[seen:seen + T].to(dtype), self.sin[seen:seen + T].to(dtype)
         mask = None
-        if T > 1 and (seen or (x.device.type == 'cpu' and dtype == torch.bfloat16)):  # else attention()'s is_causal says it
+        if T > 1 and (seen or by_products(x, T)):  # else attention()'s is_causal says it
             mask = torch.full((T, seen + T), -math.inf, device=x.device, dtype=dtype).triu(seen + 1)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -268,13 +351,30 @@ class GPT(nn.Module):
             scored = targets != IGNORE
             logits = self.head(x[scored])  # (N, V)
             return logits, F.cross_entropy(logits, targets[scored], reduction='none')
+        n_chunks = self.loss_chunks
+        if n_chunks == 'auto':
+            n_chunks = -(-4 * B * T * self.config.vocab_size // LOSS_CHUNK_BYTES)
+        if n_chunks > 1 and (reduction != 'none' or not torch.is_grad_enabled()):
+            return None, self.chunked_loss(x, targets, reduction, n_chunks)
         logits = self.head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
         return logits, loss.view(B, T) if reduction == 'none' else loss
 
+    def chunked_loss(self, x, targets, reduction, n_chunks):
+        """The loss of forward(), with the logits of one of n_chunks parts of the rows in memory at a time."""
+        n_rows = -(-targets.numel() // n_chunks)
+        x, flat = x.flatten(0, 1), targets.flatten()
+        if torch.is_grad_enabled():
+            loss = ChunkedCrossEntropy.apply(x, self.lm_head.weight, flat, n_rows, self.softcap, compute_dtype(x))
+        else:
+            parts = [F.cross_entropy(self.head(part), part_targets, ignore_index=IGNORE, reduction='none')
+                     for part, part_targets in zip(x.split(n_rows), flat.split(n_rows))]
+            loss = torch.cat(parts).view_as(targets) if reduction == 'none' else sum(part.sum() for part in parts)
+        return loss / (flat != IGNORE).sum() if reduction == 'mean' else loss
+
     def head(self, x):
         logits = self.lm_head(x).float()
-        return LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP) if self.config.arch == 'modern' else logits
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     # -------------------------------------------------------------------------
     # sizes and costs
@@ -343,6 +443,23 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # sampling
 
+    def pack(self, quantize=None):
+        """Lays the matrices out for fast generation on a CPU, where that is known to help; the model cannot be trained or saved any more.
+
+        quantize  None: bfloat16 weights, in another order. 'int8': of one byte each, symmetric, with a scale for each output
+        returns   the model itself
+        """
+        weight = self.lm_head.weight
+        blocks = weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if quantize and weight.device.type != 'cpu':
+            raise ValueError(f'quantize={quantize} is for the CPU, the model is on {weight.device.type}: use --device=cpu, or leave it out')
+        if weight.device.type == 'cpu' and (quantize or blocks):
+            for parent in list(self.modules()):
+                for name, child in parent.named_children():
+                    if isinstance(child, nn.Linear):
+                        setattr(parent, name, PackedLinear(child, quantize))
+        return self
+
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
         """Yields the next token of each row, (B,) int64, max_new_tokens times.
@@ -363,7 +480,7 @@ class GPT(nn.Module):
         cache, new = None, idx
         if use_cache and idx.size(1) < limit:
             cache = KVCache(self.config, idx.size(0), min(limit, idx.size(1) + max_new_tokens), idx.device,
-                            compute_dtype(self.lm_head.weight))
+                            compute_dtype(self.transformer.wte.weight))
         for _ in range(max_new_tokens):
             if cache is not None and cache.n_tokens + new.size(1) > limit:
                 cache = None
@@ -383,12 +500,13 @@ def draw(logits, temperature, top_k, top_p):
     """One token a row from logits (B, V), as stream() says: (B,) int64."""
     if temperature < 1e-6:  # what is left of the other tokens is below float32
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+    logits, order = logits / temperature, None
+    if top_k and top_k < logits.size(-1):  # from here on only these k: a draw from 50,000 takes a millisecond a row
+        logits, order = logits.topk(top_k)
+    p = logits.softmax(dim=-1)  # (B, V) or (B, k)
     if top_p is not None and top_p < 1.0:
-        p, order = logits.softmax(dim=-1).sort(descending=True, dim=-1)
+        if order is None:
+            p, order = p.sort(descending=True, dim=-1)
         p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # the first token always stays
-        return order.gather(1, torch.multinomial(p, 1))[:, 0]
-    return torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
+    at = torch.multinomial(p, 1)  # (B, 1)
+    return (at if order is None else order.gather(1, at))[:, 0]

@@ -166,3 +166,67 @@ def test_dropout_only_in_training():
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_loss_in_chunks_has_the_same_value_and_gradients(arch):
+    model = random_model(arch, dropout=0.0)
+    idx = torch.randint(83, (3, 37))
+    targets = idx.roll(-1, dims=1)
+    targets[0, :9] = -100
+    for reduction in ('mean', 'sum'):
+        plain, chunked = [], []
+        for model.loss_chunks, seen in ((0, plain), (4, chunked)):  # 28 rows in a chunk, 27 in the last
+            model.zero_grad()
+            logits, loss = model(idx, targets, reduction=reduction)
+            (3 * loss).backward()
+            assert (logits is None) == (seen is chunked)
+            seen.extend([loss, *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(chunked, plain, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        each = [model(idx, targets, reduction='none')[1] for model.loss_chunks in (0, 4)]
+    assert each[1].shape == (3, 37) and (each[1][0, :9] == 0).all()
+    torch.testing.assert_close(*each)
+    assert model(idx, targets, reduction='none')[1].requires_grad  # the gradient of each loss needs the logits
+
+
+def test_loss_chunks_auto_asks_for_the_size_of_the_logits(monkeypatch):
+    model = random_model('gpt2')
+    model.loss_chunks, idx = 'auto', torch.zeros(2, 37, dtype=torch.long)
+    assert model(idx, idx)[0] is not None
+    monkeypatch.setattr('model.LOSS_CHUNK_BYTES', 4 * 2 * 37 * 83 - 1)
+    assert model(idx, idx)[0] is None
+
+
+def test_bfloat16_attention_and_activation_are_within_its_rounding():
+    model = random_model('gpt2', bias=True).bfloat16()
+    for p in model.parameters():
+        p.data.mul_(0.3)
+    idx = torch.randint(83, (3, 37))
+    logits = model(idx, idx)[0]  # with a gradient: as matrix products
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx, idx)[0], logits, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(model.float()(idx, idx)[0], logits, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('quantize, error', [(None, 0.02), ('int8', 0.1)])
+def test_packed_model_has_nearly_the_same_logits(arch, quantize, error):
+    model = random_model(arch, n_embd=48, bias=arch == 'gpt2').bfloat16()
+    idx = torch.randint(83, (3, 20))
+    with torch.inference_mode():
+        few, many = model(idx[:1, :5])[0], model(idx)[0]
+        model.pack(quantize)
+        for ours, exact in ((model(idx[:1, :5])[0], few), (model(idx)[0], many)):  # 5 rows and 60 take different kernels in int8
+            assert ((ours - exact).norm() / exact.norm()).item() < error
+        assert model.generate(idx, 30).shape == (3, 50)
+
+
+def test_float32_stays_as_it_is_unless_quantized():
+    model = random_model('gpt2')
+    idx = torch.randint(83, (1, 5))
+    with torch.inference_mode():
+        before = model(idx)[0]
+        assert torch.equal(model.pack()(idx)[0], before)
+        quantized = model.pack('int8')(idx)[0]
+    assert 0 < ((quantized - before).norm() / before.norm()).item() < 0.05
