@@ -3,18 +3,23 @@
     python bench.py                                   # a training step of GPT-2 (124M), 12 rows of 1024 tokens: made for a GPU
     python bench.py --batch_size=16 --block_size=256 --n_layer=6 --n_head=6 --n_embd=384 --vocab_size=65    # 10.7M: for a CPU
     python bench.py --mode=decode --prompt_tokens=512 --max_new_tokens=128
+    python bench.py --mode=data --dataset=shakespeare_char    # the loader alone
+    python bench.py --mode=compare                            # against a plain reference, turn by turn: a table of ratios
 
 Weights are random and so are the tokens, unless a dataset is named: the numbers are about speed, not about the model. The last line is
 one JSON object with every number, the settings, the machine and the versions; with --json it comes without the words before it.
 """
 
+import copy
 import platform
 import time
 from json import dumps
 from statistics import median
 from typing import Literal
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
 import distributed
 from configurator import config_of, configure, one_line_errors
@@ -23,7 +28,7 @@ from model import GPT, GPTConfig
 from optim import configure_optimizers
 
 # -----------------------------------------------------------------------------
-mode: Literal['step', 'decode'] = 'step'  # step = forward, backward and update; decode = read a prompt and write on from it
+mode: Literal['step', 'decode', 'data', 'compare'] = 'step'  # step = forward, backward, update; decode = read a prompt, write on; see above
 json = False  # no words, only the closing line
 # model
 arch: Literal['gpt2', 'modern'] = 'gpt2'
@@ -35,8 +40,9 @@ vocab_size = 50304
 dropout = 0.0
 bias = False
 batch_size: int | None = None  # rows at once; None = 12 in a step, 1 to decode
-# mode=step
-dataset = ''  # windows of this dataset, read anew each step; '' = random tokens, made once
+# mode=step, and what the other modes take of it
+dataset = ''  # windows of this dataset, read anew each step; '' = random tokens, made once (data, compare: shakespeare_char)
+loss_chunks: int | Literal['auto'] = 'auto'  # parts of the rows whose logits are in memory at a time; auto = one where they are small
 optimizer: Literal['adamw', 'muon'] = 'adamw'
 warmup_steps = 5  # not counted: compilation, first allocations
 steps = 20
@@ -44,6 +50,7 @@ steps = 20
 prompt_tokens = 512
 max_new_tokens = 128
 rounds = 3  # the prompt is read and written on so many times
+quantize: Literal['none', 'int8'] = 'none'  # int8 = a byte a weight (CPU)
 # system
 seed = 1337
 device = 'auto'  # cpu, cuda, cuda:1, mps
@@ -54,26 +61,32 @@ compile: bool | Literal['auto'] = 'auto'  # auto = as in train.py (step), as in 
 CACHE_BYTES = 128 << 20  # weights smaller than this may stay in a processor's caches, and memory then sets no limit
 
 
+COMPARED = dict(  # training: what GPTConfig takes, rows and how many steps of ours and of the reference take turns; decoding: the model
+    training={'10.7M': (dict(n_layer=6, n_head=6, n_embd=384, block_size=256), 16, 5), '0.8M': (dict(n_layer=4, n_head=4, n_embd=128, block_size=64), 12, 20)},
+    decoding=dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304))
+
+
 def main():
     global batch_size
-    batch_size = batch_size if batch_size is not None else 12 if mode == 'step' else 1
+    batch_size = batch_size if batch_size is not None else 1 if mode == 'decode' else 12
     check_settings()
     place = distributed.start(device)
     torch.manual_seed(seed)
     precision = distributed.choose_dtype(dtype, place.device)
-    use_compile = distributed.choose_compile(compile if mode == 'step' else compile is True, place.device)
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, arch)).to(place.device)
-    say(f'model: {arch}, {model.get_num_params() / 1e6:.2f}M parameters')
+    use_compile = distributed.choose_compile(compile if mode in ('step', 'compare') else compile is True and quantize == 'none', place.device)
     say(f'device: {distributed.device_name(place.device)}, {name_of(precision)}, {"compiled" if use_compile else "eager"}')
-
-    measure = measure_step if mode == 'step' else measure_decode
-    result = measure(model, place.device, precision, use_compile)
+    if mode in ('step', 'decode'):
+        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, arch)).to(place.device)
+        say(f'model: {arch}, {model.get_num_params() / 1e6:.2f}M parameters')
+        result = dict(parameters=model.get_num_params(), **(measure_step if mode == 'step' else measure_decode)(model, place.device, precision, use_compile))
+    else:
+        result = measure_data() if mode == 'data' else measure_compare(place.device, precision, use_compile)
     peak_bytes = distributed.peak_memory_bytes(place.device)
     say(f'peak memory: {gigabytes(peak_bytes)} {"of this process" if place.device.type == "cpu" else "allocated on the device"}'
         if peak_bytes else 'peak memory: not known here')
     machine = dict(device=distributed.device_name(place.device), processor=processor_name(), system=platform.platform(),
                    python=platform.python_version(), torch=torch.__version__)
-    print(dumps(dict(mode=mode, **result, peak_memory_bytes=peak_bytes, parameters=model.get_num_params(), dtype=name_of(precision),
+    print(dumps(dict(mode=mode, **result, peak_memory_bytes=peak_bytes, dtype=name_of(precision),
                      compiled=use_compile, machine=machine, settings=config_of(globals()))))
     distributed.stop()
 
@@ -84,26 +97,11 @@ def main():
 
 def measure_step(model, device, precision, use_compile):
     """Times forward, backward, clipping and update, as train.py does them, with one micro-step in a step."""
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    optimizers = configure_optimizers(model, optimizer=optimizer, learning_rate=1e-4, weight_decay=1e-2, dtype=precision)
     next_batch = open_batches(device)
-    if use_compile:
-        model.compile()
-    model.train()
+    train_step = make_step(model, device, precision, use_compile)
     times_s, t_last = [], now(device)
     for step in range(warmup_steps + steps):
-        x, y = next_batch(step)
-        with autocast:
-            _, loss = model(x, y)
-        scaler.scale(loss).backward()
-        for each in optimizers:
-            scaler.unscale_(each)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in optimizers:
-            scaler.step(each)
-            each.zero_grad(set_to_none=True)
-        scaler.update()
+        loss = train_step(*next_batch(step))
         t_last, t_before = now(device), t_last
         times_s.append(t_last - t_before)
         if step in (0, warmup_steps - 1):
@@ -121,16 +119,63 @@ def measure_step(model, device, precision, use_compile):
                 mfu=flop_per_s / peak if peak else None, loss=loss.item())
 
 
+def make_step(model, device, precision, use_compile, learning_rate=1e-4):
+    """A function that trains the model on x and y, (B, T) int64 each, and returns the loss, as a tensor: nothing waits for the device."""
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    optimizers = configure_optimizers(model, optimizer=optimizer, learning_rate=learning_rate, weight_decay=1e-2)
+    model.loss_chunks = loss_chunks
+    model.train()
+    if use_compile:
+        model.compile()
+
+    def train_step(x, y):
+        with autocast:
+            _, loss = model(x, y)
+        scaler.scale(loss).backward()
+        for each in optimizers:
+            scaler.unscale_(each)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for each in optimizers:
+            scaler.step(each)
+            each.zero_grad(set_to_none=True)
+        scaler.update()
+        return loss.detach()
+
+    return train_step
+
+
 def open_batches(device):
     """A function of the step that returns x and y, (B, T) int64 each, on the device."""
     if not dataset:
         tokens = torch.randint(vocab_size, (batch_size, block_size + 1)).to(device)
         return lambda step: (tokens[:, :-1], tokens[:, 1:])
-    folders, weights = dataset_folders(dataset)
-    loader = Loader(folders, 'train', block_size, batch_size, seed=seed, weights=weights, prefetch=device.type != 'cpu')
+    loader = open_loader(prefetch=device.type != 'cpu')
     if loader.vocab_size > vocab_size:
         raise ValueError(f'vocab_size={vocab_size}: dataset {dataset} has {loader.vocab_size} tokens: use --vocab_size={loader.vocab_size} or more')
     return lambda step: loader.to(device, loader.batch(step))
+
+
+def open_loader(**arguments):
+    folders, weights = dataset_folders(dataset or 'shakespeare_char')
+    return Loader(folders, 'train', **{**dict(block_size=block_size, batch_size=batch_size, seed=seed, weights=weights), **arguments})
+
+
+def measure_data():
+    """Times the loader alone, from the opening of the dataset: windows from a warm cache to tensors of int64."""
+    t_start = time.perf_counter()
+    loader = open_loader()
+    loader.batch(0)
+    open_s, times_s = time.perf_counter() - t_start, []
+    for step in range(warmup_steps + steps):
+        t_start = time.perf_counter()
+        loader.batch(step)
+        times_s.append(time.perf_counter() - t_start)
+    batch_ms = spread_ms(times_s[warmup_steps:])
+    tok_per_s = batch_size * block_size / batch_ms['median'] * 1000
+    say(f'first batch: {open_s * 1000:.1f} ms after the loader is asked for')
+    say(f'loader: {described(batch_ms)}, {tok_per_s:,.0f} tok/s in batches of {batch_size} x {block_size}')
+    return dict(open_s=open_s, batch_ms=batch_ms, tok_per_s=tok_per_s)
 
 
 # -----------------------------------------------------------------------------
@@ -139,9 +184,15 @@ def open_batches(device):
 
 def measure_decode(model, device, precision, use_compile):
     """Times the first token (all of the prompt goes through the model) and those after it (one token a row does), as sample.py draws them."""
+    # a token cannot come sooner than the weights (not the rows of the embeddings) and the keys and values of its row are read
+    matrices = {id(p) for m in model.modules() if isinstance(m, torch.nn.Linear) for p in [m.weight]}
+    weight_bytes = sum(p.numel() * (1 if quantize == 'int8' and id(p) in matrices else precision.itemsize)
+                       for m in model.modules() if not isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False))
     model.to(precision).eval()
     if use_compile:
         model.compile(dynamic=True)
+    else:
+        model.pack(None if quantize == 'none' else quantize)
     prompt = torch.randint(vocab_size, (batch_size, prompt_tokens), device=device)
     first_s, next_s = [], []
     for round_number in range(1 + rounds):  # round 0 warms up
@@ -158,8 +209,6 @@ def measure_decode(model, device, precision, use_compile):
     say(f'prefill: {described(first_ms)}, {prefill_tok_per_s:,.0f} tok/s')
     say(f'decode: {described(next_ms)}, {decode_tok_per_s:,.1f} tok/s in {batch_size} row{"s" * (batch_size > 1)}')
 
-    # a token cannot come sooner than the weights (not the rows of the embeddings) and the keys and values of its row are read
-    weight_bytes = sum(p.nbytes for m in model.modules() if not isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False))
     mean_context = prompt_tokens + max_new_tokens / 2
     cache_bytes = int(2 * n_layer * n_embd * mean_context * batch_size) * precision.itemsize
     read_bytes_per_s = limit_ms = None
@@ -186,12 +235,127 @@ def read_bandwidth(device, n_bytes=512 << 20):
 
 
 # -----------------------------------------------------------------------------
+# against a plain reference: float32, eager, an optimizer that goes from tensor to tensor, a new memmap for each batch, no cache
+
+
+def measure_compare(device, precision, use_compile):
+    """Ours and the reference take turns, so that whatever else the machine does hits both; what counts is the median of each."""
+    result = dict(training={}, decoding={})
+    say('| | reference | here | ratio |\n| --- | --- | --- | --- |')
+    for name, (shape, rows, turn) in COMPARED['training'].items():
+        result['training'][name] = each = compare_training(shape, rows, turn, device, precision, use_compile)
+        say(f'| training, {name}, {rows} x {shape["block_size"]} tokens: a step | {each["reference_ms"]["median"]:.1f} ms | '
+            f'{each["ms"]["median"]:.1f} ms | {each["ratio"]:.2f} |')
+        say(f'| the same: loss at the end, largest difference on the way | {each["reference_loss"]:.4f} | {each["loss"]:.4f} | {each["deviation"]:.2%} |')
+    result['decoding'] = compare_decoding(device, precision)
+    for name, tok_per_s in result['decoding']['tok_per_s'].items():
+        say(f'| decoding, {result["decoding"]["parameters"] / 1e6:.0f}M, {name}: tokens/s | {result["decoding"]["reference_tok_per_s"]:.1f} | '
+            f'{tok_per_s:.1f} | {tok_per_s / result["decoding"]["reference_tok_per_s"]:.1f} |')
+    return result
+
+
+def compare_training(shape, rows, turn, device, precision, use_compile):
+    """`steps` steps of each from the same weights on the same windows; times in turns of `turn` steps."""
+    loader = open_loader(block_size=shape['block_size'], batch_size=rows)
+    model = GPT(GPTConfig(**shape, vocab_size=loader.vocab_size, bias=False)).to(device)
+    reference = copy.deepcopy(model)
+    ours = make_step(model, device, precision, use_compile, learning_rate=3e-4)
+    decay = [[p for p in reference.parameters() if (p.dim() >= 2) == matrices] for matrices in (True, False)]
+    adamw = torch.optim.AdamW([dict(params=decay[0], weight_decay=1e-2), dict(params=decay[1], weight_decay=0.0)], lr=3e-4, betas=(0.9, 0.95),
+                              foreach=False, fused=False)
+
+    def our_step(step):
+        return ours(*loader.to(device, loader.batch(step)))
+
+    def reference_step(step):
+        x, y = (t.to(device) for t in plain_batch(loader, step))
+        loss = F.cross_entropy(plain_logits(reference, x).flatten(0, 1), y.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    times_s, losses = ([], []), ([], [])
+    for first in range(0, steps, turn):
+        for train_step, times, values in zip((our_step, reference_step), times_s, losses):
+            t_last = now(device)
+            for step in range(first, min(first + turn, steps)):
+                values.append(train_step(step))
+                t_last, t_before = now(device), t_last
+                times.append(t_last - t_before)
+    ours_ms, reference_ms = (spread_ms(times[min(warmup_steps, steps - 1):]) for times in times_s)
+    here, there = (torch.stack(values) for values in losses)
+    return dict(ms=ours_ms, reference_ms=reference_ms, ratio=reference_ms['median'] / ours_ms['median'], loss=here[-1].item(),
+                reference_loss=there[-1].item(), deviation=((here - there).abs() / there).max().item())
+
+
+def compare_decoding(device, precision):
+    """Tokens per second behind a prompt of prompt_tokens: each round the reference writes 2, we write max_new_tokens, in each of our ways."""
+    reference = GPT(GPTConfig(**COMPARED['decoding'], bias=False)).to(device).eval()
+    fast = copy.deepcopy(reference).to(precision).pack()
+    ways = {f'{name_of(precision)}, 1 row': (fast, 1), f'{name_of(precision)}, 8 rows': (fast, 8)}
+    if device.type == 'cpu':
+        ways['int8, 1 row'] = copy.deepcopy(reference).to(precision).pack('int8'), 1
+    prompt = torch.randint(reference.config.vocab_size, (8, prompt_tokens), device=device)
+    rates, reference_s = {name: [] for name in ways}, []
+    for round_number in range(1 + rounds):  # round 0 warms up
+        t_last = now(device)
+        idx = prompt[:1]
+        for _ in range(2):
+            idx = plain_next(reference, idx)
+            t_last, t_before = now(device), t_last
+            reference_s += [t_last - t_before] * bool(round_number)
+        for name, (model, rows) in ways.items():
+            for i, _ in enumerate(model.stream(prompt[:rows], max_new_tokens, temperature=0.8, top_k=200)):
+                t_last, t_before = now(device), t_last
+                rates[name] += [rows / (t_last - t_before)] * bool(round_number and i)  # the first token is the prompt's
+    return dict(parameters=reference.get_num_params(), reference_tok_per_s=1 / median(reference_s),
+                tok_per_s={name: median(values) for name, values in rates.items()})
+
+
+def plain_batch(loader, step):
+    """The loader's windows of a step, read one by one through a memmap opened for it."""
+    rows = [(shard.path, start) for _, shard, start, _ in loader._locate(np.arange(loader.batch_size) + step * loader.batch_size)]
+    data, T = np.memmap(rows[0][0], dtype=np.uint16, mode='r'), loader.block_size
+    x = torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64)) for _, i in rows])
+    y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + T].astype(np.int64)) for _, i in rows])
+    return x, y
+
+
+def plain_logits(model, idx):
+    """GPT-2's forward pass as a textbook has it, with the weights of an arch=gpt2 model: (B, T) -> (B, T, V)."""
+    B, T = idx.shape
+    parts, C = model.transformer, model.config.n_embd
+    x = parts.wte(idx) + parts.wpe(torch.arange(T, device=idx.device))
+    for block in parts.h:
+        q, k, v = block.attn.c_attn(block.ln_1(x)).split(C, dim=2)
+        q, k, v = (t.view(B, T, model.config.n_head, -1).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous().view(B, T, C)
+        x = x + block.attn.c_proj(y)
+        x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x))))
+    return model.lm_head(parts.ln_f(x))
+
+
+@torch.no_grad()
+def plain_next(model, idx, temperature=0.8, top_k=200):
+    """The row with one more token drawn behind it, from a pass over all of it."""
+    logits = plain_logits(model, idx)[:, -1] / temperature
+    logits[logits < logits.topk(top_k).values[:, [-1]]] = -float('inf')
+    return torch.cat((idx, torch.multinomial(logits.softmax(dim=-1), 1)), dim=1)
+
+
+# -----------------------------------------------------------------------------
 
 
 def check_settings():
     for name, least in (('batch_size', 1), ('steps', 1), ('warmup_steps', 0), ('prompt_tokens', 1), ('max_new_tokens', 2), ('rounds', 1), ('seed', 0)):
         if globals()[name] < least:
             raise ValueError(f'--{name}={globals()[name]}: accepted is {least} or more')
+    if loss_chunks != 'auto' and loss_chunks < 0:
+        raise ValueError(f'--loss_chunks={loss_chunks}: accepted is 0 or more, or auto')
+    if mode == 'compare' and prompt_tokens + max_new_tokens > COMPARED['decoding']['block_size']:
+        raise ValueError(f'prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens}: accepted are {COMPARED["decoding"]["block_size"]} together or less')
     if mode == 'decode' and prompt_tokens + max_new_tokens > block_size:
         raise ValueError(f'prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} do not fit into block_size={block_size}: '
                          f'use --block_size={prompt_tokens + max_new_tokens} or more')

@@ -9,6 +9,7 @@ import runpy
 import sys
 
 import pytest
+import torch
 
 import bench
 from conftest import ROOT
@@ -78,6 +79,42 @@ def test_memory_limit(monkeypatch, capsys):
     assert any(line.startswith('memory limit: ') for line in words)
 
 
+def test_data(tiny):
+    code, stdout, stderr, result = run_bench('--mode=data', f'--dataset={tiny}', '--batch_size=3', '--block_size=16', '--steps=4', '--warmup_steps=1')
+    assert (code, stderr) == (0, '') and result['batch_ms']['n'] == 4
+    assert result['tok_per_s'] == pytest.approx(3 * 16 / result['batch_ms']['median'] * 1000)
+    assert 'loader: ' in stdout and 'first batch: ' in stdout
+
+
+def test_reference_computes_what_the_model_does(tiny):
+    model = bench.GPT(bench.GPTConfig(16, 65, 2, 2, 16, activation='gelu')).eval()
+    loader = bench.Loader(tiny, 'train', 16, 3)
+    x, y = loader.batch(5)
+    for ours, theirs in zip((x, y), bench.plain_batch(loader, 5)):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(bench.plain_logits(model, x), model(x, y)[0], atol=1e-5, rtol=0)
+    assert bench.plain_next(model, x[:1], top_k=1)[0, -1] == model.generate(x[:1], 1, temperature=0)[0, -1]
+
+
+def test_compare(tiny, monkeypatch, capsys):
+    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=16)
+    monkeypatch.setattr(bench, 'COMPARED', dict(training={'tiny': (shape, 3, 2)}, decoding=dict(shape, vocab_size=300)))
+    monkeypatch.setattr(sys, 'argv', ['bench.py', '--mode=compare', f'--dataset={tiny}', '--steps=5', '--warmup_steps=1', '--prompt_tokens=8',
+                                      '--max_new_tokens=4', '--rounds=1', '--device=cpu', '--dtype=float32'])
+    for name in bench.config_of(vars(bench)):
+        monkeypatch.setattr(bench, name, getattr(bench, name))
+    bench.configure(vars(bench))
+    bench.main()
+    *words, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    training = result['training']['tiny']
+    assert training['ms']['n'] == training['reference_ms']['n'] == 4
+    assert training['ratio'] == pytest.approx(training['reference_ms']['median'] / training['ms']['median'])
+    assert training['deviation'] < 1e-3  # float32, and two kinds of GELU
+    assert set(result['decoding']['tok_per_s']) == {'float32, 1 row', 'float32, 8 rows', 'int8, 1 row'}
+    assert sum(line.startswith('| ') for line in words) == 2 + 2 + 3
+
+
 def test_json_leaves_out_the_words():
     _, stdout, _, result = run_bench(*STEP, '--json')
     settings, line = stdout.splitlines()
@@ -98,10 +135,11 @@ def test_windows_of_a_dataset(tiny):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--mode=decod'], '--mode=decod: accepted is step or decode; did you mean decode?'),
+    (['--mode=decod'], '--mode=decod: accepted are step, decode, data, compare; did you mean decode?'),
     (['--steps=0'], '--steps=0: accepted is 1 or more'),
     (['--mode=decode', '--max_new_tokens=1'], '--max_new_tokens=1: accepted is 2 or more'),
     (['--mode=decode', '--prompt_tokens=1000'], 'prompt_tokens=1000 and max_new_tokens=128 do not fit into block_size=1024: use --block_size=1128 or more'),
+    (['--loss_chunks=-1'], '--loss_chunks=-1: accepted is 0 or more, or auto'),
     (['--n_embd=10', '--n_head=3'], 'n_embd=10 is not divisible by n_head=3: use n_embd=9 or 12'),
 ])
 def test_wrong_settings(flags, message):
