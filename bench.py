@@ -123,7 +123,7 @@ def make_step(model, device, precision, use_compile, learning_rate=1e-4):
     """A function that trains the model on x and y, (B, T) int64 each, and returns the loss, as a tensor: nothing waits for the device."""
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    optimizers = configure_optimizers(model, optimizer=optimizer, learning_rate=learning_rate, weight_decay=1e-2)
+    optimizers = configure_optimizers(model, optimizer=optimizer, learning_rate=learning_rate, weight_decay=1e-2, dtype=precision)
     model.loss_chunks = loss_chunks
     model.train()
     if use_compile:

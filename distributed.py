@@ -193,7 +193,10 @@ def multiplies_bfloat16(device):
 
 
 def choose_dtype(name, device):
-    """The dtype of the matrix products: 'auto' is bfloat16 where the device multiplies it, else float16 on CUDA and float32 elsewhere."""
+    """The dtype of the matrix products: 'auto' is bfloat16 where the device multiplies it, else float16 on CUDA and float32 elsewhere.
+
+    On such CPUs bfloat16 won at every size measured: a step of 0.8M parameters took 0.6 to 0.75 of float32's time, one of 10.7M 0.36.
+    """
     if name != 'auto':
         return getattr(torch, name)
     if multiplies_bfloat16(device):
@@ -202,7 +205,10 @@ def choose_dtype(name, device):
 
 
 def choose_compile(choice, device):
-    """Whether to compile: 'auto' does where it pays (CUDA) and works; a compiler that fails costs one line, not the run."""
+    """Whether to compile: 'auto' does where it pays (CUDA) and works; a compiler that fails costs one line, not the run.
+
+    On a CPU it takes 20 to 40 s, and then a step of 10.7M parameters 476 ms instead of 437, one of 0.8M 19.5 ms instead of 21.7.
+    """
     if choice is False or (choice == 'auto' and device.type != 'cuda'):
         return False
     try:

@@ -108,6 +108,7 @@ restart_mult = 1  # cosine_restarts: each period is so many times as long as the
 seed = 1337
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+loss_chunks: int | Literal['auto'] = 'auto'  # parts of the rows whose logits are in memory at a time; auto = one where they are small; 0 = one
 compile: bool | Literal['auto'] = 'auto'
 activation_checkpointing = False  # less memory: blocks are computed again for the backward pass, a third more work
 backend: Literal['auto', 'nccl', 'gloo', 'mpi'] = 'auto'
@@ -149,7 +150,7 @@ def main(explicit):
     tokenizer_meta, vocab_size = train_loader.splits[0].tokenizer, train_loader.splits[0].vocab_size
     torch.manual_seed(seed)
     model = make_model(state, start, vocab_size, tokenizer_meta)
-    model.activation_checkpointing = activation_checkpointing
+    model.activation_checkpointing, model.loss_chunks = activation_checkpointing, loss_chunks
     precision = distributed.choose_dtype(dtype, place.device)
     wrapped = distributed.wrap(model, place, parallel, shard_ranks, precision)
     parameters = list(model.parameters())
@@ -390,6 +391,8 @@ def check_settings():
     if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:
         raise ValueError(f'min_lr={min_lr} is above learning_rate={learning_rate}, which falls to it: '
                          f'use --min_lr={learning_rate / 10:g}, or --decay_lr=False')
+    if loss_chunks != 'auto' and loss_chunks < 0:
+        raise ValueError(f'loss_chunks={loss_chunks}: accepted is 0 or more, or auto')
     if not 0 <= decay_fraction <= 1:
         raise ValueError(f'decay_fraction={decay_fraction}: accepted is 0 up to 1, the part of max_iters')
     if 0 < skip_spikes <= 1:
