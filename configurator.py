@@ -13,11 +13,20 @@ The default's type is what it accepts, unless an annotation says more; None need
 
     top_k: int | None = 200
     compile: bool | Literal['auto'] = 'auto'
+
+A config file whose settings follow from others has a function for that, which is called once the flags are known:
+
+    def derive(depth: int = 12, head_dim: int = 128, max_iters=None):
+        return dict(n_layer=depth, n_head=depth * 64 // head_dim, ...)
+
+Its parameters are settings of the script, or with an annotation settings of the file's own that flags may give as well. Each gets what a
+flag or a file says, else its default here, else the script's. What it returns wins over the files so far, and flags win over that.
 """
 
 import ast
 import contextlib
 import difflib
+import inspect
 import io
 import numbers
 import os
@@ -47,10 +56,14 @@ def configure(settings, argv=None):
         print(help_text(settings), flush=True)
         raise SystemExit(0)
     accepted, defaults, given = accepted_by(settings), config_of(settings), {}
-    files, flags = parse(argv, accepted)
-    for file in files:
-        given.update(read_config(file, settings.get('__file__', ''), {**defaults, **given}, accepted))
-    given.update(flags)
+    known = dict(accepted)  # and what the files add for their own use
+    for file in parse(argv, known, strict=False)[0]:
+        values, derive = read_config(file, settings.get('__file__', ''), {**defaults, **given}, accepted)
+        given.update(values)
+        known = {**own_settings(derive), **known}
+        given.update(call_derive(file, derive, given, parse(argv, known, strict=False)[1], defaults, accepted))
+    _, flags = parse(argv, known)
+    given.update((name, value) for name, value in flags.items() if name in accepted)
     settings.update(given)
     changed = [f'{name} = {settings[name]!r}' for name in defaults if settings[name] != defaults[name]]
     if changed and os.environ.get('RANK', '0') == '0':
@@ -75,11 +88,14 @@ def accepted_by(settings):
     for name, value in settings.items():
         if name.startswith('_') or name.isupper() or type(value) not in WORDS or (value is None and name not in hints):
             continue
-        hint = hints.get(name, type(value))
-        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        members = typing.get_args(hint) if union else [hint]
-        accepted[name] = [option for member in members for option in typing.get_args(member) or [member]]
+        accepted[name] = options_of(hints.get(name, type(value)))
     return accepted
+
+
+def options_of(hint):
+    """bool | Literal['auto'] -> [bool, 'auto']"""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+    return [option for member in members for option in typing.get_args(member) or [member]]
 
 
 def phrase(options):
@@ -131,8 +147,11 @@ def nearest(word, choices, remedy, otherwise=''):
 # where settings are given
 
 
-def parse(argv, accepted):
-    """The command line -> (config files in order, name -> value of each flag, the last of several winning)."""
+def parse(argv, accepted, strict=True):
+    """The command line -> (config files in order, name -> value of each flag, the last of several winning).
+
+    strict  False passes over flags that are not accepted: the files may add to what is
+    """
     files, flags, rest = [], {}, list(argv)
     while rest:
         arg = rest.pop(0)
@@ -140,6 +159,10 @@ def parse(argv, accepted):
         name = key.lstrip('-').replace('-', '_')
         if not key.startswith('-') and name not in accepted:
             files.append(arg)
+            continue
+        if not strict and name not in accepted:
+            if not equals and rest and not rest[0].startswith('--'):
+                rest.pop(0)
             continue
         if not key.startswith('--') or name not in accepted:
             raise ValueError(f'{key}: unknown setting' + nearest(name, accepted, ', did you mean --{}?', ', --help lists all'))
@@ -157,7 +180,7 @@ def parse(argv, accepted):
 
 
 def read_config(file, script, current, accepted):
-    """Run a config file with the current settings in sight; returns name -> value of the settings that it gives.
+    """Run a config file with the current settings in sight; returns name -> value of those that it gives, and its derive() or None.
 
     Its imports, functions, classes and names that begin with an underscore are its own; any other unknown name is an error.
     """
@@ -171,9 +194,7 @@ def read_config(file, script, current, accepted):
         symbols = symtable.symtable(source, path, 'exec').get_symbols()
         result = runpy.run_path(path, init_globals=current)
     except (Exception, SystemExit) as e:
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        line = lines[-1] if lines else getattr(e, 'lineno', None)  # the latter of a SyntaxError
-        raise ValueError(f'{file}:{line or 1}: {type(e).__name__}: {getattr(e, "msg", e)}') from e
+        raise ValueError(where(file, path, e)) from e
     # Given is what it assigns, be it the default, and what an `import *` changed.
     assigned = [symbol.get_name() for symbol in symbols if symbol.is_assigned()]
     for name in assigned:
@@ -181,8 +202,40 @@ def read_config(file, script, current, accepted):
         if name not in accepted and not own:
             near = nearest(name, accepted, ', did you mean {}?', ' (a name of its own begins with _)')
             raise ValueError(f'{file}: unknown setting {name}{near}')
-    return {name: checked(result[name], accepted[name], f'{file}: {name} = {result[name]!r}')
-            for name in current if name in result and (name in assigned or result[name] is not current[name])}
+    values = {name: checked(result[name], accepted[name], f'{file}: {name} = {result[name]!r}')
+              for name in current if name in result and (name in assigned or result[name] is not current[name])}
+    return values, result.get('derive') if inspect.isfunction(result.get('derive')) else None
+
+
+def where(file, path, error):
+    """'config/x.py:3: ZeroDivisionError: division by zero', with the last line of the file that had a part in it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    line = lines[-1] if lines else getattr(error, 'lineno', None)  # the latter of a SyntaxError
+    return f'{file}:{line or 1}: {type(error).__name__}: {getattr(error, "msg", error)}'
+
+
+def own_settings(derive):
+    """name -> what it accepts, of the annotated parameters of a file's derive()."""
+    return {name: options_of(hint) for name, hint in typing.get_type_hints(derive).items()} if derive else {}
+
+
+def call_derive(file, derive, given, flags, defaults, accepted):
+    """name -> value of the settings that follow from the others."""
+    if derive is None:
+        return {}
+    arguments = {}
+    for name, parameter in inspect.signature(derive).parameters.items():
+        known = [values[name] for values in (flags, given) if name in values]
+        own = parameter.default if parameter.default is not parameter.empty else defaults.get(name)
+        arguments[name] = known[0] if known else own
+    try:
+        values = derive(**arguments)
+    except Exception as e:
+        raise ValueError(where(file, derive.__code__.co_filename, e)) from e
+    for name in values:
+        if name not in accepted:
+            raise ValueError(f'{file}: derive() gives {name}, an unknown setting{nearest(name, accepted, ", did you mean {}?")}')
+    return {name: checked(value, accepted[name], f'{file}: {name} = {value!r}') for name, value in values.items()}
 
 
 # -----------------------------------------------------------------------------

@@ -425,3 +425,57 @@ def test_memory_that_is_not_there_is_one_line(error, capsys):
 def test_other_errors_of_ours_keep_their_traceback():
     with pytest.raises(RuntimeError, match='a mistake of ours'), one_line_errors():
         raise RuntimeError('a mistake of ours')
+
+
+# -----------------------------------------------------------------------------
+# settings that follow from others
+
+
+DERIVE = '''
+learning_rate = 1
+def derive(depth: int = 12, kind: Literal['a', 'b'] | None = None, max_iters=None, batch_size=8, *, learning_rate):
+    return dict(gradient_accumulation_steps=depth * batch_size, dropout=0.5, out_dir=f'{kind} {max_iters} {learning_rate}')
+'''
+
+
+@pytest.mark.parametrize('argv, expected', [
+    ([], dict(gradient_accumulation_steps=96, out_dir='None None 1.0')),
+    (['--depth=4'], dict(gradient_accumulation_steps=32)),
+    (['--depth', '4', '--kind=b'], dict(gradient_accumulation_steps=32, out_dir='b None 1.0')),
+    (['--max_iters=5', '--batch_size=1', '--learning_rate=2'], dict(gradient_accumulation_steps=12, out_dir='None 5 2.0')),
+    (['--gradient_accumulation_steps=7', '--depth=4', '--dropout=0'], dict(gradient_accumulation_steps=7, dropout=0.0)),
+    (['config/later.py', '--depth=4'], dict(gradient_accumulation_steps=33)),
+])
+def test_a_config_file_derives_settings_from_flags_and_flags_win_over_them(config, argv, expected):
+    config('gradient_accumulation_steps += 1', 'later.py')
+    given = given_by(config('from typing import Literal' + DERIVE, 'dial.py'), *argv)
+    assert same({name: given[name] for name in expected}, expected)
+    assert given.keys() == {'learning_rate', 'gradient_accumulation_steps', 'dropout', 'out_dir'} | (
+        {argument.partition('=')[0].lstrip('-') for argument in argv if argument[:3] in ('--m', '--b')})
+
+
+def test_an_earlier_file_reaches_derive(config):
+    first = config('batch_size = 3\nmax_iters = 9', 'first.py')
+    given = given_by(first, config('from typing import Literal' + DERIVE, 'dial.py'), '--depth=1')
+    assert (given['gradient_accumulation_steps'], given['out_dir']) == (3, 'None 9 1.0')
+
+
+@pytest.mark.parametrize('argv, problem', [
+    (['--dept=4'], '--dept: unknown setting, did you mean --depth?'),
+    (['--depth=x'], '--depth=x: accepted is a whole number'),
+    (['--kind=c'], '--kind=c: accepted are a, b, None'),
+    (['--depht', '4'], '--depht: unknown setting, did you mean --depth?'),
+])
+def test_flags_of_a_files_own_settings_are_checked(config, argv, problem):
+    assert error_of(config('from typing import Literal' + DERIVE, 'dial.py'), *argv).startswith(problem)
+    assert error_of('--depth=4') == '--depth: unknown setting, --help lists all'
+
+
+@pytest.mark.parametrize('body, problem', [
+    ("    return dict(batchsize=3)", ': derive() gives batchsize, an unknown setting, did you mean batch_size?'),
+    ("    return dict(batch_size='3')", ": batch_size = '3': accepted is a whole number"),
+    ("    x = 1\n    return dict(batch_size=x // depth)", ':4: ZeroDivisionError: integer division or modulo by zero'),
+])
+def test_a_derive_that_fails_names_file_and_line(config, body, problem):
+    file = config('# a dial\ndef derive(depth: int = 0):\n' + body)
+    assert error_of(file) == file + problem
