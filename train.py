@@ -99,6 +99,7 @@ max_skipped_steps = 100  # in a row; then the run stops
 decay_lr = True  # False = constant, without warm-up
 lr_schedule: Literal['cosine', 'wsd', 'cosine_restarts', 'constant'] = 'cosine'
 warmup_iters = 2000
+muon_warmup_iters = 300  # Muon's momentum rises from 0.85 to 0.95
 lr_decay_iters = 600000  # cosine: where min_lr is reached
 min_lr = 6e-5  # for learning_rate; the other rates end at the same fraction of their peak
 decay_fraction = 0.4  # wsd: the last part of max_iters falls linearly to min_lr
@@ -124,8 +125,9 @@ THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 
 LIMITS = (  # least, below, and the settings that this holds for; GPTConfig knows those of the model
     (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters restart_iters restart_mult'),
     (1, math.inf, 'max_skipped_steps timeout_s'),
-    (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters lr_decay_iters learning_rate matrix_lr embedding_lr head_lr min_lr'),
-    (0, math.inf, 'weight_decay grad_clip skip_spikes shard_ranks patience hellaswag_interval lambada_interval core_interval max_examples'),
+    (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters muon_warmup_iters lr_decay_iters'),
+    (0, math.inf, 'learning_rate matrix_lr embedding_lr head_lr min_lr weight_decay grad_clip skip_spikes shard_ranks'),
+    (0, math.inf, 'patience hellaswag_interval lambada_interval core_interval max_examples'),
     (0, 1, 'beta1 beta2'),
     (0, 2**63, 'seed'),
     (-1, math.inf, 'keep_last_n_checkpoints'),
@@ -274,7 +276,7 @@ def main(explicit):
 
         # one update
         scale = lr_at(iter_num)
-        set_lr(optimizers, scale, muon_momentum(iter_num))
+        set_lr(optimizers, scale, muon_momentum(iter_num, muon_warmup_iters))
         torch.manual_seed(((seed * 1_000_003 + iter_num) * 1_000_003 + place.rank) % 2**63)  # dropout: as in an unbroken run
         n_targets = max(1, train_loader.count_targets(iter_num))
         step_loss = torch.zeros((), device=place.device)
