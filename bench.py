@@ -13,6 +13,7 @@ one JSON object with every number, the settings, the machine and the versions; w
 import copy
 import platform
 import time
+from contextlib import nullcontext
 from json import dumps
 from statistics import median
 from typing import Literal
@@ -30,6 +31,7 @@ from optim import configure_optimizers
 # -----------------------------------------------------------------------------
 mode: Literal['step', 'decode', 'data', 'compare'] = 'step'  # step = forward, backward, update; decode = read a prompt, write on; see above
 json = False  # no words, only the closing line
+profile = False  # also the five operations that take most of the time, warm-up included; slows what is measured
 # model
 arch: Literal['gpt2', 'modern'] = 'gpt2'
 n_layer = 12
@@ -75,12 +77,20 @@ def main():
     precision = distributed.choose_dtype(dtype, place.device)
     use_compile = distributed.choose_compile(compile if mode in ('step', 'compare') else compile is True and quantize == 'none', place.device)
     say(f'device: {distributed.device_name(place.device)}, {name_of(precision)}, {"compiled" if use_compile else "eager"}')
+    if profile and mode not in ('step', 'decode'):
+        raise ValueError(f'profile=True is for mode=step and mode=decode, not mode={mode}')
     if mode in ('step', 'decode'):
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, arch)).to(place.device)
         say(f'model: {arch}, {model.get_num_params() / 1e6:.2f}M parameters')
-        result = dict(parameters=model.get_num_params(), **(measure_step if mode == 'step' else measure_decode)(model, place.device, precision, use_compile))
+        with torch.profiler.profile() if profile else nullcontext() as profiler:
+            result = (measure_step if mode == 'step' else measure_decode)(model, place.device, precision, use_compile)
+        result['parameters'] = model.get_num_params()
     else:
         result = measure_data() if mode == 'data' else measure_compare(place.device, precision, use_compile)
+    if profile:
+        result['top_costs'] = top_costs(profiler, place.device)
+        for name, ms, share in result['top_costs']:
+            say(f'{share:6.1%} {ms:10.1f} ms  {name}')
     peak_bytes = distributed.peak_memory_bytes(place.device)
     say(f'peak memory: {gigabytes(peak_bytes)} {"of this process" if place.device.type == "cpu" else "allocated on the device"}'
         if peak_bytes else 'peak memory: not known here')
@@ -221,6 +231,16 @@ def measure_decode(model, device, precision, use_compile):
             f'the {read_bytes_per_s / 1e9:,.1f} GB/s measured here; decoding is at {limit_ms / next_ms["median"]:.0%} of it')
     return dict(prefill_ms=first_ms, prefill_tok_per_s=prefill_tok_per_s, decode_ms=next_ms, decode_tok_per_s=decode_tok_per_s,
                 weight_bytes=weight_bytes, cache_bytes=cache_bytes, read_bytes_per_s=read_bytes_per_s, memory_limit_ms=limit_ms)
+
+
+def top_costs(profiler, device, n=5):
+    """[(name, ms, share of all)] of the n kernels (on a CPU: operations) that took most of the time, without what they call."""
+    if device.type == 'cuda':
+        costs = [(e.key, e.self_device_time_total / 1000) for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    else:
+        costs = [(e.key, e.self_cpu_time_total / 1000) for e in profiler.key_averages()]
+    total = sum(ms for _, ms in costs)
+    return [(name, ms, ms / total) for name, ms in sorted(costs, key=lambda cost: -cost[1])[:n]]
 
 
 def read_bandwidth(device, n_bytes=512 << 20):

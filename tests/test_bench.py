@@ -6,13 +6,16 @@ import json
 import math
 import os
 import runpy
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import bench
-from conftest import ROOT
+from conftest import ROOT, pack_chars, sentences
 
 SMALL = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=65', '--batch_size=2', '--device=cpu', '--dtype=float32')
 STEP = (*SMALL, '--warmup_steps=1', '--steps=3')
@@ -49,6 +52,26 @@ def test_step(arch, optimizer):
     assert result['settings']['arch'] == arch and result['machine']['torch'] and result['dtype'] == 'float32'
     for word in ('tok/s', 'TFLOP/s', ' ms (median of 3', 'loss', 'peak memory', 'step 1 of 4'):
         assert word in stdout
+
+
+def test_profile_names_the_five_operations_that_cost_most():
+    code, stdout, _, result = run_bench(*STEP, '--profile=True')
+    ms, shares = [cost[1] for cost in result['top_costs']], [cost[2] for cost in result['top_costs']]
+    assert code == 0 and len(ms) == 5 and ms == sorted(ms, reverse=True) and 0 < sum(shares) < 1
+    assert all(f'{share:.1%}' in stdout and name in stdout for name, _, share in result['top_costs'])
+
+
+@pytest.mark.full
+def test_one_call_measures_all_that_a_gpu_is_wanted_for(tmp_path):
+    pack_chars(tmp_path / 'shakespeare_char', sentences(3000, 1), sentences(500, 2))
+    small = '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=32', '--batch_size=2', '--dtype=float32', '--compile=False'
+    copy = tmp_path / 'copy'
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', 'out*', '*.bin', 'meta.json', '__pycache__'))
+    shutil.copytree(tmp_path / 'shakespeare_char', copy / 'data' / 'shakespeare_char', dirs_exist_ok=True)
+    done = subprocess.run(['sh', copy / 'launch' / 'gpu.sh', *small], capture_output=True, text=True, encoding='utf-8',
+                          env={**os.environ, 'STEPS': '2', 'PROMPT': '8', 'NEW': '8', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count('\n{"mode"') == 9 and done.stdout.count('\ndone: out-gpu-') == 2 and 'FAILED' not in done.stdout
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
