@@ -1,17 +1,24 @@
-"""Documents to the token files that training reads.
+"""Any corpus to the token files that training reads.
 
-    from data.pack import pack_documents, write_dataset
+    python data/pack.py build --input corpus.jsonl.gz news/ --tokenizer gpt2 --out data/mine
+    python data/pack.py build --input zhwiki.xml.bz2 --field title,text --tokenizer data/tokenizers/zh --clean --out data/zhwiki
+    python data/pack.py mix zhwiki:0.6,news:0.4 --out data/mixed
+    python data/pack.py inspect data/mixed
+
+build reads what data/formats.py lists, tokenizes on all cores and writes train.bin (or train_000000.bin and so on with
+--shard_tokens), train.idx, the same for val, and meta.json last. The hash of each document decides whether it is for validation, so that it
+stays where it is when documents are added. Documents stream through: memory holds a few megabytes of them a core, however large
+the corpus. A run that was killed is continued by the same command. The files are the same byte for byte, however many
+workers there were and however often it was killed.
+
+    from data.pack import write_dataset
     write_dataset('data/mine', tokenizer, {'train': ['one document', 'another'], 'val': ['a third']}, source='my notes')
-    pack_documents('data/web', tokenizer, lambda start: iter(texts[start:]), source='the web', shard_tokens=10**8)
 
-Both write train.bin (or train_000000.bin and so on) and train.idx, the same for val, and meta.json last; then they print what
-these hold. Documents stream through: memory holds a few batches of them. write_dataset takes the splits as they are
-given, in this process. pack_documents is for a corpus: it splits by hash, tokenizes on all cores and continues where a killed
-run stopped. Its files are the same byte for byte, however many workers there were and however often it was killed. A script
-that calls it needs an `if __name__ == '__main__'`, since each worker imports the script.
+does so with documents and splits that a script has at hand. A script that packs on several cores needs an
+`if __name__ == '__main__'`, since each worker imports it.
 
-Until all is written it lies in .packing below the dataset's folder. With it lies progress.json: how many documents were read and
-how much of each file they make. What a killed run wrote past that is cut off, and written again.
+Until all is written it lies in .packing below the dataset's folder. With it lies progress.json: how far the corpus was read and
+how much of each file that makes. What a killed run wrote past that is cut off, and written again.
 """
 import argparse
 import hashlib
@@ -21,166 +28,132 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 import threading
 import time
+import unicodedata
 import zlib
-from collections import deque
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from data.tokenizer import GPT2Tokenizer, load_tokenizer
-
-# -----------------------------------------------------------------------------
-# reading
-
-def read_text(path):
-    """The text of a UTF-8 file, line ends as they are. Raises ValueError naming file and line where it is not UTF-8."""
-    data = Path(path).read_bytes()
-    try:
-        return data.decode('utf-8-sig')  # a byte order mark is not text
-    except UnicodeDecodeError as error:
-        line = error.object.count(b'\n', 0, error.start) + 1
-        raise ValueError(f'{path}, line {line}: not UTF-8 ({error.reason}): convert the file to UTF-8') from None
-
-
-def find_files(inputs, suffix):
-    """The files named, and those ending in suffix below the folders named, in a fixed order."""
-    paths = []
-    for path in map(Path, inputs):
-        found = sorted(path.rglob(f'*{suffix}')) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f'{path}: no {suffix} file in this folder')
-        paths += found
-    return paths
-
-
-def parquet_texts(paths, start=0, column='text'):
-    """The texts in one column of Parquet files, file after file. Rows before number `start` are not read, where a file's own
-    numbers show where they end; a row without text is an empty text."""
-    for path in paths:
-        with opened_parquet(path) as parquet:
-            have = parquet.schema_arrow.names
-            if column not in have or 'string' not in str(parquet.schema_arrow.field(column).type):
-                raise ValueError(f'{path} has no column {column!r} with text, only {", ".join(have)}')
-            n_rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-            groups = list(range(parquet.num_row_groups))
-            while groups and start >= n_rows[groups[0]]:
-                start -= n_rows[groups.pop(0)]
-            for rows in parquet.iter_batches(batch_size=256, row_groups=groups, columns=[column]) if groups else ():
-                texts = rows.column(0).to_pylist()[start:]
-                start = max(start - rows.num_rows, 0)
-                yield from (text or '' for text in texts)
-
-
-def count_rows(paths):
-    """Rows of Parquet files, as the files themselves say. Finds a file that is none before the first hour of work, too."""
-    n_rows = 0
-    for path in paths:
-        with opened_parquet(path) as parquet:
-            n_rows += parquet.metadata.num_rows
-    return n_rows
-
-
-@contextmanager
-def opened_parquet(path):
-    """A Parquet file on disk, or on the Hugging Face hub where its name begins with hf://. What breaks in there is one line."""
-    import pyarrow.parquet
-    try:
-        if str(path).startswith('hf://'):
-            from huggingface_hub import HfFileSystem
-            file = HfFileSystem().open(path, block_size=32 << 20)  # bytes that one request asks for
-        else:
-            file = open(path, 'rb')
-        with file:  # the buffer keeps a row group of any size from being read as a whole
-            yield pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # pyarrow, the file system of the hub and its client each raise their own
-        if str(error).startswith(str(path)):
-            raise  # it is one of ours
-        raise OSError(f'{path} could not be read ({one_line(error)}): put that right and run this again, it continues') from error
-
-
-def hub_files(repo, revision, folder):
-    """The names hf://... of the Parquet files in a folder of a dataset on the Hugging Face hub, or on the mirror at HF_ENDPOINT."""
-    from huggingface_hub import HfFileSystem
-    try:
-        found = HfFileSystem().ls(f'datasets/{repo}@{revision}/{folder}', detail=False)
-        paths = [f'hf://{path}' for path in sorted(found) if path.endswith('.parquet')]
-        why = 'no .parquet file there'
-    except Exception as error:  # whatever the hub's client and the network below it raise
-        paths, why = [], one_line(error)
-    if not paths:
-        raise OSError(f'{repo} is out of reach ({why}): bring the files {folder}/*.parquet of its revision {revision[:12]} here '
-                      'by other means, and name their folder with --input')
-    return paths
-
-
-def one_line(error):
-    return ' '.join(str(error).split())[:300] or type(error).__name__
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # instead of this folder
+from data import formats
+from data.fetch import one_line_errors
+from data.formats import Block, find_files
+from data.tokenizer import CharTokenizer, GPT2_META, load_tokenizer, read_meta
 
 # -----------------------------------------------------------------------------
 # encoding: documents to ids, on all cores
 
-BATCH_CHARS = 1 << 20  # what a worker is given at a time, or one document if that is longer
-
-
-def in_batches(documents, first=0):
-    """(number of its first document, list of documents) of one batch after the other."""
+def in_batches(blocks):
+    """Lists of blocks that a worker is given at a time: one of about 1 MiB, or small text files together."""
     batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document) + 100  # what Python spends on one, however short
-        if size > BATCH_CHARS:
-            yield first, batch
-            first, batch, size = first + len(batch), [], 0
+    for block in blocks:
+        batch.append(block)
+        size += block.size + 1000
+        if block.format != 'text' or size > formats.BLOCK_BYTES // 2:
+            yield batch
+            batch, size = [], 0
     if batch:
-        yield first, batch
+        yield batch
+
+
+def given(documents, name=''):
+    """Blocks of documents that a script has at hand: texts, rows of ids, or pairs (ids, mask)."""
+    place = 0
+    for data, size, after, _, _ in formats.grouped(documents, len, 0):
+        yield Block(f'{name} document'.strip(), 'given', data, size, (0, place, 0), (0, after, 0), 0)
+        place = after
+
+
+def hash_of(data, purpose=b''):
+    """64 bits of a document."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=purpose).digest(), 'big')
 
 
 def split_by_hash(text, val_fraction):
     """'train' or 'val'. The text alone decides: not its place, nor what else there is; and equal texts are never in both."""
-    digest = hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
-    return 'val' if int.from_bytes(digest, 'big') < val_fraction * 2 ** 64 else 'train'
+    return 'val' if hash_of(text.encode('utf-8', 'surrogatepass')) < val_fraction * 2 ** 64 else 'train'
+
+
+CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]')  # all but tab and line feed, and the byte order mark
+
+
+def cleaned(text):
+    """NFC, line ends as line feeds, no control characters, no white space around."""
+    text = text.replace('\r\n', '\n').replace('\r', '\n')
+    return unicodedata.normalize('NFC', CONTROL.sub('', text)).strip()
+
+
+# what becomes of a batch of documents: all ids in a row, the eot before a text among them; of each document its length, whether eot
+# stands before it, its bytes and its hash; mask (None: all are targets); Counter of what was left out, and why
+Encoded = namedtuple('Encoded', 'ids lengths leads n_bytes hashes mask left_out')
 
 
 class Encoder:
-    """A batch of documents to the ids that go into the files."""
+    """Blocks of documents to ids.
 
-    def __init__(self, tokenizer, val_fraction=None):
-        self.tokenizer, self.val_fraction = tokenizer, val_fraction
+    val_fraction   share of the documents for validation, by split_by_hash; None: the splits are given
+    fields, errors   as in data.formats.blocks
+    clean          normalize texts (see cleaned); pack_documents then takes each text once
+    min_chars      leave shorter texts out
+    sample         share of the texts to keep; the hash of each decides
+    eot_in_rows    put eot between rows of ids, too
+    """
+
+    def __init__(self, tokenizer, val_fraction=None, fields=('text',), errors='strict', clean=False, min_chars=1, sample=1.0,
+                 eot_in_rows=False):
+        self.tokenizer, self.val_fraction, self.fields, self.errors = tokenizer, val_fraction, fields, errors
+        self.clean, self.min_chars, self.sample, self.eot_in_rows = clean, min_chars, sample, eot_in_rows
+        self.options = dict(val_fraction=val_fraction, fields=list(fields), clean=clean, min_chars=min_chars, sample=sample)
         self.dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
         self.token_bytes = tokenizer.token_bytes()
 
-    def __call__(self, split, first, documents):
-        """
-        split      name of the documents' split; None: the hash of each decides
-        first      number of the first document
-        documents  list of texts, or of rows of ids
-        returns    {split: (ids, offsets, lengths, bytes)}: eot stands before each text, and offsets say where the documents are
-        """
-        nothing, eot = np.zeros(0, dtype=np.int64), self.tokenizer.eot
-        before_text = nothing if eot is None else np.array([eot])
-        found = {}
-        for n, document in enumerate(documents, first):
-            ids = document_ids(document, self.tokenizer, f'{split} document {n}' if split else f'document {n}')
-            if len(ids):
-                name = split or split_by_hash(document, self.val_fraction)
-                found.setdefault(name, []).append((before_text if isinstance(document, str) else nothing, ids))
-        return {name: self.joined(pairs) for name, pairs in found.items()}
+    def __call__(self, blocks):
+        """Encoded of all documents of some blocks."""
+        before, rows, hashes, masks, left_out = [] if self.tokenizer.eot is None else [self.tokenizer.eot], [], [], [], Counter()
+        for block in blocks:
+            documents = block.data if block.format == 'given' else formats.parse(block, self.fields, self.errors)
+            for n, document in enumerate(documents, block.begin[1]):
+                mask = None
+                if isinstance(document, str):
+                    document = self.chosen(document, left_out)
+                elif isinstance(document, tuple):
+                    document, mask = document
+                ids = document_ids(document, self.tokenizer, f'{block.path} {n}' if block.format == 'given' else f'{block.path}, row {n}')
+                if len(ids):
+                    is_text = isinstance(document, str)
+                    lead = before if is_text or self.eot_in_rows else []
+                    rows.append((lead, ids))
+                    hashes.append(hash_of(document.encode('utf-8', 'surrogatepass') if is_text else ids.tobytes()))
+                    masks.append((np.ones(len(lead), np.uint8), np.ones(len(ids), np.uint8) if mask is None else mask))
+        if not rows:
+            return Encoded(*[np.zeros(0, np.int64)] * 5, None, left_out)
+        ids = np.concatenate([piece for row in rows for piece in row]).astype(np.int64)
+        lengths, leads = (np.array([len(row[i]) for row in rows]) for i in (1, 0))
+        n_bytes = np.add.reduceat(self.token_bytes[ids], np.cumsum(lengths + leads) - lengths - leads)
+        mask = np.concatenate([piece for pair in masks for piece in pair]).astype(np.uint8)
+        return Encoded(ids.astype(self.dtype), lengths, leads, n_bytes, np.array(hashes, dtype=np.uint64),
+                       None if mask.all() else mask, left_out)
 
-    def joined(self, pairs):
-        lengths = np.array([len(ids) for _, ids in pairs])
-        offsets = np.cumsum([len(before) + len(ids) for before, ids in pairs]) - lengths
-        ids = np.concatenate([piece for pair in pairs for piece in pair])
-        return ids.astype(self.dtype), offsets, lengths, int(self.token_bytes[ids].sum())
+    def chosen(self, text, left_out):
+        """The text to encode; '' where it is left out."""
+        if self.clean:
+            text = cleaned(text)
+        if len(text) < self.min_chars:
+            left_out['too short'] += bool(text)
+        elif self.sample < 1 and hash_of(text.encode('utf-8', 'surrogatepass'), b'sample') >= self.sample * 2 ** 64:
+            left_out['not in the sample'] += 1
+        else:
+            return text
+        return ''
 
 
 def document_ids(document, tokenizer, where):
@@ -198,23 +171,23 @@ def document_ids(document, tokenizer, where):
 
 
 def encode_in_order(encoder, batches, workers):
-    """(number of documents, what encoder makes of them) of every batch, in order, with at most two batches a worker under way."""
+    """(last block, Encoded) of every batch, in order, with at most two batches a worker under way."""
     if workers == 1:
         for batch in batches:
-            yield len(batch[-1]), encoder(*batch)
+            yield batch[-1], encoder(batch)
         return
     # not by fork, which copies whatever lock another thread may hold
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), start_worker,
-                               (encoder.tokenizer.meta(), encoder.val_fraction))
+                               (encoder.tokenizer.meta(), {**encoder.options, 'errors': encoder.errors}))
     under_way = deque()
     try:
         for batch in batches:
-            under_way.append((len(batch[-1]), pool.submit(encode, *batch)))
+            under_way.append((batch[-1]._replace(data=None), pool.submit(encode, batch)))
             if len(under_way) > 2 * workers:
-                n_documents, encoded = under_way.popleft()
-                yield n_documents, encoded.result()
-        for n_documents, encoded in under_way:
-            yield n_documents, encoded.result()
+                last, encoded = under_way.popleft()
+                yield last, encoded.result()
+        for last, encoded in under_way:
+            yield last, encoded.result()
     except BrokenProcessPool:
         raise OSError(f'one of {workers} workers was killed, for want of memory perhaps: run this again, it continues, '
                       'with fewer --workers if need be') from None
@@ -222,11 +195,11 @@ def encode_in_order(encoder, batches, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker(tokenizer_meta, val_fraction):
+def start_worker(tokenizer_meta, options):
     """In a new worker, before its first batch. It makes its own tokenizer: to send one along would hang, by a flaw in Python,
     where a worker dies while it starts."""
     global worker_encoder
-    worker_encoder = Encoder(load_tokenizer(tokenizer_meta), val_fraction)
+    worker_encoder = Encoder(Characters() if tokenizer_meta is None else load_tokenizer(tokenizer_meta), **options)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one says what is to be said
 
     def end_with_parent():  # a worker whose parent was killed would wait for work for ever
@@ -235,13 +208,76 @@ def start_worker(tokenizer_meta, val_fraction):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def encode(*batch):
-    return worker_encoder(*batch)
+def encode(batch):
+    return worker_encoder(batch)
 
 
 def n_cores():
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+class Characters:
+    """Stands for a tokenizer where it is first to be found out which characters there are: a document's ids are its code points, each once."""
+    vocab_size, eot = sys.maxunicode + 1, None
+
+    def encode_array(self, text):
+        return np.array(sorted(map(ord, set(text))))
+
+    def token_bytes(self):
+        return np.zeros(self.vocab_size, dtype=np.int8)
+
+    def meta(self):
+        return None
+
+
+class Seen:
+    """The hashes of the documents taken so far, on disk: memory holds 64 MB of them, however many there are.
+
+    n_documents   of an earlier run, to forget what it saw after its progress was saved
+    """
+
+    def __init__(self, path, n_documents=0):
+        self.database = sqlite3.connect(path)  # '' is a file of its own that goes with it
+        for pragma in ('cache_size=-64000', 'synchronous=off', 'locking_mode=exclusive'):
+            self.database.execute(f'pragma {pragma}')
+        self.database.execute('create table if not exists seen (hash integer primary key, document integer)')
+        self.database.execute('delete from seen where document >= ?', (n_documents,))
+        self.database.commit()
+
+    def is_new(self, hashes, n_documents):
+        """(n,) bool: which of the documents are there for the first time; n_documents were taken before them."""
+        new = np.zeros(len(hashes), dtype=bool)
+        for i, value in enumerate(hashes.view(np.int64).tolist()):
+            new[i] = self.database.execute('insert or ignore into seen values (?, ?)', (value, n_documents)).rowcount
+            n_documents += int(new[i])
+        return new
+
+
+def kept_documents(encoder, blocks, workers, progress, seen=None, max_docs=None):
+    """(last block, Encoded, (n,) bool which of its documents are taken) of every batch; progress counts along."""
+    left = Counter(progress['left_out'])
+    for last, encoded in encode_in_order(encoder, in_batches(blocks), workers):
+        keep = np.ones(len(encoded.lengths), dtype=bool)
+        if seen is not None:
+            keep = seen.is_new(encoded.hashes, progress['documents'])
+            encoded.left_out['there before'] += len(keep) - int(keep.sum())
+        if max_docs is not None:
+            keep &= np.cumsum(keep) <= max_docs - progress['documents']
+        left += encoded.left_out
+        progress.update(documents=progress['documents'] + int(keep.sum()), position=last.after, left_out=dict(left))
+        yield last, encoded, keep
+        if progress['documents'] == max_docs:
+            return
+
+
+def selected(encoded, keep):
+    """What SplitFiles.write takes, of some of the documents."""
+    spans = encoded.lengths + encoded.leads
+    tokens = slice(None) if keep.all() else np.repeat(keep, spans)
+    lengths = encoded.lengths[keep]
+    return (encoded.ids[tokens], np.cumsum(spans[keep]) - lengths, lengths, int(encoded.n_bytes[keep].sum()),
+            None if encoded.mask is None else encoded.mask[tokens])
 
 # -----------------------------------------------------------------------------
 # packing
@@ -250,7 +286,7 @@ IDX_DTYPE = np.dtype('<i8')
 SAVE_EVERY_S = 10  # that much work is lost when a run is killed
 
 
-def write_dataset(folder, tokenizer, splits, source, shard_tokens=None):
+def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, masked=False, eot_in_rows=False):
     """Pack documents into a dataset folder, replacing the dataset that was there.
 
     tokenizer     of data.tokenizer
@@ -258,40 +294,33 @@ def write_dataset(folder, tokenizer, splits, source, shard_tokens=None):
                   eot, if it has one, is put between texts; or it is a row of ids, which is written as it stands
     source        in words, what the text is and where it is from
     shard_tokens  cut into train_000000.bin, train_000001.bin ... of so many tokens; None: one train.bin
+    masked        write .mask files; documents may be pairs (ids, mask), mask is 1 where a token is a target
+    eot_in_rows   put eot between rows of ids, too
     returns       the dict in meta.json (data.tokenizer.read_meta says its shape)
     raises        ValueError for an id outside the vocabulary or a split without tokens; the old dataset then stays
     """
-    batches = ((name, *batch) for name, documents in splits.items() for batch in in_batches(documents))
-    return pack(folder, Encoder(tokenizer), list(splits), lambda start: batches, source, shard_tokens)
+    blocks = (block for name, documents in splits.items() for block in given(documents, name))
+    return pack(folder, Encoder(tokenizer, eot_in_rows=eot_in_rows), list(splits), lambda start: blocks, source, shard_tokens, masked=masked)
 
 
-def pack_documents(folder, tokenizer, texts, source, val_fraction=0.0005, shard_tokens=None, max_docs=None, workers=None,
-                   recipe=None, total=None):
+def pack_documents(folder, encoder, blocks, source, shard_tokens=None, max_docs=None, workers=None, recipe=None, sizes=None, masked=False):
     """Pack a corpus into a dataset folder, on all cores; continue if an earlier run was killed.
 
-    texts         function: number -> iterator over the texts from that number on, at every call the same
-    val_fraction  share of the texts that is for validation; split_by_hash says which
-    max_docs      take only so many texts; None: all
+    blocks        function: where a block begins -> iterator over the blocks from there on, at every call the same
+    max_docs      take only so many documents; None: all
     workers       processes that tokenize, 1: this one; None: one a core. The files do not depend on it
-    recipe        dict of plain values that the texts depend on. With another one than the killed run had, nothing is continued
-    total         number of texts, for the progress bar; None: unknown
+    recipe        dict of plain values that the documents depend on. With another one than the killed run had, nothing is continued
+    sizes         bytes on disk of each file, for the time left; None: unknown
     raises        ValueError, OSError; what was done up to then is kept, and continued by the same call
     the rest      as in write_dataset
     """
-    def batches(start):
-        chosen = texts(start) if max_docs is None else islice(texts(start), max_docs - start)
-        return ((None, *batch) for batch in in_batches(chosen, start))
-
-    recipe = {'source': source, **(recipe or {}), 'tokenizer': tokenizer.meta(), 'val_fraction': val_fraction,
-              'shard_tokens': shard_tokens, 'max_docs': max_docs}
-    total = max_docs if total is None else min(total, max_docs or total)
-    return pack(folder, Encoder(tokenizer, val_fraction), ['train', 'val'], batches, source, shard_tokens,
-                workers or n_cores(), recipe, total)
+    recipe = {'source': source, **(recipe or {}), **encoder.options, 'tokenizer': encoder.tokenizer.meta(), 'shard_tokens': shard_tokens,
+              'max_docs': max_docs}
+    return pack(folder, encoder, ['train', 'val'], blocks, source, shard_tokens, workers or n_cores(), recipe, max_docs, sizes, masked)
 
 
-def pack(folder, encoder, names, batches, source, shard_tokens, workers=1, recipe=None, total=None):
-    """What both of them do. batches(start) gives (split or None, number of the first document, documents) of each batch;
-    with recipe=None no progress is kept."""
+def pack(folder, encoder, names, blocks, source, shard_tokens, workers=1, recipe=None, max_docs=None, sizes=None, masked=False):
+    """What both of them do; with recipe=None no progress is kept."""
     assert {'train'} <= set(names) <= {'train', 'val'}, names
     folder, work = Path(folder), Path(folder) / '.packing'
     work.mkdir(parents=True, exist_ok=True)
@@ -300,7 +329,7 @@ def pack(folder, encoder, names, batches, source, shard_tokens, workers=1, recip
         try:
             progress = read_progress(work, recipe)
             if 'meta' not in progress:
-                splits = write_splits(work, encoder, names, batches, shard_tokens, workers, progress, total)
+                splits = write_splits(work, encoder, names, blocks, shard_tokens, workers, progress, max_docs, sizes, masked)
                 empty = [name for name, split in splits.items() if split['tokens'] == 0]
                 if empty:
                     keep = False  # there is nothing to continue
@@ -310,46 +339,48 @@ def pack(folder, encoder, names, batches, source, shard_tokens, workers=1, recip
                 if keep:
                     write_json(work / 'progress.json', progress)
             meta = progress['meta']
-            publish(work, folder, meta)
+            publish(work, folder, meta, masked)
             keep = False
         finally:
             if not keep:
                 shutil.rmtree(work, ignore_errors=True)
+    if progress['left_out']:
+        print(f'{folder.resolve().name}: left out: {", ".join(f"{n:,} {why}" for why, n in progress["left_out"].items() if n) or "nothing"}')
     for name, split in meta['splits'].items():
         print(f'{folder.resolve().name}/{name}: {split["tokens"]:,} tokens ({meta["dtype"]}, vocabulary {meta["vocab_size"]:,}), '
               f'{split["bytes"]:,} bytes, documents: {split["documents"]:,}')
     return meta
 
 
-def write_splits(work, encoder, names, batches, shard_tokens, workers, progress, total):
-    """Write the .bin and .idx files of all splits, from where progress stands; returns the splits' entries in meta.json."""
-    from tqdm import tqdm
-    name, start, began = work.parent.resolve().name, progress['documents'], time.monotonic()
-    files = {split: SplitFiles(work, split, encoder.dtype, shard_tokens, progress['splits'].get(split)) for split in names}
-    if start:
-        print(f'{name}: continuing after {start:,} documents', flush=True)
+def write_splits(work, encoder, names, blocks, shard_tokens, workers, progress, max_docs, sizes, masked):
+    """Write the files of all splits, from where progress stands; returns the splits' entries in meta.json."""
+    name, began = work.parent.resolve().name, time.monotonic()
+    files = {split: SplitFiles(work, split, encoder.dtype, shard_tokens, masked, progress['splits'].get(split)) for split in names}
+    seen = Seen(work / 'seen.sqlite', progress['documents']) if encoder.clean else None
+    if progress['documents']:
+        print(f'{name}: continuing after {progress["documents"]:,} documents', flush=True)
 
     def count_tokens():
         return sum(split.entry['tokens'] for split in files.values())
     n_shards, n_before, saved = len(files['train'].entry['shards']), count_tokens(), began
-    bar = tqdm(desc=name, initial=start, total=total, unit=' documents', unit_scale=True, disable=None)
-    batches_done = encode_in_order(encoder, batches(start), workers)
+    bar, update_bar = progress_bar(name, progress, max_docs, sizes)
+    batches_done = kept_documents(encoder, blocks(tuple(progress['position'])), workers, progress, seen, max_docs)
     try:
-        for n_documents, encoded in batches_done:
-            for split, part in encoded.items():
-                files[split].write(*part)
-            progress['documents'] += n_documents
-            now, n_tokens, done = time.monotonic(), count_tokens(), progress['documents']
-            rate = f'{n_tokens / 1e6:,.1f}M tokens, {(n_tokens - n_before) / (now - began) / 1e6:.2f}M a second'
-            bar.set_postfix_str(rate, refresh=False)
-            bar.update(n_documents)
-            if len(files['train'].entry['shards']) > n_shards > 0:  # for the log of a job, which has no bar
-                eta_s = (total - done) * (now - began) / (done - start) if total else 0
-                left = f', {eta_s // 3600:.0f} h {eta_s % 3600 // 60:02.0f} min left' if total else ''
-                bar.write(f'{name}: {n_shards} shards, {done:,} documents, {rate}{left}')
-                sys.stdout.flush()
+        for last, encoded, keep in batches_done:
+            of_split = {'val': encoded.hashes < encoder.val_fraction * 2 ** 64} if encoder.val_fraction is not None else {
+                'val': np.full(len(keep), last.path.startswith('val '))}
+            of_split['train'] = ~of_split['val']
+            for split in names:
+                if (keep & of_split[split]).any():
+                    files[split].write(*selected(encoded, keep & of_split[split]))
+            now, n_tokens = time.monotonic(), count_tokens()
+            rate = (f'{progress["documents"]:,} documents, {n_tokens / 1e6:,.1f}M tokens, '
+                    f'{(n_tokens - n_before) / (now - began) / 1e6:.2f}M a second')
+            update_bar(last, rate, and_print=len(files['train'].entry['shards']) > n_shards > 0)
             n_shards = len(files['train'].entry['shards'])
             if progress['recipe'] is not None and now - saved > SAVE_EVERY_S:
+                if seen is not None:
+                    seen.database.commit()
                 progress['splits'] = {split: file.synced() for split, file in files.items()}
                 write_json(work / 'progress.json', progress)
                 saved = now
@@ -358,7 +389,34 @@ def write_splits(work, encoder, names, batches, shard_tokens, workers, progress,
         batches_done.close()  # ends the workers
         for file in files.values():
             file.close()
+        if seen is not None:
+            seen.database.close()
     return {split: file.entry for split, file in files.items()}
+
+
+def progress_bar(name, progress, max_docs, sizes):
+    """A bar of the bytes on disk that were read, or of the documents where it is their number that is known.
+
+    returns   tqdm, and a function: (last block, rate in words, whether to print a line too) -> None
+    """
+    from tqdm import tqdm
+    of_bytes, began = sizes is not None and max_docs is None, time.monotonic()
+    before = np.cumsum([0, *(sizes or [])])
+
+    def done(position, n_read):
+        return int(before[position[0]]) + n_read if of_bytes else progress['documents']
+    first, total = done(progress['position'], 0), int(before[-1]) if of_bytes else max_docs
+    bar = tqdm(desc=name, initial=first, total=total, unit='B' if of_bytes else ' documents', unit_scale=True, disable=None)
+
+    def update(last, rate, and_print=False):
+        n = done(last.after, last.n_read)
+        bar.set_postfix_str(rate, refresh=False)
+        bar.update(n - bar.n)
+        if and_print:  # for the log of a job, which has no bar
+            eta_s = (total - n) * (time.monotonic() - began) / (n - first) if total and n > first else None
+            bar.write(f'{name}: {rate}' + ('' if eta_s is None else f', {eta_s // 3600:.0f} h {eta_s % 3600 // 60:02.0f} min left'))
+            sys.stdout.flush()
+    return bar, update
 
 
 class SplitFiles:
@@ -367,10 +425,11 @@ class SplitFiles:
     entry   what meta.json says of the split; of an entry that was saved with the files in sync, the files are continued
     """
 
-    def __init__(self, work, name, dtype, shard_tokens, entry=None):
+    def __init__(self, work, name, dtype, shard_tokens, masked=False, entry=None):
         self.work, self.name, self.dtype, self.shard_tokens = work, name, dtype, shard_tokens
         self.entry = entry or {'tokens': 0, 'bytes': 0, 'documents': 0, 'shards': []}
         self.idx = self.continued(f'{name}.idx', self.entry['documents'] * IDX_DTYPE.itemsize * 2)
+        self.mask = self.continued(f'{name}.mask', self.entry['tokens']) if masked else None
         shard = self.entry['shards'][-1] if self.entry['shards'] else None
         full = shard is None or shard['tokens'] == shard_tokens
         self.bin = None if full else self.continued(shard['file'], shard['tokens'] * dtype.itemsize)
@@ -384,10 +443,13 @@ class SplitFiles:
         file.seek(size)
         return file
 
-    def write(self, ids, offsets, lengths, n_bytes):
+    def write(self, ids, offsets, lengths, n_bytes, mask=None):
         """ids, and where in them the documents are. A document may run on into the next shard."""
+        assert mask is None or self.mask is not None
         if self.entry['tokens'] == 0:  # there is nothing that eot would part the first document from
-            ids, offsets = ids[offsets[0]:], offsets - offsets[0]
+            ids, offsets, mask = ids[offsets[0]:], offsets - offsets[0], None if mask is None else mask[offsets[0]:]
+        if self.mask is not None:
+            self.mask.write((np.ones(len(ids), dtype=np.uint8) if mask is None else mask).tobytes())
         self.idx.write(np.stack([offsets + self.entry['tokens'], lengths], axis=1).astype(IDX_DTYPE).tobytes())
         self.entry['tokens'] += len(ids)
         self.entry['bytes'] += n_bytes
@@ -410,15 +472,16 @@ class SplitFiles:
 
     def synced(self):
         """entry, when the files hold all that it says."""
-        sync(self.idx)
-        if self.bin is not None:
-            sync(self.bin)
+        for file in self.open_files():
+            sync(file)
         return self.entry
 
+    def open_files(self):
+        return [file for file in (self.idx, self.mask, self.bin) if file is not None]
+
     def close(self):
-        close(self.idx)
-        if self.bin is not None:
-            close(self.bin)
+        for file in self.open_files():
+            close(file)
 
 # -----------------------------------------------------------------------------
 # a run that was killed
@@ -437,7 +500,11 @@ def read_progress(work, recipe):
                          'or delete that folder to start over')
     for left in work.iterdir():
         left.unlink()
-    return {'recipe': recipe, 'documents': 0, 'splits': {}}
+    return beginning(recipe)
+
+
+def beginning(recipe=None):
+    return {'recipe': recipe, 'position': (0, 0, 0), 'documents': 0, 'left_out': {}, 'splits': {}}
 
 
 def short(value):
@@ -472,11 +539,11 @@ def only_run(folder):
 STALE = re.compile(r'(train|val)(_\d+)?\.(bin|mask|idx)|meta\.pkl')
 
 
-def publish(work, folder, meta):
+def publish(work, folder, meta, masked):
     """Put the new files in place of the old. At no moment does the folder pass for a dataset that it is not: until the
     last step its meta.json says so, and read_meta refuses it. Killed in the middle, it can be done again."""
     write_json(folder / 'meta.json', {'format': 1, 'unfinished': True}, work)
-    new = [f'{name}.idx' for name in meta['splits']]
+    new = [f'{name}{suffix}' for name in meta['splits'] for suffix in ('.idx', '.mask')[:1 + masked]]
     new += [shard['file'] for split in meta['splits'].values() for shard in split['shards']]
     for file in new:
         if (work / file).exists():
@@ -518,42 +585,278 @@ def sync_folder(folder):
             os.close(descriptor)
 
 # -----------------------------------------------------------------------------
-# the prepare scripts of corpora in Parquet
+# build
 
-def prepare_parquet(folder, doc, repo, revision, hub_folder, n_documents):
-    """The whole of such a script: its command line, and the corpus packed with GPT-2's tokenizer.
+def pack_files(out, files, tokenizer, source, args, recipe=None, sizes=None):
+    """Pack the files of a corpus; args holds the options as build's command line names them.
+
+    files      as data.formats.find_files returns them
+    tokenizer  'char' stands for one token for each character that there is
+    sizes      bytes of each file; None: ask the disk
+    """
+    blocks = formats.blocks
+    fields = args.field.split(',')
+    options = dict(val_fraction=args.val_fraction, fields=fields, errors=args.errors, clean=args.clean, min_chars=args.min_chars,
+                   sample=args.sample)
+    sizes = sizes or [formats.n_bytes_of(path) for path, _ in files]
+    digest = hashlib.sha256(json.dumps([[os.path.basename(path), size] for (path, _), size in zip(files, sizes)]).encode()).hexdigest()
+    recipe = {**(recipe or {}), 'files': [len(files), sum(sizes), digest], 'format': sorted({format for _, format in files})}
+    workers = max(1, min(args.workers, sum(sizes) // MIN_BYTES_A_WORKER))
+
+    def read(start):
+        return blocks(files, fields, args.errors, start)
+    try:
+        if tokenizer == 'char':
+            tokenizer = CharTokenizer(find_characters(Encoder(Characters(), **options), read, workers, args.max_docs, sizes))
+        pack_documents(out, Encoder(tokenizer, **options), read, source, args.shard_tokens, args.max_docs, workers, recipe, sizes,
+                       masked='blocks' in recipe['format'])
+    except KeyboardInterrupt:
+        print('interrupted: the same command continues it', file=sys.stderr)
+        sys.exit(130)
+
+
+MIN_BYTES_A_WORKER = 4 << 20  # a process takes a second to start
+
+
+def find_characters(encoder, read, workers, max_docs, sizes):
+    """Every character of the documents that will be packed, in order."""
+    progress, seen = beginning(), Seen('') if encoder.clean else None
+    bar, update_bar = progress_bar('characters', progress, max_docs, sizes)
+    codes = np.zeros(0, dtype=np.int64)
+    with bar:
+        for last, encoded, keep in kept_documents(encoder, read((0, 0, 0)), workers, progress, seen, max_docs):
+            codes = np.union1d(codes, selected(encoded, keep)[0])
+            update_bar(last, f'{len(codes):,} characters')
+    if not len(codes):
+        raise ValueError('there is no text in the corpus')
+    return ''.join(map(chr, codes))
+
+
+def check_options(args):
+    for name in ('max_docs', 'shard_tokens', 'workers', 'min_chars', 'tokens', 'block_size'):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise ValueError(f'--{name}={getattr(args, name)} must be 1 or more')
+    if not 0 < getattr(args, 'val_fraction', 0.5) < 1:
+        raise ValueError(f'--val_fraction={args.val_fraction} must lie between 0 and 1')
+    if not 0 < getattr(args, 'sample', 1) <= 1:
+        raise ValueError(f'--sample={args.sample} must be above 0, and at most 1')
+
+
+def add_packing_options(parser, val_fraction, shard_tokens):
+    parser.add_argument('--max_docs', type=int, help='take only the first so many documents')
+    parser.add_argument('--val_fraction', type=float, default=val_fraction, help='share of the documents for validation (default: %(default)s)')
+    parser.add_argument('--shard_tokens', type=int, default=shard_tokens, help='tokens in a .bin file (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=n_cores(), help='processes that tokenize (default: one a core, %(default)s)')
+
+
+def build(args):
+    """python data/pack.py build"""
+    check_options(args)
+    files = find_files(args.input, args.format)
+    if args.tokenizer == 'char':
+        tokenizer = 'char'
+        if any(format == 'blocks' for _, format in files):
+            raise ValueError('blocks hold ids, not characters: name the tokenizer that made them')
+    else:
+        tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer))
+    names = [os.path.basename(os.path.normpath(path)) for path in args.input]
+    source = names[0] if len(names) == 1 else f'{len(names)} inputs, {names[0]} to {names[-1]}'
+    pack_files(args.out, files, tokenizer, source, args)
+    print(f'next: python train.py config/quickstart.py --dataset={dataset_name(args.out)} --out_dir=out-{Path(args.out).resolve().name}')
+
+
+def tokenizer_meta(name):
+    if name == 'gpt2':
+        return GPT2_META
+    raise ValueError(f'--tokenizer={name} is none of char, gpt2')
+
+
+def dataset_name(out):
+    """What train.py's --dataset calls a folder."""
+    out = Path(out).resolve()
+    return out.name if out.parent == Path(__file__).resolve().parent else os.path.relpath(out)
+
+# -----------------------------------------------------------------------------
+# mix
+
+def mix(args):
+    """python data/pack.py mix"""
+    from data.loader import Split, dataset_folders
+    check_options(args)
+    folders, weights = dataset_folders(args.datasets)
+    splits = {'train': [Split(folder, 'train') for folder in folders]}
+    if any('val' in split.meta['splits'] for split in splits['train']):
+        splits['val'] = [Split(folder, 'val') for folder in folders]
+    first = splits['train'][0]
+    for other in splits['train']:
+        if other.tokenizer != first.tokenizer:
+            raise ValueError(f'{other.folder} and {first.folder} were packed with different tokenizers: pack them with one')
+        if other.folder.resolve() == args.out.resolve():
+            raise ValueError(f'--out={args.out} is one of the datasets to mix: name another folder')
+    mixed = {name: mixed_documents(sources, weights, 2 * args.block_size, args.tokens if name == 'train' else None)
+             for name, sources in splits.items()}
+    source = ', '.join(f'{folder.name} {weight:.4g}' for folder, weight in zip(folders, weights))
+    masked = any(split.mask is not None for sources in splits.values() for split in sources)
+    write_dataset(args.out, load_tokenizer(first.tokenizer), mixed, f'mixed: {source}', args.shard_tokens, masked, eot_in_rows=True)
+    print(f'next: python train.py config/quickstart.py --dataset={dataset_name(args.out)} --out_dir=out-{args.out.resolve().name}')
+
+
+def mixed_documents(splits, weights, most_tokens, n_tokens=None):
+    """Documents of several splits in turn, each time one of that which is furthest behind its share of the tokens.
+
+    most_tokens   longer documents are cut into documents of so many: shares hold in every stretch of the file, as far as these allow
+    n_tokens      how many are wanted: sources that end before begin again; None: until the first source ends
+    yields        (ids, mask)
+    """
+    from tqdm import tqdm
+    eot = load_tokenizer(splits[0].tokenizer).eot
+    sources = [pieces(split, most_tokens, eot) for split in splits]
+    taken, times = np.zeros(len(splits), dtype=np.int64), [1] * len(splits)
+    total = n_tokens or int(min(split.n_tokens / weight for split, weight in zip(splits, weights)))
+    with tqdm(desc=splits[0].split, total=total, unit=' tokens', unit_scale=True, disable=None) as bar:
+        while n_tokens is None or taken.sum() < n_tokens:
+            k = int(np.argmax(np.array(weights) * (taken.sum() + most_tokens) - taken))
+            piece = next(sources[k], None)
+            if piece is None:
+                if n_tokens is None:
+                    return
+                times[k] += 1
+                sources[k] = pieces(splits[k], most_tokens, eot)
+                piece = next(sources[k])
+                print(f'{splits[k].folder.name}: reading it for the {times[k]}. time', file=sys.stderr)
+            taken[k] += len(piece[0]) + (eot is not None)
+            bar.update(len(piece[0]))
+            yield piece
+
+
+def pieces(split, most_tokens, eot):
+    """(ids, mask) of the documents of a split, without the eot at their end; where no .idx says what is one, equal parts."""
+    if (split.folder / f'{split.split}.idx').exists():
+        documents = zip(*split.documents())
+    else:
+        documents = [(0, split.n_tokens)]
+    for offset, length in documents:
+        for begin in range(int(offset), int(offset + length), most_tokens):
+            end = min(begin + most_tokens, int(offset + length))
+            ids = np.concatenate([shard.tokens[max(begin - shard.first, 0):max(end - shard.first, 0)] for shard in split.shards])
+            if eot is not None and ids[-1] == eot:
+                ids, end = ids[:-1], end - 1
+            if len(ids):
+                yield ids, np.ones(len(ids), np.uint8) if split.mask is None else np.array(split.mask[begin:end])
+
+# -----------------------------------------------------------------------------
+# inspect
+
+def inspect(args):
+    """python data/pack.py inspect"""
+    from data.loader import Split
+    meta = read_meta(args.folder)
+    tokenizer = load_tokenizer(meta['tokenizer'])
+    says = {'meta.json': '', 'meta.pkl': ', as meta.pkl says', 'none': ", for want of a meta.json by nanoGPT's rules"}[meta['origin']]
+    print(f'{args.folder}: {meta["dtype"]}, {meta["tokenizer"]["kind"]} tokenizer of {meta["vocab_size"]:,} tokens{says}; '
+          f'source: {meta["source"] or "unknown"}')
+    for name in meta['splits']:
+        split = Split(args.folder, name)
+        counts = count_ids(split)
+        n_bytes = int(counts @ tokenizer.token_bytes())
+        index = split.beside('.idx', '<i8', (-1, 2))
+        documents = f'{len(index):,} documents' if index is not None else (
+            'documents unknown' if tokenizer.eot is None else f'{counts[tokenizer.eot] + 1:,} documents by their ends')
+        targets = '' if split.mask is None else f', {np.count_nonzero(split.mask) / max(split.n_tokens, 1):.1%} of them targets'
+        print(f'\n{name}: {documents}, {split.n_tokens:,} tokens{targets}, {n_bytes:,} bytes, {n_bytes / max(split.n_tokens, 1):.3f} bytes per '
+              f'token, {np.count_nonzero(counts):,} different tokens, shards: {len(split.shards)}')
+        for n in range(args.windows):
+            shard = split.shards[n * len(split.shards) // args.windows]
+            start = max(shard.n_tokens - 64, 0) * (n % 7 + 1) // 8
+            print(f'{shard.path.name}, tokens {start:,} on: {tokenizer.decode(shard.tokens[start:start + 64])!r}')
+        split.verify()
+        n_known = sum(crc is not None for crc in split.checksums)
+        print(f'checksums: {n_known} of {len(split.shards)} shards verified' if n_known else 'checksums: none are known')
+
+
+def count_ids(split):
+    """(V,) int64: how often each id is there. Raises ValueError naming the place of one that is beyond the vocabulary."""
+    counts = np.zeros(split.vocab_size, dtype=np.int64)
+    for shard in split.shards:
+        for start in range(0, shard.n_tokens, 1 << 20):
+            ids = shard.tokens[start:start + (1 << 20)]
+            if ids.max() >= split.vocab_size:
+                at = int(np.argmax(ids >= split.vocab_size))
+                raise ValueError(f'{shard.path} offset {start + at}: token id {ids[at]} is beyond the vocabulary of {split.vocab_size}: '
+                                 'the shard was made with another tokenizer or altered, prepare the dataset again')
+            counts += np.bincount(ids, minlength=split.vocab_size)
+    return counts
+
+# -----------------------------------------------------------------------------
+# command lines
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='build | mix | inspect')
+    add = commands.add_parser('build', help='files to a dataset', description=formats.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files, and folders of them')
+    add.add_argument('--tokenizer', required=True, help='char, gpt2')
+    add.add_argument('--out', type=Path, required=True, help='dataset folder')
+    add.add_argument('--format', choices=['auto', *formats.FORMATS], default='auto', help='(default: by the ending of each file)')
+    add.add_argument('--field', default='text', help='or several, as in title,text: what a document is made of (default: %(default)s)')
+    add.add_argument('--clean', action='store_true', help='Unicode NFC, no control characters, each text only once')
+    add.add_argument('--min_chars', type=int, default=1, help='leave shorter texts out (default: %(default)s)')
+    add.add_argument('--sample', type=float, default=1.0, metavar='FRACTION', help='take this share of the texts, as their hashes decide')
+    add.add_argument('--errors', choices=['strict', 'replace'], default='strict', help='what is not UTF-8 ends the run, or becomes U+FFFD')
+    add_packing_options(add, 0.01, None)
+    add = commands.add_parser('mix', help='datasets to one', description='Datasets of one tokenizer to one dataset, with these shares of its tokens.')
+    add.add_argument('datasets', metavar='A:0.6,B:0.4', help='as in the setting dataset')
+    add.add_argument('--out', type=Path, required=True, help='dataset folder')
+    add.add_argument('--tokens', type=int, help='for training, at least; what ends before begins again (default: until the first one ends)')
+    add.add_argument('--block_size', type=int, default=1024, help='shares hold within 1%% in any 1000 windows of so many tokens '
+                     '(default: %(default)s); documents longer than two of them are cut')
+    add.add_argument('--shard_tokens', type=int, help='tokens in a .bin file (default: all)')
+    add = commands.add_parser('inspect', help='what a dataset holds, and whether it is whole')
+    add.add_argument('folder', type=Path, metavar='DIR')
+    add.add_argument('--windows', type=int, default=3, help='pieces of text to show of each split (default: %(default)s)')
+    args = parser.parse_args()
+    {'build': build, 'mix': mix, 'inspect': inspect}[args.command](args)
+
+
+def prepare_parquet(folder, doc, repo, revision, hub_folder):
+    """The whole of the prepare script of a corpus in Parquet: its command line, and the corpus packed with GPT-2's tokenizer.
 
     folder       of the script and, by default, of the dataset
     doc          its docstring, shown by --help
     repo, revision, hub_folder   where the Parquet files are on the Hugging Face hub
-    n_documents  how many texts they hold, for the time left
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--input', nargs='+', metavar='PATH', help='Parquet files, or folders of them, instead of the hub')
     parser.add_argument('--out', type=Path, default=folder, help='dataset folder (default: the folder of this script)')
-    parser.add_argument('--max_docs', type=int, help='take only the first so many documents')
-    parser.add_argument('--val_fraction', type=float, default=0.0005, help='share of the documents for validation (default: %(default)s)')
-    parser.add_argument('--shard_tokens', type=int, default=100_000_000, help='tokens in a .bin file (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=n_cores(), help='processes that tokenize (default: one a core, %(default)s)')
+    add_packing_options(parser, 0.0005, 100_000_000)
+    parser.set_defaults(field='text', clean=False, min_chars=1, sample=1.0, errors='strict')
     args = parser.parse_args()
-    for name in ('max_docs', 'shard_tokens', 'workers'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f'--{name}={getattr(args, name)} must be 1 or more')
-    if not 0 < args.val_fraction < 1:
-        raise ValueError(f'--val_fraction={args.val_fraction} must lie between 0 and 1')
-
-    tokenizer = GPT2Tokenizer()
+    check_options(args)
+    tokenizer = load_tokenizer(GPT2_META)
     if args.input:
-        paths = find_files(args.input, '.parquet')
-        source, recipe = f'{repo}, from local files', {'files': [[path.name, path.stat().st_size] for path in paths]}
-        n_documents = count_rows(paths)
+        files, sizes, source = find_files(args.input, 'parquet'), None, f'{repo}, from local files'
     else:
-        paths = hub_files(repo, revision, hub_folder)
-        source, recipe = f'{repo}, revision {revision}, {hub_folder}', {}
-    try:
-        pack_documents(args.out, tokenizer, partial(parquet_texts, paths), source, args.val_fraction, args.shard_tokens,
-                       args.max_docs, args.workers, recipe, n_documents)
-    except KeyboardInterrupt:
-        print('interrupted: the same command continues it', file=sys.stderr)
-        sys.exit(130)
+        found = hub_files(repo, revision, hub_folder)
+        files, sizes, source = [(path, 'parquet') for path in found], list(found.values()), f'{repo}, revision {revision}, {hub_folder}'
+    pack_files(args.out, files, tokenizer, source, args, sizes=sizes)
     print(f'next: python train.py --dataset={os.path.relpath(args.out, folder.parent)}')
+
+
+def hub_files(repo, revision, folder):
+    """{name hf://...: bytes} of the Parquet files in a folder of a dataset on the Hugging Face hub, or on the mirror at HF_ENDPOINT."""
+    from huggingface_hub import HfFileSystem
+    try:
+        found = HfFileSystem().ls(f'datasets/{repo}@{revision}/{folder}', detail=True)
+        files = {f'hf://{file["name"]}': file['size'] for file in sorted(found, key=lambda file: file['name']) if file['name'].endswith('.parquet')}
+        why = 'no .parquet file there'
+    except Exception as error:  # whatever the hub's client and the network below it raise
+        files, why = {}, ' '.join(str(error).split())[:300] or type(error).__name__
+    if not files:
+        raise OSError(f'{repo} is out of reach ({why}): bring the files {folder}/*.parquet of its revision {revision[:12]} here '
+                      'by other means, and name their folder with --input')
+    return files
+
+
+if __name__ == '__main__':
+    with one_line_errors():
+        main()

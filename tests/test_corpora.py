@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from conftest import survives
-from data import pack
+from data import formats, pack
 from data.loader import Loader
-from data.pack import pack_documents, parquet_texts, split_by_hash
+from data.formats import blocks, documents
+from data.pack import Encoder, pack_documents, split_by_hash
 from data.tokenizer import CharTokenizer, read_meta
 from test_prepare import SHARED, contents, data, run  # noqa: F401 (data is a fixture)
 
@@ -54,8 +55,16 @@ CHARS = CharTokenizer(''.join(sorted(set(''.join(TEXTS)))))
 PACK = dict(source='a test', val_fraction=0.1, shard_tokens=3000, workers=1)
 
 
-def pack_texts(folder, texts=TEXTS, tokenizer=None, **changed):
-    return pack_documents(folder, tokenizer or Bytes(), lambda start: iter(texts[start:]), **{**PACK, **changed})
+def pack_texts(folder, texts=TEXTS, tokenizer=None, blocks=None, **changed):
+    settings = {**PACK, **changed}
+    encoder = Encoder(tokenizer or Bytes(), settings.pop('val_fraction'), clean=settings.pop('clean', False))
+    return pack_documents(folder, encoder, blocks or (lambda start: blocks_of(texts, start)), **settings)
+
+
+def blocks_of(texts, start=(0, 0, 0)):
+    """The texts from the start on, as a script has them that reads no file."""
+    for data, size, after, _, _ in formats.grouped(iter(texts[start[1]:]), len, start[1]):
+        yield formats.Block('document', 'given', data, size, (0, after - len(data), 0), (0, after, 0), 0)
 
 
 def files_of(folder):
@@ -74,7 +83,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Many batches, and progress saved after each."""
-    monkeypatch.setattr(pack, 'BATCH_CHARS', 2000)
+    monkeypatch.setattr(formats, 'BLOCK_BYTES', 2000)
     monkeypatch.setattr(pack, 'SAVE_EVERY_S', -1)
     monkeypatch.setattr(os, 'fsync', lambda file: None)  # it matters where the power fails, and takes most of the time here
     monkeypatch.setattr('tqdm.tqdm.monitor_interval', 0)  # no thread whose lock a forked child could inherit
@@ -109,7 +118,7 @@ def test_workers_leave_no_trace_in_the_files(tmp_path, small_batches):
 @pytest.mark.filterwarnings('ignore:This process')  # torch has threads, the child uses none of them
 def test_killed_at_any_step_it_continues_to_the_same_bytes(whole, tmp_path, small_batches, monkeypatch):
     """A child is killed before its n-th change to a file, for every n until it lives through; the same call then continues."""
-    monkeypatch.setattr(pack, 'BATCH_CHARS', 6000)
+    monkeypatch.setattr(formats, 'BLOCK_BYTES', 6000)
     reads = []
     for n in range(1000):
         folder = tmp_path / str(n)
@@ -117,9 +126,7 @@ def test_killed_at_any_step_it_continues_to_the_same_bytes(whole, tmp_path, smal
             break
         left = {name: content for name, content in files_of(folder).items() if not name.startswith('.packing/')}
         assert not left or left == files_of(whole) or json.loads(left['meta.json']) == {'format': 1, 'unfinished': True}
-        first_read = []
-        pack_documents(folder, Bytes(), lambda start: first_read.append(start) or iter(TEXTS[start:]), **PACK)
-        reads += first_read
+        pack_texts(folder, blocks=lambda start: reads.append(start[1]) or blocks_of(TEXTS, start))
         assert files_of(folder) == files_of(whole), n
     assert n > 60 and len(set(reads)) > 8 and max(reads) > 300  # it did continue, from many places
 
@@ -129,13 +136,13 @@ def test_a_failed_run_keeps_its_progress_and_the_old_dataset(whole, tmp_path, sm
     old = files_of(tmp_path)
 
     def failing(start):
-        yield from TEXTS[start:300]
+        yield from blocks_of(TEXTS[:300], start)
         raise OSError('no space left on device')
     with pytest.raises(OSError, match='no space left'):
-        pack_documents(tmp_path, Bytes(), failing, **PACK)
+        pack_texts(tmp_path, blocks=failing)
     assert {name: content for name, content in files_of(tmp_path).items() if '/' not in name} == old
     starts = []
-    pack_documents(tmp_path, Bytes(), lambda start: starts.append(start) or iter(TEXTS[start:]), **PACK)
+    pack_texts(tmp_path, blocks=lambda start: starts.append(start[1]) or blocks_of(TEXTS, start))
     assert starts[0] > 250 and files_of(tmp_path) == files_of(whole)
 
 
@@ -145,10 +152,10 @@ def test_a_failed_run_keeps_its_progress_and_the_old_dataset(whole, tmp_path, sm
     ({'tokenizer': CharTokenizer('ab')}, 'tokenizer {"kind": "bytes"} instead of {"kind": "char", "chars": "ab"}')])
 def test_an_unfinished_run_with_other_settings_is_not_continued(tmp_path, small_batches, changed, error):
     def failing(start):
-        yield from TEXTS[:100]
+        yield from blocks_of(TEXTS[:100])
         raise OSError('interrupted')
     with pytest.raises(OSError, match='interrupted'):
-        pack_documents(tmp_path, Bytes(), failing, **PACK)
+        pack_texts(tmp_path, blocks=failing)
     before = files_of(tmp_path)
     with pytest.raises(ValueError) as caught:
         pack_texts(tmp_path, **changed)
@@ -159,7 +166,7 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(tmp_path, small_
 
 def test_max_docs_takes_the_first_ones(tmp_path):
     pack_texts(tmp_path / 'a', max_docs=100)
-    pack_texts(tmp_path / 'b', TEXTS[:100])
+    pack_texts(tmp_path / 'b', list(filter(None, TEXTS))[:100])
     assert files_of(tmp_path / 'a') == files_of(tmp_path / 'b')
 
 
@@ -182,11 +189,12 @@ def test_too_few_texts_for_validation_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_a_worker_that_is_killed_is_one_line(tmp_path, small_batches):
     def killing(start):
-        yield from TEXTS[:100]
-        multiprocessing.active_children()[0].kill()
-        yield from TEXTS[100:]
+        for n, block in enumerate(blocks_of(TEXTS)):
+            if n == 5:
+                multiprocessing.active_children()[0].kill()
+            yield block
     with pytest.raises(OSError, match='^one of 2 workers was killed'):
-        pack_documents(tmp_path, CHARS, killing, **{**PACK, 'workers': 2})
+        pack_texts(tmp_path, tokenizer=CHARS, blocks=killing, workers=2)
     pack_texts(tmp_path, tokenizer=CHARS, workers=2)  # and another run mends it
     assert read_meta(tmp_path)['splits']['val']['documents'] > 0
 
@@ -201,8 +209,8 @@ def test_two_runs_into_one_folder(tmp_path):
     def another_run(start):
         with pytest.raises(ValueError, match='another run is packing into this folder'):
             pack_texts(tmp_path)
-        yield from TEXTS[start:]
-    pack_documents(tmp_path, Bytes(), another_run, **PACK)
+        yield from blocks_of(TEXTS, start)
+    pack_texts(tmp_path, blocks=another_run)
     assert (tmp_path / 'meta.json').exists()
 
 
@@ -257,30 +265,23 @@ def write_parquet(folder, texts, n_files=3, **options):
     return paths
 
 
-def test_parquet_texts_from_every_start(tmp_path):
-    paths = write_parquet(tmp_path, [None if n == 7 else text for n, text in enumerate(TEXTS)])
-    texts = ['' if n == 7 else text for n, text in enumerate(TEXTS)]
-    for start in (0, 1, 49, 50, 51, 133, 134, 135, 200, 399, 400, 999):
-        assert list(parquet_texts(paths, start)) == texts[start:]
-    assert pack.count_rows(paths) == 400
-
-
-def test_parquet_texts_are_those_that_datasets_streams(tmp_path, monkeypatch):
+def test_parquet_that_datasets_streams(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     datasets = pytest.importorskip('datasets')
     paths = write_parquet(tmp_path, TEXTS)
     rows = datasets.load_dataset('parquet', data_files={'train': list(map(str, paths))}, split='train', streaming=True)
-    assert list(parquet_texts(paths)) == [row['text'] for row in rows] == TEXTS
+    assert [text for text, _ in documents(paths)] == [row['text'] for row in rows if row['text']] == [text for text in TEXTS if text]
 
 
-def test_what_is_before_the_start_is_not_read(tmp_path):
+def test_row_groups_before_the_start_are_not_read(tmp_path):
     paths = write_parquet(tmp_path, TEXTS)
     broken = bytearray(paths[0].read_bytes())
     broken[4:2000] = bytes(1996)
     paths[0].write_bytes(broken)
-    assert list(parquet_texts(paths, 50)) == TEXTS[50:]
+    files = formats.find_files(paths)
+    assert [text for block in blocks(files, start=(0, 50, 0)) for text in block.data] == TEXTS[50:]
     with pytest.raises(OSError, match=f'^{paths[0]} could not be read'):
-        list(parquet_texts(paths))
+        list(blocks(files))
 
 # -----------------------------------------------------------------------------
 # the scripts
@@ -306,8 +307,8 @@ ARGS = ['--val_fraction=0.05', '--shard_tokens=5000']
 KILLED = """
 import os, runpy, signal, sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(sys.argv[1]))))
-from data import pack
-pack.BATCH_CHARS, pack.SAVE_EVERY_S, write_json, left = 20000, -1, pack.write_json, [int(sys.argv.pop())]
+from data import formats, pack
+formats.BLOCK_BYTES, pack.SAVE_EVERY_S, pack.MIN_BYTES_A_WORKER, write_json, left = 20000, -1, 1, pack.write_json, [int(sys.argv.pop())]
 def write_and_die(path, *rest):
     write_json(path, *rest)
     left[0] -= 1
@@ -375,7 +376,7 @@ def cut_short(folder):
 
 def other_columns(folder):
     pq.write_table(pa.table({'content': ['a'], 'text': [1]}), folder / 'a.parquet')
-    return f"{folder / 'a.parquet'} has no column 'text' with text, only content, text"
+    return f"{folder / 'a.parquet'}: no field 'text' with text, only content, text: name the one to take with --field"
 
 
 def flipped(folder):
@@ -387,7 +388,7 @@ def flipped(folder):
 
 
 def nothing(folder):
-    return f'{folder}: no .parquet file in this folder'
+    return f'{folder}: nothing to read in this folder: .parquet files are looked for'
 
 
 @needs_gpt2
@@ -410,7 +411,7 @@ def prepare_here(monkeypatch, capsys, *args):
     monkeypatch.setenv('FLATGPT_CACHE', str(MERGES.parent))
     monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, args)])
     with pytest.raises(SystemExit) as stop, prepare.one_line_errors():
-        pack.prepare_parquet(prepare.HERE, prepare.__doc__, prepare.REPO, prepare.REVISION, prepare.FOLDER, prepare.N_DOCUMENTS)
+        pack.prepare_parquet(prepare.HERE, prepare.__doc__, prepare.REPO, prepare.REVISION, prepare.FOLDER)
     return stop.value.code, capsys.readouterr().err
 
 # -----------------------------------------------------------------------------
@@ -490,7 +491,8 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
         texts = pa.array([f'{n:b}'.translate({48: 'a', 49: 'b'}) + 'some bad cafe' * 750 for n in range(n_mb * 100)])
         pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet', compression='none', use_dictionary=False)
         code = ('from functools import partial; from data.pack import *; from data.tokenizer import *\n'
-                'pack_documents("out", CharTokenizer("abcdefmos "), partial(parquet_texts, ["a.parquet"]), "", 0.5, 10**7, workers=1)\n'
+                'encoder, read = Encoder(CharTokenizer("abcdefmos "), 0.5), partial(formats.blocks, [("a.parquet", "parquet")], ("text",), "strict")\n'
+                'pack_documents("out", encoder, read, "", 10**7, workers=1)\n'
                 'print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])')
         done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, encoding='utf-8',
                               env={**os.environ, 'PYTHONPATH': str(Path(pack.__file__).parents[1])})

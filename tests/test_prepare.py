@@ -229,8 +229,8 @@ def test_text_gpt2_has_tiktokens_ids_and_eot_between_files(data, tmp_path):
     (b'', [], 'in.txt: no text in there'),
     (b'abc', ['--val_fraction=1.5'], '--val_fraction=1.5 must lie between 0 and 1'),
     (b'abc', ['--val_fraction=1e-9', '--input', '.'], None),
-    (None, [], "[Errno 2] No such file or directory: 'in.txt'"),
-    (None, ['--input', '.'], '.: no .txt file in this folder'),
+    (None, [], 'in.txt: there is no such file or folder'),
+    (None, ['--input', '.'], '.: nothing to read in this folder: .txt files are looked for'),
 ])
 def test_text_bad_input_is_one_line_and_exit_2(data, tmp_path, content, args, error):
     folder = tmp_path / 'in'

@@ -20,8 +20,7 @@ from data.pack import prepare_parquet
 REPO = 'HuggingFaceFW/fineweb'
 REVISION = '9bb295ddab0e05d785b879661af7260fed5140fc'  # its tag v1.4.0
 FOLDER = 'sample/10BT'
-N_DOCUMENTS = 14_868_862
 
 if __name__ == '__main__':
     with one_line_errors():
-        prepare_parquet(HERE, __doc__, REPO, REVISION, FOLDER, N_DOCUMENTS)
+        prepare_parquet(HERE, __doc__, REPO, REVISION, FOLDER)

@@ -19,8 +19,7 @@ from data.pack import prepare_parquet
 REPO = 'Skylion007/openwebtext'
 REVISION = '79d93d786212f7344586290adb811d4ae6a1762c'  # Parquet, no script
 FOLDER = 'plain_text'  # 80
-N_DOCUMENTS = 8_013_769
 
 if __name__ == '__main__':
     with one_line_errors():
-        prepare_parquet(HERE, __doc__, REPO, REVISION, FOLDER, N_DOCUMENTS)
+        prepare_parquet(HERE, __doc__, REPO, REVISION, FOLDER)

@@ -17,7 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.fetch import fetch, one_line_errors
-from data.pack import read_text, write_dataset
+from data.formats import read_text
+from data.pack import write_dataset
 from data.tokenizer import CharTokenizer
 
 TINYSHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'

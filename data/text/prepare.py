@@ -14,7 +14,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.fetch import one_line_errors
-from data.pack import find_files, read_text, write_dataset
+from data.formats import find_files, read_text
+from data.pack import write_dataset
 from data.tokenizer import CharTokenizer, GPT2Tokenizer
 
 
@@ -36,7 +37,7 @@ def main():
     if not 0 < args.val_fraction < 1:
         raise ValueError(f'--val_fraction={args.val_fraction} must lie between 0 and 1')
 
-    paths = find_files(args.input, '.txt')
+    paths = [Path(path) for path, _ in find_files(args.input, 'text')]
     n_chars, chars = 0, set()
     for path in paths:
         text = read_text(path)

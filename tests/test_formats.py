@@ -1,0 +1,211 @@
+"""data/formats.py: every format from a file that its own library wrote, its positions, and what is wrong in one."""
+import bz2
+import csv
+import gzip
+import json
+import os
+import random
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from data import formats
+from data.formats import documents, find_files
+
+SHARED = ROOT.parent / 'shared' / 'data' / 'chinese'
+TITLES = ['北京', 'Two words', 'a,b', '"q"', '空格']
+TEXTS = ['北京是中华人民共和国的首都。\n人口两千万。', 'one "quoted", two\tthree', 'e\u0301 and \u00e9', '𝄞 clef', 'last']
+ROWS = [{'id': n, 'title': title, 'text': text} for n, (title, text) in enumerate(zip(TITLES, TEXTS))]
+
+
+def write_jsonl(path):
+    path.write_text(''.join(json.dumps(row, ensure_ascii=row['id'] % 2 == 0) + '\n' for row in ROWS), encoding='utf-8')
+
+
+def write_json(path):
+    with open(path, 'w', encoding='utf-8') as file:
+        json.dump(ROWS, file, indent=1)
+
+
+def write_objects(path):
+    """As WebQA is laid out."""
+    path.write_text(json.dumps({f'Q_{row["id"]}': row for row in ROWS}, ensure_ascii=False), encoding='utf-8')
+
+
+def write_csv(path):
+    with open(path, 'w', encoding='utf-8-sig', newline='') as file:
+        writer = csv.DictWriter(file, ['id', 'title', 'text'], dialect='excel' if path.name.endswith('.csv') else 'excel-tab')
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_parquet(path):
+    pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
+
+
+def write_dataset(path):
+    pytest.importorskip('datasets').Dataset.from_list(ROWS).save_to_disk(path, num_shards=2)
+
+
+def write_dataset_dict(path):
+    datasets = pytest.importorskip('datasets')
+    other = datasets.Dataset.from_list([{'id': 9, 'title': 'not', 'text': 'to be read'}])
+    datasets.DatasetDict({'train': datasets.Dataset.from_list(ROWS), 'test': other}).save_to_disk(path)
+
+
+WRITERS = {'a.jsonl': write_jsonl, 'a.json': write_json, 'b.json': write_objects, 'c.json': write_jsonl, 'a.csv': write_csv, 'a.tsv': write_csv,
+           'a.parquet': write_parquet, 'dataset': write_dataset, 'dataset_dict': write_dataset_dict}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(formats, 'BLOCK_BYTES', 100)
+
+
+def texts_of(*paths, **options):
+    return [text for text, _ in documents(paths, **options)]
+
+
+@pytest.mark.parametrize('name', WRITERS)
+def test_a_file_of_the_formats_own_library(tmp_path, monkeypatch, name):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    path = tmp_path / name
+    WRITERS[name](path)
+    assert texts_of(path) == TEXTS
+    assert texts_of(path, fields=['title', 'text']) == [f'{title}\n{text}' for title, text in zip(TITLES, TEXTS)]
+    monkeypatch.setattr(formats, 'BLOCK_BYTES', 100)
+    found = list(documents([path]))
+    assert [text for text, _ in found] == TEXTS
+    for n, (_, position) in enumerate(found):  # and from every position
+        assert texts_of(path, start=json.loads(json.dumps(position))) == TEXTS[n + 1:]
+
+
+def zstd(data):
+    pa = pytest.importorskip('pyarrow')
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, 'zstd') as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACKERS = {'.gz': gzip.compress, '.bz2': bz2.compress, '.zst': zstd}
+
+
+@pytest.mark.parametrize('ending', PACKERS)
+def test_compressed_whole_cut_short_and_in_two_parts(tmp_path, small_blocks, ending):
+    path = tmp_path / f'a.jsonl{ending}'
+    write_jsonl(tmp_path / 'a.jsonl')
+    data = (tmp_path / 'a.jsonl').read_bytes()
+    path.write_bytes(PACKERS[ending](data[:150]) + PACKERS[ending](data[150:]))
+    found = list(documents([path]))
+    assert [text for text, _ in found] == TEXTS
+    assert texts_of(path, start=found[2][1]) == TEXTS[3:]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(OSError, match=f'^{path} could not be read'):
+        texts_of(path)
+
+
+def test_standard_zstandard_is_read(tmp_path):
+    zstandard = pytest.importorskip('zstandard')
+    (tmp_path / 'a.txt.zst').write_bytes(zstandard.compress('北京'.encode()))
+    assert texts_of(tmp_path) == ['北京']
+
+
+def test_text_a_file_is_a_document_and_folders_go_by_name(tmp_path):
+    for n, name in enumerate(['财经/2.txt', '财经/10.txt', '体育/1.txt', '体育/note.png', '.hidden/x.txt']):  # as THUCNews is laid out
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'第{n}篇\n\n正文', encoding='utf-8-sig')
+    assert [os.path.relpath(path, tmp_path) for path, _ in find_files([tmp_path])] == ['体育/1.txt', '财经/10.txt', '财经/2.txt']
+    assert texts_of(tmp_path) == [f'第{n}篇\n\n正文' for n in (2, 1, 0)]
+    assert texts_of(tmp_path, format='paragraphs')[:3] == ['第2篇', '正文', '第1篇']
+    assert texts_of(tmp_path, format='lines')[:3] == ['第2篇', '正文', '第1篇']
+
+
+@pytest.mark.parametrize('format', ['text', 'paragraphs', 'lines'])
+def test_a_large_text_is_cut_where_documents_or_lines_end(tmp_path, monkeypatch, format):
+    draw = random.Random(1)
+    text = ''.join(draw.choice(['一行文字', 'a line', ' ', '\n', '\n\n', '\r\n\r\n']) for _ in range(900))
+    (tmp_path / 'a.txt').write_bytes(text.encode())
+    at_once = texts_of(tmp_path, format=format)
+    monkeypatch.setattr(formats, 'BLOCK_BYTES', 100)
+    found = list(documents([tmp_path], format))
+    parts = [part for part, _ in found]
+    if format == 'text':
+        assert at_once == [text] == [''.join(parts)] and len(parts) > 20 and all(part.endswith('\n') for part in parts[:-1])
+    else:
+        assert at_once == parts == [part for part in (re.split(r'\r?\n', text) if format == 'lines' else parts) if part]
+    for n in (0, 7, len(found) - 1):
+        assert texts_of(tmp_path, format=format, start=found[n][1]) == parts[n + 1:]
+
+
+def test_a_text_without_line_ends_is_not_cut_in_a_character(tmp_path, small_blocks):
+    (tmp_path / 'a.txt').write_text('汉字' * 200, encoding='utf-8')
+    parts = texts_of(tmp_path)
+    assert ''.join(parts) == '汉字' * 200 and len(parts) > 10
+
+# -----------------------------------------------------------------------------
+# Wikipedia
+
+WIKI = 'http://www.mediawiki.org/xml/export-0.11/'
+BEIJING = """{{Infobox|name=北京|人口={{formatnum:21890000}}}}
+[[File:Beijing.jpg|thumb|图片说明[[链接]]]]
+'''北京市'''（{{lang-en|Beijing}}），是[[中华人民共和国|中国]]的[[首都]]<ref name="a">来源</ref>，-{zh-hans:软件; zh-hant:軟體}-业发达&nbsp;。<!-- 注释 -->
+
+== 历史 ==
+=== 古代 ===
+* 战国
+* 辽
+{| class="wikitable"
+|-
+| 表格 || 内容
+|}
+== 参考文献 ==
+{{reflist}}
+[[分类:北京]]
+[[Category:首都]]
+__NOTOC__"""
+PLAIN = '北京市，是中国的首都，软件业发达\xa0。\n\n历史\n\n古代\n战国\n辽'
+
+
+def write_wiki(path, pages):
+    """pages: (title, namespace, redirection or None, text)"""
+    ET.register_namespace('', WIKI)
+    root = ET.Element(f'{{{WIKI}}}mediawiki', {'version': '0.11'})
+
+    def add(parent, tag, text=None, **attributes):
+        element = ET.SubElement(parent, f'{{{WIKI}}}{tag}', attributes)
+        element.text = text
+        return element
+    info = add(root, 'siteinfo')
+    names = add(info, 'namespaces')
+    for key, name in ((0, None), (6, 'Fichier'), (14, 'Catégorie')):
+        add(names, 'namespace', name, key=str(key))
+    for n, (title, namespace, redirection, text) in enumerate(pages):
+        page = add(root, 'page')
+        add(page, 'title', title)
+        add(page, 'ns', str(namespace))
+        add(page, 'id', str(n))
+        if redirection:
+            add(page, 'redirect', title=redirection)
+        revision = add(page, 'revision')
+        add(revision, 'model', 'wikitext')
+        add(revision, 'format', 'text/x-wiki')
+        add(revision, 'text', text, bytes=str(len(text.encode())))
+    path.write_bytes(PACKERS.get(path.suffix, bytes)(ET.tostring(root, 'utf-8', xml_declaration=True)))
+
+
+PAGES = [('北京', 0, None, BEIJING), ('京', 0, '北京', '#重定向 [[北京]]'), ('Talk:北京', 1, None, '讨论'), ('Old', 0, None, '#REDIRECT [[New]]'),
+         ('Lyon', 0, None, 'Une [[ville]]. [[Fichier:x.jpg|vue]] [[:Catégorie:Villes]] [http://a.b Site] x < y & z')]
+
+
+@pytest.mark.parametrize('name', ['a.xml', 'zhwiki-latest-pages-articles1.xml-p1p9.bz2'])
+def test_wiki_is_plain_text_of_articles(tmp_path, small_blocks, name):
+    pytest.importorskip('mwparserfromhell')
+    write_wiki(tmp_path / name, PAGES)
+    found = list(documents([tmp_path / name], fields=['title', 'text']))
+    assert [text for text, _ in found] == [f'北京\n{PLAIN}', 'Lyon\nUne ville.  Catégorie:Villes Site x < y & z']
+    assert texts_of(tmp_path / name, start=found[0][1]) == ['Une ville.  Catégorie:Villes Site x < y & z']
