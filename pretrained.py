@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from checkpoint import write_atomically
-from data.tokenizer import GPT2_META, read_tokenizer_json, vocab_size_of
+from data.tokenizer import GPT2_META, read_tokenizer_json, tokenizer_config, vocab_size_of
 
 # repository and commit, so that the weights are the same tomorrow
 HUB = {
@@ -249,10 +249,8 @@ def save(model, path, tokenizer=None):
     n_tokens = tokenizer.vocab_size if tokenizer else c.vocab_size
     files = {'generation_config.json': dict(bos_token_id=eot, eos_token_id=eot, suppress_tokens=list(range(n_tokens, c.vocab_size)) or None)}
     if tokenizer:
-        ends = {} if eot is None else dict(bos_token='<|endoftext|>', eos_token='<|endoftext|>')
         files['tokenizer.json'] = tokenizer.tokenizer_json()
-        files['tokenizer_config.json'] = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-                                              model_max_length=c.block_size, **ends)
+        files['tokenizer_config.json'] = dict(tokenizer_config(tokenizer), model_max_length=c.block_size)
     files['config.json'] = to_config(vars(c), dtype, eot)
     for name, content in files.items():
         text = json.dumps(content, indent=None if name == 'tokenizer.json' else 2, ensure_ascii=False) + '\n'

@@ -47,7 +47,7 @@ if __name__ == '__main__':
 from data import formats
 from data.fetch import one_line_errors
 from data.formats import Block, find_files
-from data.tokenizer import CharTokenizer, GPT2_META, load_tokenizer, read_meta
+from data.tokenizer import CharTokenizer, GPT2_META, load_tokenizer, read_meta, tokenizer_meta
 
 # -----------------------------------------------------------------------------
 # encoding: documents to ids, on all cores
@@ -559,7 +559,7 @@ def write_json(path, value, work=None):
     """Write a whole file or none; work is the folder, on the same disk, where it is written first."""
     part = (work or path.parent) / f'{path.name}.new'
     with open(part, 'w', encoding='utf-8') as file:
-        json.dump(value, file, indent=1)
+        json.dump(value, file, indent=1, ensure_ascii=False)
         sync(file)
     os.replace(part, path)
     sync_folder(path.parent)
@@ -663,12 +663,6 @@ def build(args):
     source = names[0] if len(names) == 1 else f'{len(names)} inputs, {names[0]} to {names[-1]}'
     pack_files(args.out, files, tokenizer, source, args)
     print(f'next: python train.py config/quickstart.py --dataset={dataset_name(args.out)} --out_dir=out-{Path(args.out).resolve().name}')
-
-
-def tokenizer_meta(name):
-    if name == 'gpt2':
-        return GPT2_META
-    raise ValueError(f'--tokenizer={name} is none of char, gpt2')
 
 
 def dataset_name(out):
@@ -795,7 +789,7 @@ def main():
     commands = parser.add_subparsers(dest='command', required=True, metavar='build | mix | inspect')
     add = commands.add_parser('build', help='files to a dataset', description=formats.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files, and folders of them')
-    add.add_argument('--tokenizer', required=True, help='char, gpt2')
+    add.add_argument('--tokenizer', required=True, metavar='NAME', help='char, gpt2, byte, or a folder with tokenizer.json')
     add.add_argument('--out', type=Path, required=True, help='dataset folder')
     add.add_argument('--format', choices=['auto', *formats.FORMATS], default='auto', help='(default: by the ending of each file)')
     add.add_argument('--field', default='text', help='or several, as in title,text: what a document is made of (default: %(default)s)')

@@ -15,7 +15,7 @@ import pytest
 from conftest import survives
 from data.pack import write_dataset
 from data.shakespeare_char import prepare as shakespeare
-from data.tokenizer import CharTokenizer, read_meta
+from data.tokenizer import BPETokenizer, CharTokenizer, read_meta, save_tokenizer
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / 'shared' / 'data'
@@ -222,6 +222,19 @@ def test_text_gpt2_has_tiktokens_ids_and_eot_between_files(data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert np.fromfile(data / 'mine' / 'train.bin', dtype='<u2').tolist() == [15496, 995, 50256, 15496, 995]
     assert done.stdout.splitlines()[-1] == 'next: python train.py config/quickstart.py --dataset=mine --out_dir=out-mine'
+
+
+def test_text_takes_bytes_and_a_trained_tokenizer(data, tmp_path):
+    (tmp_path / 'a.txt').write_text('天地', encoding='utf-8')
+    bpe = BPETokenizer(['å ¤', 'å¤ ©'])
+    save_tokenizer(bpe, tmp_path / 'bpe')
+    for name, ids in (('byte', list('天'.encode())), ('bpe', [257])):
+        done = run(data / 'text' / 'prepare.py', '--input', 'a.txt', '--tokenizer', name, '--val_fraction=0.5', cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert np.fromfile(data / 'text' / 'train.bin', dtype='<u2').tolist() == ids
+    assert read_meta(data / 'text')['tokenizer'] == bpe.meta()
+    done = run(data / 'text' / 'prepare.py', '--input', 'a.txt', '--tokenizer', 'bpf', cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith('tokenizer bpf: accepted are gpt2, byte, and a folder with tokenizer.json')
 
 
 @pytest.mark.parametrize('content, args, error', [

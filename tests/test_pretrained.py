@@ -259,8 +259,8 @@ def test_gpt2_tokenizer_is_exported(tmp_path, arch, gpt2_tokenizer):
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content), encoding='utf-8')
     with pytest.raises(ValueError) as error:
         read_tokenizer_json(tmp_path)
-    assert str(error.value) == (f"{tmp_path / 'tokenizer.json'} is a BPE tokenizer of 50257 tokens: supported are GPT-2's own and one token per "
-                                'character as save_pretrained writes it')
+    assert str(error.value) == (f"{tmp_path / 'tokenizer.json'} is a BPE tokenizer of 50257 tokens: supported are GPT-2's own, one token per character "
+                                'as save_pretrained writes it, and byte-level BPE as python data/tokenizer.py train writes it')
 
 
 # -----------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import checkpoint
 import load
 import sample
 from configurator import configure
+from conftest import TINY, read_checkpoint, sentences, train_here
 from data.pack import write_dataset
-from data.tokenizer import CharTokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, save_tokenizer, tokenizer_meta, train_bpe
 from model import GPT, GPTConfig
 
 CHARS = '\n abcdefgh€'
@@ -195,3 +196,26 @@ def test_a_prompt_file_may_begin_with_a_byte_order_mark_and_must_be_utf8(monkeyp
     prompt.write_bytes(b'a\nb\xff')
     with pytest.raises(ValueError, match=r'prompt.txt, line 2: not UTF-8'):
         run(monkeypatch, capsys, f'--out_dir={out_dir}', f'--start=FILE:{prompt}')
+
+
+@pytest.mark.parametrize('kind', ['byte', 'bpe'])
+def test_a_tokenizer_goes_with_the_model_from_the_dataset_to_transformers(monkeypatch, capsys, tmp_path, kind):
+    transformers, text = pytest.importorskip('transformers'), sentences(8000, 1) + '天地玄黄，宇宙洪荒。' * 99
+    tokenizer = train_bpe([text], 300) if kind == 'bpe' else ByteTokenizer()
+    save_tokenizer(tokenizer, tmp_path / 'tokenizer')
+    tokenizer = load_tokenizer(tokenizer_meta(str(tmp_path / 'tokenizer')))
+    write_dataset(tmp_path / 'set', tokenizer, {'train': [text, text], 'val': [text[:999]]}, 'a test')
+    code, _, err, metrics = train_here(*TINY, f'--dataset={tmp_path / "set"}', out_dir=tmp_path / 'out')
+    assert code == 0, err
+    assert metrics[-1]['val_bpb'] < metrics[0]['val_bpb'] < 9 and read_checkpoint(tmp_path / 'out/ckpt.pt')['tokenizer'] == tokenizer.meta()
+
+    for path in sorted((tmp_path / 'tokenizer').iterdir()):
+        path.unlink()  # the checkpoint holds all there is to know
+    flags = '--start=天地<|endoftext|>玄', '--num_samples=2', '--max_new_tokens=5', '--temperature=0'
+    out = printed(monkeypatch, capsys, f'--out_dir={tmp_path / "out"}', *flags)
+    assert f'{kind} tokenizer\n天地玄' in out
+    printed(monkeypatch, capsys, f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "exported"}')
+    there = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
+    ids = tokenizer.encode(text + '<|user|>', allowed_special=tokenizer.special)
+    assert there.encode(text + '<|user|>') == ids and there.eos_token_id == tokenizer.eot and there.pad_token_id == tokenizer.special['<|pad|>']
+    assert printed(monkeypatch, capsys, f'--init_from={tmp_path / "exported"}', '--export=', *flags).endswith(out.split('tokenizer\n')[1])

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import GPT2_META, CharTokenizer, GPT2Tokenizer, fingerprint, load_tokenizer, read_meta, read_tokenizer_json
+from conftest import ROOT, sentences
+from data.tokenizer import (GPT2_META, SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, are_trained, fingerprint,
+                            load_tokenizer, read_meta, read_tokenizer_json, sample_pieces, save_tokenizer, tokenizer_meta, train_bpe)
 
 SHARED = Path(__file__).resolve().parents[1].parent / 'shared' / 'data'
 
@@ -110,11 +114,138 @@ def test_gpt2_decodes_half_a_character_and_names_a_padded_id(gpt2):
         gpt2.decode([50257])
 
 # -----------------------------------------------------------------------------
+# bytes, and byte-level BPE
+
+# the start of the Thousand Character Classic, of which every pair of neighbours comes in another verse too
+CHINESE = '天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。寒来暑往，秋收冬藏。闰余成岁，律吕调阳。\n'
+ANY_TEXT = st.text() | st.lists(st.sampled_from([*" \n\t\u00a0\u3000'sdmtrelv\u00e9A127\u00b2天地玄黄，。\u3007\U00020000\U0001f600.<|>\u0e01\u0301", 'a' * 40, '天' * 20,
+                                              *SPECIAL_TOKENS])).map(''.join)
+
+
+def corpus():
+    return [sentences(3000, 1), CHINESE * 3 + '天地 玄黄 2024 年 1234567\n' * 2, '秋收冬藏' * 20]
+
+
+@pytest.fixture(scope='module')
+def bpe():
+    pytest.importorskip('tokenizers')
+    return train_bpe(corpus(), 400)
+
+
+@pytest.fixture(scope='module')
+def bpe_there(bpe, tmp_path_factory):
+    """The same, as transformers reads it from the folder written."""
+    transformers, folder = pytest.importorskip('transformers'), tmp_path_factory.mktemp('bpe')
+    save_tokenizer(bpe, folder)
+    return transformers.AutoTokenizer.from_pretrained(folder), folder
+
+
+@given(st.text())
+def test_byte_ids_are_the_bytes(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert bytes(ids) == text.encode() == tokenizer.decode_bytes(ids) and tokenizer.decode(ids) == text
+    assert tokenizer.vocab_size == 263 and tokenizer.token_bytes().tolist() == [1] * 256 + [0] * 7
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_TEXT)
+def test_bpe_ids_are_those_of_transformers_and_the_round_trip_of_any_text(bpe, bpe_there, text):
+    ids = bpe.encode(text, allowed_special=bpe.special)
+    assert bpe_there[0].encode(text) == ids and bpe.decode(ids) == text
+    plain = bpe.encode(text)
+    assert max(plain, default=0) < bpe.eot and bpe.encode_array(text).tolist() == plain
+    assert bpe.decode(plain) == text and bpe.token_bytes()[plain].sum() == len(text.encode())
+
+
+def test_bpe_ids_of_every_code_point_are_those_of_transformers(bpe, bpe_there):
+    codes = [*range(0xd800), *range(0xe000, 0x34000), *range(0xe0000, 0xe0200)]  # beyond and between nothing is assigned, or to private use
+    text = ''.join(f'{chr(code)}{"a天 " if code % 7 == 0 else ""}' for code in codes)
+    for start in range(0, len(text), 100_000):
+        piece = text[start:start + 100_000]
+        assert bpe_there[0].encode(piece) == bpe.encode(piece)
+
+
+def test_bpe_has_its_special_tokens_and_transformers_knows_their_roles(bpe, bpe_there):
+    there = bpe_there[0]
+    assert list(bpe.special) == SPECIAL_TOKENS == list(ByteTokenizer().special) and list(bpe.special.values()) == list(range(393, 400))
+    assert (there.eos_token_id, there.pad_token_id, there.bos_token_id, there.unk_token_id) == (393, 394, 395, 396) and len(there) == 400
+    assert there.convert_tokens_to_ids(SPECIAL_TOKENS) == list(bpe.special.values()) == there.encode(''.join(SPECIAL_TOKENS))
+    assert bpe.encode('<|user|>', allowed_special=['<|pad|>']) == bpe.encode('<|user|>') != [bpe.special['<|user|>']]
+    assert there.decode(bpe.encode('天地'), skip_special_tokens=True) == '天地'
+
+
+def test_bpe_comes_back_from_its_folder_and_from_one_that_transformers_wrote(bpe, bpe_there, tmp_path):
+    bpe_there[0].save_pretrained(tmp_path / 'again')
+    assert read_tokenizer_json(bpe_there[1]) == read_tokenizer_json(tmp_path / 'again') == tokenizer_meta(str(bpe_there[1])) == bpe.meta()
+    save_tokenizer(ByteTokenizer(), tmp_path / 'byte')
+    assert read_tokenizer_json(tmp_path / 'byte') == tokenizer_meta('byte') == {'kind': 'byte'}
+    assert [path.name for path in sorted((tmp_path / 'byte').iterdir())] == ['merges.txt', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json']
+
+
+def test_merges_that_no_training_makes_are_refused(tmp_path):
+    # 'abc' is made of ab + c by the ranks of the pairs, but where bc came first, a and bc are left standing
+    assert are_trained(['a b', 'b c', 'ab c']) and not are_trained(['b c', 'a b', 'ab c'])
+    save_tokenizer(BPETokenizer(['b c', 'a b', 'ab c']), tmp_path)
+    with pytest.raises(ValueError, match='is a BPE tokenizer of 266 tokens: supported are'):
+        read_tokenizer_json(tmp_path)
+
+
+def test_training_looks_at_the_same_sample_whatever_the_order(bpe):
+    assert train_bpe(corpus()[::-1], 400).meta() == bpe.meta()
+    texts = [f'{i} ' * 5000 for i in range(30)]
+    sample = sample_pieces(texts, 100_000)
+    assert sample == sample_pieces(texts[::-1], 100_000) and 50_000 < sum(map(len, sample)) <= 100_000
+    assert sample == sample_pieces(texts, 200_000)[:len(sample)]
+    assert sorted(map(len, sample_pieces(['ab' * 20_000], 10 ** 6))) == [40_000 - 2 * (1 << 14), 1 << 14, 1 << 14]
+
+
+def run_tokenizer(*args, **env):
+    done = subprocess.run([sys.executable, str(ROOT / 'data/tokenizer.py'), *map(str, args)], capture_output=True, text=True, encoding='utf-8',
+                          env={**os.environ, **env}, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_train_and_compare_on_the_command_line(tmp_path):
+    pytest.importorskip('tokenizers')
+    (tmp_path / 'texts/more').mkdir(parents=True)
+    (tmp_path / 'texts/a.txt').write_text('\ufeff' + corpus()[0], encoding='utf-8')
+    (tmp_path / 'texts/more/b.txt').write_text(''.join(corpus()[1:]), encoding='utf-8')
+    made = []
+    for threads in '13':
+        code, out, err = run_tokenizer('train', '--input', tmp_path / 'texts', '--vocab_size=380', '--out', tmp_path / threads,
+                                       RAYON_NUM_THREADS=threads, TOKENIZERS_PARALLELISM='true')
+        assert code == 0, err
+        made.append({path.name: path.read_bytes() for path in (tmp_path / threads).iterdir()})
+    assert made[0] == made[1] and sorted(made[0]) == ['merges.txt', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json']
+    assert len(json.loads(made[0]['vocab.json'])) == 380 and '380 tokens, of which 7 special' in out
+    code, out, err = run_tokenizer('compare', '--input', tmp_path / 'texts/more/b.txt', '--tokenizers', 'byte', tmp_path / '1')
+    assert code == 0, err
+    _, _, byte, trained = [line.split() for line in out.splitlines()]
+    assert byte[1:4] == ['263', f'{len("".join(corpus()[1:]).encode()):,}', '0.368'] and byte[4] == '1.000'
+    assert trained[1] == '380' and float(trained[3]) > 2 * float(byte[3])
+
+
+def test_what_cannot_be_trained_or_compared_is_one_line(tmp_path):
+    pytest.importorskip('tokenizers')
+    text, broken, out = tmp_path / 'a.txt', tmp_path / 'b.txt', tmp_path / 'out'
+    text.write_text('天地 天地', encoding='utf-8')
+    broken.write_bytes(b'good\nb\xe4d\n')
+    for args, message in (
+            (['train', '--input', text, '--out', out], 'the text has too few pairs that come twice for --vocab_size=16384: give more text, or --vocab_size=268 or less\n'),
+            (['train', '--input', text, '--vocab_size=263', '--out', out], 'vocab_size=263: 256 bytes and 7 special tokens are there already, so 264 or more is accepted\n'),
+            (['train', '--input', text, broken, '--out', out], f'{broken}, line 2: not UTF-8 (invalid continuation byte): convert the file to UTF-8\n'),
+            (['compare', '--input', text, '--tokenizers', 'gtp2'], 'tokenizer gtp2: accepted are gpt2, byte, and a folder with tokenizer.json: '
+             'python data/tokenizer.py train --input TEXT --out FOLDER makes one\n')):
+        assert run_tokenizer(*args)[::2] == (2, message)
+    assert not out.exists()
+
+# -----------------------------------------------------------------------------
 # meta
 
-def test_meta_survives_json_and_rebuilds_the_tokenizer(gpt2, monkeypatch):
+def test_meta_survives_json_and_rebuilds_the_tokenizer(gpt2, bpe, monkeypatch):
     monkeypatch.setenv('FLATGPT_CACHE', str(SHARED / 'gpt2_bpe'))
-    for tokenizer in (gpt2, CharTokenizer('\n abc')):
+    for tokenizer in (gpt2, bpe, ByteTokenizer(), CharTokenizer('\n abc')):
         meta = json.loads(json.dumps(tokenizer.meta()))
         rebuilt = load_tokenizer(meta)
         assert rebuilt.encode('a cab\n') == tokenizer.encode('a cab\n') and rebuilt.meta() == meta
@@ -127,7 +258,18 @@ def test_fingerprint_is_of_the_content_not_of_the_order():
     assert fingerprint({'kind': 'char', 'chars': 'ba'}) != canonical
 
 
-@pytest.mark.parametrize('meta', [None, {}, {'kind': 'spm'}, {'kind': 'char'}, {'kind': 'gpt2', 'sha256': '0'}, {'kind': []}])
+def bpe_meta(**changes):
+    return {'kind': 'bpe', 'merges': 'a b\nab c', 'pattern': '.', 'special': ['<|endoftext|>']} | changes
+
+
+def test_bpe_meta_of_the_least():
+    assert load_tokenizer(bpe_meta()).encode('abcab') == [64, 65, 66, 64, 65] and load_tokenizer(bpe_meta(pattern='.+')).encode('abcab') == [257, 256]
+
+
+@pytest.mark.parametrize('meta', [
+    None, {}, {'kind': 'spm'}, {'kind': 'char'}, {'kind': 'gpt2', 'sha256': '0'}, {'kind': []}, bpe_meta(merges=['a b']), bpe_meta(merges=''),
+    bpe_meta(merges='ab c'), bpe_meta(merges='a b\na b'), bpe_meta(merges='a b c'), bpe_meta(pattern=None), bpe_meta(pattern='('),
+    bpe_meta(special=[]), bpe_meta(special=['<|endoftext|>'] * 2), bpe_meta(special=['<|endoftext|>', 'ab']), bpe_meta(special=['<|endoftext|>', 3])])
 def test_meta_that_describes_no_tokenizer(meta):
     with pytest.raises(ValueError):
         load_tokenizer(meta)

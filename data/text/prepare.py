@@ -4,8 +4,8 @@
     python data/text/prepare.py --input essays/ --tokenizer gpt2 --out data/essays
 
 --input takes UTF-8 files, and folders whose .txt files are read in the order of their names. The last tenth of all
-characters is for validation (--val_fraction). A file is a document: gpt2 puts <|endoftext|> between two. Memory holds one file at
-a time.
+characters is for validation (--val_fraction). --tokenizer is char, gpt2, byte, or the folder of one that data/tokenizer.py trained.
+A file is a document: all but char put <|endoftext|> between two. Memory holds one file at a time.
 """
 import argparse
 import sys
@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 from data.fetch import one_line_errors
 from data.formats import find_files, read_text
 from data.pack import write_dataset
-from data.tokenizer import CharTokenizer, GPT2Tokenizer
+from data.tokenizer import CharTokenizer, load_tokenizer, tokenizer_meta
 
 
 def characters(paths, start, end):
@@ -30,13 +30,14 @@ def characters(paths, start, end):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--input', nargs='+', required=True, metavar='PATH')
-    parser.add_argument('--tokenizer', choices=['char', 'gpt2'], required=True)
+    parser.add_argument('--tokenizer', required=True, metavar='NAME', help='char, gpt2, byte, or a folder with tokenizer.json')
     parser.add_argument('--out', type=Path, default=HERE, help='dataset folder (default: the folder of this script)')
     parser.add_argument('--val_fraction', type=float, default=0.1)
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         raise ValueError(f'--val_fraction={args.val_fraction} must lie between 0 and 1')
 
+    tokenizer = None if args.tokenizer == 'char' else load_tokenizer(tokenizer_meta(args.tokenizer))
     paths = [Path(path) for path, _ in find_files(args.input, 'text')]
     n_chars, chars = 0, set()
     for path in paths:
@@ -45,7 +46,7 @@ def main():
         chars.update(text)
     if n_chars == 0:
         raise ValueError(f'{" ".join(args.input)}: no text in there')
-    tokenizer = CharTokenizer(''.join(sorted(chars))) if args.tokenizer == 'char' else GPT2Tokenizer()
+    tokenizer = tokenizer or CharTokenizer(''.join(sorted(chars)))
     n_train = int(n_chars * (1 - args.val_fraction))
     splits = {'train': characters(paths, 0, n_train), 'val': characters(paths, n_train, n_chars)}
     source = paths[0].name if len(paths) == 1 else f'{len(paths)} files, {paths[0].name} to {paths[-1].name}'
