@@ -28,6 +28,7 @@ import numpy as np
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+from data import formats
 from data.fetch import fetch, one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -150,8 +151,11 @@ class BPETokenizer:
         return self.bpe.encode(text, allowed_special=self.special.keys() & set(allowed_special), disallowed_special=())
 
     def encode_array(self, text):
-        """(n,) int32 ids."""
-        return np.array(self.encode(text), dtype=np.int32)
+        """(n,) int32 ids. Other threads run meanwhile."""
+        try:
+            return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+        except UnicodeEncodeError:  # half a surrogate pair, for which encode() takes U+FFFD
+            return np.array(self.encode(text), dtype=np.int32)
 
     def decode(self, ids):
         """Text; bytes that are not UTF-8, as in a character cut in two, become U+FFFD."""
@@ -578,28 +582,22 @@ def tokenizer_config(tokenizer):
 # -----------------------------------------------------------------------------
 # the commands
 
-def read_pieces(paths):
-    """The text of UTF-8 files, some thousand characters at a time, with the progress of the reading."""
+def read_texts(args):
+    """The documents of the files that a command names, with the progress of the reading."""
     from tqdm import tqdm
-    with tqdm(total=sum(path.stat().st_size for path in paths), unit='B', unit_scale=True, desc='reading', disable=None) as bar:
-        for path in paths:
-            piece = ''
-            with open(path, 'rb') as file:
-                for n, line in enumerate(file, 1):
-                    try:
-                        piece += line.decode('utf-8-sig' if n == 1 else 'utf-8')
-                    except UnicodeDecodeError as error:
-                        raise ValueError(f'{path}, line {n}: not UTF-8 ({error.reason}): convert the file to UTF-8') from None
-                    bar.update(len(line))
-                    if len(piece) >= PIECE_CHARS // 2:
-                        yield piece
-                        piece = ''
-            yield piece
+    files, fields = formats.find_files(args.input, args.format), args.field.split(',')
+    ends = np.cumsum([0] + [formats.n_bytes_of(path) for path, _ in files])
+    with tqdm(total=int(ends[-1]), unit='B', unit_scale=True, desc='reading', disable=None) as bar:
+        for block in formats.blocks(files, fields, args.errors):
+            if block.format == 'blocks':
+                raise ValueError(f'{block.path} holds token ids, not text')
+            yield from formats.parse(block, fields, args.errors)
+            bar.update(int(ends[block.begin[0]]) + block.n_read - bar.n)
 
 
 def train(args):
     began = time.perf_counter()
-    tokenizer = train_bpe(read_pieces(find_texts(args.input)), args.vocab_size, args.max_bytes)
+    tokenizer = train_bpe(read_texts(args), args.vocab_size, args.max_bytes)
     paths = save_tokenizer(tokenizer, args.out)
     print(f'{args.out}: {", ".join(path.name for path in paths)}; {tokenizer.vocab_size:,} tokens, of which {len(tokenizer.special)} special, '
           f'fingerprint {fingerprint(tokenizer.meta())}, in {time.perf_counter() - began:.0f} s')
@@ -608,30 +606,22 @@ def train(args):
 
 def compare(args):
     tokenizers = {name: load_tokenizer(tokenizer_meta(name)) for name in args.tokenizers}
-    pieces, n_bytes = [], 0
-    for piece in read_pieces(find_texts(args.input)):
-        pieces.append(piece)
-        n_bytes += len(piece.encode('utf-8'))
+    texts, n_bytes = [], 0
+    for text in read_texts(args):
+        texts.append(text)
+        n_bytes += len(text.encode('utf-8'))
         if n_bytes >= args.max_bytes:
             break
-    n_chars, width = sum(map(len, pieces)), max(map(len, [*tokenizers, 'tokenizer']))
+    n_chars, width = sum(map(len, texts)), max(map(len, [*tokenizers, 'tokenizer']))
     if not n_chars:
         raise ValueError(f'{" ".join(args.input)}: no text in there')
     print(f'{n_chars:,} characters, {n_bytes:,} bytes')
     print(f'{"tokenizer":{width}}  vocabulary      tokens  characters/token  bytes/token    MB/s')
     for name, tokenizer in tokenizers.items():
         began = time.perf_counter()
-        n_tokens = sum(len(tokenizer.encode_array(piece)) for piece in pieces)
+        n_tokens = sum(len(tokenizer.encode_array(text)) for text in texts)
         rate = n_bytes / (time.perf_counter() - began) / 1e6
         print(f'{name:{width}}  {tokenizer.vocab_size:10,}  {n_tokens:10,}  {n_chars / n_tokens:16.3f}  {n_bytes / n_tokens:11.3f}  {rate:6.1f}')
-
-
-def find_texts(inputs):
-    """The files named, and the .txt files below the folders named."""
-    paths = [path for given in map(Path, inputs) for path in (sorted(given.rglob('*.txt')) if given.is_dir() else [given])]
-    if not paths:
-        raise ValueError(f'{" ".join(inputs)}: no .txt file in there')
-    return paths
 
 
 def main():
@@ -640,7 +630,10 @@ def main():
     parser_of = {name: commands.add_parser(name, help=text) for name, text in
                  (('train', 'make a byte-level BPE for a text'), ('compare', 'what some tokenizers make of a text'))}
     for each in parser_of.values():
-        each.add_argument('--input', nargs='+', required=True, metavar='PATH', help='UTF-8 files, and folders whose .txt files are taken')
+        each.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files, and folders of them')
+        each.add_argument('--format', choices=['auto', *formats.FORMATS], default='auto', help='(default: by the ending of each file)')
+        each.add_argument('--field', default='text', help='or several, as in title,text: what a document is made of (default: %(default)s)')
+        each.add_argument('--errors', choices=['strict', 'replace'], default='strict', help='what is not UTF-8 ends the run, or becomes U+FFFD')
     of = parser_of['train'].add_argument
     of('--vocab_size', type=int, default=16384, help='tokens, the special ones included (default: %(default)s)')
     of('--out', type=Path, required=True, help='folder to write, such as data/tokenizers/mine')
