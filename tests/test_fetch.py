@@ -212,3 +212,25 @@ def test_member_path_cannot_escape(mirror, cache):
     fetch('a.txt', [f'pip:tiny==1.0#{sha256}!../../escaped.txt'], SHA256)
     assert [path.name for path in cache.iterdir()] == ['a.txt']
     assert sorted(path.name for path in cache.parent.iterdir()) == ['cache', 'mirror']
+
+
+@pytest.mark.parametrize('client, package', [('npm', 'verses@1.0.0'), ('apt', 'verses=1.0-2')])
+def test_npm_and_apt_fetch_an_archive_and_only_the_one_that_is_known(cache, tmp_path, monkeypatch, client, package):
+    """The client stands in for the real one, which would need its registry: it puts the archive in the folder that it runs in."""
+    archive = tmp_path / 'verses.tgz'
+    with tarfile.open(archive, 'w:gz') as tar:
+        info = tarfile.TarInfo('package/verses.txt')
+        info.size = len(TEXT)
+        tar.addfile(info, io.BytesIO(TEXT))
+    command = tmp_path / 'bin' / {'npm': 'npm', 'apt': 'apt-get'}[client]
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\ncase "$*" in *{package}) cp {archive} . ;; *) echo "E: no such package" >&2; exit 1 ;; esac\n', encoding='utf-8')
+    command.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{command.parent}:{os.environ["PATH"]}')
+    known = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert fetch('verses.txt', [f'{client}:{package}#{known}!package/verses.txt'], SHA256).read_bytes() == TEXT
+    with pytest.raises(OSError, match=f'{client}:{package}: has sha256 {known[:12]}..., 000000000000... was expected; {client}:other: no such package'):
+        fetch('other.txt', [f'{client}:{package}#{"0" * 64}!package/verses.txt', f'{client}:other#{known}!'], SHA256)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(OSError, match=f'{client}:{package}: {client} is not installed'):
+        fetch('third.txt', [f'{client}:{package}#{known}!'])
