@@ -649,6 +649,16 @@ def add_packing_options(parser, val_fraction, shard_tokens):
     parser.add_argument('--workers', type=int, default=n_cores(), help='processes that tokenize (default: one a core, %(default)s)')
 
 
+def add_build_options(parser):
+    parser.add_argument('--format', choices=['auto', *formats.FORMATS], default='auto', help='(default: by the ending of each file)')
+    parser.add_argument('--field', default='text', help='or several, as in title,text: what a document is made of (default: %(default)s)')
+    parser.add_argument('--clean', action='store_true', help='Unicode NFC, no control characters, each text only once')
+    parser.add_argument('--min_chars', type=int, default=1, help='leave shorter texts out (default: %(default)s)')
+    parser.add_argument('--sample', type=float, default=1.0, metavar='FRACTION', help='take this share of the texts, as their hashes decide')
+    parser.add_argument('--errors', choices=['strict', 'replace'], default='strict', help='what is not UTF-8 ends the run, or becomes U+FFFD')
+    add_packing_options(parser, 0.01, None)
+
+
 def build(args):
     """python data/pack.py build"""
     check_options(args)
@@ -791,13 +801,7 @@ def main():
     add.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files, and folders of them')
     add.add_argument('--tokenizer', required=True, metavar='NAME', help='char, gpt2, byte, or a folder with tokenizer.json')
     add.add_argument('--out', type=Path, required=True, help='dataset folder')
-    add.add_argument('--format', choices=['auto', *formats.FORMATS], default='auto', help='(default: by the ending of each file)')
-    add.add_argument('--field', default='text', help='or several, as in title,text: what a document is made of (default: %(default)s)')
-    add.add_argument('--clean', action='store_true', help='Unicode NFC, no control characters, each text only once')
-    add.add_argument('--min_chars', type=int, default=1, help='leave shorter texts out (default: %(default)s)')
-    add.add_argument('--sample', type=float, default=1.0, metavar='FRACTION', help='take this share of the texts, as their hashes decide')
-    add.add_argument('--errors', choices=['strict', 'replace'], default='strict', help='what is not UTF-8 ends the run, or becomes U+FFFD')
-    add_packing_options(add, 0.01, None)
+    add_build_options(add)
     add = commands.add_parser('mix', help='datasets to one', description='Datasets of one tokenizer to one dataset, with these shares of its tokens.')
     add.add_argument('datasets', metavar='A:0.6,B:0.4', help='as in the setting dataset')
     add.add_argument('--out', type=Path, required=True, help='dataset folder')

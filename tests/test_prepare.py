@@ -1,4 +1,5 @@
 """data/pack.py and the prepare scripts, each script run in a copy of the data folder."""
+import gzip
 import io
 import json
 import os
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 from conftest import survives
+from data.chinese import prepare as chinese
 from data.pack import write_dataset
 from data.shakespeare_char import prepare as shakespeare
-from data.tokenizer import BPETokenizer, CharTokenizer, read_meta, save_tokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, read_meta, save_tokenizer, tokenizer_meta
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / 'shared' / 'data'
@@ -256,3 +258,58 @@ def test_text_bad_input_is_one_line_and_exit_2(data, tmp_path, content, args, er
         return
     assert (done.returncode, done.stderr) == (2, error + '\n')
     assert os.listdir(data / 'text') == ['prepare.py']
+
+# -----------------------------------------------------------------------------
+# chinese
+
+def archive_of(files, mode):
+    """A tar of {name: bytes}, compressed."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def test_poems_and_the_reference_are_read_out_of_their_packages(tmp_path):
+    def poems(*names):
+        return json.dumps([dict(rhythmic=name, author='和岘 ', paragraphs=['气和玉烛，', ' ', '睿化著鸿明。']) for name in names]).encode()
+    files = {'package/dist/songci/ci.song.1000.json': poems('丙'), 'package/dist/songci/author.song.json': b'[]',
+             'package/dist/songci/ci.song.0.json': poems('甲', '乙')}
+    (tmp_path / 'poems.tgz').write_bytes(archive_of(files, 'w:gz'))
+    expected = ''.join(f'{name}\n和岘\n气和玉烛，\n睿化著鸿明。\n\n' for name in '甲乙丙')[:-1]
+    assert chinese.read_poems(tmp_path / 'poems.tgz') == expected
+
+    inside = archive_of({'./usr/share/debian-reference/debian-reference.zh-cn.txt.gz': gzip.compress('参考手册\n'.encode())}, 'w:xz')
+    deb = b'!<arch>\n'
+    for name, content in (('debian-binary', b'2.0\n'), ('control.tar.xz', b'odd'), ('data.tar.xz', inside)):
+        deb += f'{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n'.encode() + content + b'\n' * (len(content) % 2)
+    (tmp_path / 'reference.deb').write_bytes(deb)
+    assert chinese.read_reference(tmp_path / 'reference.deb') == '参考手册\n'
+
+
+def test_chinese_makes_a_tokenizer_and_a_document_of_each_paragraph(data, tmp_path):
+    verses = ['云想衣裳花想容，春风拂槛露华浓。', '若非群玉山头见，会向瑶台月下逢。', '一枝红艳露凝香，云雨巫山枉断肠。']
+    (data / 'chinese/input.txt').write_text('\n\n'.join(verses[n % 3] + f'第{n}首' for n in range(300)), encoding='utf-8')
+    done = run(data / 'chinese/prepare.py', '--vocab_size=300', '--val_fraction=0.2', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == 'next: python train.py config/train_chinese.py'
+    meta = read_meta(data / 'chinese')
+    assert meta['tokenizer'] == tokenizer_meta(str(data / 'tokenizers/chinese')) and meta['vocab_size'] == 300
+    assert sum(split['documents'] for split in meta['splits'].values()) == 300 and meta['splits']['val']['documents'] > 30
+    (tmp_path / 'more.jsonl').write_text(''.join(json.dumps({'poem': verse}) + '\n' for verse in verses * 9), encoding='utf-8')
+    done = run(data / 'chinese/prepare.py', '--input', 'more.jsonl', '--field=poem', '--tokenizer', data / 'tokenizers/chinese', '--out=more',
+               '--val_fraction=0.4', '--clean', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sum(split['documents'] for split in read_meta(tmp_path / 'more')['splits'].values()) == 3
+    assert done.stdout.splitlines()[-1] == f'next: python train.py config/train_chinese.py --dataset=more'
+
+
+def test_chinese_out_of_reach_is_one_line_that_says_what_to_put_where(data, tmp_path, monkeypatch):
+    monkeypatch.setenv('FLATGPT_OFFLINE', '1')
+    done = run(data / 'chinese/prepare.py', cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f'no text to train on: put one at {data / "chinese/input.txt"}, or name files and '
+                                                           'folders with --input (chinese-poetry-2.0.1.tgz could not be fetched: ')
+    assert done.stderr.count('\n') == 1 and os.listdir(data / 'chinese') == ['prepare.py']

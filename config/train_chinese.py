@@ -1,0 +1,36 @@
+# A GPT on Song lyric poems, in a few minutes on two CPU cores: Chinese with a tokenizer of its own.
+#   python data/chinese/prepare.py
+#   python train.py config/train_chinese.py
+#   python sample.py --out_dir=out-chinese --start="水调歌头"
+# On text of your own: python data/chinese/prepare.py --input FILES, and more layers, width, context and steps.
+
+out_dir = 'out-chinese'
+dataset = 'chinese'
+eval_interval = 250
+eval_iters = 0  # the whole validation set
+log_interval = 25
+
+arch = 'modern'
+n_layer = 4
+n_head = 3
+n_embd = 192
+block_size = 128
+batch_size = 32
+gradient_accumulation_steps = 1
+sampling = 'documents'  # a row begins where a poem begins, so that the model learns to begin one
+
+optimizer = 'muon'
+matrix_lr = 0.04
+learning_rate = 0.004
+embedding_lr = 0.4
+head_lr = 0.004
+weight_decay = 0.0
+beta1 = 0.8
+beta2 = 0.95
+grad_clip = 0.0
+
+max_iters = 1000
+lr_schedule = 'wsd'
+warmup_iters = 0
+decay_fraction = 0.7
+min_lr = 0.0
