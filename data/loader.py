@@ -416,6 +416,12 @@ class Loader:
     def fingerprint(self):
         return [split.fingerprint() for split in self.splits]
 
+    def position(self, step):
+        """What a checkpoint holds besides the step, so that seek() goes on there: nothing. It differs in data/stream.py."""
+
+    def seek(self, position, step):
+        pass
+
     def to(self, device, batch):
         """A batch on the device; from pinned memory, without waiting, where the device is CUDA."""
         if device.type == 'cuda':
