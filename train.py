@@ -30,6 +30,7 @@ import pretrained
 from configurator import config_of, configure, one_line_errors
 from data.fetch import cache_folder
 from data.loader import IGNORE, Loader, dataset_folders
+from data.stream import open_stream
 from data.tokenizer import fingerprint, load_tokenizer, vocab_size_of
 from distributed import print0
 from evaluate import evaluate_core, evaluate_task, read_benchmarks, read_core, score, spread_windows, table_row, text_loss
@@ -68,12 +69,18 @@ wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'openwebtext'  # a folder in data/, or a mixture: a:0.7,b:0.3
+dataset = 'openwebtext'  # a folder in data/, or a mixture: a:0.7,b:0.3; or stream:PATH,PATH: files and folders of raw text
 gradient_accumulation_steps = 5 * 8  # the total over all ranks
 batch_size = 12  # windows in one micro-batch
 block_size = 1024
 sampling: Literal['shuffle', 'random', 'documents'] = 'shuffle'  # each window once an epoch; with replacement (nanoGPT); aligned to documents
 verify_data = False  # read every shard against its checksum before the first step; sizes are always looked at
+# raw text: dataset=stream:PATH,PATH
+tokenizer = 'gpt2'  # or byte, or a folder that data/tokenizer.py train wrote
+stream_val = ''  # files and folders of text for validation, by commas; empty = the first file of the stream, which is then not trained on
+field = 'text'  # what to take of JSONL, CSV and Parquet; several: title,text
+errors: Literal['strict', 'replace'] = 'strict'  # replace: U+FFFD stands for what is not UTF-8
+shuffle_window = 1024  # so many windows in a row change places with each other
 # model
 arch: Literal['gpt2', 'modern'] = 'gpt2'
 n_layer = 12
@@ -124,7 +131,7 @@ FIXED = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'optimizer
 THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'verify_data', 'device', 'backend', 'timeout_s')
 LIMITS = (  # least, below, and the settings that this holds for; GPTConfig knows those of the model
     (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters restart_iters restart_mult'),
-    (1, math.inf, 'max_skipped_steps timeout_s'),
+    (1, math.inf, 'shuffle_window max_skipped_steps timeout_s'),
     (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters muon_warmup_iters lr_decay_iters'),
     (0, math.inf, 'learning_rate matrix_lr embedding_lr head_lr min_lr weight_decay grad_clip skip_spikes shard_ranks'),
     (0, math.inf, 'patience hellaswag_interval lambada_interval core_interval max_examples'),
@@ -148,7 +155,8 @@ def main(explicit):
 
     # data, model and optimizers: everything that can be wrong is found here, before a file is written
     grad_accum, rows = distributed.divide_batch(gradient_accumulation_steps, batch_size, place.world_size)
-    train_loader, eval_sets = open_data(grad_accum, rows, place)
+    known_tokenizer = None if 'tokenizer' in explicit else (state or start or {}).get('tokenizer')
+    train_loader, eval_sets = open_data(grad_accum, rows, place, known_tokenizer or tokenizer)
     tokenizer_meta, vocab_size = train_loader.splits[0].tokenizer, train_loader.splits[0].vocab_size
     torch.manual_seed(seed)
     model = make_model(state, start, vocab_size, tokenizer_meta)
@@ -175,6 +183,7 @@ def main(explicit):
         checkpoint.scatter(state, model, optimizers)
         if state.get('data', train_loader.fingerprint()) != train_loader.fingerprint():
             print0(f'{dataset} is not the data that the checkpoint saw: the run goes on, but not as an unbroken one would')
+        train_loader.seek(state.get('position'), iter_num)
     from_scratch, state, past = state is None, None, None  # the tensors now live in the model
     for loader in (train_loader, *(loader for loader, _ in eval_sets)):
         loader.windows(np.arange(batch_size))  # ids of another tokenizer stop the run here
@@ -209,7 +218,8 @@ def main(explicit):
         newest = dict(
             **checkpoint.gather(model, optimizers), scaler=scaler.state_dict(), model_args=vars(model.config), iter_num=iter_num,
             best_val_loss=best_val_loss, since_best=since_best, to_evaluate=to_evaluate, history=history.tolist(), config=config_of(globals()),
-            tokenizer=tokenizer_meta, vocab_size=vocab_size, data=train_loader.fingerprint(), wandb_id=wandb_id, run_id=run_id,
+            tokenizer=tokenizer_meta, vocab_size=vocab_size, data=train_loader.fingerprint(), position=train_loader.position(iter_num),
+            wandb_id=wandb_id, run_id=run_id,
             format=checkpoint.FORMAT)
         distributed.on_first_rank(lambda: checkpoint.save(out_dir, newest, keep_last_n_checkpoints, is_best))
 
@@ -411,8 +421,12 @@ def check_settings():
         raise ValueError('wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False')
 
 
-def open_data(grad_accum, rows, place):
+def open_data(grad_accum, rows, place, tokenizer):
     """The training loader, and what is evaluated: (loader, numbers of its windows) of the training and of the validation split."""
+    if dataset.startswith('stream:'):
+        train, *heads = open_stream(dataset, tokenizer, stream_val, field, errors, eval_iters * batch_size, block_size, rows, grad_accum,
+                                    place.rank, place.world_size, seed, shuffle_window, prefetch=place.device.type != 'cpu')
+        return train, [(head, np.arange(head.n_windows)) for head in heads]
     folders, weights = dataset_folders(dataset)
     train = Loader(folders, 'train', block_size, rows, grad_accum, place.rank, place.world_size, sampling, seed, weights,
                    prefetch=place.device.type != 'cpu')
@@ -459,8 +473,9 @@ def describe(model, place, precision, use_compile, loader, grad_accum, rows):
     tokens = grad_accum * rows * place.world_size * block_size
     print0(f'model: {arch}, {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size:,}')
     print0(f'device: {distributed.device_name(place.device)}, {str(precision).split(".")[1]}, {"compiled" if use_compile else "eager"}')
-    print0(f'data: {dataset}, {loader.n_tokens:,} tokens, {tokens:,} a step ({place.world_size} ranks x {grad_accum} micro-steps x {rows} '
-           f'windows x {block_size}), {max_iters * tokens / loader.n_tokens:.2f} epochs in {max_iters:,} steps')
+    n = loader.n_tokens
+    print0(f'data: {dataset}, {f"{n:,} tokens" if n else "tokens made on the way"}, {tokens:,} a step ({place.world_size} ranks x {grad_accum} '
+           f'micro-steps x {rows} windows x {block_size}), {f"{max_iters * tokens / n:.2f} epochs in " if n else ""}{max_iters:,} steps')
 
 
 def peak_lr():
