@@ -16,7 +16,7 @@ import torch
 
 import distributed
 from configurator import configure, one_line_errors
-from data.pack import read_text
+from data.formats import read_text
 from data.tokenizer import load_tokenizer
 from load import build_model, find_model, find_tokenizer
 

@@ -219,8 +219,7 @@ def main(explicit):
             **checkpoint.gather(model, optimizers), scaler=scaler.state_dict(), model_args=vars(model.config), iter_num=iter_num,
             best_val_loss=best_val_loss, since_best=since_best, to_evaluate=to_evaluate, history=history.tolist(), config=config_of(globals()),
             tokenizer=tokenizer_meta, vocab_size=vocab_size, data=train_loader.fingerprint(), position=train_loader.position(iter_num),
-            wandb_id=wandb_id, run_id=run_id,
-            format=checkpoint.FORMAT)
+            wandb_id=wandb_id, run_id=run_id, format=checkpoint.FORMAT)
         distributed.on_first_rank(lambda: checkpoint.save(out_dir, newest, keep_last_n_checkpoints, is_best))
 
     def log_step():

@@ -6,14 +6,14 @@
 
 out_dir = 'out-chinese'
 dataset = 'chinese'
-eval_interval = 250
+eval_interval = 400
 eval_iters = 0  # the whole validation set
 log_interval = 25
 
 arch = 'modern'
 n_layer = 4
-n_head = 3
-n_embd = 192
+n_head = 2
+n_embd = 128
 block_size = 128
 batch_size = 32
 gradient_accumulation_steps = 1
@@ -29,7 +29,7 @@ beta1 = 0.8
 beta2 = 0.95
 grad_clip = 0.0
 
-max_iters = 1000
+max_iters = 1200
 lr_schedule = 'wsd'
 warmup_iters = 0
 decay_fraction = 0.7

@@ -74,7 +74,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--input', nargs='+', metavar='PATH', help='files, and folders of them, instead of what a mirror has')
     parser.add_argument('--tokenizer', metavar='NAME', help='gpt2, byte, or a folder with tokenizer.json, instead of one made for the text')
-    parser.add_argument('--vocab_size', type=int, default=8192, help='of the tokenizer to make (default: %(default)s)')
+    parser.add_argument('--vocab_size', type=int, default=4096, help='of the tokenizer to make (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=HERE, help='dataset folder (default: the folder of this script)')
     add_build_options(parser)
     args = parser.parse_args()
