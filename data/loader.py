@@ -182,7 +182,7 @@ class Windows:
     order  'shuffle': each epoch in a seeded order, from a seeded phase; 'sequential': from the first token, in order, the last
            window short where need be, for evaluation; 'random': nanoGPT's draws with replacement; 'documents': as 'shuffle', but
            each window begins where a document begins (or a multiple of T after that), and what a document leaves of its row is
-           no target
+           no target. Where a dataset was packed in rows (of conversations), these are its windows, in any order
     """
 
     def __init__(self, splits, block_size, order, seed):
@@ -191,9 +191,10 @@ class Windows:
         self.shards = [shard for split in splits for shard in split.shards]
         self.sizes = np.array([shard.n_tokens for shard in self.shards], dtype=np.int64)
         where = f'{", ".join(str(split.folder) for split in splits)}: the {splits[0].split} split'
-        T, most = block_size, int(self.sizes.max(initial=0))
-        if order == 'documents':
-            pieces = [cut_documents(split, T) for split in splits]
+        T, most, self.table = block_size, int(self.sizes.max(initial=0)), None
+        in_rows = any(split.meta.get('row_tokens') for split in splits)
+        if order == 'documents' or in_rows:
+            pieces = [cut_rows(split, T) if split.meta.get('row_tokens') or order != 'documents' else cut_documents(split, T) for split in splits]
             before = np.cumsum([0] + [len(split.shards) for split in splits])  # shards of the splits before each
             self.table = np.concatenate([piece + [[n], [0], [0]] for piece, n in zip(pieces, before)], axis=1)  # (3, n)
             self.n = self.table.shape[1]
@@ -220,6 +221,8 @@ class Windows:
         T = self.block_size
         if self.order == 'random':
             n = (mix(g.astype(np.uint64) + draws(self.seed, 1)) % np.uint64(self.n)).astype(np.int64)
+            if self.table is not None:
+                return self.table[:, n]
             shard = np.searchsorted(self.firsts, n, side='right') - 1
             return shard, n - self.firsts[shard], np.full_like(n, T + 1)
         epoch, n = np.divmod(g, self.n)
@@ -227,7 +230,7 @@ class Windows:
         if self.order != 'sequential':
             for e, rows in epochs:
                 n[rows] = permute(n[rows], self.n, draws((*self.seed, e), 12))
-        if self.order == 'documents':
+        if self.table is not None:
             return self.table[:, n]
         shard = np.searchsorted(self.firsts, n, side='right') - 1
         start = (n - self.firsts[shard]) * T
@@ -256,6 +259,18 @@ def cut_documents(split, T):
     stretch, piece = spread(np.maximum(-(-(end - start - 1) // T), 0))  # one token alone has no target
     begin = start[stretch] + piece * T
     return np.stack((shard[stretch], begin - border[shard[stretch]], np.minimum(end[stretch] - begin, T + 1)))
+
+
+def cut_rows(split, T):
+    """The rows in which a split was packed; or the windows of T + 1 tokens of another split, in order, the last of each shard short:
+    shard number, start and length, (3, n) int64."""
+    row = split.meta.get('row_tokens')
+    if row not in (None, T + 1):
+        raise ValueError(f'{split.folder} was packed in rows for block_size {row - 1}: use --block_size={row - 1}, '
+                         f'or pack it again with --block_size {T}')
+    step, sizes = row or T, np.array([shard.n_tokens for shard in split.shards], dtype=np.int64)
+    shard, nth = spread(sizes // step if row else -(-np.maximum(sizes - 1, 0) // T))
+    return np.stack((shard, nth * step, np.minimum(T + 1, sizes[shard] - nth * step)))
 
 
 # -----------------------------------------------------------------------------

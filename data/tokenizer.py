@@ -359,7 +359,8 @@ def read_meta(folder):
     folder    holds train.bin, or train_000000.bin and so on, and the like for val
     returns   {'format': 1, 'dtype': 'uint16' | 'uint32', 'vocab_size': V, 'tokenizer': its meta(), 'source': str | None,
                'splits': {'train': {'tokens', 'bytes', 'documents', 'shards': [{'file', 'tokens', 'crc32'}, ...]}, 'val': ...},
-               'origin': 'meta.json' | 'meta.pkl' | 'none'}; bytes, documents and crc32 are None where unknown
+               'origin': 'meta.json' | 'meta.pkl' | 'none'}; bytes, documents and crc32 are None where unknown. A dataset of
+               conversations has 'row_tokens', the tokens of a row, and 'style', their template, besides
     raises    FileNotFoundError if nothing was prepared here, ValueError for contents that do not fit
     """
     folder = Path(folder)
@@ -395,9 +396,14 @@ def read_meta_json(folder):
     splits = meta.get('splits')
     need(isinstance(splits, dict) and {'train'} <= set(splits) <= {'train', 'val'}, f'{path}: splits',
          "an object with 'train' and 'val'")
+    splits = {name: checked_split(split, f'{path}: splits.{name}') for name, split in splits.items()}
+    row, style = meta.get('row_tokens'), meta.get('style')
+    whole_rows = is_count(row) and row > 1 and not any(shard['tokens'] % row for split in splits.values() for shard in split['shards'])
+    need(row is None or whole_rows, f'{path}: row_tokens', 'a count of 2 or more that divides the tokens of each shard')
+    need(isinstance(style, str | None), f'{path}: style', 'a string')
     return {'format': 1, 'dtype': meta['dtype'], 'vocab_size': vocab_size, 'tokenizer': meta['tokenizer'],
-            'source': meta.get('source'), 'origin': 'meta.json',
-            'splits': {name: checked_split(split, f'{path}: splits.{name}') for name, split in splits.items()}}
+            'source': meta.get('source'), 'origin': 'meta.json', 'splits': splits,
+            **{key: meta[key] for key in ('row_tokens', 'style') if meta.get(key) is not None}}
 
 
 def checked_split(split, where):

@@ -22,7 +22,7 @@ MAP = {
     'data.stream': ['data.tokenizer', 'data.formats', 'data.loader'],
     'data.formats': ['data.fetch'],
     'data.pack': ['data.fetch', 'data.tokenizer', 'data.formats', 'data.loader'],
-    'data.chat': ['data.tokenizer'],
+    'data.chat': ['data.tokenizer', 'data.formats', 'data.pack', 'data.fetch', 'checkpoint'],
     'optim': ['distributed'],
     'checkpoint': ['distributed'],
     'report': ['checkpoint', 'configurator'],

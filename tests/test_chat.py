@@ -1,0 +1,285 @@
+"""data/chat.py: every layout to conversations, conversations to ids and mask, and those to rows that the loader reads whole."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT
+from data import chat
+from data.loader import IGNORE, Loader
+from data.pack import write_dataset
+from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, read_meta
+
+SHARED = ROOT.parent / 'shared' / 'data'
+BYTES = ByteTokenizer()
+
+
+# A BPE without role tokens, as GPT-2's, in which a token may reach over anything: blanks, line ends, the end of a heading.
+MERGED = BPETokenizer(['Ċ Y', ': Ċ', 'Ċ Ċ', 'Ċ Ġ', 'Ġ Ġ', 'Ġ Y', 'ĊY e', 'Ċ .', ': ĊY', 'Ċ #', 'Ċ <', 'Ċ w', 'Ċ t'], r'[\s\S]+', ['<|endoftext|>'])
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding='utf-8')
+    return path
+
+
+def read(tmp_path, name, content):
+    return [turns for _, turns, _ in chat.read_conversations([write(tmp_path / name, content)])]
+
+
+# -----------------------------------------------------------------------------
+# layouts
+
+
+QA = [('user', 'q'), ('assistant', 'a')]
+QCA = [('user', 'q'), ('context', 'c'), ('assistant', 'a')]
+
+
+@pytest.mark.parametrize('name, content, expected', [
+    ('dolly.jsonl', '{"instruction": "q", "context": "c", "response": "a", "category": "closed_qa"}\n'
+                    '{"instruction": "q", "context": "", "response": "a", "category": "open_qa"}\n', [QCA, QA]),
+    ('alpaca.json', [{'instruction': 'q', 'input': 'c', 'output': ' a\n'}, {'instruction': 'q', 'input': '', 'output': 'a'}], [QCA, QA]),
+    ('messages.jsonl', '{"topic": "ai", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, '
+                       '{"role": "assistant", "content": "a"}]}\n\n', [[('system', 's'), *QA]]),
+    ('webqa.json', {'Q_TRN_1': {'question': 'q', 'evidences': {'Q_TRN_1#00': {'answer': ['no_answer'], 'evidence': 'c'},
+                                                               'Q_TRN_1#01': {'answer': ['a'], 'evidence': 'c'}}}},
+     [[*QCA[:2], ('assistant', '')], QCA]),
+    ('dureader.json', '{"question_id": 7, "question": "q", "question_type": "ENTITY", "answers": ["a", "b"], "documents": ['
+                      '{"is_selected": false, "title": "t", "paragraphs": ["x"], "most_related_para": 0}, '
+                      '{"is_selected": true, "title": "t", "paragraphs": ["x", "c"], "most_related_para": 1}]}\n', [QCA]),
+    ('squad.json', {'version': 'v1', 'data': [{'title': 't', 'paragraphs': [{'context': 'c', 'qas': [
+        {'id': '1', 'question': 'q', 'answers': [{'text': 'a', 'answer_start': 0}]},
+        {'id': '2', 'question': 'q', 'answers': [], 'is_impossible': True}]}]}]}, [QCA, [*QCA[:2], ('assistant', '')]]),
+    ('cmrc.json', [{'context_id': 'T1', 'context_text': 'c', 'title': 't', 'qas': [{'query_id': '1', 'query_text': 'q', 'answers': ['a', 'a']}]}], [QCA]),
+    ('flat.jsonl', '{"id": "1", "context": "c", "question": "q", "answer": "a"}\n', [QCA]),
+    ('dureader.csv', 'question,answer,context\nq,a,c\n"q","a",\n', [QCA, QA]),
+    ('dureader.tsv', '\ufeffquestion\tanswers\nq\ta\n', [QA]),
+    ('prompts.jsonl', '{"prompt": "q"}\n', [[('user', 'q'), ('assistant', '')]]),
+])
+def test_layouts(tmp_path, name, content, expected):
+    assert read(tmp_path, name, content) == expected
+
+
+@pytest.mark.parametrize('file, n, first', [
+    ('sft/chatterbot_english.jsonl', 2026, [('user', 'What is AI?'), ('assistant', 'Artificial Intelligence is the branch of engineering '
+                                                                      'and science devoted to constructing machines that think.')]),
+    ('chinese/cmrc2018_dev_1500.jsonl', 1500, None),
+])
+def test_layouts_of_real_files(file, n, first):
+    if not (SHARED / file).exists():
+        pytest.skip(f'{SHARED / file} is absent')
+    found = [turns for _, turns, _ in chat.read_conversations([SHARED / file])]
+    assert len(found) == n and first in (None, found[0]) and all(turns[0][0] in ('user', 'assistant') for turns in found)
+
+
+@pytest.mark.parametrize('name, content, text', [
+    ('x.jsonl', '{"messages": []}\n{"frage": "q"}', 'line 2: its fields are frage; known are records with messages; instruction, response; '),
+    ('x.jsonl', '{"prompt": "q"}\n{"prompt": ', 'line 2: not JSON: Expecting value'),
+    ('x.json', '[{"instruction": "q", "output": 5}]', 'record 1: its answer is a int, where a text is needed'),
+    ('x.json', '{"a": {"question": "q", "evidences": {"b": {"evidence": "c"}}}}', "a: KeyError 'answer' in its fields evidences, question, which "),
+    ('x.json', '[{"messages": [{"role": "human", "content": "q"}]}]', "record 1: the role 'human' is none of system, user, assistant"),
+    ('x.json', '[7]', 'record 1: its fields are a int; known are '),
+    ('x.csv', 'question,answer\nq,a\nq\n', 'line 3: this row has not the 2 fields of the first line'),
+    ('x.json', b'[{"prompt": "\xff"}]', 'line 1: not UTF-8 (invalid start byte): convert the file to UTF-8'),
+])
+def test_files_that_cannot_be_read_end_in_one_line(tmp_path, name, content, text):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as error:
+        list(chat.read_conversations([tmp_path / name]))
+    assert str(error.value).startswith(f'{tmp_path / name}, {text}')
+
+
+# -----------------------------------------------------------------------------
+# ids and mask
+
+
+def test_this_tokenizer_would_merge_a_prompt_and_its_answer():
+    assert MERGED.decode([MERGED.encode('### Response:\nYes')[-2]]) == '\nYe'
+
+
+TRICKY = ['Yes', ' Yes', '.\n\n### Response:\n', '\n\n  answer', 'é', '是的', '👍🏽', '<|endoftext|>', '<|assistant|>Yes', '### User:\nwhat']
+
+
+@pytest.mark.parametrize('answer', TRICKY)
+@pytest.mark.parametrize('style', ['chat', 'alpaca'])
+@pytest.mark.parametrize('question', ['what is the answer', 'the answer is \n\n', '<|user|>'])
+def test_the_mask_is_the_answer_and_its_end_whatever_could_merge(answer, style, question):
+    for tokenizer in (BYTES, MERGED):
+        turns = [('user', question), ('context', ' the '), ('assistant', answer), ('user', answer), ('assistant', question)]
+        ids, mask, *lost = chat.encode(turns, tokenizer, style, 10_000)
+        assert lost == [0, 0]
+        assert ids[mask == 1].tolist() == [*tokenizer.encode(answer), tokenizer.eot, *tokenizer.encode(question), tokenizer.eot]
+        user, assistant = {'chat': ('### User:\n', '### Assistant:\n'), 'alpaca': ('### Instruction:\n', '### Response:\n')}[style]
+        context, gap = {'chat': '', 'alpaca': '### Context:\n'}[style], '\n\n'
+        if tokenizer is BYTES and style == 'chat':
+            assert [i for i in ids if i >= 256] == [BYTES.special[f'<|{name}|>'] for name in ('user', 'assistant', 'endoftext') * 2]
+            user, assistant, gap = '', '', ''
+            context = '\n\n'
+        prompt = ids[(mask == 0) & (ids < tokenizer.vocab_size - len(tokenizer.special))]
+        assert tokenizer.decode(prompt) == f'{user}{question}{gap}{context} the {gap}{assistant}{user}{answer}{gap}{assistant}'
+        # what sample.py gives the model is what the model was trained to answer
+        first, nothing, *_ = chat.encode(turns[:2], tokenizer, style, 10_000)
+        assert first.tolist() == ids[:len(first)].tolist() and mask[len(first)] == 1 and not nothing.any()
+
+
+def test_long_conversations_lose_context_then_old_exchanges_then_the_question():
+    def text(turns, size):
+        fitted = chat.encode(turns, BYTES, 'chat', size)
+        if fitted is None:
+            return None
+        ids, mask, n_left_out, n_cut = fitted
+        assert len(ids) <= size and ids[-1] == BYTES.eot
+        return chat.as_text(ids, mask, BYTES, False), n_left_out, n_cut
+    question = [('user', 'who?'), ('context', 'abcdefgh'), ('assistant', 'me')]
+    assert text(question, 19) == ('<|user|>who?\n\nabcdefgh<|assistant|>⟦me<|endoftext|>⟧', 0, 0)
+    assert text(question, 14) == ('<|user|>who?\n\nfgh<|assistant|>⟦me<|endoftext|>⟧', 0, 5)
+    assert text(question, 9) == ('<|user|>o?\n\n<|assistant|>⟦me<|endoftext|>⟧', 0, 10)
+    assert text(question, 6) is None
+    turns = [('system', 'S'), ('user', '1'), ('assistant', '2'), ('user', '3'), ('assistant', '4'), ('user', '56'), ('assistant', '7')]
+    assert text(turns, 18)[1:] == (0, 0) and text(turns, 17)[1:] == (2, 0)
+    assert text(turns, 13) == ('<|system|>S<|user|>3<|assistant|>⟦4<|endoftext|>⟧<|user|>56<|assistant|>⟦7<|endoftext|>⟧', 2, 0)
+    assert text(turns, 7) == ('<|system|>S<|user|>6<|assistant|>⟦7<|endoftext|>⟧', 4, 1)
+
+
+def test_what_is_not_answered():
+    user, answer, empty = ('user', 'q'), ('assistant', 'a'), ('assistant', '')
+    assert chat.answered([user, answer, user, empty, user, answer]) == [user, answer]
+    assert chat.answered([user, answer, user]) == [user, answer]
+    assert chat.answered([user, empty]) == chat.answered([user]) == chat.answered([]) == []
+
+
+# -----------------------------------------------------------------------------
+# rows
+
+
+def test_best_fit_fills_rows():
+    assert chat.best_fit([5, 2, 3, 4, 1], 6) == [[0, 4], [1, 3], [2]]
+    lengths = np.random.default_rng(0).integers(1, 100, size=400).tolist()
+    rows = chat.best_fit(lengths, 128)
+    assert sorted(i for row in rows for i in row) == list(range(400)) and all(sum(lengths[i] for i in row) <= 128 for row in rows)
+    assert len(rows) <= 1.02 * sum(lengths) / 128
+
+
+def packed(tmp_path, n=60, block_size=40, **settings):
+    """A dataset of n short conversations of three lengths, and the ids of each."""
+    records = [{'messages': [{'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': str(i) * (1 + i % 3 * 4)}]} for i in range(n)]
+    file = write(tmp_path / 'x.json', records)
+    chat.build(tmp_path / 'x', BYTES, [file], block_size, **{**dict(val_fraction=0.2), **settings})
+    return tmp_path / 'x', [chat.encode(turns, BYTES, settings.get('style', 'chat'), block_size + 1) for _, turns, _ in chat.read_conversations([file])]
+
+
+def test_a_dataset_holds_every_conversation_once_and_its_rows_begin_with_one(tmp_path, capsys):
+    folder, encoded = packed(tmp_path)
+    meta, pieces = read_meta(folder), []
+    assert (meta['row_tokens'], meta['style']) == (41, 'chat')
+    for split in ('train', 'val'):
+        ids, mask = np.fromfile(folder / f'{split}.bin', '<u2'), np.fromfile(folder / f'{split}.mask', np.uint8)
+        table = np.fromfile(folder / f'{split}.idx', '<i8').reshape(-1, 2)
+        assert ids.size == mask.size == meta['splits'][split]['tokens'] and ids.size % 41 == 0
+        assert set(range(0, ids.size, 41)) <= set(table[:, 0].tolist()), 'rows begin with a conversation'
+        outside = np.ones(ids.size, dtype=bool)
+        for offset, length in table.tolist():
+            pieces.append((ids[offset:offset + length].tolist(), mask[offset:offset + length].tolist()))
+            assert offset // 41 == (offset + length - 1) // 41
+            outside[offset:offset + length] = False
+        assert (ids[outside] == BYTES.special['<|pad|>']).all() and not mask[outside].any()
+    assert sorted(pieces) == sorted((ids.tolist(), mask.tolist()) for ids, mask, *_ in encoded)
+    chat.show(folder, 'train', 1)
+    shown = capsys.readouterr().out.split('---')[-1]
+    assert 'row 0 of' in shown and '<|user|>' in shown and shown.count('⟦') == shown.count('<|endoftext|>⟧') > 0
+    # the same files the next time
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    packed(tmp_path)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_loader_shows_whole_rows_in_every_order_and_world_size(tmp_path):
+    folder, _ = packed(tmp_path)
+    rows = np.fromfile(folder / 'train.bin', '<u2').reshape(-1, 41).astype(int)
+    targets = np.fromfile(folder / 'train.mask', np.uint8).reshape(-1, 41)
+    want = sorted((row[:-1].tolist(), np.where(mask[1:], row[1:], IGNORE).tolist()) for row, mask in zip(rows, targets))
+    for order in ('shuffle', 'sequential', 'documents'):
+        loader = Loader(folder, 'train', 40, 1, order=order)
+        assert loader.n_windows == len(rows)
+        x, y = loader.windows(np.arange(len(rows)))
+        assert sorted(zip(x.tolist(), y.tolist())) == want
+        assert (x.tolist() == rows[:, :-1].tolist()) == (order == 'sequential')
+    whole = Loader(folder, 'train', 40, 4, seed=3)
+    parts = [Loader(folder, 'train', 40, 2, rank=rank, world_size=2, seed=3) for rank in range(2)]
+    for step in range(9):
+        x = torch.cat([part.batch(step)[0] for part in parts])
+        assert torch.equal(x, whole.batch(step)[0])
+        assert whole.count_targets(step) == parts[0].count_targets(step) == int((whole.batch(step)[1] != IGNORE).sum())
+    x, _ = Loader(folder, 'train', 40, 8, order='random').batch(0)
+    assert all(row in rows[:, :-1].tolist() for row in x.tolist())
+    assert whole.bytes_per_token is None
+
+
+def test_rows_and_plain_text_mix(tmp_path):
+    folder, _ = packed(tmp_path)
+    write_dataset(tmp_path / 'plain', BYTES, {'train': ['some text ' * 60], 'val': ['other text ' * 9]}, 'a test')
+    mixed = Loader([folder, tmp_path / 'plain'], 'train', 40, 8, weights=[0.75, 0.25])
+    x, y = mixed.batch(0)
+    assert sorted((row >= 256).any() for row in x.numpy()) == [False] * 2 + [True] * 6
+    both = Loader([folder, tmp_path / 'plain'], 'val', 40, 8, order='sequential')
+    x, y = both.windows(np.arange(both.n_windows))
+    n_rows = read_meta(folder)['splits']['val']['tokens'] // 41
+    assert both.n_windows == n_rows + 3 and int((y[n_rows:] != IGNORE).sum()) == len('other text ' * 9) - 1
+
+
+def test_another_block_size_is_one_line(tmp_path):
+    folder, _ = packed(tmp_path)
+    with pytest.raises(ValueError) as error:
+        Loader(folder, 'train', 64, 4)
+    assert str(error.value) == f'{folder} was packed in rows for block_size 40: use --block_size=40, or pack it again with --block_size 64'
+
+
+def test_equal_questions_and_all_of_a_context_stay_in_one_split(tmp_path):
+    records = [{'question': f'{i % 20}?', 'answer': str(i)} for i in range(100)] + [
+        {'question': f'{i}!', 'answer': str(i), 'context': f'text {i % 20}'} for i in range(100)]
+    chat.build(tmp_path / 'x', BYTES, [write(tmp_path / 'x.json', records)], 40, val_fraction=0.3)
+    keys = {}
+    for split in ('train', 'val'):
+        text = chat.as_text(np.fromfile(tmp_path / f'x/{split}.bin', '<u2'), np.fromfile(tmp_path / f'x/{split}.mask', np.uint8), BYTES, False)
+        keys[split] = set(re.findall(r'(\d+\?|text \d+)<', text))
+    assert not keys['train'] & keys['val'] and len(keys['train'] | keys['val']) == 40 and len(keys['val']) > 5
+
+
+def test_what_is_left_out_is_counted_and_with_v_named(tmp_path, capsys):
+    file = write(tmp_path / 'x.jsonl', '\n'.join(json.dumps({'instruction': 'q' * n, 'response': 'a' * m}) for n, m in [(1, 1), (2, 0), (3, 90), (90, 2)]))
+    chat.build(tmp_path / 'x', BYTES, [file], 40, val_paths=[file], verbose=True)
+    out = capsys.readouterr()
+    assert '1 without an answer\n' in out.out and '1 answer longer than a row\n' in out.out and '1 cut to fit a row\n' in out.out
+    assert f'{file}, line 2: without an answer\n' in out.out + out.err
+    assert 'x/train: conversations: 2, in 2 rows of 41 tokens; 5 targets (6.1%), ' in out.out
+
+
+def test_nothing_for_a_split_and_a_tokenizer_without_end(tmp_path):
+    file = write(tmp_path / 'x.json', [{'question': 'q', 'answer': 'a'}])
+    for settings, text in ((dict(val_fraction=0.01), 'there is no conversation for the val split: give --val FILE, or another --val_fraction'),
+                           (dict(val_fraction=1.0), '--val_fraction=1.0 must lie between 0 and 1'),
+                           (dict(tokenizer=CharTokenizer('aq')), 'a char tokenizer has no end-of-text token, so that no answer could end: '
+                                                                'conversations need gpt2, byte, or one that was trained')):
+        with pytest.raises(ValueError) as error:
+            chat.build(tmp_path / 'x', **{**dict(tokenizer=BYTES, paths=[file], block_size=40), **settings})
+        assert str(error.value) == text
+    assert not (tmp_path / 'x').exists()
+
+
+def test_the_command_line(tmp_path):
+    file = write(tmp_path / 'x.json', [{'question': f'q{i}', 'answer': 'ä'} for i in range(40)])
+    torch.save({'tokenizer': BYTES.meta()}, tmp_path / 'ckpt.pt')  # what build looks for in a checkpoint
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, ROOT / 'data/chat.py', *map(str, arguments)], capture_output=True, text=True, encoding='utf-8', cwd=tmp_path)
+    done = run('build', '--input', file, '--tokenizer', tmp_path / 'ckpt.pt', '--block_size', '60', '--style', 'alpaca', '--out', 'y', '--val_fraction', '0.3')
+    assert done.returncode == 0 and f'--init_from={tmp_path / "ckpt.pt"}' in done.stdout
+    assert '### Instruction:\nq' in run('show', 'y', '--rows', '1').stdout
+    bad = run('build', '--input', file, '--tokenizer', tmp_path / 'nothing.pt', '--out', 'y')
+    assert (bad.returncode, bad.stderr) == (2, f'{tmp_path / "nothing.pt"} does not exist\n')
+    assert run('show', tmp_path).returncode == 2
