@@ -269,7 +269,7 @@ def encode_all(found, tokenizer, style, size, verbose):
     return encoded, {what: n for what, n in counts.items() if n}
 
 
-def build(folder, tokenizer, paths, block_size, style='chat', val_fraction=0.05, val_paths=(), source=None, verbose=False):
+def build(folder, tokenizer, paths, block_size, style='chat', val_fraction=0.05, val_paths=(), verbose=False):
     """Pack conversations into a dataset folder, replacing the dataset that was there.
 
     paths         files of the layouts above
@@ -301,7 +301,7 @@ def build(folder, tokenizer, paths, block_size, style='chat', val_fraction=0.05,
     with only_run(folder):
         try:
             meta = {'format': 1, 'dtype': 'uint16' if tokenizer.vocab_size <= 65536 else 'uint32', 'vocab_size': tokenizer.vocab_size,
-                    'tokenizer': tokenizer.meta(), 'source': source or ', '.join(Path(path).name for path in paths),
+                    'tokenizer': tokenizer.meta(), 'source': ', '.join(Path(path).name for path in paths),
                     'row_tokens': size, 'style': style,
                     'splits': {name: write_rows(work, name, rows, size, tokenizer) for name, rows in splits.items()}}
             publish(work, folder, meta, masked=True)
@@ -379,24 +379,39 @@ def show(folder, split, n_rows):
 # -----------------------------------------------------------------------------
 # command line
 
-def add_arguments(parser, folder):
-    """The flags of build, for the prepare scripts, too."""
+def add_arguments(parser, folder=None, style='chat'):
+    """The flags of build, for the prepare scripts, too: these have a folder, where the dataset goes by default."""
     parser.add_argument('--val', nargs='+', default=[], metavar='FILE', help='for validation, instead of a share of the input')
     parser.add_argument('--val_fraction', type=float, default=0.05, help='share for validation (default: %(default)s)')
     parser.add_argument('--tokenizer', default='gpt2', help='gpt2, byte, a checkpoint, or a folder with tokenizer.json (default: %(default)s)')
     parser.add_argument('--block_size', type=int, default=1024, help='as in training; a row holds one token more (default: %(default)s)')
-    parser.add_argument('--style', choices=list(STYLES), default='chat', help='prompt template (default: %(default)s)')
-    parser.add_argument('--out', type=Path, default=folder, required=folder is None, help='dataset folder' + ('' if folder is None else ' (default: the folder of this script)'))
+    parser.add_argument('--style', choices=list(STYLES), default=style, help='prompt template (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=folder, required=folder is None,
+                        help='dataset folder' + (' (default: the folder of this script)' if folder else ''))
     parser.add_argument('-v', '--verbose', action='store_true', help='name each conversation that is left out or cut')
 
 
-def build_from(args, paths, source=None):
+def prepare(folder, doc, download=None, style='chat'):
+    """The whole of a prepare script: its command line, and the files packed.
+
+    folder    of the script and, by default, of the dataset
+    doc       its docstring, shown by --help
+    download  function that returns the path of the file where --input names none; None: --input has to
+    style     prompt template by default
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--input', nargs='+', required=download is None, metavar='FILE', help='files that are here already')
+    add_arguments(parser, folder, style)
+    args = parser.parse_args()
+    build_from(args, args.input or [download()])
+
+
+def build_from(args, paths):
     if args.block_size < 1:
         raise ValueError(f'--block_size={args.block_size} must be 1 or more')
-    build(args.out, open_tokenizer(args.tokenizer), paths, args.block_size, args.style, args.val_fraction, args.val, source, args.verbose)
-    out = args.out.resolve()
-    print(f'next: python train.py config/finetune_dolly.py --dataset={out.name if out.parent == HERE else args.out} --init_from=' +
-          (args.tokenizer if Path(args.tokenizer).suffix == '.pt' else 'CHECKPOINT'))
+    build(args.out, open_tokenizer(args.tokenizer), paths, args.block_size, args.style, args.val_fraction, args.val, verbose=args.verbose)
+    out, base = args.out.resolve(), args.tokenizer if args.tokenizer.endswith('.pt') else 'gpt2' if args.tokenizer == 'gpt2' else 'CHECKPOINT'
+    print(f'next: python train.py config/finetune_dolly.py --init_from={base} --dataset={out.name if out.parent == HERE else args.out}')
 
 
 def main():
@@ -404,7 +419,7 @@ def main():
     commands = parser.add_subparsers(dest='command', required=True)
     make = commands.add_parser('build', help='pack conversations', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     make.add_argument('--input', nargs='+', required=True, metavar='FILE')
-    add_arguments(make, None)
+    add_arguments(make)
     look = commands.add_parser('show', help='print rows, with what is trained on in green, or between ⟦ and ⟧ where there is no colour')
     look.add_argument('folder', type=Path)
     look.add_argument('--split', choices=['train', 'val'], default='train')

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 
@@ -283,3 +284,41 @@ def test_the_command_line(tmp_path):
     bad = run('build', '--input', file, '--tokenizer', tmp_path / 'nothing.pt', '--out', 'y')
     assert (bad.returncode, bad.stderr) == (2, f'{tmp_path / "nothing.pt"} does not exist\n')
     assert run('show', tmp_path).returncode == 2
+
+
+DOLLY = [  # the fields of databricks-dolly-15k.jsonl
+    {'instruction': 'When did Virgin Australia start operating?', 'context': "Virgin Australia commenced services on 31 August 2000.",
+     'response': 'Virgin Australia commenced services on 31 August 2000.', 'category': 'closed_qa'},
+    {'instruction': 'Which is a species of fish? Tope or Rope', 'context': '', 'response': 'Tope', 'category': 'classification'},
+]
+WEBQA = {'Q_TRN_010878': {'question': '勇敢的心霍啸林的父亲是谁', 'evidences': {
+    'Q_TRN_010878#05': {'answer': ['no_answer'], 'evidence': '《勇敢的心》是一部电视剧。'},
+    'Q_TRN_010878#06': {'answer': ['霍绍昌'], 'evidence': '霍啸林的父亲霍绍昌是商会会长。'}}}}
+DUREADER = '问题编号,question,answer,context\n1,天空为什么是蓝的,"因为瑞利散射,蓝光散射得更多。",太阳光穿过大气。\n2,没有答案的,,x\n'
+
+
+@pytest.mark.parametrize('name, file, content, shown', [
+    ('dolly', 'databricks-dolly-15k.jsonl', '\n'.join(map(json.dumps, DOLLY)), '### Instruction:\nWhich is a species of fish? Tope or Rope\n\n'
+     '### Response:\n⟦Tope<|endoftext|>⟧'),
+    ('webqa', 'me_train.json', json.dumps(WEBQA), '<|user|>勇敢的心霍啸林的父亲是谁\n\n霍啸林的父亲霍绍昌是商会会长。<|assistant|>⟦霍绍昌<|endoftext|>⟧'),
+    ('dureader', 'dureader.csv', DUREADER, '<|user|>天空为什么是蓝的\n\n太阳光穿过大气。<|assistant|>⟦因为瑞利散射,蓝光散射得更多。<|endoftext|>⟧'),
+])
+def test_prepare_scripts_pack_files_of_the_real_schema(tmp_path, monkeypatch, capsys, name, file, content, shown):
+    path = write(tmp_path / file, content)
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--input', str(path), '--val', str(path), '--tokenizer', 'byte', '--block_size', '300', '--out', str(tmp_path / 'x')])
+    runpy.run_path(str(ROOT / 'data' / name / 'prepare.py'), run_name='__main__')
+    out = capsys.readouterr().out
+    assert ('1 without an answer' in out) == (name != 'dolly')
+    chat.show(tmp_path / 'x', 'train', 1)
+    assert shown in capsys.readouterr().out
+
+
+def test_dolly_comes_from_a_mirror_of_the_hub(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr('data.fetch.fetch', lambda name, sources, sha256: asked.append(*sources) or write(
+        tmp_path / name, '\n'.join(json.dumps({**DOLLY[1], 'instruction': str(i)}) for i in range(99))))
+    monkeypatch.setenv('HF_ENDPOINT', 'https://mirror/')
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--tokenizer', 'byte', '--block_size', '90', '--out', str(tmp_path / 'x')])
+    runpy.run_path(str(ROOT / 'data/dolly/prepare.py'), run_name='__main__')
+    [address] = asked
+    assert re.fullmatch(r'https://mirror/datasets/databricks/databricks-dolly-15k/resolve/[0-9a-f]{40}/databricks-dolly-15k.jsonl', address)

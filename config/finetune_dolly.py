@@ -1,0 +1,29 @@
+# Instruction tuning: a pretrained model learns to answer, on the 15,000 questions and answers of Dolly.
+#   python data/dolly/prepare.py
+#   python train.py config/finetune_dolly.py --init_from=gpt2
+#   python sample.py --chat --out_dir=out-dolly
+# From a model of your own, pack with its tokenizer and its block_size; the loss counts the tokens of answers alone:
+#   python data/dolly/prepare.py --tokenizer out/ckpt.pt --block_size 256
+#   python train.py config/finetune_dolly.py --init_from=out/ckpt.pt
+
+out_dir = 'out-dolly'
+dataset = 'dolly'
+init_from = 'gpt2'  # the model, and with it n_layer, block_size and so on
+auto_resume = True  # the same command goes on with a run that was stopped
+
+# 2 rows x 5 = 10 rows of a few conversations each a step
+batch_size = 2
+gradient_accumulation_steps = 5
+max_iters = 500
+
+learning_rate = 3e-5
+warmup_iters = 100
+lr_decay_iters = 500
+min_lr = 3e-6
+weight_decay = 0.01
+
+eval_interval = 50
+eval_iters = 40
+log_interval = 10
+checkpoint_interval = 50
+keep_last_n_checkpoints = 3

@@ -1,0 +1,27 @@
+"""Dolly-15k: 15,011 instructions with answers, written by the employees of Databricks (CC BY-SA 3.0).
+
+    python data/dolly/prepare.py                                        # from the Hugging Face hub, for GPT-2
+    python data/dolly/prepare.py --input databricks-dolly-15k.jsonl     # a file that is here already
+    python data/dolly/prepare.py --tokenizer out/ckpt.pt --block_size 256   # for a model of your own
+
+One instruction in twenty is for validation, as the hash of its context or question decides. HF_ENDPOINT, a mirror of the hub, is
+honoured, and the file is checked and cached as data/fetch.py says.
+"""
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from data.chat import prepare
+from data.fetch import fetch, one_line_errors
+
+HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
+REVISION = 'bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a'
+FILE = 'databricks-dolly-15k.jsonl'
+SHA256 = '2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec'
+ADDRESS = f'{HUB}/datasets/databricks/databricks-dolly-15k/resolve/{REVISION}/{FILE}'
+
+if __name__ == '__main__':
+    with one_line_errors():
+        prepare(HERE, __doc__, lambda: fetch(FILE, [ADDRESS], SHA256), style='alpaca')

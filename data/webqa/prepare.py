@@ -1,0 +1,19 @@
+"""WebQA: Chinese questions, each with passages from the web and the answer that a passage gives (arXiv:1607.06275).
+
+    python data/webqa/prepare.py --input me_train.json --val me_validation.ann.json --tokenizer data/tokenizers/bytebpe_zh --block_size 512
+
+Each passage that answers its question makes a conversation: question and passage, then the answer. Passages marked no_answer are left
+out and counted. Baidu gives the files on request, so that they have to be here already. A file is {question id: {"question": text,
+"evidences": {id: {"answer": [text], "evidence": text}}}}.
+"""
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from data.chat import prepare
+from data.fetch import one_line_errors
+
+if __name__ == '__main__':
+    with one_line_errors():
+        prepare(HERE, __doc__)
