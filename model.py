@@ -131,6 +131,19 @@ def by_products(x, T):
     return x.device.type == 'cpu' and compute_dtype(x) == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
 
 
+def isolate(documents, T, dtype):
+    """For the last T tokens of rows that hold several documents: what keeps each to its own.
+
+    documents  (B, S) int64  number of the document that each token belongs to
+    returns    (B, T) int64 positions, counted from the first token of the document; (B, 1, T, S) mask to add, -inf at later tokens
+               and at those of other documents
+    """
+    same = documents[:, -T:, None] == documents[:, None]  # (B, T, S)
+    place = torch.arange(documents.size(1), device=documents.device)
+    mask = torch.zeros_like(same, dtype=dtype).masked_fill(~same | (place > place[-T:, None]), -math.inf)
+    return place[-T:] - same.int().argmax(dim=-1), mask[:, None]
+
+
 def compute_dtype(x):
     """The dtype of the matrix products that start from x: autocast's where it is on."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -143,6 +156,7 @@ class KVCache:
         head_size = config.n_embd // config.n_head
         kv = torch.empty(config.n_layer, 2, batch_size, config.n_head, max_tokens, head_size, device=device, dtype=dtype)
         self.layers = [layer.unbind(0) for layer in kv]
+        self.documents = torch.empty(batch_size, 0, dtype=torch.int64, device=device)  # of the tokens seen, where forward() was given any
         self.n_tokens = 0  # complete tokens; GPT.forward advances it after the last layer
 
     def append(self, layer, k, v):
@@ -310,7 +324,7 @@ class GPT(nn.Module):
                 bound = math.sqrt(3 / self.config.n_embd)  # a uniform of this bound has deviation 1/sqrt(C)
                 nn.init.uniform_(p, -bound, bound)
 
-    def forward(self, idx, targets=None, reduction='mean', cache=None):
+    def forward(self, idx, targets=None, reduction='mean', cache=None, documents=None):
         """Logits, and the cross entropy in nats where there are targets.
 
         idx        (B, T) int64
@@ -318,6 +332,8 @@ class GPT(nn.Module):
         reduction  'mean' | 'sum' over targets; 'none' for (B, T) losses; 'targets' for logits and losses of the N targets alone,
                    row after row, which spares the head all other positions
         cache      KVCache of the tokens before idx
+        documents  (B, T) int64, a number for each token, which then sees the tokens of its own number only, as if these alone were
+                   the row: for several documents in a row, or padding before a prompt. None = a row is one document
         returns    (B, T, V), (B, 1, V) or (N, V) logits, None where the loss went in chunks; float loss, (B, T) or (N,) losses, or None
         raises     ValueError if the row, cached tokens included, is longer than block_size
         """
@@ -327,14 +343,18 @@ class GPT(nn.Module):
             raise ValueError(f'{seen + T} tokens do not fit into block_size {self.config.block_size}')
         x = self.transformer.wte(idx)  # (B, T, C)
         dtype = compute_dtype(x)
-        rotary = None
+        rotary = mask = None
+        position = slice(seen, seen + T)
+        if documents is not None:
+            if cache is not None:
+                documents = cache.documents = torch.cat((cache.documents, documents), dim=1)
+            position, mask = isolate(documents, T, dtype)
         if self.config.arch == 'gpt2':
-            x = x + self.transformer.wpe(torch.arange(seen, seen + T, device=idx.device))
+            x = x + self.transformer.wpe.weight[position]
         else:
             x = F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
-            rotary = self.cos[seen:seen + T].to(dtype), self.sin[seen:seen + T].to(dtype)
-        mask = None
-        if T > 1 and (seen or by_products(x, T)):  # else attention()'s is_causal says it
+            rotary = self.cos[position].to(dtype), self.sin[position].to(dtype)  # (T or B, T, 1, 1, D)
+        if mask is None and T > 1 and (seen or by_products(x, T)):  # else attention()'s is_causal says it
             mask = torch.full((T, seen + T), -math.inf, device=x.device, dtype=dtype).triu(seen + 1)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -461,7 +481,7 @@ class GPT(nn.Module):
         return self
 
     @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True, documents=None):
         """Yields the next token of each row, (B,) int64, max_new_tokens times.
 
         idx          (B, T) int64, T >= 1: the prompts
@@ -470,6 +490,8 @@ class GPT(nn.Module):
         top_p        draw among the fewest tokens whose probability reaches top_p (arXiv:1904.09751); None or 1 = all
         vocab_size   ids from here on are padding and never drawn; None = all are tokens
         use_cache    False recomputes every row for every token: the reference the cache is held against
+        documents    (B, T) int64, as in forward(); what is drawn belongs to the last one. Prompts of several lengths are padded on the
+                     left, with 0 for the padding and 1 for the prompt
 
         Past block_size the context is its last block_size tokens. Every key then depends on a token that has just left, so
         from there on each token costs a whole row, with a cache as without.
@@ -484,10 +506,12 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if cache is not None and cache.n_tokens + new.size(1) > limit:
                 cache = None
-            logits, _ = self(new if cache is not None else idx[:, -limit:], cache=cache)
+            context = new if cache is not None else idx[:, -limit:]
+            logits, _ = self(context, cache=cache, documents=None if documents is None else documents[:, -context.size(1):])
             next_id = draw(logits[:, -1, :vocab_size], temperature, top_k, top_p)  # (B,)
             new = next_id[:, None]
             idx = torch.cat((idx, new), dim=1)
+            documents = None if documents is None else torch.cat((documents, documents[:, -1:]), dim=1)
             yield next_id
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):

@@ -230,3 +230,31 @@ def test_float32_stays_as_it_is_unless_quantized():
         assert torch.equal(model.pack()(idx)[0], before)
         quantized = model.pack('int8')(idx)[0]
     assert 0 < ((quantized - before).norm() / before.norm()).item() < 0.05
+# -----------------------------------------------------------------------------
+# several documents in a row
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_documents_of_one_row_are_as_if_each_were_a_row(arch):
+    model, a, b = random_model(arch), torch.randint(83, (1, 9)), torch.randint(83, (1, 14))
+    row, documents = torch.cat((a, b), 1), torch.tensor([[7] * 9 + [8] * 14])
+    apart = torch.cat([model(x[:, :-1], x[:, 1:], 'none')[1] for x in (a, b)], 1)
+    targets = row[:, 1:].clone()
+    targets[:, 8] = -100  # where one document ends and the next begins
+    together = model(row[:, :-1], targets, 'none', documents=documents[:, :-1])[1]
+    torch.testing.assert_close(together[targets != -100], apart[0], rtol=1e-5, atol=1e-5)
+    plain = model(row[:, :-1], targets, 'none')[1]
+    assert (plain - together)[:, :8].abs().max() < 1e-5 and (plain - together)[:, 9:].abs().max() > 0.01
+    torch.testing.assert_close(model(row[:, :-1], targets, 'none', documents=torch.zeros_like(targets))[1], plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('use_cache', [True, False])
+def test_prompts_padded_on_the_left_go_on_as_if_alone_also_past_block_size(arch, use_cache):
+    model, prompts = random_model(arch), [torch.randint(83, (1, n)) for n in (5, 12, 1)]
+    idx, documents = torch.zeros(3, 12, dtype=torch.int64), torch.zeros(3, 12, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        idx[row, 12 - prompt.size(1):], documents[row, 12 - prompt.size(1):] = prompt, 1
+    together = torch.stack(list(model.stream(idx, 50, temperature=0, use_cache=use_cache, documents=documents)), 1)
+    for row, prompt in zip(together, prompts):
+        assert row.tolist() == model.generate(prompt, 50, temperature=0)[0, prompt.size(1):].tolist()
