@@ -524,9 +524,9 @@ def text_loss(model, loader, windows, batch_size, token_bytes, place, autocast):
     sums, training = torch.zeros(4, dtype=exact_dtype(place), device=place.device), model.training
     model.eval()
     for batch, counts in share([windows[i:i + batch_size] for i in range(0, len(windows), batch_size)], place):
-        x, y = loader.to(place.device, loader.windows(batch))
+        x, y, *documents = loader.to(place.device, loader.windows(batch))
         with autocast:
-            nats = model(x, y, reduction='none')[1].to(sums.dtype)  # (B, T), 0 where there is no target
+            nats = model(x, y, 'none', None, *documents)[1].to(sums.dtype)  # (B, T), 0 where there is no target
         is_target = y != IGNORE
         n_bytes = token_bytes[y.clamp(min=0)] * is_target if token_bytes is not None else torch.zeros_like(y)
         if counts:

@@ -53,7 +53,7 @@ patience = 0  # stop after so many evaluations in a row without a new best valid
 always_save_checkpoint = True  # False: what sample.py takes is best.pt, not the newest
 checkpoint_interval = 0  # save every so many iterations; 0 = with each evaluation
 keep_last_n_checkpoints = 1  # older ones kept beside ckpt.pt; -1 = all
-init_from = 'scratch'  # resume; checkpoint: only the weights of checkpoint_path; gpt2, gpt2-medium, gpt2-large, gpt2-xl; a folder for transformers
+init_from = 'scratch'  # resume; x.pt, or checkpoint: only the weights of x.pt or checkpoint_path; gpt2, gpt2-medium, gpt2-large, gpt2-xl; a folder for transformers
 auto_resume = False  # resume where out_dir has a checkpoint, start from scratch where it has none
 checkpoint_path = ''  # resume from this file instead of the newest in out_dir
 strict = True  # False: with init_from=checkpoint the file may lack weights or have others, which are listed
@@ -74,6 +74,7 @@ gradient_accumulation_steps = 5 * 8  # the total over all ranks
 batch_size = 12  # windows in one micro-batch
 block_size = 1024
 sampling: Literal['shuffle', 'random', 'documents'] = 'shuffle'  # each window once an epoch; with replacement (nanoGPT); aligned to documents
+isolate_documents = False  # True: no token attends to another document of its row; needs the .idx files
 verify_data = False  # read every shard against its checksum before the first step; sizes are always looked at
 # raw text: dataset=stream:PATH,PATH
 tokenizer = 'gpt2'  # or byte, or a folder that data/tokenizer.py train wrote
@@ -146,6 +147,8 @@ DEFAULTS = config_of(globals())
 
 def main(explicit):
     """One run, from the settings above; explicit names those that the user gave."""
+    if init_from.endswith('.pt'):
+        globals().update(init_from='checkpoint', checkpoint_path=init_from)
     place = distributed.start(device, backend, timeout_s)
     state = find_checkpoint(place)
     if state is not None:
@@ -158,6 +161,7 @@ def main(explicit):
     known_tokenizer = None if 'tokenizer' in explicit else (state or start or {}).get('tokenizer')
     train_loader, eval_sets = open_data(grad_accum, rows, place, known_tokenizer or tokenizer)
     tokenizer_meta, vocab_size = train_loader.splits[0].tokenizer, train_loader.splits[0].vocab_size
+    style = next((split.meta['style'] for split in train_loader.splits if 'style' in split.meta), None)  # how sample.py --chat is to ask
     torch.manual_seed(seed)
     model = make_model(state, start, vocab_size, tokenizer_meta)
     model.activation_checkpointing, model.loss_chunks = activation_checkpointing, loss_chunks
@@ -218,7 +222,7 @@ def main(explicit):
         newest = dict(
             **checkpoint.gather(model, optimizers), scaler=scaler.state_dict(), model_args=vars(model.config), iter_num=iter_num,
             best_val_loss=best_val_loss, since_best=since_best, to_evaluate=to_evaluate, history=history.tolist(), config=config_of(globals()),
-            tokenizer=tokenizer_meta, vocab_size=vocab_size, data=train_loader.fingerprint(), position=train_loader.position(iter_num),
+            tokenizer=tokenizer_meta, vocab_size=vocab_size, style=style, data=train_loader.fingerprint(), position=train_loader.position(iter_num),
             wandb_id=wandb_id, run_id=run_id, format=checkpoint.FORMAT)
         distributed.on_first_rank(lambda: checkpoint.save(out_dir, newest, keep_last_n_checkpoints, is_best))
 
@@ -290,10 +294,10 @@ def main(explicit):
         n_targets = max(1, train_loader.count_targets(iter_num))
         step_loss = torch.zeros((), device=place.device)
         for micro_step in range(grad_accum):
-            x, y = train_loader.to(place.device, train_loader.batch(iter_num, micro_step))
+            x, y, *documents = train_loader.to(place.device, train_loader.batch(iter_num, micro_step))
             distributed.sync_gradients(wrapped, last=micro_step == grad_accum - 1)
             with autocast:
-                loss = wrapped(x, y, reduction='sum')[1] / n_targets
+                loss = wrapped(x, y, 'sum', None, *documents)[1] / n_targets
             scaler.scale(loss * place.world_size).backward()  # ranks take the mean of their gradients
             step_loss += loss.detach()
         for each in optimizers:
@@ -428,9 +432,9 @@ def open_data(grad_accum, rows, place, tokenizer):
         return train, [(head, np.arange(head.n_windows)) for head in heads]
     folders, weights = dataset_folders(dataset)
     train = Loader(folders, 'train', block_size, rows, grad_accum, place.rank, place.world_size, sampling, seed, weights,
-                   prefetch=place.device.type != 'cpu')
+                   prefetch=place.device.type != 'cpu', isolate=isolate_documents)
     in_order = 'documents' if sampling == 'documents' else 'sequential'
-    train_eval, val = (Loader(folders, split, block_size, batch_size, order=in_order) for split in ('train', 'val'))
+    train_eval, val = (Loader(folders, split, block_size, batch_size, order=in_order, isolate=isolate_documents) for split in ('train', 'val'))
     for split in train.splits:
         if split.meta['origin'] != 'meta.json':
             rule = 'characters from meta.pkl' if split.meta['origin'] == 'meta.pkl' else "GPT-2's ids"
@@ -527,7 +531,7 @@ def read_prompts(tokenizer_meta, loader):
     if generate_prompts:
         return [tokenizer.encode(line) for line in generate_prompts.splitlines() if line]
     rows = zip(*loader.windows(np.arange(4) * loader.n_windows // 4))
-    first_targets = [(x, int((y != IGNORE).int().argmax())) for x, y in rows]
+    first_targets = [(x, int((y != IGNORE).int().argmax())) for x, y, *_ in rows]
     return [x[:first + 1 if first else 16].tolist() for x, first in first_targets]
 
 

@@ -330,6 +330,7 @@ class Loader:
     order        as in Windows; 'sequential' goes through all folders one after another, whatever their weights
     weights      share of each folder, summing to 1; None = all as one dataset
     vocab_size   ids the model has; a larger one stops the batch, naming shard and offset; None = as the dataset says
+    isolate      batches hold a third tensor, (B, T) int64: the number of the document that each token of x belongs to
     prefetch     whether a thread makes the batch after the one asked for
     raises       ValueError, FileNotFoundError where the data do not fit
     """
@@ -337,7 +338,7 @@ class Loader:
     SLOTS = 1000  # a mixture repeats its pattern of sources after so many windows
 
     def __init__(self, folders, split, block_size, batch_size, grad_accum=1, rank=0, world_size=1, order='shuffle', seed=0,
-                 weights=None, vocab_size=None, prefetch=False):
+                 weights=None, vocab_size=None, prefetch=False, isolate=False):
         assert block_size > 0 and batch_size > 0 and seed >= 0 and rank < world_size
         folders = folders if isinstance(folders, list) else [folders]
         self.splits = [Split(folder, split) for folder in folders]
@@ -349,6 +350,8 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.vocab_size = vocab_size or first.vocab_size
         self.n_tokens = sum(s.n_tokens for s in self.splits)
+        # where the documents of each shard's split begin; what parts two of them belongs to the first
+        self.begins = {shard: np.sort(split.documents()[0]) for split in self.splits for shard in split.shards} if isolate else None
         self.all_targets = order in ('shuffle', 'random') and all(s.mask is None for s in self.splits)
 
         separate = weights is not None and order != 'sequential'
@@ -371,7 +374,7 @@ class Loader:
         return sum(source.n for source in self.sources)
 
     def batch(self, step, micro_step=0):
-        """x and y of one micro-batch of this rank: (B, T) int64 each, y is -100 where there is nothing to predict."""
+        """x and y of one micro-batch of this rank: (B, T) int64 each, y is -100 where there is nothing to predict; and the documents, if isolate."""
         if self.worker is None:
             return self._make(step, micro_step)
         future = self.ahead.pop((step, micro_step), None)
@@ -386,17 +389,20 @@ class Loader:
     def windows(self, g):
         """The windows numbered g, (K,) int64, counted over the whole run: x, y (K, T) int64."""
         tokens = np.zeros((len(g), self.block_size + 1), dtype=np.int64)
+        documents = None if self.begins is None else np.zeros_like(tokens[:, 1:])
         target = None if self.all_targets else np.zeros(tokens.shape, dtype=bool)
         for row, shard, start, length in self._locate(g):
             tokens[row, :length] = shard.tokens[start:start + length]
             if target is not None:
                 target[row, :length] = True if shard.mask is None else shard.mask[start:start + length]
+            if documents is not None:
+                documents[row] = np.searchsorted(self.begins[shard], shard.first + start + np.arange(self.block_size), side='right')
         if tokens.max() >= self.vocab_size:
             self._name_foreign_id(g)
         x, y = tokens[:, :-1], tokens[:, 1:]
         if target is not None:
             y = np.where(target[:, 1:], y, IGNORE)
-        return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
+        return tuple(torch.from_numpy(np.ascontiguousarray(each)) for each in (x, y, documents) if each is not None)
 
     def count_targets(self, step):
         """Targets in the global batch of a step, all ranks and micro-steps counted: no rank needs to ask another."""
