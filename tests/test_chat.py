@@ -1,8 +1,12 @@
 """data/chat.py: every layout to conversations, conversations to ids and mask, and those to rows that the loader reads whole."""
 
+import contextlib
+import io
 import json
 import re
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, read_checkpoint, train_here
 from data import chat
 from data.loader import IGNORE, Loader
 from data.pack import write_dataset
 from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, read_meta
+from model import GPT
 
 SHARED = ROOT.parent / 'shared' / 'data'
 BYTES = ByteTokenizer()
@@ -322,3 +327,141 @@ def test_dolly_comes_from_a_mirror_of_the_hub(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(ROOT / 'data/dolly/prepare.py'), run_name='__main__')
     [address] = asked
     assert re.fullmatch(r'https://mirror/datasets/databricks/databricks-dolly-15k/resolve/[0-9a-f]{40}/databricks-dolly-15k.jsonl', address)
+
+
+# -----------------------------------------------------------------------------
+# a model that learns to answer
+
+
+def test_isolated_conversations_of_a_row_carry_their_number(tmp_path):
+    folder, _ = packed(tmp_path)
+    loader = Loader(folder, 'train', 40, 4, isolate=True)
+    x, y, documents = loader.batch(0)
+    assert torch.equal(torch.stack((x, y)), torch.stack(Loader(folder, 'train', 40, 4).batch(0)))
+    begins = x == BYTES.special['<|user|>']
+    assert torch.equal(documents - documents[:, :1], begins.cumsum(1) - 1)
+
+
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory):
+    """(base, tuned): out_dirs of a model of plain text, and of one that goes on from it with ten answers."""
+    folder = tmp_path_factory.mktemp('tuned')
+    write_dataset(folder / 'plain', BYTES, {'train': ['the cat sat by the sea. ' * 80], 'val': ['the cat ' * 20]}, 'a test')
+    size = '--arch=modern', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=64', '--device=cpu', '--dtype=float32', '--warmup_iters=0'
+    speed = '--optimizer=muon', '--matrix_lr=0.03', '--embedding_lr=0.3', '--head_lr=0.01', '--weight_decay=0', '--eval_iters=2', '--log_interval=50'
+    code, _, error, _ = train_here(*size, *speed, f'--dataset={folder / "plain"}', '--batch_size=4', '--gradient_accumulation_steps=1',
+                                   '--max_iters=20', out_dir=folder / 'base')
+    assert code == 0, error
+    file = write(folder / 'x.jsonl', '\n'.join(json.dumps({'messages': [{'role': 'user', 'content': f'{animal}?'}, {'role': 'assistant', 'content': sound}]})
+                                               for animal, sound in SOUNDS.items()))
+    chat.build(folder / 'chat', BYTES, [file], 64, val_paths=[file])
+    code, out, error, metrics = train_here(str(ROOT / 'config/finetune_dolly.py'), *speed, f'--init_from={folder / "base/ckpt.pt"}', '--isolate_documents=True',
+                                           f'--dataset={folder / "chat"}', '--decay_lr=False', '--max_iters=150', '--device=cpu', '--dtype=float32',
+                                           out_dir=folder / 'tuned')
+    assert code == 0, error
+    return folder, metrics
+
+
+SOUNDS = {'cow': 'moo', 'cat': 'meow', 'dog': 'woof', 'hen': 'cluck', 'owl': 'hoot', 'bee': 'buzz', '羊': '咩'}
+
+
+def ask(folder, *flags, stdin='', out_dir='tuned'):
+    """sample.py as a user runs it, in this process: (exit code, what it prints below the model, stderr)."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, 'stdin', io.StringIO(stdin))
+        patch.setattr(sys, 'argv', ['sample.py', f'--out_dir={folder / out_dir}', '--device=cpu', '--dtype=float32', '--temperature=0', *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
+        except SystemExit as stop:
+            code = stop.code
+    return code, stdout.getvalue().partition(' tokenizer\n')[2], stderr.getvalue()
+
+
+def test_tuning_learns_the_answers_and_the_checkpoint_says_how_to_ask(tuned):
+    folder, metrics = tuned
+    losses = [line['val_loss'] for line in metrics if 'val_loss' in line]
+    assert losses[-1] < 0.05 < 2 < losses[0] and {line.get('val_bpb') for line in metrics} == {None}
+    state = read_checkpoint(folder / 'tuned/ckpt.pt')
+    assert (state['style'], state['iter_num'], state['config']['block_size']) == ('chat', 150, 64)
+    assert read_checkpoint(folder / 'base/ckpt.pt')['style'] is None
+    assert [path.name for path in sorted((folder / 'tuned').glob('ckpt_*.pt'))] == ['ckpt_00000050.pt', 'ckpt_00000100.pt']
+
+
+def test_tuning_is_resumed_by_the_same_command(tuned, tmp_path):
+    folder, _ = tuned
+    code, out, error, _ = train_here(str(ROOT / 'config/finetune_dolly.py'), f'--init_from={folder / "base/ckpt.pt"}', f'--dataset={folder / "chat"}',
+                                     '--max_iters=152', '--device=cpu', out_dir=shutil.copytree(folder / 'tuned', tmp_path / 'tuned'))
+    assert code == 0 and '(iteration 150)' in out, error
+    assert read_checkpoint(tmp_path / 'tuned/ckpt.pt')['iter_num'] == 152
+
+
+def test_a_pipe_of_questions_is_answered_line_by_line(tuned):
+    folder, _ = tuned
+    path = write(folder / 'saved.jsonl', '{"messages": []}')  # without a line end
+    code, out, error = ask(folder, '--chat', stdin=f'cow?\n\n/reset\n羊?\n/save {path}\n/what\n/reset\n/save {path}\n/quit\ncow?\n')
+    assert (code, out) == (0, 'moo\n咩\n')
+    assert error == f'{path}: turns: 2\n/what is none of /reset, /save FILE, /quit\n{path}: turns: 0\n'
+    saved = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    assert saved == [{'messages': []}, {'messages': [{'role': 'user', 'content': '羊?'}, {'role': 'assistant', 'content': '咩'}]}, {'messages': []}]
+
+
+def test_the_oldest_turns_leave_a_full_context_and_that_is_said_once(tuned):
+    folder, _ = tuned
+    code, out, error = ask(folder, '--chat', '--max_new_tokens=8', stdin='dog?\n' * 12)
+    assert code == 0 and len(out.splitlines()) == 12 and out.startswith('woof\n')
+    assert error == '(the oldest turns no longer fit into the context of 64 tokens, and are left out)\n'
+
+
+def test_answers_in_batches_are_those_of_one_at_a_time(tuned):
+    folder, _ = tuned
+    questions = [{'prompt': f'{animal}?', 'response': sound} for animal, sound in SOUNDS.items()] + [{'prompt': 'q' * n} for n in (1, 30, 47, 80)]
+    file = write(folder / 'questions.json', questions)
+    files = []
+    for n in (1, 16):
+        code, out, error = ask(folder, f'--prompts={file}', f'--answers={folder / "answers.jsonl"}', f'--batch_size={n}')
+        assert (code, out) == (0, f'{folder / "answers.jsonl"}: 11 answers, 7 of 7 (100.0%) exactly as {file} has them\n'), error
+        files.append((folder / 'answers.jsonl').read_text(encoding='utf-8'))
+    assert files[0] == files[1]
+    lines = [json.loads(line) for line in files[0].splitlines()]
+    assert lines[6] == {'question': '羊?', 'answer': '咩', 'expected': ['咩'], 'exact': True}
+    assert [line['question'] for line in lines] == [q['prompt'] for q in questions] and 'exact' not in lines[-1]
+
+
+def test_questions_that_cannot_be_asked(tuned):
+    folder, _ = tuned
+    empty = write(folder / 'empty.jsonl', '')
+    for flags, text in ((['--prompts=x'], '--prompts=FILE and --answers=FILE go together, and without --chat'),
+                        ([f'--prompts={empty}', '--answers=y'], f'{empty}: there is no question')):
+        assert ask(folder, *flags) == (2, '', text + '\n')
+    code, _, error = ask(folder, '--chat', out_dir='base')
+    base = folder / 'base/ckpt.pt'
+    assert code == 2 and error == (f'{base} was not tuned on conversations: tune it with python train.py config/finetune_dolly.py --init_from={base}, '
+                                   'or name the template it should be asked in, --style=chat or --style=alpaca\n')
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(tuned, monkeypatch):
+    folder, _ = tuned
+    stream, interrupted = GPT.stream, []
+
+    def stream_and_interrupt(*arguments, **settings):
+        for n, ids in enumerate(stream(*arguments, **settings)):
+            if n == 2 and not interrupted:
+                interrupted.append(True)
+                signal.raise_signal(signal.SIGINT)
+            yield ids
+    monkeypatch.setattr(GPT, 'stream', stream_and_interrupt)
+    assert ask(folder, '--chat', stdin='owl?\n/reset\nowl?\n')[:2] == (0, 'ho [stopped]\nhoot\n')
+
+
+def test_ctrl_c_at_the_prompt_does_not_end_a_conversation(tuned, monkeypatch):
+    folder, _ = tuned
+    typed = iter([KeyboardInterrupt, 'bee?', EOFError])
+
+    def type_in(prompt):
+        text = next(typed)
+        if isinstance(text, str):
+            return text
+        raise text
+    monkeypatch.setattr('builtins.input', type_in)
+    assert ask(folder, '--chat') == (0, 'buzz\n', '\n/quit ends\n')
