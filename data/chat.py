@@ -276,7 +276,7 @@ def build(folder, tokenizer, paths, block_size, style='chat', val_fraction=0.05,
     block_size    a row is one token longer; training takes the same block_size
     val_fraction  share of the questions (or of the contexts, where questions have them) for validation, chosen by hash: conversations
                   about the same one are in the same split
-    val_paths     files for validation instead
+    val_paths     files for validation instead; what paths have about the same questions or contexts is left out
     verbose       whether to name each conversation that was left out or cut
     returns       the dict in meta.json
     raises        ValueError, FileNotFoundError; the old dataset then stays
@@ -284,13 +284,17 @@ def build(folder, tokenizer, paths, block_size, style='chat', val_fraction=0.05,
     check_tokenizer(tokenizer)
     if not val_paths and not 0 < val_fraction < 1:
         raise ValueError(f'--val_fraction={val_fraction} must lie between 0 and 1')
-    splits, size = {'train': [], 'val': []}, block_size + 1
-    for name, files in (('train', paths), ('val', val_paths)):
+    splits, size, held_out = {'train': [], 'val': []}, block_size + 1, set()
+    for name, files in (('val', val_paths), ('train', paths)):
         encoded, counts = encode_all(read_conversations(files), tokenizer, style, size, verbose)
-        for key, rows in encoded.items():
-            splits[name if val_paths else split_by_hash(key, val_fraction)] += rows
         for what, n in counts.items():
             print(f'{n:,} {what}' + ('' if verbose else ' (-v names them)'))
+        if n := sum(len(encoded[key]) for key in held_out & set(encoded)):
+            print(f'{n:,} about what the validation files ask, left out of training')
+        for key in encoded:
+            if key not in held_out:
+                splits[name if val_paths else split_by_hash(key, val_fraction)] += encoded[key]
+        held_out = set(encoded)
     for name, rows in splits.items():
         if not rows:
             remedy = 'give --val FILE, or another --val_fraction' if name == 'val' else 'give more, or a larger --block_size'

@@ -34,6 +34,12 @@ def write(path, content):
     return path
 
 
+@pytest.fixture(scope='session')
+def other(tmp_path_factory):
+    """A file of one conversation, for validation."""
+    return write(tmp_path_factory.mktemp('other') / 'other.csv', 'question,answer\nelse?,no\n')
+
+
 def read(tmp_path, name, content):
     return [turns for _, turns, _ in chat.read_conversations([write(tmp_path / name, content)])]
 
@@ -256,13 +262,20 @@ def test_equal_questions_and_all_of_a_context_stay_in_one_split(tmp_path):
     assert not keys['train'] & keys['val'] and len(keys['train'] | keys['val']) == 40 and len(keys['val']) > 5
 
 
-def test_what_is_left_out_is_counted_and_with_v_named(tmp_path, capsys):
+def test_what_is_left_out_is_counted_and_with_v_named(tmp_path, capsys, other):
     file = write(tmp_path / 'x.jsonl', '\n'.join(json.dumps({'instruction': 'q' * n, 'response': 'a' * m}) for n, m in [(1, 1), (2, 0), (3, 90), (90, 2)]))
-    chat.build(tmp_path / 'x', BYTES, [file], 40, val_paths=[file], verbose=True)
+    chat.build(tmp_path / 'x', BYTES, [file], 40, val_paths=[other], verbose=True)
     out = capsys.readouterr()
     assert '1 without an answer\n' in out.out and '1 answer longer than a row\n' in out.out and '1 cut to fit a row\n' in out.out
     assert f'{file}, line 2: without an answer\n' in out.out + out.err
     assert 'x/train: conversations: 2, in 2 rows of 41 tokens; 5 targets (6.1%), ' in out.out
+
+
+def test_what_is_asked_for_validation_is_not_trained_on(tmp_path, capsys):
+    train = write(tmp_path / 'x.json', [{'question': q, 'answer': 'a'} for q in 'uvwvx'])
+    chat.build(tmp_path / 'x', BYTES, [train], 40, val_paths=[write(tmp_path / 'y.json', [{'question': 'v', 'answer': 'b'}])])
+    assert '\n2 about what the validation files ask, left out of training\n' in '\n' + capsys.readouterr().out
+    assert [read_meta(tmp_path / 'x')['splits'][split]['documents'] for split in ('train', 'val')] == [3, 1]
 
 
 def test_nothing_for_a_split_and_a_tokenizer_without_end(tmp_path):
@@ -308,9 +321,9 @@ DUREADER = '问题编号,question,answer,context\n1,天空为什么是蓝的,"�
     ('webqa', 'me_train.json', json.dumps(WEBQA), '<|user|>勇敢的心霍啸林的父亲是谁\n\n霍啸林的父亲霍绍昌是商会会长。<|assistant|>⟦霍绍昌<|endoftext|>⟧'),
     ('dureader', 'dureader.csv', DUREADER, '<|user|>天空为什么是蓝的\n\n太阳光穿过大气。<|assistant|>⟦因为瑞利散射,蓝光散射得更多。<|endoftext|>⟧'),
 ])
-def test_prepare_scripts_pack_files_of_the_real_schema(tmp_path, monkeypatch, capsys, name, file, content, shown):
+def test_prepare_scripts_pack_files_of_the_real_schema(tmp_path, monkeypatch, capsys, other, name, file, content, shown):
     path = write(tmp_path / file, content)
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--input', str(path), '--val', str(path), '--tokenizer', 'byte', '--block_size', '300', '--out', str(tmp_path / 'x')])
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--input', str(path), '--val', str(other), '--tokenizer', 'byte', '--block_size', '300', '--out', str(tmp_path / 'x')])
     runpy.run_path(str(ROOT / 'data' / name / 'prepare.py'), run_name='__main__')
     out = capsys.readouterr().out
     assert ('1 without an answer' in out) == (name != 'dolly')
@@ -343,7 +356,7 @@ def test_isolated_conversations_of_a_row_carry_their_number(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def tuned(tmp_path_factory):
+def tuned(tmp_path_factory, other):
     """(base, tuned): out_dirs of a model of plain text, and of one that goes on from it with ten answers."""
     folder = tmp_path_factory.mktemp('tuned')
     write_dataset(folder / 'plain', BYTES, {'train': ['the cat sat by the sea. ' * 80], 'val': ['the cat ' * 20]}, 'a test')
@@ -354,7 +367,7 @@ def tuned(tmp_path_factory):
     assert code == 0, error
     file = write(folder / 'x.jsonl', '\n'.join(json.dumps({'messages': [{'role': 'user', 'content': f'{animal}?'}, {'role': 'assistant', 'content': sound}]})
                                                for animal, sound in SOUNDS.items()))
-    chat.build(folder / 'chat', BYTES, [file], 64, val_paths=[file])
+    chat.build(folder / 'chat', BYTES, [file], 64, val_paths=[other])
     code, out, error, metrics = train_here(str(ROOT / 'config/finetune_dolly.py'), *speed, f'--init_from={folder / "base/ckpt.pt"}', '--isolate_documents=True',
                                            f'--dataset={folder / "chat"}', '--decay_lr=False', '--max_iters=150', '--device=cpu', '--dtype=float32',
                                            out_dir=folder / 'tuned')
@@ -380,7 +393,7 @@ def ask(folder, *flags, stdin='', out_dir='tuned'):
 
 def test_tuning_learns_the_answers_and_the_checkpoint_says_how_to_ask(tuned):
     folder, metrics = tuned
-    losses = [line['val_loss'] for line in metrics if 'val_loss' in line]
+    losses = [line['train_loss'] for line in metrics if 'val_loss' in line]
     assert losses[-1] < 0.05 < 2 < losses[0] and {line.get('val_bpb') for line in metrics} == {None}
     state = read_checkpoint(folder / 'tuned/ckpt.pt')
     assert (state['style'], state['iter_num'], state['config']['block_size']) == ('chat', 150, 64)
