@@ -39,7 +39,7 @@ if __name__ == '__main__':
     sys.path[0] = str(HERE.parent)
 from data.fetch import one_line_errors
 from data.formats import read_text
-from data.pack import SplitFiles, only_run, publish, split_by_hash
+from data.pack import SplitFiles, dataset_name, only_run, publish, split_by_hash
 from data.tokenizer import load_tokenizer, read_meta, tokenizer_meta
 
 # -----------------------------------------------------------------------------
@@ -414,8 +414,8 @@ def build_from(args, paths):
     if args.block_size < 1:
         raise ValueError(f'--block_size={args.block_size} must be 1 or more')
     build(args.out, open_tokenizer(args.tokenizer), paths, args.block_size, args.style, args.val_fraction, args.val, verbose=args.verbose)
-    out, base = args.out.resolve(), args.tokenizer if args.tokenizer.endswith('.pt') else 'gpt2' if args.tokenizer == 'gpt2' else 'CHECKPOINT'
-    print(f'next: python train.py config/finetune_dolly.py --init_from={base} --dataset={out.name if out.parent == HERE else args.out}')
+    base = args.tokenizer if args.tokenizer.endswith('.pt') else 'gpt2' if args.tokenizer == 'gpt2' else 'CHECKPOINT'
+    print(f'next: python train.py config/finetune_dolly.py --init_from={base} --dataset={dataset_name(args.out)}')
 
 
 def main():
