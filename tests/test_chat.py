@@ -229,7 +229,6 @@ def test_the_loader_shows_whole_rows_in_every_order_and_world_size(tmp_path):
         assert whole.count_targets(step) == parts[0].count_targets(step) == int((whole.batch(step)[1] != IGNORE).sum())
     x, _ = Loader(folder, 'train', 40, 8, order='random').batch(0)
     assert all(row in rows[:, :-1].tolist() for row in x.tolist())
-    assert whole.bytes_per_token is None
 
 
 def test_rows_and_plain_text_mix(tmp_path):
@@ -394,7 +393,7 @@ def ask(folder, *flags, stdin='', out_dir='tuned'):
 def test_tuning_learns_the_answers_and_the_checkpoint_says_how_to_ask(tuned):
     folder, metrics = tuned
     losses = [line['train_loss'] for line in metrics if 'val_loss' in line]
-    assert losses[-1] < 0.05 < 2 < losses[0] and {line.get('val_bpb') for line in metrics} == {None}
+    assert losses[-1] < 0.05 < 2 < losses[0]
     state = read_checkpoint(folder / 'tuned/ckpt.pt')
     assert (state['style'], state['iter_num'], state['config']['block_size']) == ('chat', 150, 64)
     assert read_checkpoint(folder / 'base/ckpt.pt')['style'] is None
