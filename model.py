@@ -131,6 +131,11 @@ def by_products(x, T):
     return x.device.type == 'cpu' and compute_dtype(x) == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
 
 
+def compute_dtype(x):
+    """The dtype of the matrix products that start from x: autocast's where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 def isolate(documents, T, dtype):
     """For the last T tokens of rows that hold several documents: what keeps each to its own.
 
@@ -144,11 +149,6 @@ def isolate(documents, T, dtype):
     return place[-T:] - same.int().argmax(dim=-1), mask[:, None]
 
 
-def compute_dtype(x):
-    """The dtype of the matrix products that start from x: autocast's where it is on."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-
-
 class KVCache:
     """Keys and values of the tokens already seen, allocated once: for each layer two of (B, H, max_tokens, D)."""
 
@@ -156,8 +156,8 @@ class KVCache:
         head_size = config.n_embd // config.n_head
         kv = torch.empty(config.n_layer, 2, batch_size, config.n_head, max_tokens, head_size, device=device, dtype=dtype)
         self.layers = [layer.unbind(0) for layer in kv]
-        self.documents = torch.empty(batch_size, 0, dtype=torch.int64, device=device)  # of the tokens seen, where forward() was given any
         self.n_tokens = 0  # complete tokens; GPT.forward advances it after the last layer
+        self.documents = torch.empty(batch_size, 0, dtype=torch.int64, device=device)  # of the tokens seen, where forward() was given any
 
     def append(self, layer, k, v):
         """Stores k and v (B, H, T, D) of one layer and returns all of that layer's: (B, H, n_tokens + T, D) twice."""
