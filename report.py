@@ -56,13 +56,16 @@ def write_report(folders, out=None):
     """
     runs, out = [read_run(folder) for folder in folders], Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(name for run in runs for name in run['benchmarks'] if name not in ('iter', 'tokens', 'time')))
+    benchmarks = [('tokens', 'log', name, 'linear', (name,)) for name in names[:4]]  # more would be too small to read
     pictures = []
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         print(f'the report has no curves: matplotlib cannot be imported ({error}): pip install matplotlib')
     else:
-        pictures = [name for name, panels in PICTURES.items() if draw(runs, panels, out / name)]
+        every = PICTURES | ({'benchmarks.png': benchmarks} if benchmarks else {})
+        pictures = [name for name, panels in every.items() if draw(runs, panels, out / name)]
     sections = [summary(runs), *(f'![{Path(name).stem}]({name})' for name in pictures), evaluations(runs), samples(runs), settings(runs), environments(runs)]
     text = '# ' + ' and '.join(code(run['name']) for run in runs) + '\n\n' + '\n\n'.join(filter(None, sections)) + '\n'
     write_atomically(out / 'report.md', lambda f: f.write(text.encode('utf-8')))
@@ -123,12 +126,15 @@ def read_json(path):
 def curves(lines):
     """The columns of metrics.jsonl, over tokens and over seconds in training, which do not count evaluation and saving.
 
-    returns  dict(steps, evaluations, iters): columns by name, each (n,) float64 with nan for null; iters = updates done
+    returns  dict(steps, evaluations, benchmarks, iters, tokens, seconds): the first three are columns by name, each (n,) float64 with nan
+             for null; benchmarks are the lines without a loss; iters = updates done
 
     A logged step carries the rate and the time of the steps since the one before, so both add up, whatever was changed on resuming.
     """
     steps, evaluations = ([line for line in lines if key in line] for key in ('loss', 'val_loss'))
-    steps, evaluations = (({name: column(rows, name) for name in sorted({k for row in rows for k in row})}) for rows in (steps, evaluations))
+    benchmarks = [line for line in lines if 'loss' not in line and 'val_loss' not in line]
+    steps, evaluations, benchmarks = (
+        {name: column(rows, name) for name in sorted({k for row in rows for k in row})} for rows in (steps, evaluations, benchmarks))
     iters = np.array([line['iter'] + ('loss' in line) for line in lines]).max()
     done, tokens, seconds = np.zeros(1), np.zeros(1), np.zeros(1)  # after so many updates, from the start
     if steps:
@@ -139,9 +145,10 @@ def curves(lines):
         seconds = np.append(0, np.cumsum(n * dt_s))
         more = max(iters - done[-1], 0)  # updates since the last logged one
         done, tokens, seconds = np.append(done, done[-1] + more), np.append(tokens, tokens[-1] + more * per_step[-1]), np.append(seconds, seconds[-1] + more * dt_s[-1])
-    for part, at in ((steps, steps.get('iter', np.zeros(0)) + 1), (evaluations, evaluations.get('iter', np.zeros(0)))):
+    for part, logged in ((steps, 1), (evaluations, 0), (benchmarks, 0)):  # a step is logged under the number of updates before it
+        at = part.get('iter', np.zeros(0)) + logged
         part['tokens'], part['time'] = np.interp(at, done, tokens), np.interp(at, done, seconds)
-    return dict(steps=steps, evaluations=evaluations, iters=int(iters), tokens=float(tokens[-1]), seconds=float(seconds[-1]))
+    return dict(steps=steps, evaluations=evaluations, benchmarks=benchmarks, iters=int(iters), tokens=float(tokens[-1]), seconds=float(seconds[-1]))
 
 
 def column(rows, name):
@@ -290,11 +297,14 @@ def draw(runs, panels, path):
         heights = []
         for i, run in enumerate(runs):
             for name in names:
-                part = run['steps'] if name in run['steps'] else run['evaluations']
-                xs, ys = part[x] / (unit_s if x == 'time' else 1), part.get(name, np.full(len(part[x]), math.nan))
+                part = next((run[kind] for kind in ('steps', 'evaluations', 'benchmarks') if name in run[kind]), None)
+                if part is None:
+                    continue
+                xs, ys = part[x] / (unit_s if x == 'time' else 1), part[name]
                 visible = np.isfinite(ys) & ((ys > 0) | (y_scale == 'linear')) & ((xs > 0) | (x_scale == 'linear'))
                 if visible.any():
-                    axes.plot(xs[visible], ys[visible], color=COLOURS[i % len(COLOURS)], **STYLES.get(name, ('', {}))[1])
+                    style = STYLES[name][1] if name in STYLES else dict(marker='o') if part is run['benchmarks'] else {}
+                    axes.plot(xs[visible], ys[visible], color=COLOURS[i % len(COLOURS)], **style)
                     heights.extend(ys[visible])
                     drawn.add(name)
         axes.set(xlabel='training tokens' if x == 'tokens' else f'training time ({unit})', ylabel=words)

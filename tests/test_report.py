@@ -60,7 +60,8 @@ def test_a_run_that_goes_on_from_another_folder_counts_its_tokens_but_only_its_o
 
 
 def test_an_unfinished_run_with_a_torn_line_has_a_report(tmp_path):
-    folder = write_run(tmp_path / 'out', [evaluation(0, 4.0, 5.0), step(0, 100, 1.0), evaluation(1, 2.5, 3.0), step(1, 100, 1.0, peak_memory_bytes=5e8)],
+    folder = write_run(tmp_path / 'out', [evaluation(0, 4.0, 5.0), step(0, 100, 1.0), evaluation(1, 2.5, 3.0),
+                                           dict(iter=1, hellaswag_acc=0.25), step(1, 100, 1.0, peak_memory_bytes=5e8)],
                        torn='{"iter": 2, "loss": 3.', settings=dict(max_iters=50, seed=1, dropout=0.0), defaults=dict(max_iters=9, seed=1, dropout=0.0),
                        parameters=1234, flops_per_token=2_000_000, dataset_tokens=400, environment=dict(git='abc-dirty'))
     (folder / 'eval.json').write_text(json.dumps(dict(iter=1, results=dict(piqa=dict(acc=0.5, acc_stderr=0.0123, n=1000)))), encoding='utf-8')
@@ -71,7 +72,7 @@ def test_an_unfinished_run_with_a_torn_line_has_a_report(tmp_path):
                 '| `piqa` | `acc` | 0.5000 ± 0.0123 |', '| `piqa` | `n` | 1,000 |', '| `max_iters` | `50` | `9` |', '| git | abc-dirty |'):
         assert row in page.splitlines(), row
     assert '`seed`' not in page
-    for name in ('loss.png', 'bpb.png', 'training.png'):
+    for name in ('loss.png', 'bpb.png', 'training.png', 'benchmarks.png'):
         assert f'({name})' in page and (folder / name).read_bytes().startswith(b'\x89PNG')
 
 
