@@ -313,7 +313,8 @@ def draw(runs, panels, path):
     if not drawn:
         return False
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=run['name']) for i, run in enumerate(runs)]
-    handles += [Line2D([], [], color='#555555', label=STYLES[name][0], **STYLES[name][1]) for name in STYLES if name in drawn]
+    styles = dict(STYLES[name] for name in STYLES if name in drawn)  # by what they are called
+    handles += [Line2D([], [], color='#555555', label=label, **style) for label, style in styles.items()]
     legend = figure.legend(handles=handles, loc='outside upper center', ncols=4, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ in a folder's name is a $
