@@ -6,8 +6,8 @@
 
     format       files                    what is a document
     text         .txt                     a file; of one above 1 MiB, each part of up to 1 MiB, cut at a blank line or line end
-    paragraphs   .txt, if named         what stands between blank lines
-    lines        .txt, if named         a line
+    paragraphs   .txt, if named           what stands between blank lines
+    lines        .txt, if named           a line
     jsonl        .jsonl .ndjson           a line: an object whose fields are taken, or a string
     json         .json                    an element of the array, a value of an object of objects, or each object in a row
     csv, tsv     .csv .tsv                a row; the first row names the fields

@@ -118,30 +118,29 @@ class Encoder:
 
     def __call__(self, blocks):
         """Encoded of all documents of some blocks."""
-        before, rows, hashes, masks, left_out = [] if self.tokenizer.eot is None else [self.tokenizer.eot], [], [], [], Counter()
+        eot, found, left_out = [] if self.tokenizer.eot is None else [self.tokenizer.eot], [], Counter()
         for block in blocks:
             documents = block.data if block.format == 'given' else formats.parse(block, self.fields, self.errors)
             for n, document in enumerate(documents, block.begin[1]):
-                mask = None
                 if isinstance(document, str):
                     document = self.chosen(document, left_out)
-                elif isinstance(document, tuple):
-                    document, mask = document
-                ids = document_ids(document, self.tokenizer, f'{block.path} {n}' if block.format == 'given' else f'{block.path}, row {n}')
+                    ids, data, mask = self.tokenizer.encode_array(document), document.encode('utf-8', 'surrogatepass'), None
+                    lead, n_bytes = eot, len(data)
+                else:
+                    ids, mask = document if isinstance(document, tuple) else (document, None)
+                    ids = checked_row(ids, self.tokenizer, f'{block.path} {n}' if block.format == 'given' else f'{block.path}, row {n}')
+                    lead, n_bytes, data = eot if self.eot_in_rows else [], int(self.token_bytes[ids].sum()), ids.tobytes()
                 if len(ids):
-                    is_text = isinstance(document, str)
-                    lead = before if is_text or self.eot_in_rows else []
-                    rows.append((lead, ids))
-                    hashes.append(hash_of(document.encode('utf-8', 'surrogatepass') if is_text else ids.tobytes()))
-                    masks.append((np.ones(len(lead), np.uint8), np.ones(len(ids), np.uint8) if mask is None else mask))
-        if not rows:
+                    found.append((lead, ids, mask, n_bytes, hash_of(data)))
+        if not found:
             return Encoded(*[np.zeros(0, np.int64)] * 5, None, left_out)
-        ids = np.concatenate([piece for row in rows for piece in row]).astype(np.int64)
-        lengths, leads = (np.array([len(row[i]) for row in rows]) for i in (1, 0))
-        n_bytes = np.add.reduceat(self.token_bytes[ids], np.cumsum(lengths + leads) - lengths - leads)
-        mask = np.concatenate([piece for pair in masks for piece in pair]).astype(np.uint8)
-        return Encoded(ids.astype(self.dtype), lengths, leads, n_bytes, np.array(hashes, dtype=np.uint64),
-                       None if mask.all() else mask, left_out)
+        leads, rows, masks, n_bytes, hashes = zip(*found)
+        ids = np.concatenate([piece for pair in zip(leads, rows) for piece in pair if len(piece)], dtype=self.dtype, casting='unsafe')
+        mask = None if all(mask is None for mask in masks) else np.concatenate([
+            piece for lead, row, mask in zip(leads, rows, masks)
+            for piece in (np.ones(len(lead)), np.ones(len(row)) if mask is None else mask)], dtype=np.uint8, casting='unsafe')
+        return Encoded(ids, np.array([len(row) for row in rows]), np.array([len(lead) for lead in leads]), np.array(n_bytes),
+                       np.array(hashes, dtype=np.uint64), mask, left_out)
 
     def chosen(self, text, left_out):
         """The text to encode; '' where it is left out."""
@@ -156,9 +155,9 @@ class Encoder:
         return ''
 
 
-def document_ids(document, tokenizer, where):
-    """(n,) ids of a document, all of them in the vocabulary."""
-    ids = tokenizer.encode_array(document) if isinstance(document, str) else np.asarray(document)
+def checked_row(ids, tokenizer, where):
+    """(n,) ids as an array, all of them in the vocabulary."""
+    ids = np.asarray(ids)
     if ids.size == 0:
         return np.zeros(0, dtype=np.int64)
     if ids.ndim != 1 or ids.dtype.kind not in 'iu':
@@ -167,7 +166,7 @@ def document_ids(document, tokenizer, where):
         position = int(np.argmax((ids < 0) | (ids >= tokenizer.vocab_size)))
         raise ValueError(f'{where} holds token id {ids[position]} at position {position}, '
                          f'outside the vocabulary of {tokenizer.vocab_size} tokens')
-    return ids
+    return ids.astype(np.int64)
 
 
 def encode_in_order(encoder, batches, workers):
@@ -341,6 +340,11 @@ def pack(folder, encoder, names, blocks, source, shard_tokens, workers=1, recipe
             meta = progress['meta']
             publish(work, folder, meta, masked)
             keep = False
+        except (OSError, sqlite3.OperationalError) as error:
+            if isinstance(error, OSError) and (error.errno is None or error.filename):
+                raise  # it says where
+            again = 'make room and run this again' + (', it continues' if keep else '')
+            raise OSError(f'{folder} cannot be written ({getattr(error, "strerror", None) or error}): {again}') from error
         finally:
             if not keep:
                 shutil.rmtree(work, ignore_errors=True)
@@ -719,7 +723,7 @@ def mixed_documents(splits, weights, most_tokens, n_tokens=None):
     total = n_tokens or int(min(split.n_tokens / weight for split, weight in zip(splits, weights)))
     with tqdm(desc=splits[0].split, total=total, unit=' tokens', unit_scale=True, disable=None) as bar:
         while n_tokens is None or taken.sum() < n_tokens:
-            k = int(np.argmax(np.array(weights) * (taken.sum() + most_tokens) - taken))
+            k = int(np.argmax(np.array(weights) * taken.sum() - taken))
             piece = next(sources[k], None)
             if piece is None:
                 if n_tokens is None:

@@ -209,3 +209,141 @@ def test_wiki_is_plain_text_of_articles(tmp_path, small_blocks, name):
     found = list(documents([tmp_path / name], fields=['title', 'text']))
     assert [text for text, _ in found] == [f'北京\n{PLAIN}', 'Lyon\nUne ville.  Catégorie:Villes Site x < y & z']
     assert texts_of(tmp_path / name, start=found[0][1]) == ['Une ville.  Catégorie:Villes Site x < y & z']
+
+def test_a_wiki_section_without_text_loses_its_heading():
+    pytest.importorskip('mwparserfromhell')
+    text = '== A ==\n{{t}}\n== B ==\n=== C ===\n=== D ===\nd\n== E ==\ne'
+    assert formats.plain_wikitext(text) == 'B\n\nD\nd\n\nE\ne'
+
+
+@pytest.mark.parametrize('wikitext, plain', [
+    ('-{zh-hans:软件; zh-hant:軟體;}-', '软件'), ('-{zh-tw:網路; zh-hk:網絡}-', '網路'), ('-{只有一种}-', '只有一种'), ('-{T|zh-cn:题; zh-tw:題}-正文', '正文'),
+    ('-{H|zh-cn:题; zh-tw:題}-', ''), ('-{A|zh-cn:题; zh-tw:題}-', '题'), ('[[A|-{zh-cn:题; zh-tw:題}-]]', '题')])
+def test_of_the_chinese_variants_the_simplified_one_is_taken(wikitext, plain):
+    pytest.importorskip('mwparserfromhell')
+    assert formats.plain_wikitext(wikitext) == plain
+
+# -----------------------------------------------------------------------------
+# folders of blocks
+
+def write_block(folder, tokens, labels, mask=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / 'token_float32.npy', np.asarray(tokens, dtype=np.float32))
+    np.save(folder / 'label_float32.npy', np.asarray(labels, dtype=np.float32))
+    if mask is not None:
+        np.save(folder / 'loss_mask.npy', np.asarray(mask))
+
+
+def rows(*paths):
+    return [(ids.tolist(), mask.tolist()) for (ids, mask), _ in documents(paths)]
+
+
+def test_labels_that_follow_their_tokens_make_one_id_more(tmp_path):
+    write_block(tmp_path / 'main' / '0', [[1, 2, 3], [4, 5, 6]], [[2, 3, 9], [5, 6, -100]])
+    write_block(tmp_path / 'main' / '1', [[1, 2, 3]], [[2, 3, 4]], [[0, 1.0, 1]])
+    assert rows(tmp_path / 'main') == [([1, 2, 3, 9], [0, 1, 1, 1]), ([4, 5, 6], [0, 1, 1]), ([1, 2, 3, 4], [0, 0, 1, 1])]
+
+
+def test_labels_that_are_their_tokens_make_a_mask(tmp_path):
+    write_block(tmp_path / '0', [[1, 2, 3]], [[-100, 2, 3]])
+    assert rows(tmp_path) == [([1, 2, 3], [0, 1, 1])]
+
+
+def test_blocks_continue_at_any_row(tmp_path, small_blocks):
+    tokens = np.arange(400).reshape(40, 10)
+    write_block(tmp_path / '0', tokens[:30], tokens[:30] + 1)
+    write_block(tmp_path / '1', tokens[30:], tokens[30:] + 1)
+    found = list(documents([tmp_path]))
+    assert [ids.tolist() for (ids, _), _ in found] == [list(range(n, n + 11)) for n in range(0, 400, 10)]
+    for n in (0, 5, 29, 33):
+        assert [ids[0] for (ids, _), _ in documents([tmp_path], start=found[n][1])] == list(range(10 * n + 10, 400, 10))
+
+
+@pytest.mark.parametrize('tokens, labels, mask, error', [
+    ([[1, 2.5]], [[2, 3]], None, ', row 0, position 1: token_float32.npy holds 2.5, which is no token id that float32 can hold'),
+    ([[1, 2]], [[2, np.nan]], None, ', row 0, position 1: label_float32.npy holds nan, which is no token id that float32 can hold'),
+    ([[1, 2 ** 25]], [[2, 3]], None, ', row 0, position 1: token_float32.npy holds 33554432.0, which is no token id that float32 can hold'),
+    ([[1, 2]], [[2, 3]], [[1, 0.5]], ', row 0, position 1: loss_mask.npy holds 0.5, which is no 0 or 1'),
+    ([[1, 2], [3, 4]], [[2, 3], [7, 5]], None, ', row 1, position 0: label 7.0 is neither the token there nor the one that follows'),
+    ([[1, 2]], [[2, 3, 4]], None, ': token_float32.npy is (1, 2), label_float32.npy is (1, 3): equal shapes (rows, T) are needed'),
+    ([1, 2], [2, 3], None, ': token_float32.npy is (2,), label_float32.npy is (2,): equal shapes (rows, T) are needed'),
+    ([[1, 2]], [[2, 3]], [[1]], ': token_float32.npy is (1, 2), label_float32.npy is (1, 2), loss_mask.npy is (1, 1): equal shapes (rows, T) are needed')])
+def test_blocks_that_are_wrong(tmp_path, tokens, labels, mask, error):
+    write_block(tmp_path / '0', tokens, labels, mask)
+    with pytest.raises(ValueError) as caught:
+        rows(tmp_path)
+    assert str(caught.value) == f'{tmp_path / "0"}{error}'
+
+
+def test_blocks_of_unequal_length_are_found_before_the_first_is_read(tmp_path):
+    write_block(tmp_path / '0', [[1, 2.5]], [[2, 3]])
+    write_block(tmp_path / '1', [[1, 2, 3]], [[2, 3, 4]])
+    with pytest.raises(ValueError, match=f'^{tmp_path / "1"} has rows of 3 tokens, {tmp_path / "0"} of 2: pack them one by one$'):
+        rows(tmp_path)
+
+
+def test_no_pickle_is_opened(tmp_path):
+    write_block(tmp_path / '0', [[1, 2]], [[2, 3]])
+    np.save(tmp_path / '0' / 'label_float32.npy', np.array([[{}, 1]], dtype=object), allow_pickle=True)
+    with pytest.raises(OSError, match='could not be read .Array can.t be memory-mapped: Python objects in dtype'):
+        rows(tmp_path)
+
+# -----------------------------------------------------------------------------
+# what is wrong in a file
+
+@pytest.mark.parametrize('name, content, error', [
+    ('a.txt', b'one\ntwo\n\xff\n', ', line 3: not UTF-8 (invalid start byte): convert the file to UTF-8, or --errors=replace puts U+FFFD in its place'),
+    ('a.jsonl', b'{"text": "a"}\n{"text": "\xe5\x8c"}', ', line 2: not UTF-8 (invalid continuation byte): convert'),
+    ('a.csv', b'text\na\n\xff\n', ', line 3: not UTF-8'), ('a.json', b'["a",\n"\xff"]', ', line 2: not UTF-8'),
+    ('a.xml', b'<mediawiki>\n\xff</mediawiki>', ', line 2: not UTF-8'),
+    ('a.jsonl', b'{"text": "a"}\n\n{"title": "b", "id": 1}\n', ", line 3: no field 'text' with text, only title, id: name the one to take with --field"),
+    ('a.jsonl', b'{"text": "a"}\n{"text": "b"\n', ", line 2: not JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
+    ('a.jsonl', b'{"text": 5}\n', ", line 1: field 'text' holds 5, which is no text"),
+    ('a.jsonl', b'[1, 2]\n', ', line 1: an object or a string is needed, not [1, 2]'),
+    ('a.jsonl', b'{"text": "\\ud83d"}\n', ', line 1: half a surrogate pair (U+D83D) is no character'),
+    ('a.jsonl', b'[' * 100_000, ', line 1: not JSON: '),
+    ('a.json', b'[{"text": "a"}, {"text": "b"', ", record 2: not JSON: Expecting ',' delimiter"),
+    ('a.json', b'["a" "b"]', ', record 2: not JSON: , or ] is expected, not "'),
+    ('a.json', b'["a",', ', record 2: not JSON: Expecting value'),
+    ('a.json', b'[{"txt": "a"}]', ", record 1: no field 'text' with text, only txt"),
+    ('a.csv', b'title,body\na,b\n', ": no field 'text' with text, only title, body: name the one to take with --field"),
+    ('a.csv', b'text,id\na,1\nb\n', ', line 3: 1 fields where the first row names 2'),
+    ('a.csv', b'text\n"a\n', ', line 2: not CSV: unexpected end of data'),
+    ('a.csv', b'', ": no field 'text' with text, only none at all"),
+    ('a.xml', b'<rss></rss>', ': its first element is <rss>, not the <mediawiki> of a dump of MediaWiki'),
+    ('a.xml', b'<mediawiki>\n<page><ns>0', ', line 2: not XML, or cut short: no element found'),
+    ('a.parquet', b'PAR1 and more', ' could not be read ('), ('a.arrow', b'nothing', ' could not be read ('),
+    ('a.jsonl.gz', b'no gzip', ' could not be read (Not a gzipped file'),
+])
+def test_what_is_wrong_is_one_line_that_says_where(tmp_path, name, content, error):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises((ValueError, OSError)) as caught:
+        texts_of(path)
+    assert str(caught.value).startswith(f'{path}{error}') and '\n' not in str(caught.value)
+
+
+def test_replace_puts_a_mark_where_strict_raises(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'one\xff')
+    (tmp_path / 'b.jsonl').write_bytes(b'{"text": "two\xff"}\n{"text": "\\ud83d three"}')
+    (tmp_path / 'c.csv').write_bytes(b'text\nfour\xff\n')
+    (tmp_path / 'd.json').write_bytes(b'["five\xff"]')
+    assert texts_of(tmp_path, errors='replace') == ['one\ufffd', 'two\ufffd', '\ufffd three', 'four\ufffd', 'five\ufffd']
+
+
+@pytest.mark.parametrize('name, format', [('a.jsonl', 'auto'), ('a.csv', 'auto'), ('a.json', 'auto'), ('a.txt', 'paragraphs')])
+def test_a_record_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name, format):
+    monkeypatch.setattr(formats, 'BLOCK_BYTES', 1000)
+    monkeypatch.setattr(formats, 'MAX_RECORD_BYTES', 5000)
+    (tmp_path / name).write_bytes({'a.json': b'["', 'a.csv': b'text\n'}.get(name, b'') + b'x' * 100_000)
+    with pytest.raises(ValueError, match=' of more than 0 MiB|field larger than'):
+        texts_of(tmp_path / name, format=format)
+
+
+def test_a_format_that_cannot_be_told_is_asked_for(tmp_path):
+    (tmp_path / 'wiki_00').write_text('{"text": "a"}', encoding='utf-8')
+    with pytest.raises(ValueError, match=f'^{tmp_path}/wiki_00: the ending does not tell the format: name it with --format, one of text, '):
+        find_files([tmp_path / 'wiki_00'])
+    with pytest.raises(ValueError, match=f'^{tmp_path}: nothing to read in this folder'):
+        find_files([tmp_path])
+    assert texts_of(tmp_path, format='jsonl') == ['a']
