@@ -6,7 +6,7 @@
 
 out_dir = 'out-chinese'
 dataset = 'chinese'
-eval_interval = 400
+eval_interval = 500
 eval_iters = 0  # the whole validation set
 log_interval = 25
 
@@ -15,7 +15,7 @@ n_layer = 4
 n_head = 2
 n_embd = 128
 block_size = 128
-batch_size = 32
+batch_size = 16
 gradient_accumulation_steps = 1
 sampling = 'documents'  # a row begins where a poem begins, so that the model learns to begin one
 
@@ -29,7 +29,7 @@ beta1 = 0.8
 beta2 = 0.95
 grad_clip = 0.0
 
-max_iters = 1200
+max_iters = 1000
 lr_schedule = 'wsd'
 warmup_iters = 0
 decay_fraction = 0.7
