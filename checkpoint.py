@@ -11,6 +11,8 @@ A checkpoint is one dict of tensors and plain values in torch's zip format, load
     model_args      what GPTConfig takes
     iter_num        updates done
     run_id          the run that wrote it: a folder's checkpoints are one run's, each an earlier state of the next
+    history         what optim.judge remembers: steps skipped and taken, running means
+    to_evaluate     whether the run was stopped where an evaluation was due, which the resumed run then does
     best_val_loss, config (all settings), tokenizer, vocab_size (without padding), data (fingerprint), format, and what train.py adds
 """
 

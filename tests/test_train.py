@@ -283,7 +283,7 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(tiny, tmp_path, monk
         code, _, stderr, _ = train_here(*TINY, '--max_iters=8', f'--dataset={tiny}', out_dir=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (code, stderr) == (2, f'{tmp_path}/ckpt.pt: File too large\n')
+    assert (code, stderr) == (2, f'{tmp_path}/best.pt: File too large\n')
     assert read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == 5 and not list(tmp_path.glob('.*.tmp*'))
 
 
