@@ -11,9 +11,7 @@ out_dir gets ckpt.pt (the newest state), best.pt (the best weights), metrics.jso
 """
 
 import importlib.util
-import json
 import math
-import os
 import platform
 import secrets
 import time
@@ -34,6 +32,7 @@ from data.stream import open_stream
 from data.tokenizer import fingerprint, load_tokenizer, vocab_size_of
 from distributed import print0
 from evaluate import evaluate_core, evaluate_task, read_benchmarks, read_core, score, spread_windows, table_row, text_loss
+from logs import clock, farewell, open_logs
 from model import GPT, GPTConfig
 from optim import SMOOTHING, configure_optimizers, judge, lr_scale, muon_momentum, new_history, set_lr, step_unless
 from report import environment, write_report, write_samples
@@ -200,11 +199,12 @@ def main(explicit):
     if use_compile:
         model.compile()
     prompts = read_prompts(tokenizer_meta, eval_sets[1][0]) if generate_interval and not eval_only else []
-    write_metrics, write_table, wandb_id = open_logs(place, iter_num, wandb_id, from_scratch, dict(
+    write_metrics, write_table, wandb_id = open_logs(None if eval_only else out_dir, place, iter_num, from_scratch, dict(
         settings=config_of(globals()), defaults=DEFAULTS, parameters=model.get_num_params(), flops_per_token=model.flops_per_token(),
         dataset_tokens=train_loader.n_tokens, environment=environment() | dict(
             device=distributed.device_name(place.device), processes=place.world_size, dtype=str(precision).removeprefix('torch.'),
-            compiled=use_compile, python=platform.python_version(), torch=torch.__version__, system=platform.platform())))
+            compiled=use_compile, python=platform.python_version(), torch=torch.__version__, system=platform.platform())),
+        wandb_id, dict(project=wandb_project, name=wandb_run_name) if wandb_log else None)
 
     def evaluate():
         losses = [text_loss(model, loader, windows, batch_size, byte_counts, place, autocast) for loader, windows in eval_sets]
@@ -217,6 +217,8 @@ def main(explicit):
         numbers = evaluate_it(partial(score, model, batch_tokens=batch_size * block_size, place=place, autocast=autocast))
         print0(f'step {iter_num}: {table_row(name, numbers)}')
         write_metrics(dict(iter=iter_num) | {name if key == name else f'{name}_{key}': numbers[key] for key in IN_METRICS if key in numbers})
+        row = dict(iter=iter_num) | {key: value for key, value in numbers.items() if key != 'tasks'}
+        write_table(f'{name}_table', list(row), [list(row.values())], iter_num)
 
     def save(is_best, to_evaluate):
         newest = dict(
@@ -248,43 +250,48 @@ def main(explicit):
     if iter_num >= max_iters and not eval_only:
         print0(f'nothing to train: the checkpoint is at iteration {iter_num}, max_iters is {max_iters}, give a larger --max_iters')
     t_log, logged_at, saved_at = time.perf_counter(), iter_num, iter_num
+
+    def between_updates(stop):
+        """Evaluates, scores, saves and samples where it is due. Returns whether the run is finished."""
+        nonlocal best_val_loss, since_best, saved_at, t_log
+        begun, before, is_best = time.perf_counter(), (best_val_loss, since_best), False
+        finished = iter_num >= max_iters
+        last = finished or eval_only  # the state after the last update is always evaluated and saved
+        evaluate_now = last or iter_num % eval_interval == 0
+        save_now = finished or stop or iter_num % (checkpoint_interval or eval_interval) == 0
+        if evaluate_now and not stop:
+            val_loss = evaluate()
+            is_best = val_loss < best_val_loss and iter_num > done_at  # what is not saved is not the best: best.pt has this loss
+            best_val_loss = val_loss if is_best else best_val_loss
+            since_best = 0 if is_best else since_best + (iter_num > done_at)
+            if 0 < patience <= since_best and not last:
+                print0(f'no new best validation loss in {since_best} evaluations: stopping here (patience={patience})')
+                finished = last = save_now = True
+        if not stop:
+            for interval, name, evaluate_it in benchmarks:
+                if last or iter_num % interval == 0:
+                    run_benchmark(name, evaluate_it)
+        if (save_now or is_best) and iter_num > done_at and not eval_only:
+            try:
+                save(is_best, to_evaluate=evaluate_now and stop is not None)
+                saved_at = iter_num
+            except OSError as error:  # a full disk; the same on all ranks
+                best_val_loss, since_best = before
+                if finished or stop:
+                    raise
+                print0(f'NOT SAVED, {error.filename}: {error.strerror}: the checkpoint of iteration {saved_at} is still there, training goes on and tries again')
+        if prompts and not stop and (finished or iter_num % generate_interval == 0):
+            texts = generate(model, load_tokenizer(tokenizer_meta), prompts, place, autocast)
+            if place.is_master:
+                write_samples(out_dir, iter_num, texts)
+                write_table('samples', ['iter', 'prompt', 'text'], [(iter_num, *pair) for pair in texts], iter_num)
+        t_log += time.perf_counter() - begun
+        return last
+
     model.train()
     while True:
-        # the state after iter_num updates: the last one is always evaluated and saved
         stop = distributed.signal_to_stop()  # the same on all ranks
-        finished = iter_num >= max_iters
-        evaluate_now = finished or eval_only or iter_num % eval_interval == 0
-        save_now = finished or stop or iter_num % (checkpoint_interval or eval_interval) == 0
-        generate_now = prompts and not stop and (finished or iter_num % generate_interval == 0)
-        due = [benchmark for interval, *benchmark in benchmarks if not stop and (finished or eval_only or iter_num % interval == 0)]
-        if evaluate_now or save_now or generate_now or due:
-            t_pause, before, is_best = time.perf_counter(), (best_val_loss, since_best), False
-            if evaluate_now and not stop:
-                val_loss = evaluate()
-                is_best = val_loss < best_val_loss and iter_num > done_at  # what is not saved is not the best: best.pt has this loss
-                best_val_loss = val_loss if is_best else best_val_loss
-                since_best = 0 if is_best else since_best + (iter_num > done_at)
-                if 0 < patience <= since_best and not finished:
-                    print0(f'no new best validation loss in {since_best} evaluations: stopping here (patience={patience})')
-                    finished = save_now = True
-            for name, evaluate_it in due:
-                run_benchmark(name, evaluate_it)
-            if (save_now or is_best) and iter_num > done_at and not eval_only:
-                try:
-                    save(is_best, to_evaluate=evaluate_now and stop is not None)
-                    saved_at = iter_num
-                except OSError as error:  # a full disk; the same on all ranks
-                    best_val_loss, since_best = before
-                    if finished or stop:
-                        raise
-                    print0(f'NOT SAVED, {error.filename}: {error.strerror}: the checkpoint of iteration {saved_at} is still there, training goes on and tries again')
-            if generate_now:
-                texts = generate(model, load_tokenizer(tokenizer_meta), prompts, place, autocast)
-                if place.is_master:
-                    write_samples(out_dir, iter_num, texts)
-                    write_table('samples', ['iter', 'prompt', 'text'], [(iter_num, *pair) for pair in texts], iter_num)
-            t_log += time.perf_counter() - t_pause
-        if finished or eval_only or stop:
+        if between_updates(stop) or stop:
             break
 
         # one update
@@ -326,7 +333,7 @@ def main(explicit):
                 print0(f'report: {write_report([out_dir])}')
             except Exception as error:  # the run is done and saved: a picture that fails must not make it look otherwise
                 print0(f'no report: {type(error).__name__}: {error}')
-        print0(farewell(stop, iter_num, iter_num > done_at, best_val_loss))
+        print0(farewell(out_dir, stop, iter_num, iter_num > done_at, best_val_loss))
 
 
 # -----------------------------------------------------------------------------
@@ -548,89 +555,6 @@ def generate(model, tokenizer, prompts, place, autocast):
         pairs.append((tokenizer.decode(prompt), tokenizer.decode(ids)))
     model.train()
     return pairs
-
-
-# -----------------------------------------------------------------------------
-# logs
-
-
-def open_logs(place, iter_num, wandb_id, from_scratch, facts):
-    """Makes out_dir ours, with the facts of the run in run.json. Returns what writes a line of metrics.jsonl (and to wandb), what gives
-    wandb a table, and the id of the wandb run."""
-    path, run, lock = Path(out_dir) / 'metrics.jsonl', None, None
-    if eval_only:
-        return lambda line: None, lambda *_: None, wandb_id
-
-    def claim():
-        nonlocal lock
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = checkpoint.lock(out_dir)
-        if from_scratch:
-            checkpoint.set_aside(out_dir)
-            path.with_name('samples.md').unlink(missing_ok=True)  # of the run that was here before
-        kept = []
-        if iter_num and path.exists():
-            for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-                try:
-                    if json.loads(line)['iter'] < iter_num:  # what follows is about to be done again
-                        kept.append(line + '\n')
-                except (ValueError, KeyError, TypeError):
-                    pass  # torn by a crash
-        checkpoint.write_atomically(path, lambda f: f.write(''.join(kept).encode('utf-8')))
-        checkpoint.write_atomically(path.with_name('run.json'), lambda f: f.write(json.dumps(facts, indent=1).encode('utf-8')))
-
-    distributed.on_first_rank(claim)
-    if not place.is_master:
-        return lambda line: None, lambda *_: None, wandb_id
-    if wandb_log:
-        run = start_wandb(wandb_id)
-        wandb_id = run.id
-
-    def write_metrics(line):
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # JSON has no NaN
-        size = path.stat().st_size
-        try:
-            with open(path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(line) + '\n')
-        except OSError as error:  # a full disk need not end the run
-            print0(f'{path}: {error.strerror}: the line of iteration {line["iter"]} is lost')
-            os.truncate(path, size)
-        if run is not None:
-            run.log(line, step=line['iter'])
-
-    def write_table(name, columns, rows, step):
-        if run is not None:
-            import wandb
-            run.log({name: wandb.Table(columns=columns, data=rows)}, step=step)
-
-    write_metrics.lock = lock  # kept as long as there is something that writes
-    return write_metrics, write_table, wandb_id
-
-
-def start_wandb(wandb_id):
-    """The wandb run, resumed under its id; offline where there is no key, since training needs no network."""
-    import wandb
-    mode = os.environ.get('WANDB_MODE') or ('online' if wandb.api.api_key else 'offline')
-    if mode == 'offline':
-        print0('wandb: no key, or offline asked for: writing to out_dir, upload with `wandb sync`')
-    return wandb.init(project=wandb_project, name=wandb_run_name, id=wandb_id, resume='allow' if wandb_id else None, mode=mode,
-                      config=config_of(globals()), dir=out_dir)
-
-
-def farewell(stop, iter_num, has_saved, best_val_loss):
-    """The last line of a run: what is saved, and what to do next."""
-    if not stop:
-        return f'done: {out_dir}/ckpt.pt after {iter_num} iterations, best val loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}'
-    if not has_saved:
-        return f'stopped by {stop} at iteration {iter_num}, where this run began: nothing new to save'
-    return f'stopped by {stop}: {out_dir}/ckpt.pt has iteration {iter_num}; python train.py --init_from=resume --out_dir={out_dir} goes on'
-
-
-def clock(seconds):
-    """83.2 -> '1m23s'"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}h{minutes:02}m' if hours else f'{minutes}m{seconds:02}s' if minutes else f'{seconds}s'
 
 
 if __name__ == '__main__':

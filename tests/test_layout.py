@@ -26,6 +26,7 @@ MAP = {
     'optim': ['distributed'],
     'checkpoint': ['distributed'],
     'report': ['checkpoint', 'configurator'],
+    'logs': ['checkpoint', 'distributed', 'report'],
     'load': ['model', 'checkpoint', 'pretrained', 'data.tokenizer', 'data.loader', 'distributed'],
     'evaluate': ['load', 'data.tokenizer', 'data.fetch', 'data.loader', 'distributed', 'checkpoint', 'configurator'],
 }
