@@ -51,7 +51,7 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # of a write, on a full disk say
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a write, on a full disk say
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     sync_folder(path.parent)
