@@ -25,5 +25,6 @@ weight_decay = 0.01
 eval_interval = 50
 eval_iters = 40
 log_interval = 10
+generate_interval = 50  # answers to the same four questions, in samples.md
 checkpoint_interval = 50
 keep_last_n_checkpoints = 3
