@@ -672,7 +672,7 @@ def build(args):
         if any(format == 'blocks' for _, format in files):
             raise ValueError('blocks hold ids, not characters: name the tokenizer that made them')
     else:
-        tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer))
+        tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer, also=['char']))
     names = [os.path.basename(os.path.normpath(path)) for path in args.input]
     source = names[0] if len(names) == 1 else f'{len(names)} inputs, {names[0]} to {names[-1]}'
     pack_files(args.out, files, tokenizer, source, args)

@@ -100,7 +100,7 @@ class Stream(Loader):
         self.text, self.block_size, self.batch_size, self.grad_accum, self.seed = text, block_size, batch_size, grad_accum, seed
         self.rank, self.world_size, self.shuffle_window = rank, world_size, shuffle_window
         self.vocab_size, self.n_tokens, self.all_targets = text.tokenizer.vocab_size, None, True
-        self.splits = [SimpleNamespace(tokenizer=text.tokenizer.meta(), vocab_size=self.vocab_size)]
+        self.splits = [SimpleNamespace(tokenizer=text.tokenizer.meta(), vocab_size=self.vocab_size, meta={})]
         self.starts, self.groups = {0: BEGINNING}, {}  # by number: where a group begins; (shuffle_window, T + 1) tokens of the last two
         self.next, self.shift = None, 0  # (number, iterator, future) of the group in the making; see seek()
         self.lock, self.reader = threading.Lock(), ThreadPoolExecutor(1, 'stream')

@@ -260,16 +260,17 @@ def vocab_size_of(meta):
     raise ValueError(f"tokenizer kind is {kind!r}, not 'char', 'byte', 'bpe' or 'gpt2'")
 
 
-def tokenizer_meta(name):
+def tokenizer_meta(name, also=()):
     """meta() of the tokenizer that a setting names: 'gpt2', 'byte', or the folder of one that was trained.
 
+    also    what else the caller accepts, for the error
     raises  FileNotFoundError where there is none, ValueError for one of another kind
     """
     if name in ('gpt2', 'byte'):
         return dict(GPT2_META) if name == 'gpt2' else {'kind': 'byte'}
     meta = read_tokenizer_json(name) if name else None
     if meta is None:
-        raise FileNotFoundError(f'tokenizer {name}: accepted are gpt2, byte, and a folder with tokenizer.json: '
+        raise FileNotFoundError(f'tokenizer {name}: accepted are {"".join(f"{each}, " for each in also)}gpt2, byte, and a folder with tokenizer.json: '
                                 'python data/tokenizer.py train --input TEXT --out FOLDER makes one')
     return meta
 

@@ -236,7 +236,7 @@ def test_text_takes_bytes_and_a_trained_tokenizer(data, tmp_path):
         assert np.fromfile(data / 'text' / 'train.bin', dtype='<u2').tolist() == ids
     assert read_meta(data / 'text')['tokenizer'] == bpe.meta()
     done = run(data / 'text' / 'prepare.py', '--input', 'a.txt', '--tokenizer', 'bpf', cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith('tokenizer bpf: accepted are gpt2, byte, and a folder with tokenizer.json')
+    assert done.returncode == 2 and done.stderr.startswith('tokenizer bpf: accepted are char, gpt2, byte, and a folder with tokenizer.json')
 
 
 @pytest.mark.parametrize('content, args, error', [

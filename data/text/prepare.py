@@ -37,7 +37,7 @@ def main():
     if not 0 < args.val_fraction < 1:
         raise ValueError(f'--val_fraction={args.val_fraction} must lie between 0 and 1')
 
-    tokenizer = None if args.tokenizer == 'char' else load_tokenizer(tokenizer_meta(args.tokenizer))
+    tokenizer = None if args.tokenizer == 'char' else load_tokenizer(tokenizer_meta(args.tokenizer, also=['char']))
     paths = [Path(path) for path, _ in find_files(args.input, 'text')]
     n_chars, chars = 0, set()
     for path in paths:
