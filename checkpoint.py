@@ -236,9 +236,9 @@ def find_damage(f):
         for record in archive.infolist():
             if record.external_attr:
                 return f'the attributes of {record.filename} are {record.external_attr:#x}, expected 0'
-        if archive.comment:
-            size = f.seek(-2 - len(archive.comment), os.SEEK_END)
-            ending = f.read()
+        size = f.seek(-2 - len(archive.comment), os.SEEK_END)
+        ending = f.read()
+        if ending != b'\0\0':  # no comment at all; a comment that was cut off leaves its length
             return None if ending == seal(f, size) else 'the checksum of the file does not match'
         damaged = archive.testzip()  # of another trainer, or an older version
         return None if damaged is None else f'the checksum of {damaged} does not match'

@@ -249,6 +249,10 @@ def test_every_flipped_bit_of_a_saved_file_is_noticed(tmp_path):
         (tmp_path / 'ckpt.pt').write_bytes(flipped(data, bit))
         with pytest.raises(ValueError, match='is damaged|is not a readable checkpoint'):
             checkpoint.read(tmp_path / 'ckpt.pt')
+    for n in range(len(data) - 60, len(data)):  # at len(data) - 14 the checksum is gone as a whole
+        (tmp_path / 'ckpt.pt').write_bytes(data[:n])
+        with pytest.raises(ValueError, match='is damaged|is not a readable checkpoint'):
+            checkpoint.read(tmp_path / 'ckpt.pt')
 
 
 def test_truncated_empty_and_zeroed_files_are_noticed(tmp_path, packed):

@@ -360,19 +360,21 @@ def wrong_value(name):
     options, wrong = ACCEPTED[name], []
     words = [option for option in options if isinstance(option, str)]
     if int in options or float in options:
-        wrong += [NOT_A_NUMBER.filter(lambda text: text not in ('None',))]
+        wrong += [NOT_A_NUMBER.filter(lambda text: text not in ('None', *words))]
         least, below = BOUNDS.get(name, (None, None))
         if name in ('n_layer', 'n_head', 'n_embd'):
             least, below = 1, float('inf')
         if name in ('dropout', 'decay_fraction'):
             least, below = 0, 1.0000001
+        if name == 'loss_chunks':
+            least = 0
         if least is not None:
             wrong += [st.integers(-10 ** 6, least - 1).map(str), st.just('-inf')]
         if below not in (None, float('inf')):
             wrong += [st.integers(int(below) + 1, 2 ** 70).map(str), st.just('inf')]
         if int in options and float not in options:
             wrong += [st.sampled_from(['1.5', '-0.5', 'inf', '1e400', 'True'])]
-    if bool in options or words:
+    elif bool in options or words:
         wrong += [st.one_of(st.sampled_from(['2', 'yes', 'AUTO', 'none', 'tru', '']), st.text(
             st.characters(exclude_categories=['Cs', 'Cc']))).filter(lambda text: text not in (*words, 'True', 'true', '1', 'False', 'false', '0'))]
     if name in ('device', 'init_from'):
