@@ -10,6 +10,7 @@ out_dir = 'out-dolly'
 dataset = 'dolly'
 init_from = 'gpt2'  # the model, and with it n_layer, block_size and so on
 auto_resume = True  # the same command goes on with a run that was stopped
+isolate_documents = True  # else a small set is learnt by what stands before an answer in its row, not by its question (docs/RESULTS.md)
 
 # 2 rows x 5 = 10 rows of a few conversations each a step
 batch_size = 2
