@@ -49,7 +49,7 @@ core = ''  # folder of the CORE bundle: core.yaml, eval_meta_data.csv, eval_data
 max_examples = 0  # of each task, windows of block_size for bpb; 0 = all
 dataset = ''  # for bpb; empty = the one that the checkpoint was trained on
 eval_dir = ''  # folder with TASK.jsonl (or TASK_*.jsonl) to read instead of downloading
-results = ''  # JSON file to write; empty = eval.json in out_dir
+results = ''  # JSON file to write; empty = eval.json in out_dir, where the model is out_dir's or out_dir is given
 # system
 batch_tokens = 8192  # at most so many in one forward pass, or one row
 device = 'auto'  # cpu, cuda, cuda:1, mps
@@ -84,7 +84,8 @@ def main(explicit):
     report = dict(model=str(path), iter=state['iter_num'] if state else None, parameters=model.get_num_params(False), dtype=str(precision)[6:],
                   device=distributed.device_name(place.device), torch=torch.__version__, tokenizer=fingerprint(meta),
                   seconds=round(time.perf_counter() - started, 1), settings=config_of(globals()), results=found)
-    file = results or (f'{out_dir}/eval.json' if init_from == 'resume' or 'out_dir' in explicit else '')
+    ours = init_from == 'resume' and not checkpoint_path  # else out_dir's default may be another model's folder
+    file = results or (f'{out_dir}/eval.json' if ours or 'out_dir' in explicit else '')
     if file and place.is_master:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, lambda f: f.write((json.dumps(report, indent=2, ensure_ascii=False) + '\n').encode('utf-8')))
@@ -487,12 +488,15 @@ def core_hit(task, item, scores):
 
 
 def open_text(state, model, meta):
-    """The loader of the validation split for bpb, in windows of the model's block_size as training evaluates them."""
-    name = dataset or (state or {}).get('config', {}).get('dataset', '')
-    if not name:
-        raise ValueError('bpb needs a text: name a dataset packed with the tokenizer of the model by --dataset, or leave bpb out of --tasks')
-    block_size = model.config.block_size
-    loader = Loader(dataset_folders(name)[0], 'val', block_size, max(1, batch_tokens // block_size), order='sequential')
+    """The loader of the validation split for bpb, in windows of the model's block_size, cut as training cut them where it is the same dataset."""
+    trained = (state or {}).get('config', {})
+    name = dataset or trained.get('dataset', '')
+    if not name or name.startswith('stream:'):
+        raise ValueError(f'bpb needs a {"packed " * bool(name)}text: name a dataset packed with the tokenizer of the model by --dataset, or leave bpb out of --tasks')
+    settings = trained if name == trained.get('dataset') else {}
+    block_size, order = model.config.block_size, 'documents' if settings.get('sampling') == 'documents' else 'sequential'
+    loader = Loader(dataset_folders(name)[0], 'val', block_size, max(1, batch_tokens // block_size), order=order,
+                    isolate=settings.get('isolate_documents', False))
     if fingerprint(loader.splits[0].tokenizer) != fingerprint(meta):
         raise ValueError(f'dataset {name} was packed with another tokenizer than that of the model: name one that fits by --dataset')
     return loader

@@ -310,6 +310,26 @@ def test_two_processes_find_what_one_finds(monkeypatch, capsys, run_folder, bund
     assert 'perplexity' in table and 'core' in table and f'{run_folder}/eval.json: written' in table
 
 
+def test_another_models_numbers_do_not_land_in_the_default_folder(monkeypatch, capsys, tmp_path, run_folder):
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, f'--checkpoint_path={run_folder}/ckpt.pt', '--tasks=bpb', '--max_examples=1')
+    assert not (tmp_path / 'out').exists() and 'name a file with --results=FILE' in capsys.readouterr().out
+    run(monkeypatch, f'--checkpoint_path={run_folder}/ckpt.pt', '--tasks=bpb', '--max_examples=1', '--out_dir=here')
+    assert (tmp_path / 'here/eval.json').exists()
+
+
+def test_bits_per_byte_are_of_the_windows_that_training_evaluated(monkeypatch, tmp_path):
+    tokenizer = ByteTokenizer()
+    documents = [sentences(n, n) for n in range(20, 60)]
+    write_dataset(tmp_path / 'data', tokenizer, {'train': documents, 'val': documents}, 'a test')
+    for i, flags in enumerate((['--isolate_documents=True'], ['--sampling=documents'])):
+        code, _, stderr, metrics = train_here(*TINY, f'--dataset={tmp_path / "data"}', '--max_iters=3', '--eval_iters=0', *flags, out_dir=tmp_path / str(i))
+        assert code == 0, stderr
+        run(monkeypatch, f'--out_dir={tmp_path / str(i)}', '--tasks=bpb')
+        found = json.loads((tmp_path / str(i) / 'eval.json').read_text(encoding='utf-8'))['results']['bpb']
+        assert found['bpb'] == pytest.approx(metrics[-1]['val_bpb'], rel=1e-5) and found['loss'] == pytest.approx(metrics[-1]['val_loss'], rel=1e-5)
+
+
 @pytest.mark.parametrize('flags, text', [
     (['--tasks=bpb,hellasvag'], "--tasks=bpb,hellasvag: 'hellasvag' is none, accepted are bpb, hellaswag, lambada"),
     (['--tasks='], '--tasks is empty and there is no --core: nothing to evaluate'),
