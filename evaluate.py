@@ -193,9 +193,9 @@ def encode_pair(tokenizer, context, continuation):
 
 
 def mean_stderr(name, values):
-    """{name: mean, name_stderr: its standard error, from the sample's deviation}"""
+    """{name: mean, name_stderr: its standard error, from the sample's deviation}, which a single value does not have."""
     values = np.asarray(values, dtype=np.float64)
-    return {name: float(values.mean()), name + '_stderr': float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0}
+    return {name: float(values.mean())} | ({name + '_stderr': float(values.std(ddof=1) / math.sqrt(len(values)))} if len(values) > 1 else {})
 
 
 # -----------------------------------------------------------------------------
@@ -266,7 +266,8 @@ def evaluate_task(rate, name, benchmark):
         return found | rate_choices(benchmark['pairs'], benchmark['right'], scores)
     nats = mean_stderr('nats', -scores[:, 0])
     perplexity = math.exp(min(nats['nats'], 700))  # 700: the largest float is near e^709
-    return found | mean_stderr('acc', scores[:, 1]) | dict(perplexity=perplexity, perplexity_stderr=perplexity * nats['nats_stderr'])  # to first order
+    error = dict(perplexity_stderr=perplexity * nats['nats_stderr']) if 'nats_stderr' in nats else {}  # to first order
+    return found | mean_stderr('acc', scores[:, 1]) | dict(perplexity=perplexity) | error
 
 
 def rate_choices(pairs, right, scores):

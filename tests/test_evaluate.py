@@ -105,6 +105,15 @@ def test_accuracies_by_sum_character_byte_and_token_differ_where_they_should():
     found = evaluate.rate_choices([pairs], [0], scores)
     assert [found[key] for key in ('acc', 'acc_norm', 'acc_bytes', 'acc_tokens')] == [1, 0, 0, 0]
     assert evaluate.mean_stderr('acc', [1, 0, 0, 1]) == {'acc': 0.5, 'acc_stderr': pytest.approx(math.sqrt(1 / 12))}
+    assert evaluate.mean_stderr('acc', [1]) == {'acc': 1.0}, 'one item says nothing about the error'
+
+
+def test_perplexity_and_its_error_are_those_of_the_last_words():
+    benchmark = dict(pairs=[[('a', 'b')]] * 2, right=[0, 0], rows=[], source='x')
+    found = evaluate.evaluate_task(lambda rows, title: np.array([[-2.0, 1, 1], [-4.0, 0, 2]]), 'lambada', benchmark)
+    assert found['perplexity'] == pytest.approx(math.exp(3)) and found['perplexity_stderr'] == pytest.approx(math.exp(3))  # the mean 3 is known to ±1
+    one = evaluate.evaluate_task(lambda rows, title: np.array([[-2.0, 1, 1]]), 'lambada', dict(benchmark, pairs=[[('a', 'b')]], right=[0]))
+    assert 'perplexity_stderr' not in one and 'perplexity 7.3891' in evaluate.table_row('lambada', one)
 
 
 def test_hellaswag_loses_its_markup():
