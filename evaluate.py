@@ -249,6 +249,8 @@ def prepare(name, items, source, tokenizer):
     for i, item in enumerate(items):
         try:
             of_item, gold = TASKS[name](item)
+            if not 0 <= gold < len(of_item):  # -1 stands in test splits that keep their answers
+                raise ValueError(f'the right choice is number {gold} of {len(of_item)}, counted from 0')
             rows += [encode_pair(tokenizer, context, ' ' + choice) for context, choice in of_item]
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f'{source}: item {i} cannot be an item of {name} ({type(error).__name__}: {error})') from None

@@ -357,6 +357,8 @@ def test_an_item_that_is_none_is_named(tmp_path):
         evaluate.prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=0), dict(goal='g', sol1='a', sol2='b')], 'x.jsonl', CharTokenizer(CHARS))
     with pytest.raises(ValueError, match=r"item 0 .* character 'ß' \(U\+00DF\) at position 3 is not among the 96"):
         evaluate.prepare('lambada', [dict(text='wei\u00df es')], 'x.jsonl', CharTokenizer(CHARS))
+    with pytest.raises(ValueError, match=r'item 0 .* the right choice is number -1 of 2'):  # a test split without its answers
+        evaluate.prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=-1)], 'x.jsonl', CharTokenizer(CHARS))
     (tmp_path / 'piqa.jsonl').write_bytes(b'{"a": 1}\n{')
     with pytest.raises(ValueError, match=r'piqa.jsonl, line 2: not JSON in UTF-8'):
         evaluate.read_folder('piqa', tmp_path)
