@@ -22,7 +22,7 @@ from configurator import configure
 from conftest import ROOT, TINY, differences, pack_chars, read_checkpoint, sentences, train_here
 from data.loader import Loader
 from data.pack import write_dataset
-from data.tokenizer import CharTokenizer, GPT2Tokenizer
+from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from model import GPT, GPTConfig
 from reference_lm_eval import random_model, read_items
 
@@ -136,9 +136,9 @@ def bits(model, tokenizer, folder, batch_size=4, block_size=32):
     return evaluate.text_loss(model, loader, evaluate.spread_windows(loader, 0), batch_size, byte_counts, PLACE, torch.autocast('cpu', enabled=False))
 
 
-def test_bits_per_byte_compare_between_tokenizers(tmp_path, small):
+def test_bits_per_byte_compare_between_tokenizers(tmp_path):
     text = sentences(3000, 5).replace('cat', 'café')
-    for tokenizer in (CharTokenizer(''.join(sorted(set(text)))), GPT2Tokenizer()):
+    for tokenizer in (CharTokenizer(''.join(sorted(set(text)))), GPT2Tokenizer(), ByteTokenizer(), BPETokenizer(['t h', 'th e', 'Ġ the', 'Ã ©'])):
         torch.manual_seed(0)
         model = GPT(GPTConfig(block_size=32, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8))
         torch.nn.init.zeros_(model.lm_head.weight)  # all tokens are as likely
