@@ -67,8 +67,8 @@ def main(explicit):
     state, path = find_model(init_from, out_dir, checkpoint_path, n_head)
     meta = find_tokenizer(state, path)
     tokenizer = load_tokenizer(meta)
-    benchmarks = read_benchmarks([name for name in names if name != 'bpb'], eval_dir, max_examples, tokenizer, place)
-    bundle = read_core(core, max_examples) if core else []
+    benchmarks = read_benchmarks([name for name in names if name != 'bpb'], eval_dir, max_examples, tokenizer)
+    bundle = read_core(core, tokenizer, max_examples) if core else []
     model = build_model(state, path, tokenizer).to(place.device)
     text = open_text(state, model, meta) if 'bpb' in names else None
 
@@ -315,19 +315,22 @@ PACKAGE_FILES = {
 }
 
 
-def read_benchmarks(names, eval_dir, max_examples, tokenizer, place):
+def read_benchmarks(names, eval_dir, max_examples, tokenizer):
     """{name: what prepare() makes of its items}; the first rank reads, downloads included, for all.
 
     raises  OSError, ValueError in one line where items cannot be had or are not what the task expects
     """
-    found, hub_answers = {}, True
-    for name in names if place.is_master else []:
-        if eval_dir:
-            items, source = read_folder(name, eval_dir)
-        else:
-            (items, source), hub_answers = download(name, hub_answers)
-        found[name] = items[:max_examples or None], source
-    return {name: prepare(name, items, source, tokenizer) for name, (items, source) in distributed.broadcast(found).items()}
+    def read():
+        found, hub_answers = {}, True
+        for name in names:
+            if eval_dir:
+                items, source = read_folder(name, eval_dir)
+            else:
+                (items, source), hub_answers = download(name, hub_answers)
+            found[name] = items[:max_examples or None], source
+        return found
+
+    return {name: prepare(name, items, source, tokenizer) for name, (items, source) in distributed.on_first_rank(read).items()}
 
 
 def read_folder(name, folder):
@@ -400,8 +403,11 @@ def read_jsonl(data, path):
 # CORE: the mean centred accuracy over the tasks of a bundle (arXiv:2406.11794), as nanochat computes it
 
 
-def read_core(folder, max_examples=0):
-    """The tasks of a bundle: [{'label', 'kind', 'shots', 'delimiter', 'baseline', 'items'}], the first items of their seeded order."""
+def read_core(folder, tokenizer, max_examples=0):
+    """The tasks of a bundle: [{'label', 'kind', 'shots', 'delimiter', 'baseline', 'items'}], the first items of their seeded order.
+
+    raises  OSError, ValueError in one line for what is missing or no such item, or has a character that the tokenizer does not know
+    """
     import yaml
     folder = Path(folder)
     try:
@@ -416,8 +422,19 @@ def read_core(folder, max_examples=0):
         if task['kind'] not in ('multiple_choice', 'schema', 'language_modeling'):
             raise ValueError(f'{folder / "core.yaml"}: {task["label"]} is {task["kind"]}, accepted are multiple_choice, schema, language_modeling')
         task['items'] = read_jsonl(task['file'].read_bytes(), task['file'])
+        if not task['items']:
+            raise ValueError(f'{task["file"]} has no items')
         random.Random(1337).shuffle(task['items'])
         task['items'] = task['items'][:max_examples or None]
+        for item in task['items']:
+            try:
+                texts = core_texts(task, item, [item])
+                if task['kind'] != 'language_modeling' and not 0 <= item['gold'] < len(texts):
+                    raise ValueError(f'the right choice is number {item["gold"]} of {len(texts)}, counted from 0')
+                for text in texts:
+                    tokenizer.encode(text)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                raise ValueError(f'{task["file"]}: {str(item)[:100]} cannot be an item of {task["kind"]} ({type(error).__name__}: {error})') from None
         if task['shots'] >= len(task['items']):
             raise ValueError(f'{task["file"]}: {task["shots"]} examples are shown before each of {len(task["items"])} items: give a larger --max_examples')
     return bundle

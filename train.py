@@ -192,7 +192,7 @@ def main(explicit):
         loader.windows(np.arange(batch_size))  # ids of another tokenizer stop the run here
 
     byte_counts = count_bytes(tokenizer_meta, place)
-    benchmarks = open_benchmarks(tokenizer_meta, place)
+    benchmarks = open_benchmarks(tokenizer_meta)
 
     use_compile = distributed.choose_compile(compile, place.device)
     describe(model, place, precision, use_compile, train_loader, grad_accum, rows)
@@ -515,16 +515,16 @@ def count_bytes(tokenizer_meta, place):
     return table if table is None else table.to(place.device)
 
 
-def open_benchmarks(tokenizer_meta, place):
+def open_benchmarks(tokenizer_meta):
     """What is scored beside the losses: [(interval, name, what gives its numbers)]; what can be wrong with it shows before the first step."""
     intervals = {name: interval for name, interval in (('hellaswag', hellaswag_interval), ('lambada', lambada_interval)) if interval}
     if not intervals and not core_interval:
         return []
     tokenizer = load_tokenizer(tokenizer_meta)
-    read = read_benchmarks(list(intervals), eval_dir, max_examples, tokenizer, place)
+    read = read_benchmarks(list(intervals), eval_dir, max_examples, tokenizer)
     found = [(interval, name, partial(evaluate_task, name=name, benchmark=read[name])) for name, interval in intervals.items()]
     if core_interval:
-        found.append((core_interval, 'core', partial(evaluate_core, tokenizer=tokenizer, bundle=read_core(core, max_examples), block_size=block_size)))
+        found.append((core_interval, 'core', partial(evaluate_core, tokenizer=tokenizer, bundle=read_core(core, tokenizer, max_examples), block_size=block_size)))
     return found
 
 

@@ -199,7 +199,7 @@ def test_core_scores_the_right_tokens_behind_seeded_examples(bundle):
         # longer ends are less likely in sum, and more so per token
         return np.array([[-len(ids[start:]) ** 0.5, title == 'lm', len(ids) - start] for ids, start in rows])
 
-    tasks = evaluate.read_core(bundle)
+    tasks = evaluate.read_core(bundle, CharTokenizer(CHARS))
     found = evaluate.evaluate_core(rate, tokenizer, tasks, 1000)
     assert [item['query'] for item in tasks[0]['items']] == ['q1', 'q0', 'q3', 'q2', 'q5', 'q4'], 'random.Random(1337).shuffle'
     # before the first item, random.Random(1234).sample shows numbers 4 and 1 with their answers; the three choices share their first letter
@@ -215,14 +215,33 @@ def test_core_scores_the_right_tokens_behind_seeded_examples(bundle):
 
 
 def test_core_cuts_to_the_last_tokens_and_says_what_is_wrong_with_a_bundle(bundle):
-    tasks = evaluate.read_core(bundle)
+    tasks = evaluate.read_core(bundle, CharTokenizer(CHARS))
     for ids, start in evaluate.core_rows(CharTokenizer(CHARS), tasks[0], 0, 8):
         assert len(ids) == 8 and CharTokenizer(CHARS).decode(ids[start:]) in ('1', 'b1', 'c1')
     with pytest.raises(ValueError, match='2 examples are shown before each of 2 items: give a larger --max_examples'):
-        evaluate.read_core(bundle, max_examples=2)
+        evaluate.read_core(bundle, CharTokenizer(CHARS), max_examples=2)
     (bundle / 'core.yaml').write_text('tasks: []\n', encoding='utf-8')
     with pytest.raises(ValueError, match='is not a CORE bundle'):
-        evaluate.read_core(bundle)
+        evaluate.read_core(bundle, CharTokenizer(CHARS))
+
+
+@pytest.mark.parametrize('file, content, message', [
+    ('sub/mc', '', 'mc.jsonl has no items'),
+    ('sub/mc', '{"query": "q"}', r"mc.jsonl: {'query': 'q'} cannot be an item of multiple_choice \(KeyError: 'choices'"),
+    ('schema', '{"context_options": ["a", "b"], "continuation": "c", "gold": -1}', 'the right choice is number -1 of 2, counted from 0'),
+    ('lm', '{"context": "weiß", "continuation": "x"}', r"lm.jsonl: .* character 'ß' \(U\+00DF\)"),
+    ('lm', '[1, 2]', r'lm.jsonl: \[1, 2\] cannot be an item of language_modeling'),
+])
+def test_an_item_of_core_that_is_none_is_named_before_anything_is_scored(bundle, file, content, message):
+    (bundle / f'eval_data/{file}.jsonl').write_text(content, encoding='utf-8')
+    with pytest.raises(ValueError, match=message):
+        evaluate.read_core(bundle, CharTokenizer(CHARS))
+
+
+def test_choices_without_a_token_of_their_own_end_no_evaluation(small):
+    task = dict(label='x', kind='multiple_choice', shots=0, delimiter=' ', baseline=0.25, items=[dict(query='q', choices=['a', 'a'], gold=0)])
+    found = evaluate.evaluate_core(rater(small, 1), CharTokenizer(CHARS), [task], 32)
+    assert found['tasks']['x']['acc'] == 1.0  # nothing is said about them, and the first is taken, as nanochat does
 
 
 # -----------------------------------------------------------------------------
