@@ -129,7 +129,8 @@ def curves(lines):
     returns  dict(steps, evaluations, benchmarks, iters, tokens, seconds): the first three are columns by name, each (n,) float64 with nan
              for null; benchmarks are the lines without a loss; iters = updates done
 
-    A logged step carries the rate and the time of the steps since the one before, so both add up, whatever was changed on resuming.
+    A logged step carries the mean rate and time of n_steps steps, those since the one before it, so both add up. Steps before it that are
+    not among them were done by a process that ended before it logged them: they count as the line before says, whatever the new one costs.
     """
     steps, evaluations = ([line for line in lines if key in line] for key in ('loss', 'val_loss'))
     benchmarks = [line for line in lines if 'loss' not in line and 'val_loss' not in line]
@@ -139,10 +140,12 @@ def curves(lines):
     done, tokens, seconds = np.zeros(1), np.zeros(1), np.zeros(1)  # after so many updates, from the start
     if steps:
         done = np.append(0, steps['iter'] + 1)
-        n, dt_s, per_step = np.diff(done), steps['dt_s'], steps['tok_per_s'] * steps['dt_s']
-        tokens = np.append(0, np.cumsum(n * per_step))
-        n[0] = 1  # of a run that goes on with another folder's checkpoint, the time before is not known
-        seconds = np.append(0, np.cumsum(n * dt_s))
+        dt_s, per_step = steps['dt_s'], steps['tok_per_s'] * steps['dt_s']
+        timed = steps.get('n_steps', np.append(1, np.diff(done)[1:]))
+        before = np.diff(done) - timed
+        tokens = np.append(0, np.cumsum(timed * per_step + before * np.append(per_step[0], per_step[:-1])))
+        # of a run that goes on with another folder's checkpoint, the time before is not known
+        seconds = np.append(0, np.cumsum(timed * dt_s + before * np.append(0, dt_s[:-1])))
         more = max(iters - done[-1], 0)  # updates since the last logged one
         done, tokens, seconds = np.append(done, done[-1] + more), np.append(tokens, tokens[-1] + more * per_step[-1]), np.append(seconds, seconds[-1] + more * dt_s[-1])
     for part, logged in ((steps, 1), (evaluations, 0), (benchmarks, 0)):  # a step is logged under the number of updates before it

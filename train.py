@@ -238,7 +238,7 @@ def main(explicit):
         peak = distributed.peak_flops(place.device)
         mfu = tok_per_s * model.flops_per_token() / (peak * place.world_size) if peak and precision != torch.float32 else None
         line = dict(iter=iter_num, loss=step_loss.item(), loss_smoothed=loss_sum / (1 - SMOOTHING ** taken) if taken else None, lr=scale * peak_lr(),
-                    grad_norm=grad_norm.item(), tok_per_s=tok_per_s, mfu=mfu, eta_s=(max_iters - iter_num - 1) * dt_s, dt_s=dt_s,
+                    grad_norm=grad_norm.item(), tok_per_s=tok_per_s, mfu=mfu, eta_s=(max_iters - iter_num - 1) * dt_s, dt_s=dt_s, n_steps=steps,
                     skipped=int(skipped), peak_memory_bytes=distributed.peak_memory_bytes(place.device))
         problem = 'SPIKE' if math.isfinite(line['loss'] + line['grad_norm']) else 'NOT FINITE'
         print0(f'iter {iter_num}: loss {line["loss"]:.4f}, lr {line["lr"]:.2e}, norm {line["grad_norm"]:.3f}, {dt_s * 1000:.1f}ms, '

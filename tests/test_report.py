@@ -55,6 +55,14 @@ def test_a_run_that_goes_on_from_another_folder_counts_its_tokens_but_only_its_o
     assert run['steps']['tokens'].tolist() == pytest.approx([1010, 1020]) and run['steps']['time'].tolist() == pytest.approx([60, 61])
 
 
+def test_the_slow_first_step_of_a_resumed_run_counts_once():
+    # steps 1 to 10 took 1 s each; 11 to 14 were done, saved, and not logged; resumed, step 15 took 60 s, with twice the batch
+    lines = [step(0, 100, 5.0, n_steps=1), step(10, 100, 1.0, n_steps=10), step(15, 200, 60.0, n_steps=1), step(20, 200, 2.0, n_steps=5)]
+    run = curves(lines)
+    assert run['steps']['time'].tolist() == pytest.approx([5, 15, 15 + 4 + 60, 15 + 4 + 60 + 10])
+    assert run['steps']['tokens'].tolist() == pytest.approx([100, 1100, 1100 + 400 + 200, 1700 + 1000])
+
+
 # -----------------------------------------------------------------------------
 # the page
 

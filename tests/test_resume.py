@@ -34,7 +34,7 @@ for argv, die_at in cases:
         os._exit(0)
     print('ended by', -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 '''
-TIMES = ('tok_per_s', 'eta_s', 'dt_s', 'peak_memory_bytes')
+TIMES = ('tok_per_s', 'eta_s', 'dt_s', 'n_steps', 'peak_memory_bytes')
 
 # name: flags of the run, iteration that it dies in (a checkpoint every 5, an epoch ends after 8), flags of the resumption
 CASES = {

@@ -65,7 +65,8 @@ def test_lines_of_the_log_and_of_metrics(tiny, tmp_path):
 
     by_loss = [line for line in lines if 'loss' in line]
     assert [line['iter'] for line in by_loss] == [0, 1, 2, 3]
-    assert {*by_loss[0]} == {'iter', 'loss', 'loss_smoothed', 'lr', 'grad_norm', 'tok_per_s', 'mfu', 'eta_s', 'dt_s', 'skipped', 'peak_memory_bytes'}
+    assert {*by_loss[0]} == {'iter', 'loss', 'loss_smoothed', 'lr', 'grad_norm', 'tok_per_s', 'mfu', 'eta_s', 'dt_s', 'n_steps', 'skipped',
+                             'peak_memory_bytes'}
     assert by_loss[0]['mfu'] is None and by_loss[0]['loss_smoothed'] == pytest.approx(by_loss[0]['loss'])
     assert [line['lr'] for line in by_loss[:3]] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
     assert by_loss[-1]['eta_s'] == 0
