@@ -166,6 +166,15 @@ def test_training_ends_with_its_report(tiny, tmp_path):
     assert facts['settings']['n_embd'] == 16 and facts['defaults']['n_embd'] == 768 and facts['flops_per_token'] > 6 * 2 * 12 * 16**2
 
 
+def test_the_report_of_a_new_run_shows_nothing_of_the_one_before_it_in_the_folder(tiny, tmp_path):
+    write_samples(tmp_path, 7, [('of the run', 'before')])
+    (tmp_path / 'eval.json').write_text(json.dumps(dict(iter=7, results=dict(piqa=dict(acc=0.5)))), encoding='utf-8')
+    train(*TINY, '--max_iters=2', '--report=True', f'--dataset={tiny}', out_dir=tmp_path)
+    page = (tmp_path / 'report.md').read_text(encoding='utf-8')
+    assert '## Evaluation' not in page and '## Samples' not in page
+    assert (tmp_path / 'eval.json.old').exists() and (tmp_path / 'samples.md.old').exists()
+
+
 def test_a_report_that_cannot_be_written_leaves_the_run_as_it_was(tiny, tmp_path):
     (tmp_path / 'report.md').mkdir()
     stdout = train(*TINY, '--max_iters=2', '--report=True', f'--dataset={tiny}', out_dir=tmp_path)
