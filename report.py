@@ -12,6 +12,7 @@ import json
 import math
 import subprocess
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from configurator import one_line_errors
 
 # Okabe and Ito's palette, told apart by colour-blind eyes too (https://jfly.uni-koeln.de/color/); its yellow is too faint on white
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+CHINESE_FONTS = {'Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'WenQuanYi Micro Hei', 'WenQuanYi Zen Hei', 'Droid Sans Fallback',
+                 'PingFang SC', 'Hiragino Sans GB', 'Arial Unicode MS', 'Microsoft YaHei', 'SimHei'}
 PICTURES = {  # file -> panels: what is on the x axis, its scale, the words on the y axis, its scale, and the curves
     'loss.png': [('tokens', 'log', 'loss (nats per token)', 'log', ('loss', 'loss_smoothed', 'val_loss')),
                  ('time', 'linear', 'loss (nats per token)', 'log', ('loss', 'loss_smoothed', 'val_loss'))],
@@ -264,7 +267,8 @@ def table(head, rows):
 
 
 def code(text):
-    return f'`{text}`' if text else ''
+    mark, space = ('``', ' ') if '`' in text else ('`', '')
+    return f'{mark}{space}{text}{space}{mark}' if text else ''
 
 
 def shown(value, form='.4f', unit=''):
@@ -291,6 +295,7 @@ def duration(seconds):
 def draw(runs, panels, path):
     """Writes the panels side by side as a PNG; False where no run has anything to show in them."""
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(11, 4.4), dpi=100, layout='constrained')
@@ -306,8 +311,9 @@ def draw(runs, panels, path):
                 xs, ys = part[x] / (unit_s if x == 'time' else 1), part[name]
                 visible = np.isfinite(ys) & ((ys > 0) | (y_scale == 'linear')) & ((xs > 0) | (x_scale == 'linear'))
                 if visible.any():
-                    style = STYLES[name][1] if name in STYLES else dict(marker='o') if part is run['benchmarks'] else {}
-                    axes.plot(xs[visible], ys[visible], color=COLOURS[i % len(COLOURS)], **style)
+                    style = STYLES[name][1] if name in STYLES else {}
+                    points = dict(marker='o', markersize=5) if visible.sum() == 1 or part is run['benchmarks'] else {}  # one point makes no line
+                    axes.plot(xs[visible], ys[visible], color=COLOURS[i % len(COLOURS)], **points | style)
                     heights.extend(ys[visible])
                     drawn.add(name)
         axes.set(xlabel='training tokens' if x == 'tokens' else f'training time ({unit})', ylabel=words)
@@ -315,13 +321,18 @@ def draw(runs, panels, path):
         set_scales(axes, x, x_scale, y_scale, heights)
     if not drawn:
         return False
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=run['name']) for i, run in enumerate(runs)]
+    names = [run['name'] if len(run['name']) <= 120 else '…' + run['name'][-119:] for run in runs]  # 120 are as wide as the picture
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=name) for i, name in enumerate(names)]
     styles = dict(STYLES[name] for name in STYLES if name in drawn)  # by what they are called
     handles += [Line2D([], [], color='#555555', label=label, **style) for label, style in styles.items()]
-    legend = figure.legend(handles=handles, loc='outside upper center', ncols=4, frameon=False)
+    widest = max(len(handle.get_label()) for handle in handles)
+    legend = figure.legend(handles=handles, loc='outside upper center', ncols=min(4, max(1, 135 // (widest + 7))), frameon=False)
+    fonts = ['DejaVu Sans', *sorted(CHINESE_FONTS & set(get_font_names()))]  # each character from the first that has it
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a $ in a folder's name is a $
-    write_atomically(path, lambda f: figure.savefig(f, format='png', pil_kwargs=dict(optimize=True)))
+        text.set(parse_math=False, fontfamily=fonts)  # a $ in a folder's name is a $
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # the page itself has the names
+        write_atomically(path, lambda f: figure.savefig(f, format='png', pil_kwargs=dict(optimize=True)))
     return True
 
 
@@ -337,8 +348,10 @@ def set_scales(axes, x, x_scale, y_scale, heights):
     if x == 'tokens':
         axes.xaxis.set_major_formatter(EngFormatter(sep=''))
     if y_scale == 'linear':
-        axes.set_ylim(bottom=0)
-        if max(heights, default=0) >= 1000:
+        low, high = min(heights, default=0), max(heights, default=0)
+        if low or high:
+            axes.set_ylim(1.05 * min(low, 0), 1.05 * max(high, 0))  # with zero, and room for a marker; CORE may be below it
+        if high >= 1000:
             axes.yaxis.set_major_formatter(EngFormatter(sep=''))
     elif heights:
         axes.set_yscale('log')

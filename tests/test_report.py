@@ -3,6 +3,7 @@
 import json
 import runpy
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 import train as train_file
 from conftest import ROOT, TINY, differences, read_checkpoint, train_here
 from data.loader import Loader
-from report import curves, read_run, split_samples, write_report, write_samples
+from report import code, curves, read_run, split_samples, write_report, write_samples
 
 
 def train(*flags, out_dir):
@@ -95,6 +96,38 @@ def test_two_runs_are_compared_in_one_page(tmp_path):
     assert '    or not' in page and f'### `{tmp_path / "a"}`' not in page
     assert not (tmp_path / 'both' / 'bpb.png').exists() and 'bpb.png' not in page  # nothing was evaluated
     assert not (tmp_path / 'a' / 'report.md').exists()
+
+
+def blue(path):
+    """Where a picture has the first run's colour, (height, width) bool, and its height."""
+    from matplotlib.image import imread
+    pixels = (imread(path)[..., :3] * 255).round()
+    return np.abs(pixels - np.array([0x00, 0x72, 0xB2])).max(axis=2) < 30, len(pixels)
+
+
+def test_one_logged_step_and_scores_below_zero_are_seen(tmp_path):
+    folder = write_run(tmp_path / 'out', [dict(iter=0, core=-0.125), step(0, 100, 1.0), dict(iter=1, core=-0.25)])
+    write_report([folder])
+    for name in ('loss.png', 'training.png', 'benchmarks.png'):
+        found, height = blue(folder / name)
+        assert found[height // 8:].sum() > 20, f'{name}: nothing below the legend'
+
+
+def test_long_names_stand_whole_in_the_legend_and_foreign_ones_bring_no_warnings(tmp_path, recwarn):
+    from matplotlib.image import imread
+    folders = [tmp_path / f'muon-lr-3e-3-wd-0.1-seed-{i}-训练' / 'out-shakespeare-char-depth-12' for i in range(3)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        write_run(folder, [step(0, 100, 1.0)])
+    write_report(folders, tmp_path / 'all')
+    assert not [w for w in recwarn if 'Glyph' in str(w.message)]
+    pixels = imread(tmp_path / 'all/loss.png')[..., :3]
+    top = pixels[:len(pixels) // 5]
+    assert (top[:, :3] > 0.9).all() and (top[:, -3:] > 0.9).all(), 'cut off at the edge'
+
+
+def test_names_with_backticks_are_still_code():
+    assert code('a`b') == '`` a`b ``' and code('a') == '`a`' and code('') == ''
 
 
 @pytest.mark.parametrize('content, message', [
