@@ -217,8 +217,9 @@ def main(explicit):
         numbers = evaluate_it(partial(score, model, batch_tokens=batch_size * block_size, place=place, autocast=autocast))
         print0(f'step {iter_num}: {table_row(name, numbers)}')
         write_metrics(dict(iter=iter_num) | {name if key == name else f'{name}_{key}': numbers[key] for key in IN_METRICS if key in numbers})
-        row = dict(iter=iter_num) | {key: value for key, value in numbers.items() if key != 'tasks'}
-        write_table(f'{name}_table', list(row), [list(row.values())], iter_num)
+        rows = [dict(iter=iter_num, task=task) | each for task, each in numbers.get('tasks', {name: numbers}).items()]  # CORE's are many
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        write_table(f'{name}_table', columns, [[row.get(key) for key in columns] for row in rows], iter_num)
 
     def save(is_best, to_evaluate):
         newest = dict(
