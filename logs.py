@@ -33,7 +33,7 @@ def open_logs(out_dir, place, iter_num, from_scratch, facts, wandb_id=None, wand
         lock = checkpoint.lock(out_dir)
         if from_scratch:
             checkpoint.set_aside(out_dir)
-            for old in filter(Path.exists, (path.with_name('samples.md'), path.with_name('eval.json'))):  # of the run that was here before
+            for old in filter(Path.exists, (path, path.with_name('samples.md'), path.with_name('eval.json'))):  # of the run that was here before
                 os.replace(old, old.with_name(old.name + '.old'))
         lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if iter_num and path.exists() else []
         kept = ''.join(line + '\n' for line in lines if (known := parse(line)) and known['iter'] < iter_num)

@@ -201,11 +201,12 @@ def test_training_ends_with_its_report(tiny, tmp_path):
 
 def test_the_report_of_a_new_run_shows_nothing_of_the_one_before_it_in_the_folder(tiny, tmp_path):
     write_samples(tmp_path, 7, [('of the run', 'before')])
+    write_run(tmp_path, [step(0, 100, 1.0)])
     (tmp_path / 'eval.json').write_text(json.dumps(dict(iter=7, results=dict(piqa=dict(acc=0.5)))), encoding='utf-8')
     train(*TINY, '--max_iters=2', '--report=True', f'--dataset={tiny}', out_dir=tmp_path)
     page = (tmp_path / 'report.md').read_text(encoding='utf-8')
     assert '## Evaluation' not in page and '## Samples' not in page
-    assert (tmp_path / 'eval.json.old').exists() and (tmp_path / 'samples.md.old').exists()
+    assert all((tmp_path / f'{name}.old').exists() for name in ('metrics.jsonl', 'eval.json', 'samples.md'))
 
 
 def test_a_report_that_cannot_be_written_leaves_the_run_as_it_was(tiny, tmp_path):
