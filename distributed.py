@@ -7,7 +7,9 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -83,9 +85,14 @@ def stop():
 
 
 def print0(*args, **kwargs):
-    """print() on the first rank only."""
+    """print() on the first rank only. A log on a full disk does not end a run, a pipe that nobody reads any more does."""
     if int(os.environ.get('RANK', 0)) == 0:
-        print(*args, **kwargs, flush=True)
+        try:
+            print(*args, **kwargs, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass  # there is nowhere left to say it
 
 
 def all_reduce_sum(tensor):
@@ -123,27 +130,37 @@ def on_first_rank(function):
 
 
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]  # Windows has no SIGUSR1
-received = dict(signal=0, at=0.0)
+received = dict(signal=0)
 
 
 @contextlib.contextmanager
 def signals_noted():
     """Within it SIGTERM, SIGINT and SIGUSR1 are only written down, for signal_to_stop() to tell; a second SIGINT ends the process at once."""
     def note(number, frame):
-        # under torchrun a Ctrl-C comes twice: from the terminal, and passed on by torchrun
-        again = time.monotonic() - received['at'] > (1.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0)
-        if number == signal.SIGINT == received['signal'] and again:
-            os._exit(130)  # nothing is tidied up that could make it wait: what was being written stays a temporary file
-        if not received['signal']:
-            received.update(signal=int(number), at=time.monotonic())
+        received['signal'] = received['signal'] or int(number)
 
-    received.update(signal=0)
+    def exit_at_second_sigint():  # in a thread: Python calls note() only when the wait for other ranks, which may never end, is over
+        first = None
+        while number := ear.recv(1):
+            if number[0] == signal.SIGINT:
+                # under torchrun a Ctrl-C may come twice: from the terminal, and passed on by torchrun
+                if first is not None and time.monotonic() - first > (1.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0):
+                    os._exit(130)  # nothing is tidied up that could make it wait: what was being written stays a temporary file
+                first = first or time.monotonic()
+
+    received['signal'] = 0
+    ear, mouth = socket.socketpair()
+    mouth.setblocking(False)
+    threading.Thread(target=exit_at_second_sigint, daemon=True).start()
+    earlier = signal.set_wakeup_fd(mouth.fileno())
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(earlier)
+        mouth.close()  # which ends the thread
 
 
 def signal_to_stop():

@@ -1,5 +1,6 @@
 """Several ranks take the steps that one takes, under DDP and FSDP, whichever of them wrote the checkpoint. CPU and gloo."""
 
+import contextlib
 import json
 import os
 import re
@@ -122,7 +123,8 @@ def runs(tiny, tmp_path_factory):
     for source in WAYS:
         for target in WAYS:
             shutil.copytree(folder / source, folder / f'{source} to {target}')
-    again = ['--init_from=resume', '--device=cpu', '--max_iters=5']
+    # where they go on they write samples first: what FSDP gathers for those is trained on later
+    again = ['--init_from=resume', '--device=cpu', '--max_iters=5', '--generate_interval=3', '--generate_prompts=a']
     train_on_ranks([(n, folder / f'{source} to {target}', [*again, flags or '--parallel=ddp']) for source in WAYS for target, (n, flags) in WAYS.items()], folder)
     return folder
 
@@ -210,6 +212,16 @@ def test_shards_that_do_not_divide_the_ranks():
         distributed.wrap(torch.nn.Linear(1, 1), place, 'fsdp', 4)
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_log_on_a_full_disk_does_not_end_the_run():
+    full = open('/dev/full', 'w', encoding='utf-8')
+    with contextlib.redirect_stdout(full):
+        for _ in range(2):
+            distributed.print0('a line')
+    with pytest.raises(OSError):
+        full.close()
+
+
 # -----------------------------------------------------------------------------
 # signals
 
@@ -235,9 +247,26 @@ def test_signals_are_noted_and_a_second_sigint_ends_the_process(signals, code, m
             for name in signals:
                 os.kill(os.getpid(), getattr(signal, name))
             assert distributed.signal_to_stop() == signals[0]
+            time.sleep(20 if code else 0)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
     assert in_a_child(work) == code
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+def test_a_second_sigint_ends_a_process_that_waits_for_other_ranks(monkeypatch):
+    """In such a wait, in C++, Python calls no handler of signals."""
+    def ctrl_c_twice():
+        for _ in range(2):
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def work():
+        with distributed.signals_noted():
+            threading.Thread(target=ctrl_c_twice, daemon=True).start()
+            torch.distributed.TCPStore('127.0.0.1', 0, 2, is_master=True, timeout=timedelta(seconds=20))  # for the other, which never comes
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
+    assert in_a_child(work) == 130
 
 
 def test_a_ctrl_c_that_torchrun_passes_on_is_the_same_one(monkeypatch):
