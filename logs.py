@@ -49,13 +49,15 @@ def open_logs(out_dir, place, iter_num, from_scratch, facts, wandb_id=None, wand
 
     def write_metrics(line):
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # JSON has no NaN
-        size = path.stat().st_size
+        size = None
         try:
             with open(path, 'a', encoding='utf-8') as f:
+                size = f.tell()
                 f.write(json.dumps(line) + '\n')
-        except OSError as error:  # a full disk need not end the run
+        except OSError as error:  # a full disk need not end the run, nor a file that was moved away
             print0(f'{path}: {error.strerror}: the line of iteration {line["iter"]} is lost')
-            os.truncate(path, size)
+            if size is not None:
+                os.truncate(path, size)
         if run is not None:
             run.log(line, step=line['iter'])
 

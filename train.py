@@ -284,7 +284,10 @@ def main(explicit):
         if prompts and not stop and (finished or iter_num % generate_interval == 0):
             texts = generate(model, load_tokenizer(tokenizer_meta), prompts, place, autocast)
             if place.is_master:
-                write_samples(out_dir, iter_num, texts)
+                try:
+                    write_samples(out_dir, iter_num, texts)
+                except OSError as error:
+                    print0(f'{error.filename}: {error.strerror}: the samples of iteration {iter_num} are lost')
                 write_table('samples', ['iter', 'prompt', 'text'], [(iter_num, *pair) for pair in texts], iter_num)
         t_log += time.perf_counter() - begun
         return last

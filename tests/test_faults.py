@@ -636,10 +636,11 @@ for out in (out, read_only / 'out'):
                     reason='needs unshare -rm')
 def test_a_full_disk_costs_no_checkpoint_and_a_read_only_one_is_named_at_start(tiny, tmp_path, tally):
     done = subprocess.run(['unshare', '-rm', sys.executable, '-c', SMALL_DISK, str(ROOT), str(tmp_path), *TINY, f'--dataset={tiny}', '--checkpoint_interval=2',
-                           '--keep_last_n_checkpoints=0', '--max_iters=20', '--eval_interval=1000'], capture_output=True, text=True, encoding='utf-8',
+                           '--keep_last_n_checkpoints=0', '--max_iters=20', '--eval_interval=1000', '--generate_interval=2', '--generate_prompts=a'], capture_output=True, text=True, encoding='utf-8',
                           timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     said = done.stdout
     assert 'full: No space left on device' in said and said.count('NOT SAVED') == 3 and said.count('No space left on device: the checkpoint') == 3, said + done.stderr
+    assert [f'samples.md: No space left on device: the samples of iteration {i} are lost' in said for i in range(0, 22, 2)] == [i in (4, 6, 8) for i in range(0, 22, 2)]
     after = [line.split(' ', 3)[3] for line in said.splitlines() if line.startswith('after save')]
     assert after == ["['ckpt.pt'] [] 2"] * 4 + [f"['ckpt.pt'] [] {2 * i}" for i in range(5, 10)] + ["['best.pt', 'ckpt.pt'] [] 20"], said
     assert said.count('done: ') == 1 and done.returncode == 2 and done.stderr.count('\n') == 1 and 'Read-only file system' in done.stderr, done.stderr

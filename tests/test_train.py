@@ -270,6 +270,19 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypa
     assert state['iter_num'] == 20 and read_checkpoint(tmp_path / 'best.pt')['best_val_loss'] == state['best_val_loss']
 
 
+def test_a_metrics_file_that_is_moved_away_begins_anew(tiny, tmp_path, monkeypatch):
+    dumps = json.dumps
+
+    def move(line, *args, **kwargs):
+        if line.get('iter') == 3 and (tmp_path / 'metrics.jsonl').exists():
+            os.rename(tmp_path / 'metrics.jsonl', tmp_path / 'moved.jsonl')
+        return dumps(line, *args, **kwargs)
+
+    monkeypatch.setattr(json, 'dumps', move)
+    _, lines = train(*TINY, '--max_iters=6', f'--dataset={tiny}', out_dir=tmp_path)
+    assert [line['iter'] for line in lines if 'loss' in line] == [4, 5]
+
+
 def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(tiny, tmp_path, monkeypatch):
     resource = pytest.importorskip('resource')
     limits, dumps = resource.getrlimit(resource.RLIMIT_FSIZE), json.dumps
