@@ -424,7 +424,7 @@ def check_settings():
     if 0 < skip_spikes <= 1:
         raise ValueError(f'skip_spikes={skip_spikes} would skip steps that are below the running mean: accepted is 0 (off) or more than 1, such as 3')
     if shard_ranks and parallel != 'fsdp':
-        raise ValueError(f'shard_ranks={shard_ranks} is for --parallel=fsdp: add it, or leave shard_ranks out')
+        raise ValueError(f'shard_ranks={shard_ranks} is for --parallel=fsdp: add it, or give --shard_ranks=0')
     if not out_dir:
         raise ValueError('out_dir is empty: name the folder for checkpoints and logs')
     if checkpoint_path and init_from not in ('resume', 'checkpoint') and not auto_resume:
