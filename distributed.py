@@ -49,7 +49,7 @@ def start(device='auto', backend='auto', timeout_s=600):
     backend    'auto' (nccl on CUDA, else gloo) or a torch.distributed backend
     timeout_s  how long a rank waits for the others before it gives up, with an error
     returns    Place
-    raises     ValueError for a device that is not there
+    raises     ValueError for a device or a backend that is not there
     """
     rank, local_rank, world_size = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     device = choose_device(device, local_rank if world_size > 1 else None)
@@ -61,6 +61,8 @@ def start(device='auto', backend='auto', timeout_s=600):
     if world_size > 1:
         if backend in ('auto', 'nccl'):  # nanoGPT's configs say nccl everywhere
             backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'  # gloo beside it: what hosts agree on makes no GPU wait
+        if backend == 'mpi' and not dist.is_mpi_available():
+            raise ValueError('backend=mpi: this PyTorch was built without MPI: use --backend=auto')
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Place(rank, local_rank, world_size, device)
 

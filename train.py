@@ -131,7 +131,8 @@ FIXED = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'optimizer
 THIS_RUN = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'verify_data', 'device', 'backend', 'timeout_s')
 LIMITS = (  # least, below, and the settings that this holds for; GPTConfig knows those of the model
     (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters restart_iters restart_mult'),
-    (1, math.inf, 'shuffle_window max_skipped_steps timeout_s'),
+    (1, math.inf, 'shuffle_window max_skipped_steps'),
+    (1, 2**31, 'timeout_s'),
     (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters muon_warmup_iters lr_decay_iters'),
     (0, math.inf, 'learning_rate matrix_lr embedding_lr head_lr min_lr weight_decay grad_clip skip_spikes shard_ranks'),
     (0, math.inf, 'patience hellaswag_interval lambada_interval core_interval max_examples'),
@@ -148,6 +149,7 @@ def main(explicit):
     """One run, from the settings above; explicit names those that the user gave."""
     if init_from.endswith('.pt'):
         globals().update(init_from='checkpoint', checkpoint_path=init_from)
+    check_limits()  # before the ranks meet, which takes timeout_s
     place = distributed.start(device, backend, timeout_s)
     state = find_checkpoint(place)
     if state is not None:
@@ -406,14 +408,19 @@ def find_weights(explicit):
     return start
 
 
-def check_settings():
-    """ValueError for a setting that makes no sense, by itself or beside another."""
+def check_limits():
+    """ValueError for a setting that makes no sense by itself."""
     for least, below, names in LIMITS:
         for name in names.split():
             value = globals()[name]
             if value is not None and not least <= value < below:
                 limit = f', below {below}' if below < math.inf or value == math.inf else ''
                 raise ValueError(f'{name}={value}: accepted is {least} or more{limit}')
+
+
+def check_settings():
+    """ValueError for a setting that makes no sense, by itself or beside another."""
+    check_limits()
     if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:
         raise ValueError(f'min_lr={min_lr} is above learning_rate={learning_rate}, which falls to it: '
                          f'use --min_lr={learning_rate / 10:g}, or --decay_lr=False')

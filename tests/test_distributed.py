@@ -212,6 +212,17 @@ def test_shards_that_do_not_divide_the_ranks():
         distributed.wrap(torch.nn.Linear(1, 1), place, 'fsdp', 4)
 
 
+@pytest.mark.parametrize('flag, problem', [('timeout_s=0', 'accepted is 1 or more, below 2147483648'), (f'timeout_s={10**20}', 'accepted is 1 or more, below 2147483648'),
+                                           ('backend=mpi', 'this PyTorch was built without MPI: use --backend=auto')])
+def test_a_setting_that_the_ranks_cannot_meet_with_is_one_line(tiny, tmp_path, monkeypatch, flag, problem):
+    if torch.distributed.is_mpi_available() and 'mpi' in flag:
+        pytest.skip('this PyTorch has MPI')
+    for name, value in dict(RANK='1', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='1').items():
+        monkeypatch.setenv(name, value)
+    code, _, stderr, _ = train_here(*TINY, f'--dataset={tiny}', f'--{flag}', out_dir=tmp_path / 'out')
+    assert (code, stderr) == (2, f'rank 1: {flag}: {problem}\n')
+
+
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
 def test_a_log_on_a_full_disk_does_not_end_the_run():
     full = open('/dev/full', 'w', encoding='utf-8')

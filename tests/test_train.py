@@ -559,7 +559,7 @@ def refused(*flags, out_dir):
     ('--grad_clip=-1', 'grad_clip=-1.0: accepted is 0 or more'),
     ('--skip_spikes=0.5', 'skip_spikes=0.5 would skip steps that are below the running mean: accepted is 0 (off) or more than 1, such as 3'),
     ('--max_skipped_steps=0', 'max_skipped_steps=0: accepted is 1 or more'),
-    ('--timeout_s=0', 'timeout_s=0: accepted is 1 or more'),
+    ('--timeout_s=0', 'timeout_s=0: accepted is 1 or more, below 2147483648'),
     ('--shard_ranks=2', 'shard_ranks=2 is for --parallel=fsdp: add it, or give --shard_ranks=0'),
     ('--beta2=1', 'beta2=1.0: accepted is 0 or more, below 1'),
     ('--seed=-1', 'seed=-1: accepted is 0 or more, below 9223372036854775808'),
