@@ -10,7 +10,7 @@
 #   MASTER_ADDR     a node that all the others reach, where the ranks meet (and MASTER_PORT on it, 29500)
 #   NNODES          how many nodes, or MIN:MAX to train on with fewer after one is lost for good
 #   NPROC_PER_NODE  ranks of this node: one for each GPU, or for each CPU core where there is none
-#   MAX_RESTARTS    100
+#   MAX_RESTARTS    100, after any error, also one that comes again, such as a wrong setting: 0 for a first try
 #   RUN_ID          tells two runs on one MASTER_PORT apart
 #   LOCAL_ADDR      this node's own address, where its host name does not resolve to it
 #   SAVE_SECONDS    after a signal, how long ranks may take for step and checkpoint before they are killed, 300

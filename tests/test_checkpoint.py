@@ -1,6 +1,7 @@
 """checkpoint.py: never half-written, never silently wrong, and the same state back, whatever optimizer and architecture."""
 
 import copy
+import errno
 import io
 import os
 import random
@@ -82,6 +83,16 @@ def test_the_order_is_fsync_replace_fsync_of_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'replace', recorded_replace)
     checkpoint.write_atomically(path, lambda f: f.write(b'content'))
     assert calls == ["fsync [b'content']", 'replace'] + ['fsync folder'] * (os.name == 'posix')
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip('fcntl')
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, 'lockf', none)
+    checkpoint.lock(tmp_path).close()
+    assert capsys.readouterr().out == f'{tmp_path}/.lock: No locks available: this file system has no locks, see to it that no other trainer writes there\n'
 
 
 def test_leftovers_of_a_killed_writer_go_with_the_next_save(tmp_path):
