@@ -127,6 +127,21 @@ def on_first_rank(function):
     return value
 
 
+def once_a_node(function, place):
+    """function() on the first rank of each node; the ValueError or OSError that it raises on any of them, on every rank."""
+    error = None
+    if place.local_rank == 0:
+        try:
+            function()
+        except (ValueError, OSError) as raised:
+            error = raised
+    errors = [error] * place.world_size
+    if dist.is_initialized():
+        dist.all_gather_object(errors, error)
+    for error in filter(None, errors):
+        raise error
+
+
 # -----------------------------------------------------------------------------
 # signals
 

@@ -457,10 +457,9 @@ def open_data(grad_accum, rows, place, tokenizer):
         if split.meta['origin'] != 'meta.json':
             rule = 'characters from meta.pkl' if split.meta['origin'] == 'meta.pkl' else "GPT-2's ids"
             print0(f'{split.folder} has no meta.json: taking its shards for uint16, {rule}, as nanoGPT does')
-    if verify_data and place.local_rank == 0:
-        for split in (*train.splits, *val.splits):
-            print0(f'reading {split.folder}, {split.split}: {split.n_tokens:,} tokens, against their checksums')
-            split.verify()
+    for split in (*train.splits, *val.splits) if verify_data else ():
+        print0(f'reading {split.folder}, {split.split}: {split.n_tokens:,} tokens, against their checksums')
+        distributed.once_a_node(split.verify, place)
     return train, [(loader, spread_windows(loader, eval_iters * batch_size or val.n_windows)) for loader in (train_eval, val)]
 
 

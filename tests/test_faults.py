@@ -680,6 +680,16 @@ def test_a_shard_that_was_cut_or_altered_is_named(n, tiny, tmp_path, tally):
     tally('bad shards', f'{counted["truncate"]} cut short (by size), {counted["flip"]} with one bit flipped (verify_data): each named before the first step')
 
 
+def test_an_altered_shard_is_one_line_of_each_rank(tiny, tmp_path):
+    data, log = shutil.copytree(tiny, tmp_path / 'data'), tmp_path / 'log.txt'
+    contents = bytearray((data / 'val.bin').read_bytes())
+    contents[10] ^= 1
+    (data / 'val.bin').write_bytes(contents)
+    assert wait(start_ranks(*TINY, f'--dataset={data}', '--verify_data=True', out_dir=tmp_path / 'out', n_ranks=2, log=log)) == [2, 2]
+    said = log.read_text(encoding='utf-8')
+    assert 'Traceback' not in said and all(f'rank {rank}: {data / "val.bin"} does not match its checksum' in said for rank in range(2)), said
+
+
 # -----------------------------------------------------------------------------
 # hostile files: each would leave a mark
 
