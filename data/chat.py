@@ -144,8 +144,9 @@ def read_conversations(paths):
                                  'which python data/chat.py --help explains') from None
             except ValueError as error:
                 raise ValueError(f'{where}: {error}') from None
-            key = next((text for role, text in sorted(found[0]) if role in ('context', 'user')), '') if found else ''
-            for turns in found:
+            first = {role: text for role, text in reversed(found[0])} if found else {}
+            key = first.get('context', first.get('user', ''))
+            for turns in found or [[]]:
                 yield where, turns, key
 
 

@@ -252,7 +252,9 @@ def test_another_block_size_is_one_line(tmp_path):
 
 def test_equal_questions_and_all_of_a_context_stay_in_one_split(tmp_path):
     records = [{'question': f'{i % 20}?', 'answer': str(i)} for i in range(100)] + [
-        {'question': f'{i}!', 'answer': str(i), 'context': f'text {i % 20}'} for i in range(100)]
+        {'question': f'{i}!', 'answer': str(i), 'context': f'text {i % 20}'} for i in range(100)] + [
+        {'messages': [{'role': role, 'content': text} for role, text in (('user', f'{i % 20}?'), ('assistant', 'a'), ('user', str(i)), ('assistant', 'b'))]}
+        for i in range(100)]
     chat.build(tmp_path / 'x', BYTES, [write(tmp_path / 'x.json', records)], 40, val_fraction=0.3)
     keys = {}
     for split in ('train', 'val'):
