@@ -30,6 +30,7 @@ import json
 import shutil
 import sys
 from bisect import bisect_left, insort
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -244,9 +245,9 @@ def best_fit(lengths, size):
 
 
 def encode_all(found, tokenizer, style, size, verbose):
-    """{key: list of (ids, mask)} of conversations, and what was done to them in counts that are worth telling."""
+    """{key: list of (ids, mask)} of conversations, and how many were left out or cut, by the reason."""
     from tqdm import tqdm
-    encoded, counts = {}, dict.fromkeys(('without an answer', 'answer longer than a row', 'cut to fit a row', 'cut at an empty answer'), 0)
+    encoded, counts = {}, Counter()
 
     def tell(where, what):
         counts[what] += 1
@@ -255,19 +256,19 @@ def encode_all(found, tokenizer, style, size, verbose):
     for where, turns, key in tqdm(found, desc='tokenizing', unit=' conversations', disable=None):
         kept = answered(turns)
         if not kept:
-            tell(where, 'without an answer')
+            tell(where, 'left out, having no answer')
             continue
         if ('assistant', '') in turns:
-            tell(where, 'cut at an empty answer')
+            tell(where, 'ended before an empty answer')
         fitted = encode(kept, tokenizer, style, size)
         if fitted is None:
-            tell(where, 'answer longer than a row')
+            tell(where, 'left out, the answer alone being longer than a row')
             continue
         ids, mask, n_left_out, n_cut = fitted
         if n_left_out or n_cut:
-            tell(where, 'cut to fit a row')
+            tell(where, 'cut on the left to fit a row')
         encoded.setdefault(key, []).append((ids, mask))
-    return encoded, {what: n for what, n in counts.items() if n}
+    return encoded, counts
 
 
 def build(folder, tokenizer, paths, block_size, style='chat', val_fraction=0.05, val_paths=(), verbose=False):
@@ -289,7 +290,7 @@ def build(folder, tokenizer, paths, block_size, style='chat', val_fraction=0.05,
     for name, files in (('val', val_paths), ('train', paths)):
         encoded, counts = encode_all(read_conversations(files), tokenizer, style, size, verbose)
         for what, n in counts.items():
-            print(f'{n:,} {what}' + ('' if verbose else ' (-v names them)'))
+            print(f'{what}: {n:,}' + ('' if verbose else ' (-v names them)'))
         if n := sum(len(encoded[key]) for key in held_out & set(encoded)):
             print(f'{n:,} about what the validation files ask, left out of training')
         for key in encoded:

@@ -267,8 +267,8 @@ def test_what_is_left_out_is_counted_and_with_v_named(tmp_path, capsys, other):
     file = write(tmp_path / 'x.jsonl', '\n'.join(json.dumps({'instruction': 'q' * n, 'response': 'a' * m}) for n, m in [(1, 1), (2, 0), (3, 90), (90, 2)]))
     chat.build(tmp_path / 'x', BYTES, [file], 40, val_paths=[other], verbose=True)
     out = capsys.readouterr()
-    assert '1 without an answer\n' in out.out and '1 answer longer than a row\n' in out.out and '1 cut to fit a row\n' in out.out
-    assert f'{file}, line 2: without an answer\n' in out.out + out.err
+    for line, what in ((2, 'left out, having no answer'), (3, 'left out, the answer alone being longer than a row'), (4, 'cut on the left to fit a row')):
+        assert f'{what}: 1\n' in out.out and f'{file}, line {line}: {what}\n' in out.out + out.err
     assert 'x/train: conversations: 2, in 2 rows of 41 tokens; 5 targets (6.1%), ' in out.out
 
 
@@ -327,7 +327,7 @@ def test_prepare_scripts_pack_files_of_the_real_schema(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, 'argv', ['prepare.py', '--input', str(path), '--val', str(other), '--tokenizer', 'byte', '--block_size', '300', '--out', str(tmp_path / 'x')])
     runpy.run_path(str(ROOT / 'data' / name / 'prepare.py'), run_name='__main__')
     out = capsys.readouterr().out
-    assert ('1 without an answer' in out) == (name != 'dolly')
+    assert ('left out, having no answer: 1 (-v names them)\n' in out) == (name != 'dolly')
     chat.show(tmp_path / 'x', 'train', 1)
     assert shown in capsys.readouterr().out
 
