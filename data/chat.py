@@ -58,13 +58,15 @@ def records(path):
         return
     try:
         found = json.loads(text)
-    except ValueError:  # JSONL
+    except (ValueError, RecursionError) as whole:  # JSONL
         for n, line in enumerate(text.split('\n'), 1):  # splitlines() would also cut at U+2028, which JSON allows inside a text
             try:
                 if line.strip():
                     yield f'{path}, line {n}', json.loads(line)
-            except ValueError as error:
-                raise ValueError(f'{path}, line {n}: not JSON: {error}') from None
+            except (ValueError, RecursionError) as error:
+                if n == 1 and suffix == '.json':  # one text over many lines
+                    n, error = getattr(whole, 'lineno', 1), whole
+                raise ValueError(f'{path}, line {n}: not JSON: {getattr(error, "msg", error)}') from None
         return
     if isinstance(found, dict) and isinstance(found.get('data'), list):
         found = found['data']
@@ -95,10 +97,10 @@ def exchange(question, answers, context=None):
 
 
 def plain(value, name):
-    """A text without the blanks around it, which would be learned as part of an answer."""
+    """A text with line feeds, as a chat has them, and without the blanks around it, which would be learned as part of an answer."""
     if not isinstance(value, str | None):
         raise ValueError(f'its {name} is a {type(value).__name__}, where a text is needed')
-    return (value or '').strip()
+    return (value or '').replace('\r\n', '\n').strip()
 
 
 def of_messages(record):

@@ -72,6 +72,8 @@ QCA = [('user', 'q'), ('context', 'c'), ('assistant', 'a')]
     ('dureader.csv', 'question,answer,context\nq,a,c\n"q","a",\n', [QCA, QA]),
     ('dureader.tsv', '\ufeffquestion\tanswers\nq\ta\n', [QA]),
     ('prompts.jsonl', '{"prompt": "q"}\n', [[('user', 'q'), ('assistant', '')]]),
+    ('none.json', {'Q_TRN_1': {'question': 'q', 'evidences': {}}}, [[]]),  # to be counted as one without an answer
+    ('windows.csv', 'question,answer\r\n"q\r\nr",a\r\n', [[('user', 'q\nr'), ('assistant', 'a')]]),
 ])
 def test_layouts(tmp_path, name, content, expected):
     assert read(tmp_path, name, content) == expected
@@ -92,6 +94,8 @@ def test_layouts_of_real_files(file, n, first):
 @pytest.mark.parametrize('name, content, text', [
     ('x.jsonl', '{"messages": []}\n{"frage": "q"}', 'line 2: its fields are frage; known are records with messages; instruction, response; '),
     ('x.jsonl', '{"prompt": "q"}\n{"prompt": ', 'line 2: not JSON: Expecting value'),
+    ('x.json', '[\n {"prompt": "q"},\n {"prompt": "r"\n]', "line 4: not JSON: Expecting ',' delimiter"),
+    ('x.json', '[' * 99_999, 'line 1: not JSON: maximum recursion depth exceeded'),
     ('x.json', '[{"instruction": "q", "output": 5}]', 'record 1: its answer is a int, where a text is needed'),
     ('x.json', '{"a": {"question": "q", "evidences": {"b": {"evidence": "c"}}}}', "a: KeyError 'answer' in its fields evidences, question, which "),
     ('x.json', '[{"messages": [{"role": "human", "content": "q"}]}]', "record 1: the role 'human' is none of system, user, assistant"),
