@@ -30,9 +30,18 @@ READ_TIMEOUT_S = 30    # longest silence in the middle of a download
 
 @contextmanager
 def one_line_errors():
-    """In a prepare script: the user's mistake ends it with its one line on stderr and exit code 2."""
+    """In a script of data/: the user's mistake ends it with its one line on stderr and exit code 2; Ctrl-C and `| head` end it, too."""
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a character that the terminal lacks must not end it
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(141)  # as it leaves any program: 128 + SIGPIPE
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import runpy
 import shutil
@@ -304,6 +305,12 @@ def test_the_command_line(tmp_path):
     done = run('build', '--input', file, '--tokenizer', tmp_path / 'ckpt.pt', '--block_size', '60', '--style', 'alpaca', '--out', 'y', '--val_fraction', '0.3')
     assert done.returncode == 0 and f'--init_from={tmp_path / "ckpt.pt"}' in done.stdout
     assert '### Instruction:\nq' in run('show', 'y', '--rows', '1').stdout
+    gone, end = os.pipe()
+    os.close(gone)  # as `| head` leaves it, for a terminal without these characters
+    done = subprocess.run([sys.executable, ROOT / 'data/chat.py', 'show', 'y'], stdout=end, stderr=subprocess.PIPE, cwd=tmp_path,
+                          env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    os.close(end)
+    assert (done.returncode, done.stderr) == (141, b'')
     bad = run('build', '--input', file, '--tokenizer', tmp_path / 'nothing.pt', '--out', 'y')
     assert (bad.returncode, bad.stderr) == (2, f'{tmp_path / "nothing.pt"} does not exist\n')
     assert run('show', tmp_path).returncode == 2
