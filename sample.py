@@ -208,8 +208,8 @@ def answer_all(model, tokenizer, template, questions):
 
 
 def talk(model, tokenizer, template):
-    """Answers what is typed, or what comes through a pipe, line by line; what is not an answer goes to stderr."""
-    turns, told, block_size = [], False, model.config.block_size
+    """Answers what is typed, or what comes through a pipe, line by line; all but the answers, and the lines about the model before them, goes to stderr."""
+    turns, told, block_size = [], set(), model.config.block_size
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, arrow keys in input()
@@ -228,7 +228,7 @@ def talk(model, tokenizer, template):
         if command == '/quit':
             break
         if command == '/reset':
-            turns, told = [], False
+            turns, told = [], set()
         elif command == '/save':
             save_conversation(turns, Path(argument.strip() or 'chat.jsonl'))
         elif command.startswith('/'):
@@ -236,10 +236,11 @@ def talk(model, tokenizer, template):
         elif text:
             turns.append(('user', text))
             ids, n_left_out, n_cut = prompt_of(turns, tokenizer, template, block_size)
-            if (n_left_out or n_cut) and not told:
-                print(f'(the oldest turns no longer fit into the context of {block_size} tokens, and are left out)' if n_left_out else
-                      f'(this is too long for the context of {block_size} tokens: its beginning is cut off)', file=sys.stderr)
-                told = True
+            for n, what in ((n_left_out, f'the oldest turns no longer fit into the context of {block_size} tokens, and are left out'),
+                            (n_cut, f'this is too long for the context of {block_size} tokens: its beginning is cut off')):
+                if n and what not in told:
+                    print(f'({what})', file=sys.stderr)
+                    told.add(what)
             turns.append(('assistant', answer_aloud(model, ids, tokenizer)))
 
 

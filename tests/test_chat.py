@@ -435,7 +435,10 @@ def test_the_oldest_turns_leave_a_full_context_and_that_is_said_once(tuned):
     folder, _ = tuned
     code, out, error = ask(folder, '--chat', '--max_new_tokens=8', stdin='dog?\n' * 12)
     assert code == 0 and len(out.splitlines()) == 12 and out.startswith('woof\n')
-    assert error == '(the oldest turns no longer fit into the context of 64 tokens, and are left out)\n'
+    left_out, cut = ('(the oldest turns no longer fit into the context of 64 tokens, and are left out)\n',
+                     '(this is too long for the context of 64 tokens: its beginning is cut off)\n')
+    assert error == left_out
+    assert ask(folder, '--chat', '--max_new_tokens=8', stdin=('q' * 99 + '\n') * 3)[2] == cut + left_out
 
 
 def test_answers_in_batches_are_those_of_one_at_a_time(tuned):
