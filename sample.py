@@ -214,7 +214,7 @@ def talk(model, tokenizer, template):
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, arrow keys in input()
         print('/reset forgets, /save FILE keeps the conversation, /quit ends, Ctrl-C stops an answer', file=sys.stderr)
-    elif hasattr(sys.stdin, 'reconfigure'):
+    if hasattr(sys.stdin, 'reconfigure'):
         sys.stdin.reconfigure(encoding='utf-8', errors='replace')
     while True:
         try:
