@@ -182,7 +182,9 @@ def read_questions():
 def answer_all(model, tokenizer, template, questions):
     """Writes the file answers: the questions in their order, with what the model answers, and whether that is an answer in the file."""
     from tqdm import tqdm
-    asked = [prompt_of(turns, tokenizer, template, model.config.block_size)[0] for turns, _ in questions]
+    asked, n_left_out, n_cut = zip(*(prompt_of(turns, tokenizer, template, model.config.block_size) for turns, _ in questions))
+    if n := sum(map(any, zip(n_left_out, n_cut))):
+        print(f'{n:,} of {len(asked):,} questions are too long for the context of {model.config.block_size} tokens: their beginnings are cut off')
     replies = [[] for _ in asked]
     by_length = sorted(range(len(asked)), key=lambda i: len(asked[i]))  # little padding
     with tqdm(total=len(asked), unit=' answers', disable=None) as bar:
@@ -276,6 +278,8 @@ def save_conversation(turns, path):
 def check_settings():
     if bool(prompts) != bool(answers) or (chat and prompts):
         raise ValueError('--prompts=FILE and --answers=FILE go together, and without --chat')
+    if answers and (Path(answers).is_dir() or not Path(answers).parent.is_dir()):
+        raise ValueError(f'--answers={answers}: accepted is a file in a folder that is there')
     for name, fits, accepted in (('num_samples', num_samples >= 1, '1 or more'), ('max_new_tokens', max_new_tokens >= 0, '0 or more'),
                                  ('batch_size', batch_size >= 1, '1 or more'),
                                  ('temperature', temperature >= 0, '0 (greedy) or more'), ('top_k', (top_k or 0) >= 0, '0 or more, or None'),

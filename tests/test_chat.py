@@ -448,7 +448,8 @@ def test_answers_in_batches_are_those_of_one_at_a_time(tuned):
     files = []
     for n in (1, 16):
         code, out, error = ask(folder, f'--prompts={file}', f'--answers={folder / "answers.jsonl"}', f'--batch_size={n}')
-        assert (code, out) == (0, f'{folder / "answers.jsonl"}: 11 answers, 7 of 7 (100.0%) exactly as {file} has them\n'), error
+        assert (code, out) == (0, '2 of 11 questions are too long for the context of 64 tokens: their beginnings are cut off\n'
+                               f'{folder / "answers.jsonl"}: 11 answers, 7 of 7 (100.0%) exactly as {file} has them\n'), error
         files.append((folder / 'answers.jsonl').read_text(encoding='utf-8'))
     assert files[0] == files[1]
     lines = [json.loads(line) for line in files[0].splitlines()]
@@ -460,6 +461,7 @@ def test_questions_that_cannot_be_asked(tuned):
     folder, _ = tuned
     empty = write(folder / 'empty.jsonl', '')
     for flags, text in ((['--prompts=x'], '--prompts=FILE and --answers=FILE go together, and without --chat'),
+                        ([f'--prompts={empty}', '--answers=no/y'], '--answers=no/y: accepted is a file in a folder that is there'),
                         ([f'--prompts={empty}', '--answers=y'], f'{empty}: there is no question')):
         assert ask(folder, *flags) == (2, '', text + '\n')
     code, _, error = ask(folder, '--chat', out_dir='base')
