@@ -50,7 +50,8 @@ def find(name, also=()):
         return path
     said = f'init_from={name}' if also else name
     if path.is_dir():
-        raise FileNotFoundError(f'{said} has no config.json: a model in transformers\' format is config.json and model.safetensors')
+        raise FileNotFoundError(f'{said} has no config.json: a model in transformers\' format is config.json and model.safetensors'
+                                + (f', for that of a run name {path / "ckpt.pt"}' if (path / 'ckpt.pt').is_file() else ''))
     raise FileNotFoundError(f'{said}: no such model, accepted are {", ".join([*also, *HUB])}, a folder with config.json and model.safetensors, '
                             'or an .npz file that save_pretrained wrote')
 

@@ -308,6 +308,8 @@ def test_folders_that_lack_something(tmp_path):
         'or an .npz file that save_pretrained wrote')
     folder.mkdir()
     assert error_of(GPT.from_pretrained, folder) == f"{folder} has no config.json: a model in transformers' format is config.json and model.safetensors"
+    (folder / 'ckpt.pt').touch()
+    assert error_of(GPT.from_pretrained, folder).endswith(f'config.json and model.safetensors, for that of a run name {folder / "ckpt.pt"}')
     ours().save_pretrained(folder)
     (folder / 'model.safetensors').unlink()
     assert error_of(GPT.from_pretrained, folder) == (
