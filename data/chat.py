@@ -13,7 +13,7 @@ Files are JSON, JSONL or CSV in UTF-8; which of these layouts one has shows in i
     question, documents, answers          DuReader 2.0: documents [{"paragraphs": [text], "is_selected", "most_related_para"}]
     paragraphs                            SQuAD, DuReader-robust, CMRC in SQuAD's form: [{"context", "qas": [{"question", "answers": [{"text"}]}]}]
     context_text, qas                     CMRC 2018: qas [{"query_text", "answers": [text]}]
-    question, answer or answers, [context]  any table of questions, DuReader as CSV among them
+    question, answer or answers, [context]  any table of questions, DuReader as CSV and SQuAD as the hub has it, {"text": [text]}, among them
     prompt, [response]                    one question, for sample.py --prompts
 
 Style 'chat' opens each turn with its role token, <|user|> or <|assistant|>, or with a line such as '### User:' where the
@@ -90,6 +90,7 @@ def conversations(record):
 
 def exchange(question, answers, context=None):
     """The conversation of one question and its answer, of several answers the first that says something."""
+    answers = answers['text'] if isinstance(answers, dict) and 'text' in answers else answers
     answers = answers if isinstance(answers, list) else [answers]
     said = [text for text in (plain(answer, 'answer') for answer in answers) if text not in ('', 'no_answer')]
     turns = [('user', plain(question, 'question')), ('context', plain(context, 'context')), ('assistant', said[0] if said else '')]

@@ -68,6 +68,7 @@ QCA = [('user', 'q'), ('context', 'c'), ('assistant', 'a')]
     ('squad.json', {'version': 'v1', 'data': [{'title': 't', 'paragraphs': [{'context': 'c', 'qas': [
         {'id': '1', 'question': 'q', 'answers': [{'text': 'a', 'answer_start': 0}]},
         {'id': '2', 'question': 'q', 'answers': [], 'is_impossible': True}]}]}]}, [QCA, [*QCA[:2], ('assistant', '')]]),
+    ('hub.jsonl', '{"id": "1", "title": "t", "context": "c", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 2]}}', [QCA]),
     ('cmrc.json', [{'context_id': 'T1', 'context_text': 'c', 'title': 't', 'qas': [{'query_id': '1', 'query_text': 'q', 'answers': ['a', 'a']}]}], [QCA]),
     ('flat.jsonl', '{"id": "1", "context": "c", "question": "q", "answer": "a"}\n', [QCA]),
     ('dureader.csv', 'question,answer,context\nq,a,c\n"q","a",\n', [QCA, QA]),
