@@ -82,6 +82,8 @@ class Split:
         dtype, first = np.dtype(self.meta['dtype']).newbyteorder('<'), 0
         self.n_tokens = known['tokens']
         self.mask = self.beside('.mask', np.uint8, (self.n_tokens,))
+        if self.mask is None and self.meta.get('row_tokens'):
+            raise FileNotFoundError(f'{self.folder / split}.mask is missing: it tells answers from questions and padding, prepare the dataset again')
         self.checksums = [shard['crc32'] for shard in known['shards']]
         self.shards = []
         for shard in known['shards']:

@@ -256,6 +256,14 @@ def test_another_block_size_is_one_line(tmp_path):
     assert str(error.value) == f'{folder} was packed in rows for block_size 40: use --block_size=40, or pack it again with --block_size 64'
 
 
+def test_rows_without_their_mask_are_refused(tmp_path):
+    folder, _ = packed(tmp_path)
+    (folder / 'val.mask').unlink()
+    Loader(folder, 'train', 40, 4)
+    with pytest.raises(FileNotFoundError, match=re.escape(f'{folder / "val.mask"} is missing: it tells answers from questions and padding')):
+        Loader(folder, 'val', 40, 4)
+
+
 def test_equal_questions_and_all_of_a_context_stay_in_one_split(tmp_path):
     records = [{'question': f'{i % 20}?', 'answer': str(i)} for i in range(100)] + [
         {'question': f'{i}!', 'answer': str(i), 'context': f'text {i % 20}'} for i in range(100)] + [
