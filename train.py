@@ -162,7 +162,9 @@ def main(explicit):
     known_tokenizer = None if 'tokenizer' in explicit else (state or start or {}).get('tokenizer')
     train_loader, eval_sets = open_data(grad_accum, rows, place, known_tokenizer or tokenizer)
     tokenizer_meta, vocab_size = train_loader.splits[0].tokenizer, train_loader.splits[0].vocab_size
-    style = next((split.meta['style'] for split in train_loader.splits if 'style' in split.meta), None)  # how sample.py --chat is to ask
+    style, *others = sorted({split.meta['style'] for split in train_loader.splits if 'style' in split.meta}) or [None]  # how sample.py --chat asks
+    if others:
+        raise ValueError(f'dataset={dataset} has conversations in the styles {style} and {others[0]}: pack them in one')
     torch.manual_seed(seed)
     model = make_model(state, start, vocab_size, tokenizer_meta)
     model.activation_checkpointing, model.loss_chunks = activation_checkpointing, loss_chunks
@@ -430,6 +432,8 @@ def check_settings():
         raise ValueError(f'decay_fraction={decay_fraction}: accepted is 0 up to 1, the part of max_iters')
     if 0 < skip_spikes <= 1:
         raise ValueError(f'skip_spikes={skip_spikes} would skip steps that are below the running mean: accepted is 0 (off) or more than 1, such as 3')
+    if isolate_documents and dataset.startswith('stream:'):
+        raise ValueError('isolate_documents=True is for packed datasets, a stream does not tell its documents apart: pack it, or leave it out')
     if shard_ranks and parallel != 'fsdp':
         raise ValueError(f'shard_ranks={shard_ranks} is for --parallel=fsdp: add it, or give --shard_ranks=0')
     if not out_dir:

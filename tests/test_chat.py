@@ -422,6 +422,15 @@ def test_tuning_learns_the_answers_and_the_checkpoint_says_how_to_ask(tuned):
     assert [path.name for path in sorted((folder / 'tuned').glob('ckpt_*.pt'))] == ['ckpt_00000050.pt', 'ckpt_00000100.pt']
 
 
+def test_settings_that_would_train_on_something_else(tuned, tmp_path):
+    folder, _ = tuned
+    chat.build(tmp_path / 'alpaca', BYTES, [folder / 'x.jsonl'], 64, style='alpaca', val_fraction=0.5)
+    for flags, text in (([f'--dataset={folder / "chat"},{tmp_path / "alpaca"}'], ' has conversations in the styles alpaca and chat: pack them in one\n'),
+                        (['--dataset=stream:x', '--isolate_documents=True'], 'isolate_documents=True is for packed datasets, a stream does not ')):
+        code, _, error, _ = train_here(f'--init_from={folder / "base/ckpt.pt"}', *flags, '--device=cpu', out_dir=tmp_path / 'out')
+        assert code == 2 and text in error and not (tmp_path / 'out').exists(), error
+
+
 def test_tuning_is_resumed_by_the_same_command(tuned, tmp_path):
     folder, _ = tuned
     code, out, error, _ = train_here(str(ROOT / 'config/finetune_dolly.py'), f'--init_from={folder / "base/ckpt.pt"}', f'--dataset={folder / "chat"}',
