@@ -16,7 +16,7 @@
     wiki         .xml                     an article of a MediaWiki dump, as plain text
     blocks       <main>/<block>/{token,label}_float32.npy     a row of ids, with loss_mask.npy where it is there
 
-Each file may be compressed: .gz, .bz2, .zst. format='auto' goes by these endings; with a format named, a folder without a file
+Each file but Parquet, Arrow and blocks may be compressed: .gz, .bz2, .zst. format='auto' goes by these endings; with a format named, a folder without a file
 of its endings is read whole. Files are read in the order of their names.
 
 Reading is in two steps, so that the second can be spread over processes: blocks() reads and cuts, parse() makes the documents of a
@@ -41,6 +41,7 @@ ENDINGS = {'text': TEXT_ENDINGS, 'paragraphs': TEXT_ENDINGS, 'lines': TEXT_ENDIN
            'csv': ('.csv',), 'tsv': ('.tsv',), 'parquet': ('.parquet',), 'arrow': ('.arrow',), 'wiki': ('.xml',), 'blocks': ()}
 FORMATS = tuple(ENDINGS)
 OF_ENDING = {ending: format for format in reversed(FORMATS) for ending in ENDINGS[format]}  # .txt is text
+COMPRESSED = re.compile(r'\.(gz|bz2|zst)$', re.IGNORECASE)
 BLOCK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 64 << 20  # a document that is longer is taken for a file of another format
 
@@ -73,17 +74,21 @@ def find_files(inputs, format='auto'):
             found.append((path, of))
         else:
             raise FileNotFoundError(f'{path}: there is no such file or folder')
+    for path, of in found:
+        if of in ('parquet', 'arrow') and COMPRESSED.search(path):
+            raise ValueError(f'{path}: Parquet and Arrow files are compressed within, if at all: unpack it')
     return found
 
 
 def format_of(path):
     """The format that the ending of a name stands for, or None. Parts of a wiki dump are named ...xml-p1p41242.bz2."""
-    name = re.sub(r'(\.xml)-p\d+p\d+$', r'\1', re.sub(r'\.(gz|bz2|zst)$', '', os.path.basename(path).lower()))
+    name = re.sub(r'(\.xml)-p\d+p\d+$', r'\1', COMPRESSED.sub('', os.path.basename(path)).lower())
     return OF_ENDING.get(os.path.splitext(name)[1])
 
 
-def walk(folder, format, any_ending=False):
-    """(path, format) of what is to be read below a folder."""
+def walk(folder, format, any_ending=False, above=()):
+    """(path, format) of what is to be read below a folder. Links are followed, but not to a folder above."""
+    above = (*above, os.path.realpath(folder))
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     names = {entry.name for entry in entries}
     if format in ('auto', 'arrow') and 'dataset_dict.json' in names:
@@ -100,8 +105,9 @@ def walk(folder, format, any_ending=False):
         for entry in entries:
             if entry.name.startswith('.'):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from walk(entry.path, format, any_ending)
+            if entry.is_dir():
+                if os.path.realpath(entry.path) not in above:
+                    yield from walk(entry.path, format, any_ending, above)
             elif entry.is_file() and format == 'auto' and format_of(entry.name):
                 yield entry.path, format_of(entry.name)
             elif entry.is_file() and format != 'auto' and (any_ending or format_of(entry.name) == OF_ENDING.get((*ENDINGS[format], '')[0])):
@@ -133,11 +139,12 @@ def one_line(path):
 def opened(path):
     """(the bytes of a file, decompressed; the file itself, whose tell() says how much of it was read)"""
     with open(path, 'rb') as raw:
-        if path.endswith('.gz'):
+        ending = os.path.splitext(path)[1].lower()
+        if ending == '.gz':
             yield gzip.GzipFile(fileobj=raw), raw
-        elif path.endswith('.bz2'):
+        elif ending == '.bz2':
             yield bz2.BZ2File(raw), raw
-        elif path.endswith('.zst'):
+        elif ending == '.zst':
             import pyarrow
             yield io.BufferedReader(pyarrow.input_stream(raw, compression='zstd'), 1 << 20), raw
         else:
@@ -256,7 +263,9 @@ def text_of(record, fields, where):
 
 
 def no_field(where, field, have):
-    return ValueError(f'{where}: no field {field!r} with text, only {", ".join(map(str, have)) or "none at all"}: '
+    names = [str(name) for name in have]
+    shown = ', '.join(names[:20]) + (f' and {len(names) - 20:,} more' if len(names) > 20 else '')
+    return ValueError(f'{where}: no field {field!r} with text, only {shown or "none at all"}: '
                       'name the one to take with --field')
 
 # -----------------------------------------------------------------------------
@@ -354,7 +363,7 @@ class JsonText:
     """JSON that is read piece by piece, value after value. text[at:] is what comes next."""
 
     def __init__(self, pieces):
-        self.pieces, self.text, self.at, self.ended = pieces, '', 0, False
+        self.pieces, self.text, self.at, self.past, self.ended = pieces, '', 0, 0, False  # past: characters before text
         self.decoder = json.JSONDecoder()
 
     def read_on(self):
@@ -364,6 +373,7 @@ class JsonText:
             parts.append(next(self.pieces, None))
             self.ended = parts[-1] is None
             parts[-1] = parts[-1] or ''
+        self.past += self.at
         self.text, self.at = ''.join(parts), 0
 
     def peek(self):
@@ -396,7 +406,7 @@ class JsonText:
             self.read_on()
 
     def records(self):
-        """The elements of an array; the values of an object of objects; each of several objects in a row."""
+        """The elements of an array; the values of an object whose first two are objects; each of several other objects in a row."""
         while first := self.peek():
             if first == '[':
                 yield from self.elements()
@@ -412,20 +422,27 @@ class JsonText:
             more = self.take(',]') == ','
 
     def members(self):
-        record, of_objects = {}, False
+        record, of_objects, begin = {}, False, self.past + self.at
         more = self.take('{') and self.peek() != '}' or not self.take('}')
         while more:
             key = self.value()
             self.take(':')
-            of_objects = of_objects or not record and self.peek() == '{'
             value = self.value()
-            if of_objects:
+            if not of_objects:
+                record[key] = value
+                if self.past + self.at - begin > MAX_RECORD_BYTES:
+                    raise ValueError(f'an object of more than {MAX_RECORD_BYTES >> 20} MiB that is no object of objects')
+                if len(record) == 2 and all(isinstance(value, dict) for value in record.values()):
+                    of_objects = True
+                    yield from record.values()
+            elif isinstance(value, dict):
                 yield value
             else:
-                record[key] = value
+                raise ValueError(f'{key!r:.40} is no object, as those before it are: if each line is a record, use --format=jsonl')
             more = self.take(',}') == ','
-        if record:
-            yield record
+        if record and not of_objects:
+            only = list(record.values())[0] if len(record) == 1 else None
+            yield only if isinstance(only, dict) else record
 
 
 def read_json(path, format, fields, errors, place, line):
@@ -479,16 +496,19 @@ def read_csv(path, format, fields, errors, place, line):
 
 def texts_of_rows(batches, fields, path, n_to_skip):
     for batch in batches:
-        rows = zip(*(batch.column(batch.schema.get_field_index(field)).slice(n_to_skip).to_pylist() for field in fields))
+        columns = [batch.column(batch.schema.get_field_index(field)) for field in fields]
+        for begin in range(n_to_skip, batch.num_rows, 16):  # as Python's texts they take memory once more
+            for row in zip(*(column.slice(begin, 16).to_pylist() for column in columns)):
+                yield joined(row, fields, path)
         n_to_skip = max(n_to_skip - batch.num_rows, 0)
-        for row in rows:
-            yield joined(row, fields, path)
 
 
 def check_columns(schema, fields, path):
     for field in fields:
-        if field not in schema.names or 'string' not in str(schema.field(field).type):
+        if field not in schema.names:
             raise no_field(path, field, schema.names)
+        if 'string' not in str(schema.field(field).type):
+            raise ValueError(f'{path}: field {field!r} holds {schema.field(field).type}, which is no text')
 
 
 def read_parquet(path, format, fields, errors, place, line):
@@ -506,7 +526,9 @@ def read_parquet(path, format, fields, errors, place, line):
         groups = list(range(parquet.num_row_groups))
         while groups and to_skip >= parquet.metadata.row_group(groups[0]).num_rows:
             to_skip -= parquet.metadata.row_group(groups.pop(0)).num_rows
-        batches = parquet.iter_batches(batch_size=256, row_groups=groups, columns=list(fields)) if groups else ()
+        row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in map(parquet.metadata.row_group, groups)), default=0)
+        batch_size = min(max(BLOCK_BYTES // max(row_bytes, 1), 1), 256)  # few of them, where a row is a book
+        batches = parquet.iter_batches(batch_size=batch_size, row_groups=groups, columns=list(fields)) if groups else ()
         for data, n_chars, done, _, _ in grouped(texts_of_rows(batches, fields, path, to_skip), len, place):
             yield data, n_chars, done, 0, size * done // total
 
@@ -527,6 +549,7 @@ def read_arrow(path, format, fields, errors, place, line):
 
 def read_wiki(path, format, fields, errors, place, line):
     """place: articles before. An article is a page of the main namespace that is no redirection."""
+    import mwparserfromhell  # noqa: F401 (if it is missing, that is said here, not by a worker)
     unknown = set(fields) - {'title', 'text'}
     if unknown:
         raise no_field(path, min(unknown), ['title', 'text'])
@@ -679,12 +702,11 @@ def check_shapes(folders):
 
 def read_rows(path, format, fields, errors, place, line):
     """place: rows before."""
-    arrays, n_bytes = block_arrays(path), n_bytes_of(path)
-    n_rows, T = arrays['token_float32.npy'].shape
+    n_bytes, (n_rows, T) = n_bytes_of(path), block_arrays(path)['token_float32.npy'].shape
     step = max(1, BLOCK_BYTES // (4 * max(T, 1)))
     for begin in range(place, n_rows, step):
         end = min(begin + step, n_rows)
-        data = {name: np.array(array[begin:end]) for name, array in arrays.items()}
+        data = {name: np.array(array[begin:end]) for name, array in block_arrays(path).items()}  # a map that lives on would hold what was read
         yield data, sum(array.nbytes for array in data.values()), end, 0, n_bytes * end // n_rows
 
 

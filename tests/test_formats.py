@@ -115,6 +115,33 @@ def test_standard_zstandard_is_read(tmp_path):
     assert texts_of(tmp_path) == ['北京']
 
 
+def test_endings_in_capitals_and_linked_folders_are_read(tmp_path):
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'in' / 'A.JSONL.GZ').write_bytes(gzip.compress(b'{"text": "a"}'))
+    (tmp_path / 'other' / 'b.txt').write_text('b')
+    os.symlink(tmp_path / 'other', tmp_path / 'in' / 'linked')
+    os.symlink(tmp_path / 'in', tmp_path / 'in' / 'round')
+    assert texts_of(tmp_path / 'in') == ['a', 'b']
+
+
+def test_an_object_that_begins_with_an_object_is_a_record(tmp_path):
+    """As MongoDB exports them, one to a line; and as WebQA is laid out."""
+    for name, content in (('a', '{"_id": {"$oid": "5f"}, "text": "a"}\n{"_id": {"text": "no"}, "text": "b"}'), ('b', '{"Q1": {"text": "c"}}'),
+                          ('c', '{"Q1": {"text": "d"}, "Q2": {"text": "e"}, "Q3": {"text": "f"}}')):
+        (tmp_path / f'{name}.json').write_text(content)
+    assert texts_of(tmp_path) == list('abcdef')
+
+
+def test_rows_as_long_as_books_are_read_few_at_a_time(tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    texts = [f'{n}' + '书' * 300_000 for n in range(40)]
+    pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet', write_batch_size=1)
+    rows, read = [], formats.texts_of_rows
+    monkeypatch.setattr(formats, 'texts_of_rows', lambda batches, *rest: read((rows.append(batch.num_rows) or batch for batch in batches), *rest))
+    assert texts_of(tmp_path) == texts and sum(rows) == 40 and max(rows) <= 2
+
+
 def test_text_a_file_is_a_document_and_folders_go_by_name(tmp_path):
     for n, name in enumerate(['财经/2.txt', '财经/10.txt', '体育/1.txt', '体育/note.png', '.hidden/x.txt']):  # as THUCNews is laid out
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -314,6 +341,9 @@ def test_no_pickle_is_opened(tmp_path):
     ('a.xml', b'<mediawiki>\n<page><ns>0', ', line 2: not XML, or cut short: no element found'),
     ('a.parquet', b'PAR1 and more', ' could not be read ('), ('a.arrow', b'nothing', ' could not be read ('),
     ('a.jsonl.gz', b'no gzip', ' could not be read (Not a gzipped file'),
+    ('a.parquet.gz', b'', ': Parquet and Arrow files are compressed within, if at all: unpack it'),
+    ('a.json', b'{"a": {"text": "x"}, "b": {"text": "y"}, "c": "z"}', ", record 3: not JSON: 'c' is no object, as those before it are"),
+    ('a.jsonl', json.dumps({str(n): '' for n in range(99)}).encode(), ", line 1: no field 'text' with text, only " + ', '.join(map(str, range(20))) + ' and 79 more: '),
 ])
 def test_what_is_wrong_is_one_line_that_says_where(tmp_path, name, content, error):
     path = tmp_path / name
