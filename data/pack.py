@@ -701,6 +701,8 @@ def mix(args):
             raise ValueError(f'{other.folder} and {first.folder} were packed with different tokenizers: pack them with one')
         if other.folder.resolve() == args.out.resolve():
             raise ValueError(f'--out={args.out} is one of the datasets to mix: name another folder')
+        if other.meta.get('row_tokens'):
+            raise ValueError(f'{other.folder} was packed in rows, which a mixed file would cut: mix it in training, --dataset={args.datasets}')
     mixed = {name: mixed_documents(sources, weights, 2 * args.block_size, args.tokens if name == 'train' else None)
              for name, sources in splits.items()}
     source = ', '.join(f'{folder.name} {weight:.4g}' for folder, weight in zip(folders, weights))
@@ -750,7 +752,7 @@ def pieces(split, most_tokens, eot):
             if eot is not None and ids[-1] == eot:
                 ids, end = ids[:-1], end - 1
             if len(ids):
-                yield ids, np.ones(len(ids), np.uint8) if split.mask is None else np.array(split.mask[begin:end])
+                yield ids, None if split.mask is None else np.array(split.mask[begin:end])
 
 # -----------------------------------------------------------------------------
 # inspect

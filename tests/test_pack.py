@@ -300,6 +300,19 @@ def test_mixed_until_the_first_ends_or_as_many_tokens_as_wanted(tmp_path, monkey
     Loader(tmp_path / 'mixed', 'train', block_size=8, batch_size=4).batch(0)
 
 
+def test_a_mix_without_masks_has_none_and_one_of_rows_is_refused(tmp_path, monkeypatch, capsys):
+    for name, text in (('a', 'ab'), ('b', 'cd')):
+        pack_text(tmp_path / name, text * 10)
+    mix = ['mix', f'{tmp_path}/a:0.75,{tmp_path}/b:0.25', '--out', tmp_path / 'mixed']
+    code, _, stderr = run(monkeypatch, capsys, *mix)
+    assert code == 0, stderr
+    assert sorted(files_of(tmp_path / 'mixed')) == ['meta.json', 'train.bin', 'train.idx', 'val.bin', 'val.idx']
+    meta = json.loads((tmp_path / 'b' / 'meta.json').read_text(encoding='utf-8'))
+    (tmp_path / 'b' / 'meta.json').write_text(json.dumps({**meta, 'row_tokens': 2}), encoding='utf-8')
+    code, _, stderr = run(monkeypatch, capsys, *mix)
+    assert code == 2 and 'was packed in rows, which a mixed file would cut' in stderr
+
+
 def test_a_run_on_a_mixture_resumes_at_the_same_windows(tmp_path):
     pack_text(tmp_path / 'a', 'ab' * 10)
     pack_text(tmp_path / 'b', 'cd' * 10)
