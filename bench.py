@@ -11,9 +11,10 @@ one JSON object with every number, the settings, the machine and the versions; w
 """
 
 import copy
+import multiprocessing
 import platform
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from json import dumps
 from statistics import median
 from typing import Literal
@@ -26,7 +27,7 @@ import distributed
 from configurator import config_of, configure, one_line_errors
 from data.loader import Loader, dataset_folders
 from model import GPT, GPTConfig
-from optim import configure_optimizers
+from optim import configure_optimizers, judge, lr_scale, new_history, set_lr, step_unless
 
 # -----------------------------------------------------------------------------
 mode: Literal['step', 'decode', 'data', 'compare'] = 'step'  # step = forward, backward, update; decode = read a prompt, write on; see above
@@ -47,7 +48,7 @@ dataset = ''  # windows of this dataset, read anew each step; '' = random tokens
 loss_chunks: int | Literal['auto'] = 'auto'  # parts of the rows whose logits are in memory at a time; auto = one where they are small
 optimizer: Literal['adamw', 'muon'] = 'adamw'
 warmup_steps = 5  # not counted: compilation, first allocations
-steps = 20
+steps: int | None = None  # None = 20, in compare 100
 # mode=decode
 prompt_tokens = 512
 max_new_tokens = 128
@@ -60,6 +61,7 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 compile: bool | Literal['auto'] = 'auto'  # auto = as in train.py (step), as in sample.py (decode)
 # -----------------------------------------------------------------------------
 
+PEAK_LR = 1e-3  # mode=compare: reached over 100 steps, as in nanoGPT's config/train_shakespeare_char.py
 CACHE_BYTES = 128 << 20  # weights smaller than this may stay in a processor's caches, and memory then sets no limit
 
 
@@ -69,8 +71,9 @@ COMPARED = dict(  # training: what GPTConfig takes, rows and how many steps of o
 
 
 def main():
-    global batch_size
+    global batch_size, steps
     batch_size = batch_size if batch_size is not None else 1 if mode == 'decode' else 12
+    steps = steps if steps is not None else 100 if mode == 'compare' else 20
     check_settings()
     place = distributed.start(device)
     torch.manual_seed(seed)
@@ -130,24 +133,29 @@ def measure_step(model, device, precision, use_compile):
 
 
 def make_step(model, device, precision, use_compile, learning_rate=1e-4):
-    """A function that trains the model on x and y, (B, T) int64 each, and returns the loss, as a tensor: nothing waits for the device."""
+    """A function that trains the model on x and y, (B, T) int64 each, at a rate of scale times learning_rate, and returns the loss, as a
+    tensor: nothing waits for the device."""
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     optimizers = configure_optimizers(model, optimizer=optimizer, learning_rate=learning_rate, weight_decay=1e-2, dtype=precision)
+    parameters, history = list(model.parameters()), new_history(device)
     model.loss_chunks = loss_chunks
     model.train()
     if use_compile:
         model.compile()
 
-    def train_step(x, y):
+    def train_step(x, y, scale=1.0):
+        set_lr(optimizers, scale)
         with autocast:
             _, loss = model(x, y)
         scaler.scale(loss).backward()
         for each in optimizers:
             scaler.unscale_(each)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
+        skip = judge(history, grad_norm, loss.detach())
         for each in optimizers:
-            scaler.step(each)
+            step_unless(each, skip)
             each.zero_grad(set_to_none=True)
         scaler.update()
         return loss.detach()
@@ -255,7 +263,8 @@ def read_bandwidth(device, n_bytes=512 << 20):
 
 
 # -----------------------------------------------------------------------------
-# against a plain reference: float32, eager, an optimizer that goes from tensor to tensor, a new memmap for each batch, no cache
+# against a plain reference: float32, eager, an optimizer that goes from tensor to tensor, a new memmap for each batch, no cache; in a
+# process of its own, which distributed.start() has not prepared
 
 
 def measure_compare(device, precision, use_compile):
@@ -266,7 +275,9 @@ def measure_compare(device, precision, use_compile):
         result['training'][name] = each = compare_training(shape, rows, turn, device, precision, use_compile)
         say(f'| training, {name}, {rows} x {shape["block_size"]} tokens: a step | {each["reference_ms"]["median"]:.1f} ms | '
             f'{each["ms"]["median"]:.1f} ms | {each["ratio"]:.2f} |')
-        say(f'| the same: loss at the end, largest difference on the way | {each["reference_loss"]:.4f} | {each["loss"]:.4f} | {each["deviation"]:.2%} |')
+        say(f'| the same: loss of step {steps} | {each["reference_loss"]:.4f} | {each["loss"]:.4f} | |')
+        say(f'| the same: furthest from the reference\'s loss on the way | plain code in {name_of(precision)}: {each["plain_deviation"]:.2%} | '
+            f'{each["deviation"]:.2%} | |')
     result['decoding'] = compare_decoding(device, precision)
     for name, tok_per_s in result['decoding']['tok_per_s'].items():
         say(f'| decoding, {result["decoding"]["parameters"] / 1e6:.0f}M, {name}: tokens/s | {result["decoding"]["reference_tok_per_s"]:.1f} | '
@@ -275,63 +286,140 @@ def measure_compare(device, precision, use_compile):
 
 
 def compare_training(shape, rows, turn, device, precision, use_compile):
-    """`steps` steps of each from the same weights on the same windows; times in turns of `turn` steps."""
+    """`steps` steps of each from the same weights on the same windows, in turns of `turn` steps.
+
+    The plain code runs twice: in float32, as the reference, and under torch's autocast to our precision. How far the losses of the
+    second stray from those of the first is the noise of that precision, which ours are to be held against.
+    """
     loader = open_loader(block_size=shape['block_size'], batch_size=rows)
-    model = GPT(GPTConfig(**shape, vocab_size=loader.vocab_size, bias=False)).to(device)
-    reference = copy.deepcopy(model)
-    ours = make_step(model, device, precision, use_compile, learning_rate=3e-4)
-    decay = [[p for p in reference.parameters() if (p.dim() >= 2) == matrices] for matrices in (True, False)]
-    adamw = torch.optim.AdamW([dict(params=decay[0], weight_decay=1e-2), dict(params=decay[1], weight_decay=0.0)], lr=3e-4, betas=(0.9, 0.95),
-                              foreach=False, fused=False)
+    train_step = make_step(compared_model(shape, loader, device), device, precision, use_compile, PEAK_LR)
 
-    def our_step(step):
-        return ours(*loader.to(device, loader.batch(step)))
+    def ours(first, last):
+        return timed_steps(lambda step: train_step(*loader.to(device, loader.batch(step)), warmup(step)), first, last, device)
 
-    def reference_step(step):
-        x, y = (t.to(device) for t in plain_batch(loader, step))
-        loss = F.cross_entropy(plain_logits(reference, x).flatten(0, 1), y.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
-        return loss.detach()
+    times_s, losses = ([], [], []), ([], [], [])
+    with in_its_process(plain_trainer, shape, rows, device, torch.float32) as reference, \
+            in_its_process(plain_trainer, shape, rows, device, precision) as plain:
+        for first in range(0, steps, turn):
+            for run, times, values in zip((ours, reference, plain), times_s, losses, strict=True):
+                for dt_s, loss in run(first, min(first + turn, steps)):
+                    times.append(dt_s)
+                    values.append(loss)
+    ms, reference_ms, plain_ms = (spread_ms(times[min(warmup_steps, steps - 1):]) for times in times_s)
+    losses = np.array(losses)
+    deviation, _, plain_deviation = abs(losses / losses[1] - 1).max(axis=1).tolist()
+    return dict(ms=ms, reference_ms=reference_ms, plain_ms=plain_ms, ratio=reference_ms['median'] / ms['median'], loss=losses[0, -1],
+                reference_loss=losses[1, -1], deviation=deviation, plain_deviation=plain_deviation, losses=losses.round(4).tolist())
 
-    times_s, losses = ([], []), ([], [])
-    for first in range(0, steps, turn):
-        for train_step, times, values in zip((our_step, reference_step), times_s, losses):
-            t_last = now(device)
-            for step in range(first, min(first + turn, steps)):
-                values.append(train_step(step))
-                t_last, t_before = now(device), t_last
-                times.append(t_last - t_before)
-    ours_ms, reference_ms = (spread_ms(times[min(warmup_steps, steps - 1):]) for times in times_s)
-    here, there = (torch.stack(values) for values in losses)
-    return dict(ms=ours_ms, reference_ms=reference_ms, ratio=reference_ms['median'] / ours_ms['median'], loss=here[-1].item(),
-                reference_loss=there[-1].item(), deviation=((here - there).abs() / there).max().item())
+
+def compared_model(shape, loader, device):
+    """The same weights in every process."""
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**shape, vocab_size=loader.vocab_size, bias=False)).to(device)
+
+
+def warmup(step):
+    """The part of PEAK_LR at a step."""
+    return lr_scale(step, schedule='constant', warmup_iters=100, max_iters=steps)
+
+
+def timed_steps(train_step, first, last, device):
+    """[(seconds, loss)] of train_step(first), ..., train_step(last - 1)."""
+    done, t_last = [], now(device)
+    for step in range(first, last):
+        loss = train_step(step)
+        t_last, t_before = now(device), t_last
+        done.append((t_last - t_before, loss.item()))
+    return done
 
 
 def compare_decoding(device, precision):
     """Tokens per second behind a prompt of prompt_tokens: each round the reference writes 2, we write max_new_tokens, in each of our ways."""
-    reference = GPT(GPTConfig(**COMPARED['decoding'], bias=False)).to(device).eval()
-    fast = copy.deepcopy(reference).to(precision).pack()
+    model = GPT(GPTConfig(**COMPARED['decoding'], bias=False)).to(device).eval()
+    fast = copy.deepcopy(model).to(precision).pack()
     ways = {f'{name_of(precision)}, 1 row': (fast, 1), f'{name_of(precision)}, 8 rows': (fast, 8)}
     if device.type == 'cpu':
-        ways['int8, 1 row'] = copy.deepcopy(reference).to(precision).pack('int8'), 1
-    prompt = torch.randint(reference.config.vocab_size, (8, prompt_tokens), device=device)
+        ways['int8, 1 row'] = copy.deepcopy(model).to(precision).pack('int8'), 1
+    prompt = torch.randint(model.config.vocab_size, (8, prompt_tokens), device=device)
     rates, reference_s = {name: [] for name in ways}, []
-    for round_number in range(1 + rounds):  # round 0 warms up
-        t_last = now(device)
-        idx = prompt[:1]
-        for _ in range(2):
-            idx = plain_next(reference, idx)
-            t_last, t_before = now(device), t_last
-            reference_s += [t_last - t_before] * bool(round_number)
-        for name, (model, rows) in ways.items():
-            for i, _ in enumerate(model.stream(prompt[:rows], max_new_tokens, temperature=0.8, top_k=200)):
-                t_last, t_before = now(device), t_last
-                rates[name] += [rows / (t_last - t_before)] * bool(round_number and i)  # the first token is the prompt's
-    return dict(parameters=reference.get_num_params(), reference_tok_per_s=1 / median(reference_s),
+    with in_its_process(plain_writer, COMPARED['decoding'], device) as reference:
+        for round_number in range(1 + rounds):  # round 0 warms up
+            reference_s += reference(2) * bool(round_number)
+            for name, (packed, rows) in ways.items():
+                t_last = now(device)
+                for i, _ in enumerate(packed.stream(prompt[:rows], max_new_tokens, temperature=0.8, top_k=200)):
+                    t_last, t_before = now(device), t_last
+                    rates[name] += [rows / (t_last - t_before)] * bool(round_number and i)  # the first token is the prompt's
+    return dict(parameters=model.get_num_params(), reference_tok_per_s=1 / median(reference_s),
                 tok_per_s={name: median(values) for name, values in rates.items()})
+
+
+@contextmanager
+def in_its_process(make, *arguments):
+    """The function that make(*arguments) returns, in a new process that has these settings: each call waits for what it returns there."""
+    context = multiprocessing.get_context('spawn')
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, config_of(globals()), make, arguments), daemon=True)
+    process.start()
+    there.close()
+
+    def call(*arguments):
+        here.send(arguments)
+        return here.recv()
+
+    try:
+        yield call
+    finally:
+        here.close()
+        process.join()
+
+
+def serve(pipe, settings, make, arguments):
+    globals().update(settings)
+    function = make(*arguments)
+    with suppress(EOFError):  # the other end is closed
+        while True:
+            pipe.send(function(*pipe.recv()))
+
+
+def plain_trainer(shape, rows, device, precision):
+    """A function of the first and the last step, less one, as timed_steps() returns it: of plain code, in float32 or under autocast."""
+    loader = open_loader(block_size=shape['block_size'], batch_size=rows)
+    model = compared_model(shape, loader, device)
+    decay = [[p for p in model.parameters() if (p.dim() >= 2) == matrices] for matrices in (True, False)]
+    adamw = torch.optim.AdamW([dict(params=decay[0], weight_decay=1e-2), dict(params=decay[1], weight_decay=0.0)], lr=PEAK_LR, betas=(0.9, 0.95),
+                              foreach=False, fused=False)
+
+    def train_step(step):
+        for group in adamw.param_groups:
+            group['lr'] = PEAK_LR * warmup(step)
+        x, y = (t.to(device) for t in plain_batch(loader, step))
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = plain_logits(model, x)
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return lambda first, last: timed_steps(train_step, first, last, device)
+
+
+def plain_writer(shape, device):
+    """A function of n: the seconds that each of n tokens takes plain code behind a prompt of prompt_tokens."""
+    model = GPT(GPTConfig(**shape, bias=False)).to(device).eval()
+    prompt = torch.randint(model.config.vocab_size, (1, prompt_tokens), device=device)
+
+    def write(n):
+        idx, times_s, t_last = prompt, [], now(device)
+        for _ in range(n):
+            idx = plain_next(model, idx)
+            t_last, t_before = now(device), t_last
+            times_s.append(t_last - t_before)
+        return times_s
+
+    return write
 
 
 def plain_batch(loader, step):
@@ -343,8 +431,8 @@ def plain_batch(loader, step):
     return x, y
 
 
-def plain_logits(model, idx):
-    """GPT-2's forward pass as a textbook has it, with the weights of an arch=gpt2 model: (B, T) -> (B, T, V)."""
+def plain_logits(model, idx, positions=slice(None)):
+    """GPT-2's forward pass as a textbook has it, with the weights of an arch=gpt2 model: (B, T) -> (B, T, V), or fewer positions of T."""
     B, T = idx.shape
     parts, C = model.transformer, model.config.n_embd
     x = parts.wte(idx) + parts.wpe(torch.arange(T, device=idx.device))
@@ -354,13 +442,13 @@ def plain_logits(model, idx):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous().view(B, T, C)
         x = x + block.attn.c_proj(y)
         x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x))))
-    return model.lm_head(parts.ln_f(x))
+    return model.lm_head(parts.ln_f(x)[:, positions])
 
 
 @torch.no_grad()
 def plain_next(model, idx, temperature=0.8, top_k=200):
     """The row with one more token drawn behind it, from a pass over all of it."""
-    logits = plain_logits(model, idx)[:, -1] / temperature
+    logits = plain_logits(model, idx, [-1])[:, 0] / temperature  # nanoGPT, too, spares itself the others
     logits[logits < logits.topk(top_k).values[:, [-1]]] = -float('inf')
     return torch.cat((idx, torch.multinomial(logits.softmax(dim=-1), 1)), dim=1)
 

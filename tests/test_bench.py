@@ -71,7 +71,7 @@ def test_one_call_measures_all_that_a_gpu_is_wanted_for(tmp_path):
     done = subprocess.run(['sh', copy / 'launch' / 'gpu.sh', *small], capture_output=True, text=True, encoding='utf-8',
                           env={**os.environ, 'STEPS': '2', 'PROMPT': '8', 'NEW': '8', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count('\n{"mode"') == 9 and done.stdout.count('\ndone: out-gpu-') == 2 and 'FAILED' not in done.stdout
+    assert done.stdout.count('\n{"mode"') == 9 and done.stdout.count('\ndone: out-gpu-') == 3 and 'FAILED' not in done.stdout
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
@@ -116,6 +116,7 @@ def test_reference_computes_what_the_model_does(tiny):
     for ours, theirs in zip((x, y), bench.plain_batch(loader, 5)):
         assert torch.equal(ours, theirs)
     torch.testing.assert_close(bench.plain_logits(model, x), model(x, y)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(bench.plain_logits(model, x, [-1]), model(x)[0], atol=1e-5, rtol=0)
     assert bench.plain_next(model, x[:1], top_k=1)[0, -1] == model.generate(x[:1], 1, temperature=0)[0, -1]
 
 
@@ -131,11 +132,13 @@ def test_compare(tiny, monkeypatch, capsys):
     *words, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     training = result['training']['tiny']
-    assert training['ms']['n'] == training['reference_ms']['n'] == 4
+    assert training['ms']['n'] == training['reference_ms']['n'] == training['plain_ms']['n'] == 4
     assert training['ratio'] == pytest.approx(training['reference_ms']['median'] / training['ms']['median'])
-    assert training['deviation'] < 1e-3  # float32, and two kinds of GELU
+    ours, reference, plain = training['losses']
+    assert len(ours) == 5 and ours == pytest.approx(reference, rel=1e-3)  # float32, and two kinds of GELU
+    assert training['deviation'] < 1e-3 and plain == reference and training['plain_deviation'] == 0  # the same code in two processes
     assert set(result['decoding']['tok_per_s']) == {'float32, 1 row', 'float32, 8 rows', 'int8, 1 row'}
-    assert sum(line.startswith('| ') for line in words) == 2 + 2 + 3
+    assert sum(line.startswith('| ') for line in words) == 2 + 3 + 3
 
 
 def test_json_leaves_out_the_words():
