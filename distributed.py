@@ -341,7 +341,12 @@ def wrap(model, place, parallel='ddp', shard_ranks=0, dtype=torch.float32):
         fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)  # the norms, in float32, go with the root
     fully_shard(model, mesh=mesh)
     warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')  # which nothing here changes in place
-    return model.to(place.device)
+    model = model.to(place.device)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # FSDP keeps the tensors of its first pass: made under inference mode, they could not be trained on
+            module.unshard()
+            module.reshard()
+    return model
 
 
 def sync_gradients(model, last):

@@ -123,7 +123,7 @@ def exact_dtype(place):
     return torch.float32 if place.device.type == 'mps' else torch.float64  # MPS has no float64
 
 
-@torch.no_grad()  # inference_mode's tensors cannot be trained on afterwards, and FSDP keeps some
+@torch.inference_mode()
 @torch.compiler.set_stance('force_eager')  # every batch has a shape of its own
 def score(model, rows, title, batch_tokens, place, autocast):
     """Log-likelihood of the end of each row; every rank does its share, and gets all.
@@ -535,7 +535,7 @@ def spread_windows(loader, count):
     return np.arange(n) * loader.n_windows // n
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def text_loss(model, loader, windows, batch_size, token_bytes, place, autocast):
     """Loss per target and per byte over windows of a text: the same at any world size and batch size, each rank doing its share.
 

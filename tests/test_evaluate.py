@@ -136,6 +136,15 @@ def bits(model, tokenizer, folder, batch_size=4, block_size=32):
     return evaluate.text_loss(model, loader, evaluate.spread_windows(loader, 0), batch_size, byte_counts, PLACE, torch.autocast('cpu', enabled=False))
 
 
+def test_scores_and_losses_are_taken_under_inference_mode(tmp_path, small):
+    seen = []
+    hook = small.register_forward_pre_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
+    rater(small)([([1, 2, 3], 1)], None)
+    bits(small, CharTokenizer(CHARS), pack(tmp_path / 'x', CharTokenizer(CHARS), sentences(100, 5)), batch_size=10)
+    hook.remove()
+    assert seen == [True, True]
+
+
 def test_bits_per_byte_compare_between_tokenizers(tmp_path):
     text = sentences(3000, 5).replace('cat', 'café')
     for tokenizer in (CharTokenizer(''.join(sorted(set(text)))), GPT2Tokenizer(), ByteTokenizer(), BPETokenizer(['t h', 'th e', 'Ġ the', 'Ã ©'])):
