@@ -29,8 +29,9 @@ bench --compile=False --steps=3 --profile=True
 decode --compile=False
 decode --compile=True
 decode --compile=True --batch_size=8
-# the trainer as one process, and as the only rank of a group
+# the trainer as one process, and as the only rank of a group, which needs no wrapping: the three should be equally fast
 [ -e data/shakespeare_char/meta.json ] || part python data/shakespeare_char/prepare.py
 train python train.py --out_dir=out-gpu-one
 train torchrun --standalone --nproc_per_node=1 train.py --out_dir=out-gpu-rank
+train torchrun --standalone --nproc_per_node=1 train.py --parallel=fsdp --out_dir=out-gpu-fsdp
 exit $failed
