@@ -68,12 +68,21 @@ def start(device='auto', backend='auto', timeout_s=600):
 
 
 def keep_freed_memory():
-    """Tells glibc to hand freed memory out again instead of returning it: each step wants the same, and fresh pages cost 10% of a step."""
-    if sys.platform == 'linux':
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, 'mallopt'):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and stay there
+    """Tells glibc to hand freed memory out again instead of returning it, for each step wants the same, and Linux to make it of large pages.
+
+    Of a step of 10.7M parameters fresh pages cost 10 to 25%; small pages cost another 20%, and a third of decoding with 124M.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    if not hasattr(libc, 'mallopt'):
+        return
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and stay there
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    page, n_bytes = os.sysconf('SC_PAGE_SIZE'), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
+    addresses = libc.malloc(ctypes.c_size_t(n_bytes))  # the heap grows by so many; memory comes with the first use
+    if addresses:
+        libc.madvise(ctypes.c_void_p(-(-addresses // page) * page), ctypes.c_size_t(n_bytes - page), 14)  # MADV_HUGEPAGE
+        libc.free(addresses)
 
 
 def stop():

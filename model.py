@@ -480,7 +480,7 @@ class GPT(nn.Module):
                         setattr(parent, name, PackedLinear(child, quantize))
         return self
 
-    @torch.no_grad()  # what FSDP gathers in inference_mode can never be trained on
+    @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True, documents=None):
         """Yields the next token of each row, (B,) int64, max_new_tokens times.
 

@@ -1,6 +1,7 @@
 """Several ranks take the steps that one takes, under DDP and FSDP, whichever of them wrote the checkpoint. CPU and gloo."""
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -247,6 +248,29 @@ def in_a_child(work):
             os._exit(99)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or not hasattr(ctypes.CDLL(None), 'mallopt'), reason='needs glibc')
+def test_freed_memory_is_handed_out_again_in_large_pages():
+    import resource  # not on Windows
+
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def work():
+        distributed.keep_freed_memory()
+        torch.ones(16 << 20)
+        before = faults()
+        address = torch.ones(16 << 20).data_ptr()  # of 16,384 small pages
+        assert faults() - before < 1000
+        within = False
+        for line in open('/proc/self/smaps', encoding='utf-8'):
+            if re.match('[0-9a-f]+-', line):
+                first, end = (int(x, 16) for x in line.split()[0].split('-'))
+                within = first <= address < end
+            elif within and line.startswith('VmFlags:'):
+                assert ' hg' in line or not os.path.exists('/sys/kernel/mm/transparent_hugepage')
+    assert in_a_child(work) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
