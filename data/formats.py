@@ -128,6 +128,8 @@ def one_line(path):
         yield
     except FileNotFoundError:
         raise
+    except ImportError as error:
+        raise OSError(f'{path} needs a package that is not here: pip install {error.name}') from None
     except Exception as error:  # each of the codecs, pyarrow, the file system of the hub and its client raises its own
         if str(error).startswith(str(path)):
             raise  # it is one of ours

@@ -376,7 +376,7 @@ def cut_short(folder):
 
 def other_columns(folder):
     pq.write_table(pa.table({'content': ['a'], 'text': [1]}), folder / 'a.parquet')
-    return f"{folder / 'a.parquet'}: no field 'text' with text, only content, text: name the one to take with --field"
+    return f"{folder / 'a.parquet'}: field 'text' holds int64, which is no text"
 
 
 def flipped(folder):

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import sys
 import random
 import re
 import xml.etree.ElementTree as ET
@@ -236,6 +237,14 @@ def test_wiki_is_plain_text_of_articles(tmp_path, small_blocks, name):
     found = list(documents([tmp_path / name], fields=['title', 'text']))
     assert [text for text, _ in found] == [f'北京\n{PLAIN}', 'Lyon\nUne ville.  Catégorie:Villes Site x < y & z']
     assert texts_of(tmp_path / name, start=found[0][1]) == ['Une ville.  Catégorie:Villes Site x < y & z']
+
+
+def test_a_wiki_without_its_parser_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mwparserfromhell', None)
+    (tmp_path / 'a.xml').write_text('<mediawiki></mediawiki>', encoding='utf-8')
+    with pytest.raises(OSError, match=f'^{tmp_path}/a.xml needs a package that is not here: pip install mwparserfromhell$'):
+        texts_of(tmp_path / 'a.xml')
+
 
 def test_a_wiki_section_without_text_loses_its_heading():
     pytest.importorskip('mwparserfromhell')

@@ -309,6 +309,8 @@ def test_a_mix_without_masks_has_none_and_one_of_rows_is_refused(tmp_path, monke
     assert sorted(files_of(tmp_path / 'mixed')) == ['meta.json', 'train.bin', 'train.idx', 'val.bin', 'val.idx']
     meta = json.loads((tmp_path / 'b' / 'meta.json').read_text(encoding='utf-8'))
     (tmp_path / 'b' / 'meta.json').write_text(json.dumps({**meta, 'row_tokens': 2}), encoding='utf-8')
+    for name, split in meta['splits'].items():
+        (tmp_path / 'b' / f'{name}.mask').write_bytes(bytes(split['tokens']))
     code, _, stderr = run(monkeypatch, capsys, *mix)
     assert code == 2 and 'was packed in rows, which a mixed file would cut' in stderr
 
