@@ -4,9 +4,9 @@ import csv
 import gzip
 import json
 import os
-import sys
 import random
 import re
+import sys
 import xml.etree.ElementTree as ET
 
 import numpy as np
