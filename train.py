@@ -272,10 +272,6 @@ def main(explicit):
             if 0 < patience <= since_best and not last:
                 print0(f'no new best validation loss in {since_best} evaluations: stopping here (patience={patience})')
                 finished = last = save_now = True
-        if not stop:
-            for interval, name, evaluate_it in benchmarks:
-                if last or iter_num % interval == 0:
-                    run_benchmark(name, evaluate_it)
         if (save_now or is_best) and iter_num > done_at and not eval_only:
             try:
                 save(is_best, to_evaluate=evaluate_now and stop is not None)
@@ -285,6 +281,9 @@ def main(explicit):
                 if finished or stop:
                     raise
                 print0(f'NOT SAVED, {error.filename}: {error.strerror}: the checkpoint of iteration {saved_at} is still there, training goes on and tries again')
+        for interval, name, evaluate_it in benchmarks:  # after saving: they take long, and a signal waits for them
+            if not stop and (last or iter_num % interval == 0):
+                run_benchmark(name, evaluate_it)
         if prompts and not stop and (finished or iter_num % generate_interval == 0):
             texts = generate(model, load_tokenizer(tokenizer_meta), prompts, place, autocast)
             if place.is_master:
