@@ -353,7 +353,9 @@ class Loader:
         self.vocab_size = vocab_size or first.vocab_size
         self.n_tokens = sum(s.n_tokens for s in self.splits)
         # where the documents of each shard's split begin; what parts two of them belongs to the first
-        self.begins = {shard: np.sort(split.documents()[0]) for split in self.splits for shard in split.shards} if isolate else None
+        self.begins = {} if isolate else None
+        for split in self.splits if isolate else ():
+            self.begins.update(dict.fromkeys(split.shards, np.sort(split.documents()[0])))
         self.all_targets = order in ('shuffle', 'random') and all(s.mask is None for s in self.splits)
 
         separate = weights is not None and order != 'sequential'
