@@ -65,7 +65,7 @@ quantize: Literal['none', 'int8'] = 'none'  # int8 = a byte a weight, on the CPU
 
 def main():
     check_settings()
-    place = distributed.choose_device(device)
+    place = distributed.start(device).device
     precision = torch.float32 if export and dtype == 'auto' else distributed.choose_dtype(dtype, place)  # exported as it was trained
     state, path = find_model(init_from, out_dir, checkpoint_path, n_head)
     tokenizer = load_tokenizer(find_tokenizer(state, path))
