@@ -423,11 +423,11 @@ def plain_writer(shape, device):
 
 
 def plain_batch(loader, step):
-    """The loader's windows of a step, read one by one through a memmap opened for it."""
-    rows = [(shard.path, start) for _, shard, start, _ in loader._locate(np.arange(loader.batch_size) + step * loader.batch_size)]
-    data, T = np.memmap(rows[0][0], dtype=np.uint16, mode='r'), loader.block_size
-    x = torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64)) for _, i in rows])
-    y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + T].astype(np.int64)) for _, i in rows])
+    """The loader's windows of a step, read one by one through a memmap of each shard opened for it."""
+    rows = [(shard, start) for _, shard, start, _ in loader._locate(np.arange(loader.batch_size) + step * loader.batch_size)]
+    data, T = {shard: np.memmap(shard.path, shard.dtype, 'r', shard.header) for shard, _ in rows}, loader.block_size
+    x = torch.stack([torch.from_numpy(data[shard][i:i + T].astype(np.int64)) for shard, i in rows])
+    y = torch.stack([torch.from_numpy(data[shard][i + 1:i + 1 + T].astype(np.int64)) for shard, i in rows])
     return x, y
 
 
