@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import checkpoint
+import distributed
 import pretrained
 from data.loader import dataset_folders
 from data.tokenizer import GPT2_META, read_meta, read_meta_pkl
@@ -30,13 +31,27 @@ def find_model(init_from='resume', out_dir='out', checkpoint_path='', n_head=Non
 
 
 def find_checkpoint(out_dir):
-    """State and path of the newest checkpoint of out_dir, or of its best where the run asked for that (always_save_checkpoint=False)."""
-    state, path = checkpoint.load_newest(out_dir)
-    best = Path(out_dir) / 'best.pt'
-    if best.exists() and (state is None or not state.get('config', {}).get('always_save_checkpoint', True)):
-        return checkpoint.load(best), best
-    if state is None:
-        raise FileNotFoundError(f'{out_dir} has no checkpoint: train one with python train.py --out_dir={out_dir}, or name another --out_dir')
+    """State and path of the newest checkpoint of out_dir, or of its best where the run asked for that (always_save_checkpoint=False).
+
+    The first rank chooses for all. ValueError where a run that goes on has replaced the file before the others read it.
+    """
+    state = None
+
+    def choose():
+        nonlocal state
+        state, path = checkpoint.load_newest(out_dir)
+        best = Path(out_dir) / 'best.pt'
+        if best.exists() and (state is None or not state.get('config', {}).get('always_save_checkpoint', True)):
+            state, path = checkpoint.load(best), best
+        if state is None:
+            raise FileNotFoundError(f'{out_dir} has no checkpoint: train one with python train.py --out_dir={out_dir}, or name another --out_dir')
+        return path, state['iter_num']
+
+    path, iter_num = distributed.on_first_rank(choose)
+    state = checkpoint.load(path) if state is None else state
+    if state['iter_num'] != iter_num:
+        raise ValueError(f'{path} was of iteration {iter_num} and is now of {state["iter_num"]}, the run goes on: copy it, and name the copy '
+                         'with --checkpoint_path')
     return state, path
 
 
