@@ -151,7 +151,7 @@ def main(explicit):
         globals().update(init_from='checkpoint', checkpoint_path=init_from)
     check_limits()  # before the ranks meet, which takes timeout_s
     place = distributed.start(device, backend, timeout_s)
-    state = find_checkpoint(place)
+    state = find_checkpoint()
     if state is not None:
         restore_settings(state, explicit)
     check_settings()
@@ -347,7 +347,7 @@ def main(explicit):
 # before the first step
 
 
-def find_checkpoint(place):
+def find_checkpoint():
     """The checkpoint to go on from, or None for a run from scratch; the first rank chooses for all."""
     if init_from != 'resume' and not auto_resume:
         if (Path(out_dir) / 'ckpt.pt').exists() and not eval_only:
@@ -519,12 +519,12 @@ def lr_at(it):
 
 def count_bytes(tokenizer_meta, place):
     """(V,) int64 bytes of each token, on the device; None, said aloud, for GPT-2's where vocab.bpe is not here: training downloads nothing for it."""
-    table = None
-    if place.is_master and (tokenizer_meta['kind'] != 'gpt2' or (cache_folder() / 'vocab.bpe').is_file()):
-        table = torch.from_numpy(load_tokenizer(tokenizer_meta).token_bytes())
-    elif place.is_master:
+    def read():
+        if tokenizer_meta['kind'] != 'gpt2' or (cache_folder() / 'vocab.bpe').is_file():
+            return torch.from_numpy(load_tokenizer(tokenizer_meta).token_bytes())
         print0(f'no bits per byte: the bytes of GPT-2\'s tokens follow from {cache_folder() / "vocab.bpe"}, which a prepare script puts there')
-    table = distributed.broadcast(table)
+        return None
+    table = distributed.on_first_rank(read)
     return table if table is None else table.to(place.device)
 
 
