@@ -259,11 +259,13 @@ def main(explicit):
     def between_updates(stop):
         """Evaluates, scores, saves and samples where it is due. Returns whether the run is finished."""
         nonlocal best_val_loss, since_best, saved_at, t_log
-        begun, before, is_best = time.perf_counter(), (best_val_loss, since_best), False
         finished = iter_num >= max_iters
         last = finished or eval_only  # the state after the last update is always evaluated and saved
         evaluate_now = last or iter_num % eval_interval == 0
         save_now = finished or stop or iter_num % (checkpoint_interval or eval_interval) == 0
+        if evaluate_now or save_now:
+            distributed.synchronize(place.device)  # steps that an accelerator still has to do are not time of evaluation
+        begun, before, is_best = time.perf_counter(), (best_val_loss, since_best), False
         if evaluate_now and not stop:
             val_loss = evaluate()
             is_best = val_loss < best_val_loss and iter_num > done_at  # what is not saved is not the best: best.pt has this loss
