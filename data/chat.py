@@ -354,7 +354,7 @@ def open_tokenizer(name):
 
 def as_text(ids, mask, tokenizer, colour):
     """A row as text with what is trained on in green, or between ⟦ and ⟧, and special tokens by name."""
-    names, text, trained = {i: name for name, i in tokenizer.special.items()}, [], False
+    names, text = {i: name for name, i in tokenizer.special.items()}, []
     begin, end = ('\x1b[32m', '\x1b[0m') if colour else ('⟦', '⟧')
     borders = np.flatnonzero(np.diff(mask, prepend=mask[0])).tolist()
     for start, stop in zip([0, *borders], [*borders, len(ids)]):
