@@ -15,6 +15,7 @@ Every rank tokenizes the whole row, in threads, since only the tokens tell where
 
 T block_size
 """
+
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ class Text:
         rows = [path for path, format in files if format == 'blocks']
         if rows:
             raise ValueError(f'{rows[0]} holds token ids, not text: pack it with python data/pack.py build, and name the dataset')
-        self.files, self.paths, self.tokenizer, self.fields, self.errors = files, [path for path, _ in files], tokenizer, tuple(fields), errors
+        self.paths, self.tokenizer, self.fields, self.errors = [path for path, _ in files], tokenizer, tuple(fields), errors
 
     def encoded(self, epoch, *position):
         """(ids, where it begins) of every document from a position on; the last one of an epoch is followed by the first."""
@@ -174,7 +175,6 @@ class Head:
             size += len(ids)
         self.block_size, self.tokens = block_size, np.concatenate(parts)[:None if n_windows is None else wanted]
         self.n_windows = -(-(len(self.tokens) - 1) // block_size)
-        self.bytes_per_token = float(text.tokenizer.token_bytes()[self.tokens[1:]].mean())
 
     def windows(self, g):
         """The windows numbered g, (K,) int64: x, y (K, T) int64; what the last one lacks is no target."""
