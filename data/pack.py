@@ -598,7 +598,6 @@ def pack_files(out, files, tokenizer, source, args, recipe=None, sizes=None):
     tokenizer  'char' stands for one token for each character that there is
     sizes      bytes of each file; None: ask the disk
     """
-    blocks = formats.blocks
     fields = args.field.split(',')
     options = dict(val_fraction=args.val_fraction, fields=fields, errors=args.errors, clean=args.clean, min_chars=args.min_chars,
                    sample=args.sample)
@@ -608,7 +607,7 @@ def pack_files(out, files, tokenizer, source, args, recipe=None, sizes=None):
     workers = max(1, min(args.workers, sum(sizes) // MIN_BYTES_A_WORKER))
 
     def read(start):
-        return blocks(files, fields, args.errors, start)
+        return formats.blocks(files, fields, args.errors, start)
     try:
         if tokenizer == 'char':
             tokenizer = CharTokenizer(find_characters(Encoder(Characters(), **options), read, workers, args.max_docs, sizes))
@@ -843,7 +842,7 @@ def prepare_parquet(folder, doc, repo, revision, hub_folder):
         found = hub_files(repo, revision, hub_folder)
         files, sizes, source = [(path, 'parquet') for path in found], list(found.values()), f'{repo}, revision {revision}, {hub_folder}'
     pack_files(args.out, files, tokenizer, source, args, sizes=sizes)
-    print(f'next: python train.py --dataset={os.path.relpath(args.out, folder.parent)}')
+    print(f'next: python train.py --dataset={dataset_name(args.out)}')
 
 
 def hub_files(repo, revision, folder):

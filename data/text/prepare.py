@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.fetch import one_line_errors
 from data.formats import find_files, read_text
-from data.pack import write_dataset
+from data.pack import dataset_name, write_dataset
 from data.tokenizer import CharTokenizer, load_tokenizer, tokenizer_meta
 
 
@@ -51,9 +51,7 @@ def main():
     splits = {'train': characters(paths, 0, n_train), 'val': characters(paths, n_train, n_chars)}
     source = paths[0].name if len(paths) == 1 else f'{len(paths)} files, {paths[0].name} to {paths[-1].name}'
     write_dataset(args.out, tokenizer, splits, source)
-    out = Path(args.out).resolve()
-    dataset = out.name if out.parent == HERE.parent else args.out
-    print(f'next: python train.py config/quickstart.py --dataset={dataset} --out_dir=out-{out.name}')
+    print(f'next: python train.py config/quickstart.py --dataset={dataset_name(args.out)} --out_dir=out-{args.out.resolve().name}')
 
 
 if __name__ == '__main__':
