@@ -747,7 +747,8 @@ def pieces(split, most_tokens, eot):
     for offset, length in documents:
         for begin in range(int(offset), int(offset + length), most_tokens):
             end = min(begin + most_tokens, int(offset + length))
-            ids = np.concatenate([shard.tokens[max(begin - shard.first, 0):max(end - shard.first, 0)] for shard in split.shards])
+            ids = np.concatenate([shard.tokens[max(begin - shard.first, 0):end - shard.first] for shard in split.shards
+                                  if shard.first < end and begin < shard.first + shard.n_tokens])
             if eot is not None and ids[-1] == eot:
                 ids, end = ids[:-1], end - 1
             if len(ids):
