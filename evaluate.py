@@ -33,7 +33,7 @@ from checkpoint import write_atomically
 from configurator import config_of, configure, one_line_errors
 from data.fetch import cache_folder, fetch
 from data.loader import IGNORE, Loader, dataset_folders
-from data.tokenizer import fingerprint, load_tokenizer
+from data.tokenizer import fingerprint, load_tokenizer, opening
 from distributed import print0
 from load import build_model, find_model, find_tokenizer
 
@@ -174,11 +174,6 @@ def progress(total, title, place):
     from tqdm import tqdm
     hidden = None if place.is_master else True  # None = where the output is no terminal
     return tqdm(total=total, desc=title, unit=' rows', leave=False, disable=hidden)
-
-
-def opening(tokenizer):
-    """The ids that stand before a text where nothing does: the end of the document before, or a line break where no token marks ends."""
-    return [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')
 
 
 def encode_pair(tokenizer, context, continuation):

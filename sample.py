@@ -29,7 +29,7 @@ import distributed
 from configurator import configure, one_line_errors
 from data.chat import ROLE_TOKENS, STYLES, check_tokenizer, encode, read_conversations
 from data.formats import read_text
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, opening
 from load import build_model, find_model, find_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -290,11 +290,8 @@ def check_settings():
 
 
 def read_prompt(tokenizer):
-    """The ids of the prompt; an empty one is the end of the document before, or a line break where the tokenizer marks no ends."""
     text = read_text(start[len('FILE:'):]) if start.startswith('FILE:') else start
-    if not text:
-        return [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')
-    return tokenizer.encode(text, allowed_special={'<|endoftext|>'})
+    return tokenizer.encode(text, allowed_special={'<|endoftext|>'}) if text else opening(tokenizer)
 
 
 def start_text(tokenizer, prompt):

@@ -275,6 +275,11 @@ def tokenizer_meta(name, also=()):
     return meta
 
 
+def opening(tokenizer):
+    """The ids that stand before a text where nothing does: the end of the document before, or a line break where no token marks ends."""
+    return [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode('\n')
+
+
 def fingerprint(meta):
     """12 hex digits that two tokenizers share when they give the same ids."""
     canonical = json.dumps(meta, sort_keys=True, separators=(',', ':'))
