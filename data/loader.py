@@ -331,7 +331,6 @@ class Loader:
     grad_accum   micro-steps of one rank; the global batch is batch_size * grad_accum * world_size rows
     order        as in Windows; 'sequential' goes through all folders one after another, whatever their weights
     weights      share of each folder, summing to 1; None = all as one dataset
-    vocab_size   ids the model has; a larger one stops the batch, naming shard and offset; None = as the dataset says
     isolate      batches hold a third tensor, (B, T) int64: the number of the document that each token of x belongs to
     prefetch     whether a thread makes the batch after the one asked for
     raises       ValueError, FileNotFoundError where the data do not fit
@@ -340,7 +339,7 @@ class Loader:
     SLOTS = 1000  # a mixture repeats its pattern of sources after so many windows
 
     def __init__(self, folders, split, block_size, batch_size, grad_accum=1, rank=0, world_size=1, order='shuffle', seed=0,
-                 weights=None, vocab_size=None, prefetch=False, isolate=False):
+                 weights=None, prefetch=False, isolate=False):
         assert block_size > 0 and batch_size > 0 and seed >= 0 and rank < world_size
         folders = folders if isinstance(folders, list) else [folders]
         self.splits = [Split(folder, split) for folder in folders]
@@ -350,7 +349,7 @@ class Loader:
                 raise ValueError(f'{other.folder} and {first.folder} were packed with different tokenizers: pack them with one')
         self.block_size, self.batch_size, self.grad_accum = block_size, batch_size, grad_accum
         self.rank, self.world_size = rank, world_size
-        self.vocab_size = vocab_size or first.vocab_size
+        self.vocab_size = first.vocab_size  # an id beyond it stops the batch, naming shard and offset
         self.n_tokens = sum(s.n_tokens for s in self.splits)
         # where the documents of each shard's split begin; what parts two of them belongs to the first
         self.begins = {} if isolate else None
