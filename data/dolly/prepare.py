@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 from data.chat import prepare
 from data.fetch import fetch, one_line_errors
 
-HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
+HUB = os.environ.get('HF_ENDPOINT', '').rstrip('/') or 'https://huggingface.co'
 REVISION = 'bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a'
 FILE = 'databricks-dolly-15k.jsonl'
 SHA256 = '2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec'
