@@ -292,6 +292,10 @@ def one_line_errors():
         code, message = 2, str(e) or type(e).__name__
         if isinstance(e, OSError) and e.strerror and e.filename is not None:
             message = f'{e.filename}: {e.strerror}'
+    except ModuleNotFoundError as e:  # packages are imported where they are used
+        if os.environ.get('FLATGPT_TRACEBACK'):
+            raise
+        code, message = 2, f'{e}: pip install -r requirements.txt'
     except (MemoryError, RuntimeError) as e:  # torch's is a RuntimeError, told by its words on a CPU and by its name elsewhere
         if isinstance(e, RuntimeError) and "can't allocate memory" not in str(e) and type(e).__name__ != 'OutOfMemoryError':
             raise

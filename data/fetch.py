@@ -45,6 +45,9 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:  # packages are imported where they are used
+        print(f'{error}: pip install -r requirements.txt', file=sys.stderr)
+        sys.exit(2)
 
 
 def cache_folder():
