@@ -76,7 +76,7 @@ def main():
     model = build_model(state, path, tokenizer, precision, strict).to(place, precision)
     if export:
         return write_export(model, tokenizer)
-    if compile is True and quantize == 'none' and distributed.choose_compile(True, place):
+    if compile is True and distributed.choose_compile(True, place):
         model.compile(dynamic=True)
     else:
         model.pack(None if quantize == 'none' else quantize)
@@ -280,6 +280,8 @@ def check_settings():
         raise ValueError('--prompts=FILE and --answers=FILE go together, and without --chat')
     if answers and (Path(answers).is_dir() or not Path(answers).parent.is_dir()):
         raise ValueError(f'--answers={answers}: accepted is a file in a folder that is there')
+    if compile is True and quantize != 'none':
+        raise ValueError(f'--compile=True and --quantize={quantize} do not go together: leave one of them out')
     for name, fits, accepted in (('num_samples', num_samples >= 1, '1 or more'), ('max_new_tokens', max_new_tokens >= 0, '0 or more'),
                                  ('batch_size', batch_size >= 1, '1 or more'),
                                  ('temperature', temperature >= 0, '0 (greedy) or more'), ('top_k', (top_k or 0) >= 0, '0 or more, or None'),
