@@ -1,5 +1,6 @@
 """What a run writes about itself while it trains: run.json once, metrics.jsonl line by line, and wandb where it is asked for."""
 
+import contextlib
 import json
 import math
 import os
@@ -57,7 +58,8 @@ def open_logs(out_dir, place, iter_num, from_scratch, facts, wandb_id=None, wand
         except OSError as error:  # a full disk need not end the run, nor a file that was moved away
             print0(f'{path}: {error.strerror}: the line of iteration {line["iter"]} is lost')
             if size is not None:
-                os.truncate(path, size)
+                with contextlib.suppress(OSError):  # a torn line is passed over when it is read
+                    os.truncate(path, size)
         if run is not None:
             run.log(line, step=line['iter'])
 

@@ -147,6 +147,8 @@ DEFAULTS = config_of(globals())
 
 def main(explicit):
     """One run, from the settings above; explicit names those that the user gave."""
+    if init_from.endswith('.pt') and checkpoint_path:
+        raise ValueError(f'init_from={init_from} and checkpoint_path={checkpoint_path}: two files to begin with, give one')
     if init_from.endswith('.pt'):
         globals().update(init_from='checkpoint', checkpoint_path=init_from)
     check_limits()  # before the ranks meet, which takes timeout_s
@@ -279,7 +281,8 @@ def main(explicit):
                 save(is_best, to_evaluate=evaluate_now and stop is not None)
                 saved_at = iter_num
             except OSError as error:  # a full disk; the same on all ranks
-                best_val_loss, since_best = before
+                if 'ckpt.pt' not in str(error.filename):  # else best.pt was written before it, and holds the new best
+                    best_val_loss, since_best = before
                 if finished or stop:
                     raise
                 print0(f'NOT SAVED, {error.filename}: {error.strerror}: the checkpoint of iteration {saved_at} is still there, training goes on and tries again')

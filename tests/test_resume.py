@@ -325,6 +325,7 @@ def test_other_data_is_said(finished, tmp_path, tiny):
                                                              'or begin with its weights by --init_from=checkpoint --checkpoint_path=FILE\n'),
     (['--init_from=resume', '--checkpoint_path={}/none.pt'], '{}/none.pt does not exist\n'),
     (['--checkpoint_path={}/ckpt.pt'], 'checkpoint_path={}/ckpt.pt is for resuming: add --init_from=resume, or leave it out\n'),
+    (['--init_from=a.pt', '--checkpoint_path={}/ckpt.pt'], 'init_from=a.pt and checkpoint_path={}/ckpt.pt: two files to begin with, give one\n'),
 ])
 def test_checkpoint_path_that_cannot_be_resumed(finished, flags, problem, tmp_path):
     code, _, stderr, _ = train_here(*(flag.format(finished) for flag in flags), '--device=cpu', out_dir=tmp_path / 'new')

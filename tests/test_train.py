@@ -1,5 +1,6 @@
 """train.py on one process: what it writes and prints, what nanoGPT's users have, and what bad input gets."""
 
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import checkpoint
+import evaluate
 import model as model_file
 from conftest import TINY, differences, pack_chars, read_checkpoint, read_metrics, run_train, sentences, train_here
 from data.loader import Loader
@@ -268,6 +270,22 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypa
     assert sorted(contents(tmp_path)) == ['.lock', 'best.pt', 'ckpt.pt', 'ckpt_00000015.pt', 'metrics.jsonl', 'run.json']
     state = read_checkpoint(tmp_path / 'ckpt.pt')
     assert state['iter_num'] == 20 and read_checkpoint(tmp_path / 'best.pt')['best_val_loss'] == state['best_val_loss']
+
+
+def test_the_best_weights_stay_where_only_the_newest_checkpoint_found_no_room(tiny, tmp_path, monkeypatch):
+    write, losses, saves = checkpoint.write_atomically, [4.0, 3.0, 1.0, 2.0, 2.0], []
+
+    def full(path, fill):
+        saves.append(path.name)
+        if path.name == 'ckpt.pt' and saves.count('ckpt.pt') == 2:  # of iteration 10, behind its best.pt
+            raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+        write(path, fill)
+
+    monkeypatch.setattr(checkpoint, 'write_atomically', full)
+    monkeypatch.setattr(evaluate, 'text_loss', lambda _, loader, *rest: (losses.pop(0) if loader.splits[0].split == 'val' else 9.0, None, 1, 1))
+    stdout, _ = train(*TINY, f'--dataset={tiny}', out_dir=tmp_path)
+    assert stdout.count('NOT SAVED') == 1 and losses == []
+    assert read_checkpoint(tmp_path / 'best.pt')['best_val_loss'] == read_checkpoint(tmp_path / 'ckpt.pt')['best_val_loss'] == 1.0
 
 
 def test_a_metrics_file_that_is_moved_away_begins_anew(tiny, tmp_path, monkeypatch):
