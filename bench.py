@@ -84,10 +84,11 @@ def main():
         raise ValueError(f'profile=True is for mode=step and mode=decode, not mode={mode}')
     if mode in ('step', 'decode'):
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, arch)).to(place.device)
-        say(f'model: {arch}, {model.get_num_params() / 1e6:.2f}M parameters')
+        n_parameters = model.get_num_params()  # now: weights packed for decoding are no parameters
+        say(f'model: {arch}, {n_parameters / 1e6:.2f}M parameters')
         with torch.profiler.profile() if profile else nullcontext() as profiler:
             result = (measure_step if mode == 'step' else measure_decode)(model, place.device, precision, use_compile)
-        result['parameters'] = model.get_num_params()
+        result['parameters'] = n_parameters
     else:
         result = measure_data() if mode == 'data' else measure_compare(place.device, precision, use_compile)
     if profile:

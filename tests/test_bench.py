@@ -78,6 +78,7 @@ def test_one_call_measures_all_that_a_gpu_is_wanted_for(tmp_path):
 def test_decode(arch):
     code, stdout, stderr, result = run_bench(*DECODE, f'--arch={arch}')
     assert (code, stderr) == (0, '')
+    assert result['parameters'] >= 2 * 12 * 16 * 16 + 65 * 16, 'packed for decoding, they count, too'
     assert result['prefill_ms']['n'] == 2 and result['decode_ms']['n'] == 2 * (5 - 1)  # the prompt gives the first token
     assert result['prefill_tok_per_s'] == pytest.approx(2 * 8 / result['prefill_ms']['median'] * 1000)
     assert result['decode_tok_per_s'] == pytest.approx(2 / result['decode_ms']['median'] * 1000)
