@@ -420,7 +420,8 @@ def build_from(args, paths):
         raise ValueError(f'--block_size={args.block_size} must be 1 or more')
     build(args.out, open_tokenizer(args.tokenizer), paths, args.block_size, args.style, args.val_fraction, args.val, verbose=args.verbose)
     base = args.tokenizer if args.tokenizer.endswith('.pt') else 'gpt2' if args.tokenizer == 'gpt2' else 'CHECKPOINT'
-    print(f'next: python train.py config/finetune_dolly.py --init_from={base} --dataset={dataset_name(args.out)}')
+    dataset, out = dataset_name(args.out), Path(args.out).resolve().name
+    print(f'next: python train.py config/finetune_dolly.py --init_from={base}' + ('' if dataset == 'dolly' else f' --dataset={dataset} --out_dir=out-{out}'))
 
 
 def main():
