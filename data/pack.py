@@ -332,7 +332,7 @@ def pack(folder, encoder, names, blocks, source, shard_tokens, workers=1, recipe
                 empty = [name for name, split in splits.items() if split['tokens'] == 0]
                 if empty:
                     keep = False  # there is nothing to continue
-                    raise ValueError(f'there is no text for the {empty[0]} split: give more text, or another val_fraction')
+                    raise ValueError(f'there is no text for the {empty[0]} split: give more text, or another --val_fraction')
                 progress['meta'] = {'format': 1, 'dtype': encoder.dtype.name, 'vocab_size': encoder.tokenizer.vocab_size,
                                     'tokenizer': encoder.tokenizer.meta(), 'source': source, 'splits': splits}
                 if keep:

@@ -182,7 +182,7 @@ def test_the_split_follows_from_each_text_alone():
 
 
 def test_too_few_texts_for_validation_is_one_line_and_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match='^there is no text for the val split: give more text, or another val_fraction$'):
+    with pytest.raises(ValueError, match='^there is no text for the val split: give more text, or another --val_fraction$'):
         pack_texts(tmp_path, ['one', 'two'], val_fraction=1e-9)
     assert not files_of(tmp_path)
 

@@ -195,7 +195,7 @@ def broken(path):
     (broken, [], 'a.jsonl, line 2: not UTF-8 (invalid start byte): convert the file to UTF-8, or --errors=replace puts U+FFFD in its place'),
     (write_jsonl, ['--field=body'], "a.jsonl, line 1: no field 'body' with text, only id, title, text: name the one to take with --field"),
     (lambda path: path.write_text(''), [], 'there is no text in the corpus'),
-    (lambda path: path.write_text('{"text": ""}\n'), ['--tokenizer=gpt2'], 'there is no text for the train split: give more text, or another val_fraction'),
+    (lambda path: path.write_text('{"text": ""}\n'), ['--tokenizer=gpt2'], 'there is no text for the train split: give more text, or another --val_fraction'),
     (lambda path: None, [], 'a.jsonl: there is no such file or folder'),
     (write_jsonl, ['--tokenizer=gpt3'], 'tokenizer gpt3: accepted are char, gpt2, byte, and a folder with tokenizer.json: python data/tokenizer.py train --input TEXT --out FOLDER makes one'),
     (write_jsonl, ['--sample=0'], '--sample=0.0 must be above 0, and at most 1'),

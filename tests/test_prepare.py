@@ -93,7 +93,7 @@ def test_shards_are_full_and_a_document_runs_over_their_ends(tmp_path):
     ({'train': [[1]], 'val': [[-1]]}, 'val document 0 holds token id -1 at position 0, outside the vocabulary of 10 tokens'),
     ({'train': [[65536]]}, 'train document 0 holds token id 65536 at position 0, outside the vocabulary of 10 tokens'),
     ({'train': [[0.5]]}, 'train document 0 has shape (1,) and dtype float64: a row of integer token ids is needed'),
-    ({'train': [[1]], 'val': ['']}, 'there is no text for the val split: give more text, or another val_fraction'),
+    ({'train': [[1]], 'val': ['']}, 'there is no text for the val split: give more text, or another --val_fraction'),
 ])
 def test_bad_input_is_one_line_and_the_old_dataset_stays(tmp_path, splits, error):
     write_dataset(tmp_path, CharTokenizer('ab'), {'train': ['ab'], 'val': ['b']}, 'old')
