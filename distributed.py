@@ -170,7 +170,7 @@ def signals_noted():
         while number := ear.recv(1):
             if number[0] == signal.SIGINT:
                 # under torchrun a Ctrl-C may come twice: from the terminal, and passed on by torchrun
-                if first is not None and time.monotonic() - first > (1.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0):
+                if first is not None and time.monotonic() - first > (3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0):
                     os._exit(130)  # nothing is tidied up that could make it wait: what was being written stays a temporary file
                 first = first or time.monotonic()
 
