@@ -71,18 +71,23 @@ def run_train(*flags, out_dir, n_proc=1, cwd=None, env=None):
     return done.returncode, done.stdout, done.stderr, read_metrics(out_dir)
 
 
-def train_here(*flags, out_dir):
-    """The same script and the same answer without the seconds that a new process needs to import torch."""
+def run_here(script, *flags):
+    """(exit code, stdout, stderr) of a script, without the seconds that a new process needs to import torch."""
     stdout, stderr, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
-    sys.argv = [str(ROOT / 'train.py'), *map(str, flags), f'--out_dir={out_dir}']
+    sys.argv = [str(ROOT / script), *map(str, flags)]
     try:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
+            runpy.run_path(sys.argv[0], run_name='__main__')
     except SystemExit as stop:
         code = stop.code or 0
     finally:
         sys.argv = argv
-    return code, stdout.getvalue(), stderr.getvalue(), read_metrics(out_dir)
+    return code, stdout.getvalue(), stderr.getvalue()
+
+
+def train_here(*flags, out_dir):
+    """What run_train gives for one process, in this one."""
+    return *run_here('train.py', *flags, f'--out_dir={out_dir}'), read_metrics(out_dir)
 
 
 def read_checkpoint(path):

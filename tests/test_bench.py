@@ -1,11 +1,8 @@
 """bench.py on a model of a few thousand weights: what it prints, and that its numbers belong together. How fast is no test's business."""
 
-import contextlib
-import io
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +12,7 @@ import pytest
 import torch
 
 import bench
-from conftest import ROOT, pack_chars, sentences
+from conftest import ROOT, pack_chars, run_here, sentences
 
 SMALL = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=65', '--batch_size=2', '--device=cpu', '--dtype=float32')
 STEP = (*SMALL, '--warmup_steps=1', '--steps=3')
@@ -24,17 +21,8 @@ DECODE = (*SMALL, '--mode=decode', '--prompt_tokens=8', '--max_new_tokens=5', '-
 
 def run_bench(*flags):
     """(exit code, stdout, stderr, the last line's object or None) of python bench.py."""
-    stdout, stderr, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
-    sys.argv = [str(ROOT / 'bench.py'), *flags]
-    try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            runpy.run_path(sys.argv[0], run_name='__main__')
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.argv = argv
-    lines = stdout.getvalue().splitlines()
-    return code, stdout.getvalue(), stderr.getvalue(), json.loads(lines[-1]) if code == 0 else None
+    code, stdout, stderr = run_here('bench.py', *flags)
+    return code, stdout, stderr, json.loads(stdout.splitlines()[-1]) if code == 0 else None
 
 
 @pytest.mark.parametrize('arch, optimizer', [('gpt2', 'adamw'), ('modern', 'muon')])

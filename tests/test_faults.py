@@ -7,7 +7,6 @@
 import collections
 import contextlib
 import importlib.util
-import io
 import json
 import mmap
 import os
@@ -31,7 +30,7 @@ from hypothesis import HealthCheck, given, settings as hypothesis_settings, stra
 import checkpoint
 import train
 from configurator import accepted_by, config_of
-from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics, survives, train_here
+from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics, run_here, survives, train_here
 from ranks import read_heard, start_ranks, wait
 from test_resume import trajectory, without_times
 
@@ -154,7 +153,7 @@ def test_the_order_in_which_a_save_reaches_the_disk(tmp_path):
     """Recorded by the interpreter's audit events: each file is whole and on the disk before its name, the name before what it makes superfluous."""
     for iter_num in (10, 20, 30):
         checkpoint.save(tmp_path, state_of(iter_num), keep_last_n=1)
-    events, name, fsync, pid = [], os.path.basename, os.fsync, os.getpid()
+    events, name, fsync = [], os.path.basename, os.fsync
 
     def record(event, args):
         if events is None or (event == 'open' and not (isinstance(args[1], str) and args[1].startswith('w'))):
@@ -269,7 +268,7 @@ def test_any_world_size_sees_the_same_tokens_and_losses(n, tiny, tmp_path, tally
     flags = [*STEADY, f'--dataset={tiny}', f'--lr_decay_iters={n}']
     first, second = n // 3, 2 * n // 3
     plans = {'1': [(1, n)], '2': [(2, n)], '4': [(4, n)], '2 to 1 to 4': [(2, first), (1, second), (4, n)]}
-    losses, heard, weights = {}, {}, {}
+    losses, heard = {}, {}
     for name, plan in plans.items():
         (tmp_path / name).mkdir()
         for world_size, until in plan:
@@ -407,27 +406,13 @@ def test_a_wrong_setting_ends_in_one_line_that_names_it(n, tiny, tmp_path, tally
         if where == '--key value' and (value.startswith('--') or bool in ACCEPTED.get(name, ())):  # a flag alone is true, what follows a config file
             given = [f'--{name}={value}']
         right = [flag for flag in (*TINY, f'--dataset={tiny}', f'--out_dir={out_dir}') if not flag.startswith(f'--{name}=')]
-        code, stdout, stderr = run_script('train.py', *right, *given)
+        code, stdout, stderr = run_here('train.py', *right, *given)
         assert code == 2 and stderr.count('\n') == 1 and 'Traceback' not in stderr, (given, stdout, stderr)
         assert name in stderr, (given, stderr)
         assert not out_dir.exists(), given
         seen[name if name in DEFAULTS else 'unknown'] += 1
     check()
     tally('wrong settings, generated', f'{sum(seen.values())} ({len(seen) - 1} settings, {seen["unknown"]} names that are none): exit code 2, one line that names it')
-
-
-def run_script(script, *flags):
-    """What train_here does, for any script: (exit code, stdout, stderr)."""
-    stdout, stderr, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
-    sys.argv = [str(ROOT / script), *map(str, flags)]
-    try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            runpy.run_path(sys.argv[0], run_name='__main__')
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.argv = argv
-    return code, stdout.getvalue(), stderr.getvalue()
 
 
 # -----------------------------------------------------------------------------
@@ -750,7 +735,7 @@ def test_a_checkpoint_that_asks_for_code_is_refused_by_all_that_open_it(tiny, tr
         for flags in (['train.py', '--init_from=resume', '--device=cpu', f'--out_dir={out_dir}'],
                       ['train.py', *TINY, f'--dataset={tiny}', '--init_from=checkpoint', f'--checkpoint_path={path}', f'--out_dir={tmp_path / "new"}'],
                       ['sample.py', '--device=cpu', f'--checkpoint_path={path}'], ['sample.py', '--device=cpu', f'--out_dir={out_dir}']):
-            assert_refused(run_script(*flags), mark)
+            assert_refused(run_here(*flags), mark)
             for leftover in out_dir.iterdir():
                 leftover.unlink()
             path.write_bytes(contents)
@@ -790,7 +775,7 @@ def test_what_a_checkpoint_says_of_other_folders_is_not_followed(tiny, trained, 
         state['config']['dataset'] = dataset
         torch.save(state, tmp_path / 'theirs.pt')
         with opened() as paths:
-            run_script('sample.py', '--device=cpu', '--max_new_tokens=1', f'--checkpoint_path={tmp_path / "theirs.pt"}')
+            run_here('sample.py', '--device=cpu', '--max_new_tokens=1', f'--checkpoint_path={tmp_path / "theirs.pt"}')
         assert not [path for path in paths if 'outside' in path]
 
 
@@ -803,7 +788,7 @@ def test_a_meta_pkl_that_asks_for_code_is_refused(tiny, tmp_path, tally):
                 for x in (Hostile(call, mark), {'vocab_size': 65, 'itos': {0: Hostile(call, mark)}, 'stoi': {}})] + raw_pickles(mark)
     for raw in contents:
         (data / 'meta.pkl').write_bytes(raw)
-        assert_refused(run_script('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}'), mark, str(data / 'meta.pkl'))
+        assert_refused(run_here('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}'), mark, str(data / 'meta.pkl'))
     tally('meta.pkl that asks for code', f'{len(contents)}: all refused, nothing ran')
 
 
@@ -817,19 +802,19 @@ def test_a_meta_json_that_names_a_path_outside_its_folder_is_refused_before_anyt
             changed['splits'][split]['shards'][0]['file'] = file
             (data / 'meta.json').write_text(json.dumps(changed), encoding='utf-8')
             with opened() as paths:
-                assert_refused(run_script('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}'), tmp_path / 'mark', str(data / 'meta.json'), 'file')
+                assert_refused(run_here('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}'), tmp_path / 'mark', str(data / 'meta.json'), 'file')
             assert not [path for path in paths if 'outside' in path or path.startswith('/dev') or path.endswith('.bin')]
             n += 1
     for tokenizer in ({'kind': '../../outside'}, {'kind': 'os.system'}, {'kind': 'gpt2', 'sha256': '../x'}, {'kind': 'char', 'chars': '../outside'}, ['char']):
         (data / 'meta.json').write_text(json.dumps(meta | {'tokenizer': tokenizer}), encoding='utf-8')
-        assert_refused(run_script('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}'), tmp_path / 'mark', str(data / 'meta.json'))
+        assert_refused(run_here('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}'), tmp_path / 'mark', str(data / 'meta.json'))
         n += 1
     tally('meta.json that names paths outside its folder, or odd tokenizers', f'{n}: all refused before a file was opened')
 
 
 def test_a_folder_of_weights_and_tokenizer_is_read_and_never_run(tiny, trained, tmp_path, tally):
     """transformers' files may name Python code, other files, or a pickle; .npz may hold pickled objects."""
-    code, _, stderr = run_script('sample.py', '--device=cpu', f'--out_dir={trained}', f'--export={tmp_path / "good"}')
+    code, _, stderr = run_here('sample.py', '--device=cpu', f'--out_dir={trained}', f'--export={tmp_path / "good"}')
     assert code == 0, stderr
     shutil.copytree(tiny, tmp_path / 'outside')
     mark, n = tmp_path / 'mark', 0
@@ -841,7 +826,7 @@ def test_a_folder_of_weights_and_tokenizer_is_read_and_never_run(tiny, trained, 
         folder = shutil.copytree(tmp_path / 'good', tmp_path / f'{n}')
         change(folder / name)
         with opened() as paths:
-            result = run_script('sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=2', f'--init_from={folder}')
+            result = run_here('sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=2', f'--init_from={folder}')
         assert not mark.exists() and not [path for path in paths if 'outside' in path]
         if words:
             assert_refused(result, mark, *words)
@@ -869,6 +854,6 @@ def test_a_folder_of_weights_and_tokenizer_is_read_and_never_run(tiny, trained, 
         tried('model.safetensors.index.json', index, 'safetensors')
     for call in CALLS:
         np.savez(tmp_path / f'{call}.npz', **{'transformer.wte.weight': np.array([Hostile(call, mark)], dtype=object)})
-        assert_refused(run_script('sample.py', '--device=cpu', f'--init_from={tmp_path / f"{call}.npz"}'), mark, f'{call}.npz')
+        assert_refused(run_here('sample.py', '--device=cpu', f'--init_from={tmp_path / f"{call}.npz"}'), mark, f'{call}.npz')
         n += 1
     tally('folders of transformers and .npz files', f'{n}: what names code, a pickle or a path outside is not followed')
