@@ -41,7 +41,7 @@ if __name__ == '__main__':
 from data.fetch import one_line_errors
 from data.formats import read_text
 from data.pack import SplitFiles, dataset_name, only_run, publish, split_by_hash
-from data.tokenizer import load_tokenizer, read_meta, tokenizer_meta
+from data.tokenizer import id_dtype, load_tokenizer, read_meta, tokenizer_meta
 
 # -----------------------------------------------------------------------------
 # files to conversations
@@ -309,7 +309,7 @@ def build(folder, tokenizer, paths, block_size, style='chat', val_fraction=0.05,
     work.mkdir(parents=True, exist_ok=True)
     with only_run(folder):
         try:
-            meta = {'format': 1, 'dtype': 'uint16' if tokenizer.vocab_size <= 65536 else 'uint32', 'vocab_size': tokenizer.vocab_size,
+            meta = {'format': 1, 'dtype': id_dtype(tokenizer.vocab_size).name, 'vocab_size': tokenizer.vocab_size,
                     'tokenizer': tokenizer.meta(), 'source': ', '.join(Path(path).name for path in paths),
                     'row_tokens': size, 'style': style,
                     'splits': {name: write_rows(work, name, rows, size, tokenizer) for name, rows in splits.items()}}
@@ -328,7 +328,7 @@ def write_rows(work, name, encoded, size, tokenizer):
     """Write the .bin, .idx and .mask of one split; returns its entry in meta.json. idx tells where each conversation is."""
     pad = tokenizer.special.get('<|pad|>', tokenizer.eot)
     rows, token_bytes = best_fit([len(ids) for ids, _ in encoded], size), tokenizer.token_bytes()
-    files = SplitFiles(work, name, np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4'), None, masked=True)
+    files = SplitFiles(work, name, id_dtype(tokenizer.vocab_size), None, masked=True)
     for row in rows:
         ids, mask = (np.concatenate([encoded[i][part] for i in row]) for part in (0, 1))
         lengths, n_pad = np.array([len(encoded[i][0]) for i in row]), size - len(ids)

@@ -47,7 +47,7 @@ if __name__ == '__main__':
 from data import formats
 from data.fetch import one_line_errors
 from data.formats import Block, find_files
-from data.tokenizer import CharTokenizer, GPT2_META, load_tokenizer, read_meta, tokenizer_meta
+from data.tokenizer import CharTokenizer, GPT2_META, id_dtype, load_tokenizer, read_meta, tokenizer_meta
 
 # -----------------------------------------------------------------------------
 # encoding: documents to ids, on all cores
@@ -113,7 +113,7 @@ class Encoder:
         self.tokenizer, self.val_fraction, self.fields, self.errors = tokenizer, val_fraction, fields, errors
         self.clean, self.min_chars, self.sample, self.eot_in_rows = clean, min_chars, sample, eot_in_rows
         self.options = dict(val_fraction=val_fraction, fields=list(fields), clean=clean, min_chars=min_chars, sample=sample)
-        self.dtype = np.dtype('<u2' if tokenizer.vocab_size <= 65536 else '<u4')
+        self.dtype = id_dtype(tokenizer.vocab_size)
         self.token_bytes = tokenizer.token_bytes()
 
     def __call__(self, blocks):

@@ -357,6 +357,11 @@ LLMC_MAGIC = (20240520).to_bytes(4, 'little')  # opens a header of 1024 bytes in
 LLMC_HEADER_BYTES = 1024
 
 
+def id_dtype(vocab_size):
+    """The little-endian dtype in which ids below vocab_size are stored."""
+    return np.dtype('<u2' if vocab_size <= DTYPE_LIMIT['uint16'] else '<u4')
+
+
 def read_meta(folder):
     """What a data folder says about itself, checked.
 
