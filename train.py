@@ -198,13 +198,15 @@ def main(explicit):
         loader.windows(np.arange(batch_size))  # ids of another tokenizer stop the run here
 
     byte_counts = count_bytes(tokenizer_meta, place)
-    benchmarks = open_benchmarks(tokenizer_meta)
+    wants_samples = generate_interval and not eval_only
+    text_tokenizer = load_tokenizer(tokenizer_meta) if wants_samples or hellaswag_interval or lambada_interval or core_interval else None
+    benchmarks = open_benchmarks(text_tokenizer)
 
     use_compile = distributed.choose_compile(compile, place.device)
     describe(model, place, precision, use_compile, train_loader, grad_accum, rows)
     if use_compile:
         model.compile()
-    prompts = read_prompts(tokenizer_meta, eval_sets[1][0]) if generate_interval and not eval_only else []
+    prompts = read_prompts(text_tokenizer, eval_sets[1][0]) if wants_samples else []
     write_metrics, write_table, wandb_id = open_logs(None if eval_only else out_dir, place, iter_num, from_scratch, dict(
         settings=config_of(globals()), defaults=DEFAULTS, parameters=model.get_num_params(), flops_per_token=model.flops_per_token(),
         dataset_tokens=train_loader.n_tokens, environment=environment() | dict(
@@ -290,7 +292,7 @@ def main(explicit):
             if not stop and (last or iter_num % interval == 0):
                 run_benchmark(name, evaluate_it)
         if prompts and not stop and (finished or iter_num % generate_interval == 0):
-            texts = generate(model, load_tokenizer(tokenizer_meta), prompts, place, autocast)
+            texts = generate(model, text_tokenizer, prompts, place, autocast)
             if place.is_master:
                 try:
                     write_samples(out_dir, iter_num, texts)
@@ -533,12 +535,9 @@ def count_bytes(tokenizer_meta, place):
     return table if table is None else table.to(place.device)
 
 
-def open_benchmarks(tokenizer_meta):
+def open_benchmarks(tokenizer):
     """What is scored beside the losses: [(interval, name, what gives its numbers)]; what can be wrong with it shows before the first step."""
     intervals = {name: interval for name, interval in (('hellaswag', hellaswag_interval), ('lambada', lambada_interval)) if interval}
-    if not intervals and not core_interval:
-        return []
-    tokenizer = load_tokenizer(tokenizer_meta)
     read = read_benchmarks(list(intervals), eval_dir, max_examples, tokenizer)
     found = [(interval, name, partial(evaluate_task, name=name, benchmark=read[name])) for name, interval in intervals.items()]
     if core_interval:
@@ -550,9 +549,8 @@ def open_benchmarks(tokenizer_meta):
 # samples
 
 
-def read_prompts(tokenizer_meta, loader):
+def read_prompts(tokenizer, loader):
     """The prompts of generate_prompts, or 16 tokens (all before the first target where there is a mask) of four validation windows: lists of ids."""
-    tokenizer = load_tokenizer(tokenizer_meta)
     if generate_prompts:
         return [tokenizer.encode(line) for line in generate_prompts.splitlines() if line]
     rows = zip(*loader.windows(np.arange(4) * loader.n_windows // 4))
