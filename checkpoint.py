@@ -19,7 +19,6 @@ A checkpoint is one dict of tensors and plain values in torch's zip format, load
 import os
 import re
 import shutil
-import socket
 import zipfile
 import zlib
 from pathlib import Path
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import state_dict as dcp
 
-from distributed import print0
+from files import print0, write_atomically
 
 FORMAT = 1
 MODEL_ARGS = dict.fromkeys(('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'), int) | dict(
@@ -37,34 +36,6 @@ PREFIXES = ('module.', '_orig_mod.')
 
 # -----------------------------------------------------------------------------
 # writing
-
-
-def write_atomically(path, write):
-    """write(f) fills the file, which appears complete under its name or not at all, whatever happens meanwhile."""
-    path = Path(path)
-    temporary = path.with_name(f'.{path.name}.tmp{os.getpid()}')
-    try:
-        with open(temporary, 'w+b') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a write, on a full disk say
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder):
-    """Makes a rename in the folder survive a power cut, where the system lets a folder be opened (not on Windows)."""
-    if os.name == 'posix':
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def save(out_dir, state, keep_last_n=0, best=False):
@@ -140,34 +111,6 @@ def set_aside(out_dir):
         os.replace(path, path.with_name(path.name + '.old'))
     if found:
         print0(f'{out_dir}: {", ".join(path.name for path in found)} of the run before renamed to *.old')
-
-
-def lock(out_dir):
-    """Claims out_dir for this process, as long as the open file returned is kept; whatever ends the process ends the claim.
-
-    raises  ValueError where another process has it, which out_dir/.lock names
-    """
-    path = Path(out_dir) / '.lock'
-    f = open(path, 'a+', encoding='utf-8')
-    try:
-        if os.name == 'posix':
-            import fcntl
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-            f.seek(1 << 30)  # a byte past the text, which others are to read
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        if not isinstance(error, (BlockingIOError, PermissionError)):
-            print0(f'{path}: {error.strerror}: this file system has no locks, see to it that no other trainer writes there')
-            return f
-        f.seek(0)
-        holder = f.read().strip()
-        raise ValueError(f'{out_dir}: another trainer writes there, {holder}: wait for it, stop it, or use another --out_dir') from None
-    f.truncate(0)
-    f.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-    f.flush()
-    return f
 
 
 def add_name(path, name):

@@ -23,6 +23,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from files import print0
+
 
 @dataclass(frozen=True)
 class Place:
@@ -93,17 +95,6 @@ def stop():
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def print0(*args, **kwargs):
-    """print() on the first rank only. A log on a full disk does not end a run, a pipe that nobody reads any more does."""
-    if int(os.environ.get('RANK', 0)) == 0:
-        try:
-            print(*args, **kwargs, flush=True)
-        except BrokenPipeError:
-            raise
-        except OSError:
-            pass  # there is nowhere left to say it
 
 
 def all_reduce_sum(tensor):

@@ -29,13 +29,12 @@ import numpy as np
 import torch
 
 import distributed
-from checkpoint import write_atomically
-from configurator import config_of, configure, one_line_errors
-from data.fetch import cache_folder, fetch
-from data.loader import IGNORE, Loader, dataset_folders
-from data.tokenizer import fingerprint, load_tokenizer, opening
-from distributed import print0
-from load import build_model, find_model, find_tokenizer
+from configurator import config_of, configure
+from corpus.fetch import cache_folder, fetch
+from files import json_lines, one_line_errors, print0, write_atomically
+from tokens.loader import IGNORE, Loader, dataset_folders
+from tokens.tokenizer import fingerprint, load_tokenizer, opening
+from weights.load import build_model, find_model, find_tokenizer
 
 # -----------------------------------------------------------------------------
 # what to evaluate
@@ -333,7 +332,7 @@ def read_folder(name, folder):
     files = [path for path in [Path(folder) / f'{name}.jsonl'] if path.is_file()] or sorted(Path(folder).glob(f'{name}_*.jsonl'))
     if len(files) != 1:
         raise FileNotFoundError(f'{folder} has {len(files) or "no"} files for {name}: one {name}.jsonl is expected, an item as JSON on each line')
-    items = read_jsonl(files[0].read_bytes(), files[0])
+    items = [item for _, item in json_lines(files[0].read_bytes().splitlines(True), files[0])]
     return [of_package(item) if name == 'lambada' and 'text' not in item else item for item in items], str(files[0])
 
 
@@ -362,10 +361,10 @@ def download(name, hub_answers):
 def read_table(data, path):
     """Items of a file's bytes, by its suffix: .jsonl, .parquet, .arrow (a stream, as `datasets` writes it), .jsonl.gz of the package."""
     if path.suffix == '.jsonl':
-        return read_jsonl(data, path)
+        return [item for _, item in json_lines(data.splitlines(True), path)]
     if path.suffix == '.gz':  # a line per choice, and all of it twice
         docs = {}
-        for request in read_jsonl(gzip.decompress(data), path):
+        for _, request in json_lines(gzip.decompress(data).splitlines(True), path):
             docs.setdefault(request['native_id'], request['doc'])
         return list(map(of_package, docs.values()))
     import pyarrow
@@ -381,17 +380,6 @@ def of_package(doc):
         return dict(text=f'{doc["query"]} {doc["choices"][0]}')
     question, labels = doc['query'].removeprefix('Question: ').removesuffix('\nAnswer:'), 'ABCDE'[:len(doc['choices'])]
     return dict(question=question, question_stem=question, choices=dict(text=doc['choices'], label=list(labels)), answerKey=labels[doc['gold']])
-
-
-def read_jsonl(data, path):
-    items = []
-    for number, line in enumerate(data.split(b'\n'), 1):
-        if line.strip():
-            try:
-                items.append(json.loads(line.decode('utf-8')))
-            except ValueError as error:
-                raise ValueError(f'{path}, line {number}: not JSON in UTF-8 ({error})') from None
-    return items
 
 
 # -----------------------------------------------------------------------------
@@ -416,7 +404,7 @@ def read_core(folder, tokenizer, max_examples=0):
     for task in bundle:
         if task['kind'] not in ('multiple_choice', 'schema', 'language_modeling'):
             raise ValueError(f'{folder / "core.yaml"}: {task["label"]} is {task["kind"]}, accepted are multiple_choice, schema, language_modeling')
-        task['items'] = read_jsonl(task['file'].read_bytes(), task['file'])
+        task['items'] = [item for _, item in json_lines(task['file'].read_bytes().splitlines(True), task['file'])]
         if not task['items']:
             raise ValueError(f'{task["file"]} has no items')
         random.Random(1337).shuffle(task['items'])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import checkpoint
 import distributed
-from distributed import print0
+import files
+from files import print0
 from report import parse
 
 
@@ -31,15 +32,15 @@ def open_logs(out_dir, place, iter_num, from_scratch, facts, wandb_id=None, wand
     def claim():
         nonlocal lock
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = checkpoint.lock(out_dir)
+        lock = files.lock(out_dir)
         if from_scratch:
             checkpoint.set_aside(out_dir)
             for old in filter(Path.exists, (path, path.with_name('samples.md'), path.with_name('eval.json'))):  # of the run that was here before
                 os.replace(old, old.with_name(old.name + '.old'))
         lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if iter_num and path.exists() else []
         kept = ''.join(line + '\n' for line in lines if (known := parse(line)) and known['iter'] < iter_num)
-        checkpoint.write_atomically(path, lambda f: f.write(kept.encode('utf-8')))
-        checkpoint.write_atomically(path.with_name('run.json'), lambda f: f.write(json.dumps(facts, indent=1).encode('utf-8')))
+        files.write_atomically(path, lambda f: f.write(kept.encode('utf-8')))
+        files.write_atomically(path.with_name('run.json'), lambda f: f.write(json.dumps(facts, indent=1).encode('utf-8')))
 
     distributed.on_first_rank(claim)
     if not place.is_master:

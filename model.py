@@ -438,7 +438,7 @@ class GPT(nn.Module):
         dtype           of the parameters, which are converted one by one as they are read; None = torch.float32
         raises          ValueError, OSError: one line, for what is not there, damaged or of another architecture
         """
-        import pretrained  # here, so that model.py alone suffices to train
+        from weights import pretrained  # here, so that model.py alone suffices to train
         path = pretrained.find(name_or_folder)
         with torch.device('meta'):  # shapes only: no memory, no time spent on values that are replaced
             model = cls(GPTConfig(**pretrained.read_model_args(path), dropout=dropout)).to(dtype or torch.float32)
@@ -457,7 +457,7 @@ class GPT(nn.Module):
 
         A name that ends in .npz gets a single file for NumPy instead. from_pretrained() gives the same model back from either.
         """
-        import pretrained
+        from weights import pretrained
         return pretrained.save(self, folder, tokenizer)
 
     # -------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import write_atomically
-from configurator import one_line_errors
+from files import one_line_errors, write_atomically
 
 # Okabe and Ito's palette, told apart by colour-blind eyes too (https://jfly.uni-koeln.de/color/); its yellow is too faint on white
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
@@ -338,7 +337,14 @@ def draw(runs, panels, path):
 
 def set_scales(axes, x, x_scale, y_scale, heights):
     """Scales, with ticks that read as plain numbers where a logarithmic axis spans little more than a decade."""
-    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+    from matplotlib.ticker import (
+        EngFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        NullLocator,
+        ScalarFormatter,
+    )
 
     axes.set_xscale(x_scale)
     if x_scale == 'log':

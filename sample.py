@@ -12,7 +12,7 @@ Settings are the names below, see --help.
 All samples are drawn in one batch, the first is shown as it is drawn, and each ends where the model ends its document.
 
 --chat reads a line, answers, and keeps both in mind as far as the context goes. /reset forgets them, /save FILE adds the conversation to
-a JSONL file that data/chat.py reads, /quit or the end of input ends, Ctrl-C stops an answer.
+a JSONL file that corpus/conversations.py reads, /quit or the end of input ends, Ctrl-C stops an answer.
 """
 
 import codecs
@@ -24,13 +24,14 @@ from typing import Literal
 
 import torch
 
-import checkpoint
 import distributed
-from configurator import configure, one_line_errors
-from data.chat import ROLE_TOKENS, STYLES, check_tokenizer, encode, read_conversations
-from data.formats import read_text
-from data.tokenizer import load_tokenizer, opening
-from load import build_model, find_model, find_tokenizer
+import files
+from configurator import configure
+from corpus.conversations import ROLE_TOKENS, STYLES, check_tokenizer, encode, read_conversations
+from corpus.readers import read_text
+from files import one_line_errors
+from tokens.tokenizer import load_tokenizer, opening
+from weights.load import build_model, find_model, find_tokenizer
 
 # -----------------------------------------------------------------------------
 # what to sample from
@@ -46,7 +47,7 @@ num_samples = 10
 max_new_tokens = 500
 # questions instead
 chat = False  # read them line by line, and answer each
-prompts = ''  # a file of them, in a layout that data/chat.py reads; answers that it holds are compared with the model's
+prompts = ''  # a file of them, in a layout that corpus/conversations.py reads; answers that it holds are compared with the model's
 answers = ''  # the JSONL file for the answers to prompts
 batch_size = 16  # prompts answered at a time
 style: Literal['auto', 'chat', 'alpaca'] = 'auto'  # prompt template; auto = the one that the model was tuned with
@@ -205,7 +206,7 @@ def answer_all(model, tokenizer, template, questions):
         lines.append({**line, 'expected': known, 'exact': answer in known} if known else line)
         n_known, n_exact = n_known + bool(known), n_exact + (answer in known)
     text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
-    checkpoint.write_atomically(answers, lambda f: f.write(text.encode('utf-8')))
+    files.write_atomically(answers, lambda f: f.write(text.encode('utf-8')))
     print(f'{answers}: {len(lines):,} answers' + (f', {n_exact:,} of {n_known:,} ({n_exact / n_known:.1%}) exactly as {prompts} has them' if n_known else ''))
 
 
@@ -266,7 +267,7 @@ def save_conversation(turns, path):
         before = path.read_bytes() if path.exists() else b''
         before += b'' if before.endswith(b'\n') or not before else b'\n'
         line = json.dumps({'messages': [{'role': role, 'content': text} for role, text in turns]}, ensure_ascii=False) + '\n'
-        checkpoint.write_atomically(path, lambda f: f.write(before + line.encode('utf-8')))
+        files.write_atomically(path, lambda f: f.write(before + line.encode('utf-8')))
         print(f'{path}: turns: {len(turns)}', file=sys.stderr)
     except OSError as error:
         print(f'{path}: {error.strerror}', file=sys.stderr)

@@ -24,18 +24,36 @@ import torch
 
 import checkpoint
 import distributed
-import pretrained
-from configurator import config_of, configure, one_line_errors
-from data.fetch import cache_folder
-from data.loader import IGNORE, Loader, dataset_folders
-from data.stream import open_stream
-from data.tokenizer import fingerprint, load_tokenizer, vocab_size_of
-from distributed import print0
-from evaluate import evaluate_core, evaluate_task, read_benchmarks, read_core, score, spread_windows, table_row, text_loss
+from configurator import config_of, configure
+from corpus.fetch import cache_folder
+from evaluate import (
+    evaluate_core,
+    evaluate_task,
+    read_benchmarks,
+    read_core,
+    score,
+    spread_windows,
+    table_row,
+    text_loss,
+)
+from files import one_line_errors, print0
 from logs import clock, farewell, open_logs
 from model import GPT, GPTConfig
-from optim import SMOOTHING, configure_optimizers, judge, lr_scale, muon_momentum, new_history, set_lr, step_unless
+from optim import (
+    SMOOTHING,
+    configure_optimizers,
+    judge,
+    lr_scale,
+    muon_momentum,
+    new_history,
+    set_lr,
+    step_unless,
+)
 from report import environment, write_report, write_samples
+from tokens.loader import IGNORE, Loader, dataset_folders
+from tokens.stream import open_stream
+from tokens.tokenizer import fingerprint, load_tokenizer, vocab_size_of
+from weights import pretrained
 
 # -----------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) on OpenWebText, as nanoGPT's do.
@@ -76,7 +94,7 @@ sampling: Literal['shuffle', 'random', 'documents'] = 'shuffle'  # each window o
 isolate_documents = False  # True: no token attends to another document of its row; needs the .idx files
 verify_data = False  # read every shard against its checksum before the first step; sizes are always looked at
 # raw text: dataset=stream:PATH,PATH
-tokenizer = 'gpt2'  # or byte, or a folder that data/tokenizer.py train wrote
+tokenizer = 'gpt2'  # or byte, or a folder that tokens/tokenizer.py train wrote
 stream_val = ''  # files and folders of text for validation, by commas; empty = the first file of the stream, which is then not trained on
 field = 'text'  # what to take of JSONL, CSV and Parquet; several: title,text
 errors: Literal['strict', 'replace'] = 'strict'  # replace: U+FFFD stands for what is not UTF-8

@@ -12,9 +12,9 @@ import math
 import torch
 import torch.nn as nn
 
-from data.loader import dataset_folders
-from data.tokenizer import read_meta
 from model import GPT, GPTConfig
+from tokens.loader import dataset_folders
+from tokens.tokenizer import read_meta
 
 out_dir = 'out-depth'
 dataset = 'shakespeare_char'  # always at hand; too small for a depth of more than 4 at the ratio below

@@ -46,8 +46,8 @@ def sentences(n_chars, seed):
 
 
 def pack_chars(folder, train, val, chars=None):
-    from data.pack import write_dataset
-    from data.tokenizer import CharTokenizer
+    from corpus.pack import write_dataset
+    from tokens.tokenizer import CharTokenizer
     write_dataset(folder, CharTokenizer(chars or ''.join(sorted(set(train + val)))), {'train': [train], 'val': [val]}, 'a test')
     return folder
 

@@ -69,7 +69,7 @@ def rank(argv, env, log, listen, spoil):
 
 def hear_windows(path):
     """Writes down a checksum of each training window that this rank is given, by step."""
-    from data.loader import Loader
+    from tokens.loader import Loader
     batch = Loader.batch
 
     def heard(self, step, micro_step=0):
@@ -82,8 +82,8 @@ def hear_windows(path):
 
 def spoil_losses(steps):
     """Makes the loss that this rank computes in training at these steps not a number, and with it each gradient."""
-    from data.loader import Loader
     from model import GPT
+    from tokens.loader import Loader
     batch, forward, at = Loader.batch, GPT.forward, [None]
 
     def remembered(self, step, micro_step=0):

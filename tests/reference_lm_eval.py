@@ -38,8 +38,8 @@ def random_model(block_size=80):
 
 def read_items(folder, name, count=None, block_size=None):
     """The first items of a task; with block_size, without those that have a choice of more tokens, which the harness refuses."""
-    from data.tokenizer import GPT2Tokenizer
     from evaluate import prepare
+    from tokens.tokenizer import GPT2Tokenizer
     [file] = Path(folder).glob(f'{name}_*.jsonl')
     items = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()[:count]]
     if name == 'lambada':
@@ -82,7 +82,7 @@ if __name__ == '__main__':
         found = run_harness(rest[0], items_folder, None)
         Path(rest[1]).write_text(json.dumps(found), encoding='utf-8')
     else:
-        from data.tokenizer import GPT2Tokenizer
+        from tokens.tokenizer import GPT2Tokenizer
         with tempfile.TemporaryDirectory() as folder:
             random_model().save_pretrained(folder, GPT2Tokenizer())
             found = run_harness(folder, items_folder, N_ITEMS)

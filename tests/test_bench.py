@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, pack_chars, run_here, sentences
 
 import bench
-from conftest import ROOT, pack_chars, run_here, sentences
 
 SMALL = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=65', '--batch_size=2', '--device=cpu', '--dtype=float32')
 STEP = (*SMALL, '--warmup_steps=1', '--steps=3')

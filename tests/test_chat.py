@@ -1,4 +1,4 @@
-"""data/chat.py: every layout to conversations, conversations to ids and mask, and those to rows that the loader reads whole."""
+"""corpus/conversations.py: every layout to conversations, conversations to ids and mask, and those to rows that the loader reads whole."""
 
 import contextlib
 import io
@@ -14,13 +14,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 from conftest import ROOT, read_checkpoint, train_here
-from data import chat
-from data.loader import IGNORE, Loader
-from data.pack import write_dataset
-from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, read_meta
+
+from corpus import conversations as chat
+from corpus.pack import write_dataset
 from model import GPT
+from tokens.loader import IGNORE, Loader
+from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, read_meta
 
 SHARED = ROOT.parent / 'shared' / 'data'
 BYTES = ByteTokenizer()
@@ -310,14 +310,14 @@ def test_the_command_line(tmp_path):
     torch.save({'tokenizer': BYTES.meta()}, tmp_path / 'ckpt.pt')  # what build looks for in a checkpoint
 
     def run(*arguments):
-        return subprocess.run([sys.executable, ROOT / 'data/chat.py', *map(str, arguments)], capture_output=True, text=True, encoding='utf-8', cwd=tmp_path)
+        return subprocess.run([sys.executable, ROOT / 'corpus/conversations.py', *map(str, arguments)], capture_output=True, text=True, encoding='utf-8', cwd=tmp_path)
     done = run('build', '--input', file, '--tokenizer', tmp_path / 'ckpt.pt', '--block_size', '60', '--style', 'alpaca', '--out', 'y', '--val_fraction', '0.3')
     assert done.returncode == 0 and f'--init_from={tmp_path / "ckpt.pt"} --dataset=' in done.stdout
     assert done.stdout.endswith(' --out_dir=out-y\n')  # that recipe resumes what its out_dir holds
     assert '### Instruction:\nq' in run('show', 'y', '--rows', '1').stdout
     gone, end = os.pipe()
     os.close(gone)  # as `| head` leaves it, for a terminal without these characters
-    done = subprocess.run([sys.executable, ROOT / 'data/chat.py', 'show', 'y'], stdout=end, stderr=subprocess.PIPE, cwd=tmp_path,
+    done = subprocess.run([sys.executable, ROOT / 'corpus/conversations.py', 'show', 'y'], stdout=end, stderr=subprocess.PIPE, cwd=tmp_path,
                           env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
     os.close(end)
     assert (done.returncode, done.stderr) == (141, b'')
@@ -355,7 +355,7 @@ def test_prepare_scripts_pack_files_of_the_real_schema(tmp_path, monkeypatch, ca
 
 def test_dolly_comes_from_a_mirror_of_the_hub(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr('data.fetch.fetch', lambda name, sources, sha256: asked.append(*sources) or write(
+    monkeypatch.setattr('corpus.fetch.fetch', lambda name, sources, sha256: asked.append(*sources) or write(
         tmp_path / name, '\n'.join(json.dumps({**DOLLY[1], 'instruction': str(i)}) for i in range(99))))
     monkeypatch.setenv('HF_ENDPOINT', 'https://mirror/')
     monkeypatch.setattr(sys, 'argv', ['prepare.py', '--tokenizer', 'byte', '--block_size', '90', '--out', str(tmp_path / 'x')])

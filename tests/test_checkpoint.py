@@ -11,9 +11,10 @@ import zipfile
 
 import pytest
 import torch
+from conftest import differences
 
 import checkpoint
-from conftest import differences
+import files
 from model import GPT, GPTConfig
 from optim import configure_optimizers, set_lr
 
@@ -62,7 +63,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     for error in (OSError('disk full'), KeyboardInterrupt()):
         path.write_bytes(b'old')
         with pytest.raises(type(error)):
-            checkpoint.write_atomically(path, write)
+            files.write_atomically(path, write)
         assert files(tmp_path) == ['file'] and path.read_bytes() == b'old'
 
 
@@ -81,7 +82,7 @@ def test_the_order_is_fsync_replace_fsync_of_the_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'fsync', recorded_fsync)
     monkeypatch.setattr(os, 'replace', recorded_replace)
-    checkpoint.write_atomically(path, lambda f: f.write(b'content'))
+    files.write_atomically(path, lambda f: f.write(b'content'))
     assert calls == ["fsync [b'content']", 'replace'] + ['fsync folder'] * (os.name == 'posix')
 
 
@@ -91,7 +92,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr(fcntl, 'lockf', none)
-    checkpoint.lock(tmp_path).close()
+    files.lock(tmp_path).close()
     assert capsys.readouterr().out == f'{tmp_path}/.lock: No locks available: this file system has no locks, see to it that no other trainer writes there\n'
 
 

@@ -3,11 +3,11 @@
 import math
 
 import pytest
+from conftest import ROOT, pack_chars, sentences, train_here
 
 import train
-from conftest import ROOT, pack_chars, sentences, train_here
 from configurator import config_of, configure
-from data.tokenizer import read_meta
+from tokens.tokenizer import read_meta
 
 DEPTH = str(ROOT / 'config' / 'depth.py')
 

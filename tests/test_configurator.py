@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
-from configurator import config_of, configure, one_line_errors
+from configurator import config_of, configure
+from files import one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +24,8 @@ It trains nothing.
 {future}
 import sys
 from typing import Literal
-from configurator import config_of, configure, one_line_errors
+from configurator import config_of, configure
+from files import one_line_errors
 
 VERSION = 3
 _hidden = 1

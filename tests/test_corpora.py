@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from conftest import survives
-from data import formats, pack
-from data.loader import Loader
-from data.formats import blocks, documents
-from data.pack import Encoder, pack_documents, split_by_hash
-from data.tokenizer import CharTokenizer, read_meta
 from test_prepare import SHARED, contents, data, run  # noqa: F401 (data is a fixture)
+
+from corpus import pack
+from corpus import readers as formats
+from corpus.pack import Encoder, pack_documents, split_by_hash
+from corpus.readers import blocks, documents
+from tokens.loader import Loader
+from tokens.tokenizer import CharTokenizer, read_meta
 
 pa = pytest.importorskip('pyarrow')
 pq = pytest.importorskip('pyarrow.parquet')
@@ -307,7 +308,7 @@ ARGS = ['--val_fraction=0.05', '--shard_tokens=5000']
 KILLED = """
 import os, runpy, signal, sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(sys.argv[1]))))
-from data import formats, pack
+from corpus import pack, readers as formats
 formats.BLOCK_BYTES, pack.SAVE_EVERY_S, pack.MIN_BYTES_A_WORKER, write_json, left = 20000, -1, 1, pack.write_json, [int(sys.argv.pop())]
 def write_and_die(path, *rest):
     write_json(path, *rest)
@@ -347,7 +348,7 @@ def test_fineweb_holds_tiktokens_ids_of_its_first_documents(data, tmp_path, corp
     assert done.returncode == 0, done.stderr
     meta = read_meta(data / 'fineweb')
     assert (meta['vocab_size'], meta['dtype'], sum(split['documents'] for split in meta['splits'].values())) == (50257, 'uint16', 200)
-    from data.tokenizer import GPT2Tokenizer
+    from tokens.tokenizer import GPT2Tokenizer
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('FLATGPT_CACHE', str(MERGES.parent))
         bpe = GPT2Tokenizer().bpe
@@ -490,7 +491,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     for n_mb in (64, 128):  # what the allocators hold on to is there with the first
         texts = pa.array([f'{n:b}'.translate({48: 'a', 49: 'b'}) + 'some bad cafe' * 750 for n in range(n_mb * 100)])
         pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet', compression='none', use_dictionary=False)
-        code = ('from functools import partial; from data.pack import *; from data.tokenizer import *\n'
+        code = ('from functools import partial; from corpus.pack import *; from tokens.tokenizer import *\n'
                 'encoder, read = Encoder(CharTokenizer("abcdefmos "), 0.5), partial(formats.blocks, [("a.parquet", "parquet")], ("text",), "strict")\n'
                 'pack_documents("out", encoder, read, "", 10**7, workers=1)\n'
                 'print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])')

@@ -16,9 +16,9 @@ from datetime import timedelta
 
 import pytest
 import torch
+from conftest import ROOT, TINY, read_checkpoint, read_metrics, run_train, train_here
 
 import distributed
-from conftest import ROOT, TINY, read_checkpoint, read_metrics, run_train, train_here
 from report import read_run
 
 # Runs of train.py one after the other, each on so many ranks, which are children of one process that has imported everything but used
@@ -26,7 +26,7 @@ from report import read_run
 RANKS = """
 import faulthandler, json, os, runpy, sys
 import torch
-import checkpoint, data.loader, optim
+import checkpoint, tokens.loader, optim
 torch.set_num_threads(1)
 train, folder, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 for port, world_size, argv in runs:

@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY, differences, pack_chars, read_checkpoint, sentences, train_here
+from reference_lm_eval import random_model, read_items
 
 import checkpoint
 import distributed
 import evaluate
 from configurator import configure
-from conftest import ROOT, TINY, differences, pack_chars, read_checkpoint, sentences, train_here
-from data.loader import Loader
-from data.pack import write_dataset
-from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from corpus.pack import write_dataset
 from model import GPT, GPTConfig
-from reference_lm_eval import random_model, read_items
+from tokens.loader import Loader
+from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
 EVALS = ROOT / '../shared/data/evals'
 CHARS = ''.join(map(chr, [10, *range(32, 127)]))

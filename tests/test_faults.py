@@ -25,14 +25,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics, run_here, survives, train_here
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from ranks import read_heard, start_ranks, wait
+from test_resume import trajectory, without_times
 
 import checkpoint
 import train
 from configurator import accepted_by, config_of
-from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics, run_here, survives, train_here
-from ranks import read_heard, start_ranks, wait
-from test_resume import trajectory, without_times
 
 pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks and kills processes'),
               pytest.mark.filterwarnings('ignore:This process')]  # torch has threads, the children use none of them

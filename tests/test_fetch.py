@@ -1,4 +1,4 @@
-"""data/fetch.py against a local web server and a local folder of packages: no network."""
+"""corpus/fetch.py against a local web server and a local folder of packages: no network."""
 import hashlib
 import io
 import os
@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data.fetch import fetch
+from corpus.fetch import fetch
 
 TEXT = b'First Citizen:\nBefore we proceed any further, hear me speak.\n'
 SHA256 = hashlib.sha256(TEXT).hexdigest()

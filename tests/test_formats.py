@@ -1,4 +1,4 @@
-"""data/formats.py: every format from a file that its own library wrote, its positions, and what is wrong in one."""
+"""corpus/readers.py: every format from a file that its own library wrote, its positions, and what is wrong in one."""
 import bz2
 import csv
 import gzip
@@ -11,10 +11,10 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
-from data import formats
-from data.formats import documents, find_files
+
+from corpus import readers as formats
+from corpus.readers import documents, find_files
 
 SHARED = ROOT.parent / 'shared' / 'data' / 'chinese'
 TITLES = ['北京', 'Two words', 'a,b', '"q"', '空格']

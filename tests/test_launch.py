@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-
 from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics
 from test_faults import last_iter, pids_of_ranks, run_ranks, wait_for
 from test_resume import without_times

@@ -13,22 +13,22 @@ ROOT = Path(__file__).resolve().parent.parent
 # module -> the modules of ours that it may import
 MAP = {
     'model': ['pretrained'],
-    'pretrained': ['checkpoint', 'data.tokenizer'],
+    'pretrained': ['checkpoint', 'tokens.tokenizer'],
     'configurator': [],
     'distributed': [],
-    'data.fetch': [],
-    'data.tokenizer': ['data.fetch', 'data.formats'],
-    'data.loader': ['data.tokenizer'],
-    'data.stream': ['data.tokenizer', 'data.formats', 'data.loader'],
-    'data.formats': ['data.fetch'],
-    'data.pack': ['data.fetch', 'data.tokenizer', 'data.formats', 'data.loader'],
-    'data.chat': ['data.tokenizer', 'data.formats', 'data.pack', 'data.fetch', 'checkpoint'],
+    'corpus.fetch': [],
+    'tokens.tokenizer': ['corpus.fetch', 'corpus.readers'],
+    'tokens.loader': ['tokens.tokenizer'],
+    'tokens.stream': ['tokens.tokenizer', 'corpus.readers', 'tokens.loader'],
+    'corpus.readers': ['corpus.fetch'],
+    'corpus.pack': ['corpus.fetch', 'tokens.tokenizer', 'corpus.readers', 'tokens.loader'],
+    'corpus.conversations': ['tokens.tokenizer', 'corpus.readers', 'corpus.pack', 'corpus.fetch', 'checkpoint'],
     'optim': ['distributed'],
     'checkpoint': ['distributed'],
     'report': ['checkpoint', 'configurator'],
     'logs': ['checkpoint', 'distributed', 'report'],
-    'load': ['model', 'checkpoint', 'pretrained', 'data.tokenizer', 'data.loader', 'distributed'],
-    'evaluate': ['load', 'data.tokenizer', 'data.fetch', 'data.loader', 'distributed', 'checkpoint', 'configurator'],
+    'load': ['model', 'checkpoint', 'pretrained', 'tokens.tokenizer', 'tokens.loader', 'distributed'],
+    'evaluate': ['load', 'tokens.tokenizer', 'corpus.fetch', 'tokens.loader', 'distributed', 'checkpoint', 'configurator'],
 }
 MAP['train'] = list(MAP)
 MAP.update(dict.fromkeys(['sample', 'bench'], [*MAP['train'], 'sample', 'bench']))
@@ -60,7 +60,7 @@ def imports(path):
 
 
 def ours(path):
-    """The modules of ours that a file imports, at any level: 'model', 'data.tokenizer'; '' is a relative import."""
+    """The modules of ours that a file imports, at any level: 'model', 'tokens.tokenizer'; '' is a relative import."""
     parts = [name.split('.') for name, _ in imports(path)]
     return {'.'.join(p[:2]) if p[0] == 'data' else p[0] for p in parts if p[0] in ('', 'data', 'config', 'tests') or path_of(p[0]).exists()}
 
@@ -76,11 +76,11 @@ def tracked(*patterns):
 
 def test_imports_are_told_apart(tmp_path):
     file = tmp_path / 'a.py'
-    file.write_text('import model, data.fetch as f\nfrom data import tokenizer\nfrom data.pack import x\ntry:\n    import wandb\n'
+    file.write_text('import model, corpus.fetch as f\nfrom tokens import tokenizer\nfrom corpus.pack import x\ntry:\n    import wandb\n'
                     'except ImportError:\n    pass\ndef g():\n    from train import y\n    from . import z', encoding='utf-8')
-    assert imports(file) == [('model', False), ('data.fetch', False), ('data.tokenizer', False), ('data.pack.x', False),
+    assert imports(file) == [('model', False), ('corpus.fetch', False), ('tokens.tokenizer', False), ('corpus.pack.x', False),
                              ('wandb', False), ('train.y', True), ('..z', True)]
-    assert ours(file) >= {'data.fetch', 'data.tokenizer', 'data.pack', ''}
+    assert ours(file) >= {'corpus.fetch', 'tokens.tokenizer', 'corpus.pack', ''}
 
 
 @pytest.mark.parametrize('module', MODULES)

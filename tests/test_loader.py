@@ -1,4 +1,4 @@
-"""data/loader.py: which tokens a step shows, to whom, how often; and what damaged data is told.
+"""tokens/loader.py: which tokens a step shows, to whom, how often; and what damaged data is told.
 
 Most datasets here hold the ids 0, 1, 2 ... in order, so that an id says where it stands.
 """
@@ -12,9 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import IGNORE, Loader, Split, dataset_folders, draws, interleave, map_tokens, parse_mixture, permute
-from data.pack import write_dataset
-from data.tokenizer import CharTokenizer
+from corpus.pack import write_dataset
+from tokens.loader import (
+    IGNORE,
+    Loader,
+    Split,
+    dataset_folders,
+    draws,
+    interleave,
+    map_tokens,
+    parse_mixture,
+    permute,
+)
+from tokens.tokenizer import CharTokenizer
 
 CHARS = ''.join(map(chr, range(0x4E00, 0x4E00 + 6000)))
 

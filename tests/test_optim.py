@@ -5,11 +5,25 @@ import math
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from model import GPT, GPTConfig
-from optim import (Muon, configure_optimizers, has_fused_adamw, judge, lr_scale, muon_momentum, new_history, orthogonalize, set_lr,
-                   step_unless)
+from optim import (
+    Muon,
+    configure_optimizers,
+    has_fused_adamw,
+    judge,
+    lr_scale,
+    muon_momentum,
+    new_history,
+    orthogonalize,
+    set_lr,
+    step_unless,
+)
 
 
 def tiny(arch, seed=0):

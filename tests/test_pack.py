@@ -1,4 +1,4 @@
-"""data/pack.py as a command: build, mix and inspect."""
+"""corpus/pack.py as a command: build, mix and inspect."""
 import json
 import os
 import random
@@ -11,22 +11,23 @@ import unicodedata
 
 import numpy as np
 import pytest
-
 from conftest import ROOT, survives
-from data import formats, pack
-from data.fetch import one_line_errors
-from data.loader import Loader, Split, interleave
-from data.pack import cleaned, mixed_documents, split_by_hash, write_dataset
-from data.tokenizer import CharTokenizer, load_tokenizer, read_meta
 from test_corpora import MERGES, TEXTS, contents, files_of, needs_gpt2, pack_texts, small_batches  # noqa: F401 (a fixture)
 from test_formats import PAGES, ROWS, SHARED, WRITERS, write_block, write_jsonl, write_wiki
 from test_prepare import Numbers
+
+from corpus import pack
+from corpus import readers as formats
+from corpus.pack import cleaned, mixed_documents, split_by_hash, write_dataset
+from files import one_line_errors
+from tokens.loader import Loader, Split, interleave
+from tokens.tokenizer import CharTokenizer, load_tokenizer, read_meta
 
 CHINESE = [SHARED / name for name in ('cmrc2018_dev_1500.jsonl', 'song_ci_simplified.txt')]
 
 
 def run(monkeypatch, capsys, *args):
-    """python data/pack.py in this process: (exit code, stdout, stderr)."""
+    """python -m corpus.pack in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv('FLATGPT_CACHE', str(MERGES.parent))
     monkeypatch.setattr(sys, 'argv', ['pack.py', *map(str, args)])
     code = 0
@@ -168,7 +169,7 @@ def test_killed_as_a_command_and_continued_with_other_workers(tmp_path):
             file.write(json.dumps({'text': f'{n} ' + rng.choice('abcdefgh') * rng.randrange(200)}) + '\n')
 
     def start(out, workers):
-        code = ('import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); from data import formats, pack; formats.BLOCK_BYTES = 10_000; '
+        code = ('import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); from corpus import pack, readers as formats; formats.BLOCK_BYTES = 10_000; '
                 'pack.SAVE_EVERY_S = -1; pack.MIN_BYTES_A_WORKER = 1; pack.main()')
         return subprocess.Popen([sys.executable, '-c', code, str(ROOT), 'build', '--input', str(tmp_path / 'a.jsonl'), '--tokenizer=char', '--clean',
                                  '--out', str(out), f'--workers={workers}', '--shard_tokens=10000'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -197,7 +198,7 @@ def broken(path):
     (lambda path: path.write_text(''), [], 'there is no text in the corpus'),
     (lambda path: path.write_text('{"text": ""}\n'), ['--tokenizer=gpt2'], 'there is no text for the train split: give more text, or another --val_fraction'),
     (lambda path: None, [], 'a.jsonl: there is no such file or folder'),
-    (write_jsonl, ['--tokenizer=gpt3'], 'tokenizer gpt3: accepted are char, gpt2, byte, and a folder with tokenizer.json: python data/tokenizer.py train --input TEXT --out FOLDER makes one'),
+    (write_jsonl, ['--tokenizer=gpt3'], 'tokenizer gpt3: accepted are char, gpt2, byte, and a folder with tokenizer.json: python -m tokens.tokenizer train --input TEXT --out FOLDER makes one'),
     (write_jsonl, ['--sample=0'], '--sample=0.0 must be above 0, and at most 1'),
     (write_jsonl, ['--min_chars=0'], '--min_chars=0 must be 1 or more'),
 ])
@@ -233,7 +234,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_dataset(tmp_path):
     (tmp_path / 'a.txt').write_text(''.join(f'{n}' + 'abc' * 100 + '\n' for n in range(1000)), encoding='utf-8')
     code = ('import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = sys.argv[1:]; '
             'runpy.run_path(sys.argv[0], run_name="__main__")')
-    done = subprocess.run([sys.executable, '-c', code, str(ROOT / 'data' / 'pack.py'), 'build', '--input', str(tmp_path / 'a.txt'), '--format=lines',
+    done = subprocess.run([sys.executable, '-c', code, str(ROOT / 'corpus' / 'pack.py'), 'build', '--input', str(tmp_path / 'a.txt'), '--format=lines',
                            '--tokenizer=char', '--out', str(tmp_path / 'out')], capture_output=True, text=True, encoding='utf-8')
     assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
     assert done.stderr == f'{tmp_path}/out cannot be written (File too large): make room and run this again, it continues\n'
@@ -262,8 +263,8 @@ def test_the_loader_keeps_shares_over_any_1000_windows(weights):
 @pytest.mark.parametrize('weights', WEIGHTS)
 def test_a_mix_keeps_shares_over_any_1000_windows_of_the_file(tmp_path, monkeypatch, weights):
     """Documents of 1 to 5000 tokens; every token of source k is k."""
-    monkeypatch.setattr('data.pack.load_tokenizer', lambda meta: Numbers(10))
-    monkeypatch.setattr('data.tokenizer.vocab_size_of', lambda meta: 10)
+    monkeypatch.setattr('corpus.pack.load_tokenizer', lambda meta: Numbers(10))
+    monkeypatch.setattr('tokens.tokenizer.vocab_size_of', lambda meta: 10)
     draw = random.Random(0)
     for k in range(len(weights)):
         rows = [[k] * draw.choice([1, 3, 15, 200, 5000][:3 + k]) for _ in range(3000)]

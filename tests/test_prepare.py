@@ -1,4 +1,4 @@
-"""data/pack.py and the prepare scripts, each script run in a copy of the data folder."""
+"""corpus/pack.py and the prepare scripts, each script run in a copy of the data folder."""
 import gzip
 import io
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from conftest import survives
+
+from corpus.pack import write_dataset
 from data.chinese import prepare as chinese
-from data.pack import write_dataset
 from data.shakespeare_char import prepare as shakespeare
-from data.tokenizer import BPETokenizer, CharTokenizer, read_meta, save_tokenizer, tokenizer_meta
+from tokens.tokenizer import BPETokenizer, CharTokenizer, read_meta, save_tokenizer, tokenizer_meta
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / 'shared' / 'data'

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, pack_chars, read_metrics, sentences, train_here
 
 import checkpoint
-import pretrained
-from conftest import ROOT, pack_chars, read_metrics, sentences, train_here
-from data.tokenizer import GPT2_META, CharTokenizer, GPT2Tokenizer, load_tokenizer, read_tokenizer_json
 from model import GPT, GPTConfig
+from tokens.tokenizer import GPT2_META, CharTokenizer, GPT2Tokenizer, load_tokenizer, read_tokenizer_json
+from weights import pretrained
 
 transformers = pytest.importorskip('transformers')
 transformers.logging.disable_progress_bar()
@@ -260,7 +260,7 @@ def test_gpt2_tokenizer_is_exported(tmp_path, arch, gpt2_tokenizer):
     with pytest.raises(ValueError) as error:
         read_tokenizer_json(tmp_path)
     assert str(error.value) == (f"{tmp_path / 'tokenizer.json'} is a BPE tokenizer of 50257 tokens: supported are GPT-2's own, one token per character "
-                                'as save_pretrained writes it, and byte-level BPE as python data/tokenizer.py train writes it')
+                                'as save_pretrained writes it, and byte-level BPE as python -m tokens.tokenizer train writes it')
 
 
 # -----------------------------------------------------------------------------
@@ -548,7 +548,7 @@ def test_training_goes_on_from_a_folder(tmp_path, tiny, folder):
 def test_evaluation_is_of_the_weights_given(tmp_path, tiny, folder):
     code, out, err, _ = train_here(f'--init_from={folder}', f'--dataset={tiny}', '--eval_only=True', *FEW, out_dir=tmp_path / 'x')
     assert code == 0 and not (tmp_path / 'x').exists(), err
-    from data.loader import Loader
+    from tokens.loader import Loader
     loader, model = Loader([tiny], 'val', 16, 8, order='sequential'), GPT.from_pretrained(folder).eval()
     windows = np.arange(8) * loader.n_windows // 8
     with torch.no_grad():

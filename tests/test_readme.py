@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT
+
 from configurator import config_of, configure
 
 READMES = [ROOT / 'README.md', ROOT / 'README.zh-CN.md']

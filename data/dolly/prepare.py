@@ -5,7 +5,7 @@
     python data/dolly/prepare.py --tokenizer out/ckpt.pt --block_size 256   # for a model of your own
 
 One instruction in twenty is for validation, as the hash of its context or question decides. HF_ENDPOINT, a mirror of the hub, is
-honoured, and the file is checked and cached as data/fetch.py says.
+honoured, and the file is checked and cached as corpus/fetch.py says.
 """
 import os
 import sys
@@ -13,8 +13,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.chat import prepare
-from data.fetch import fetch, one_line_errors
+from corpus.conversations import prepare
+from corpus.fetch import fetch
+from files import one_line_errors
 
 HUB = os.environ.get('HF_ENDPOINT', '').rstrip('/') or 'https://huggingface.co'
 REVISION = 'bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a'

@@ -12,8 +12,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.chat import prepare
-from data.fetch import one_line_errors
+from corpus.conversations import prepare
+from files import one_line_errors
 
 if __name__ == '__main__':
     with one_line_errors():

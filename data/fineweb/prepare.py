@@ -14,8 +14,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.fetch import one_line_errors
-from data.pack import prepare_parquet
+from corpus.pack import prepare_parquet
+from files import one_line_errors
 
 REPO = 'HuggingFaceFW/fineweb'
 REVISION = '9bb295ddab0e05d785b879661af7260fed5140fc'  # its tag v1.4.0

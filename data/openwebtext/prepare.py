@@ -13,8 +13,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.fetch import one_line_errors
-from data.pack import prepare_parquet
+from corpus.pack import prepare_parquet
+from files import one_line_errors
 
 REPO = 'Skylion007/openwebtext'
 REVISION = '79d93d786212f7344586290adb811d4ae6a1762c'  # Parquet, no script

@@ -10,10 +10,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.fetch import one_line_errors
-from data.pack import write_dataset
+from corpus.pack import write_dataset
 from data.shakespeare_char.prepare import find_text
-from data.tokenizer import GPT2Tokenizer
+from files import one_line_errors
+from tokens.tokenizer import GPT2Tokenizer
 
 if __name__ == '__main__':
     with one_line_errors():

@@ -16,10 +16,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.fetch import fetch, one_line_errors
-from data.formats import read_text
-from data.pack import write_dataset
-from data.tokenizer import CharTokenizer
+from corpus.fetch import fetch
+from corpus.pack import write_dataset
+from corpus.readers import read_text
+from files import one_line_errors
+from tokens.tokenizer import CharTokenizer
 
 TINYSHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 TINYSHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'

@@ -4,7 +4,7 @@
     python data/text/prepare.py --input essays/ --tokenizer gpt2 --out data/essays
 
 --input takes UTF-8 files, and folders whose .txt files are read in the order of their names. The last tenth of all
-characters is for validation (--val_fraction). --tokenizer is char, gpt2, byte, or the folder of one that data/tokenizer.py trained.
+characters is for validation (--val_fraction). --tokenizer is char, gpt2, byte, or the folder of one that tokens/tokenizer.py trained.
 A file is a document: all but char put <|endoftext|> between two. Memory holds one file at a time.
 """
 import argparse
@@ -13,10 +13,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data.fetch import one_line_errors
-from data.formats import find_files, read_text
-from data.pack import dataset_name, write_dataset
-from data.tokenizer import CharTokenizer, load_tokenizer, tokenizer_meta
+from corpus.pack import dataset_name, write_dataset
+from corpus.readers import find_files, read_text
+from files import one_line_errors
+from tokens.tokenizer import CharTokenizer, load_tokenizer, tokenizer_meta
 
 
 def characters(paths, start, end):

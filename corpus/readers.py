@@ -1,6 +1,6 @@
 """Corpora on disk, document by document, whatever their format; never more than a few megabytes of them at a time.
 
-    from data.formats import documents
+    from corpus.readers import documents
     for text, position in documents(['wiki.xml.bz2', 'notes/'], fields=['title', 'text']):
         ...                                         # documents(..., start=position) goes on behind this text
 

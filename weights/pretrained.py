@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import write_atomically
-from data.tokenizer import GPT2_META, read_tokenizer_json, tokenizer_config, vocab_size_of
+from files import write_atomically
+from tokens.tokenizer import GPT2_META, read_tokenizer_json, tokenizer_config, vocab_size_of
 
 # repository and commit, so that the weights are the same tomorrow
 HUB = {

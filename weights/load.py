@@ -12,11 +12,11 @@ from pathlib import Path
 
 import checkpoint
 import distributed
-import pretrained
-from data.loader import dataset_folders
-from data.tokenizer import GPT2_META, read_meta, read_meta_pkl
-from distributed import print0
+from files import print0
 from model import GPT, GPTConfig
+from tokens.loader import dataset_folders
+from tokens.tokenizer import GPT2_META, read_meta, read_meta_pkl
+from weights import pretrained
 
 
 def find_model(init_from='resume', out_dir='out', checkpoint_path='', n_head=None):

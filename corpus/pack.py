@@ -1,17 +1,17 @@
 """Any corpus to the token files that training reads.
 
-    python data/pack.py build --input corpus.jsonl.gz news/ --tokenizer gpt2 --out data/mine
-    python data/pack.py build --input zhwiki.xml.bz2 --field title,text --tokenizer data/tokenizers/zh --clean --out data/zhwiki
-    python data/pack.py mix zhwiki:0.6,news:0.4 --out data/mixed
-    python data/pack.py inspect data/mixed
+    python -m corpus.pack build --input corpus.jsonl.gz news/ --tokenizer gpt2 --out data/mine
+    python -m corpus.pack build --input zhwiki.xml.bz2 --field title,text --tokenizer data/tokenizers/zh --clean --out data/zhwiki
+    python -m corpus.pack mix zhwiki:0.6,news:0.4 --out data/mixed
+    python -m corpus.pack inspect data/mixed
 
-build reads what data/formats.py lists, tokenizes on all cores and writes train.bin (or train_000000.bin and so on with
+build reads what corpus/readers.py lists, tokenizes on all cores and writes train.bin (or train_000000.bin and so on with
 --shard_tokens), train.idx, the same for val, and meta.json last. The hash of each document decides whether it is for validation, so that it
 stays where it is when documents are added. Documents stream through: memory holds a few megabytes of them a core, however large
 the corpus. A run that was killed is continued by the same command. The files are the same byte for byte, however many
 workers there were and however often it was killed.
 
-    from data.pack import write_dataset
+    from corpus.pack import write_dataset
     write_dataset('data/mine', tokenizer, {'train': ['one document', 'another'], 'val': ['a third']}, source='my notes')
 
 does so with documents and splits that a script has at hand. A script that packs on several cores needs an
@@ -43,11 +43,11 @@ from pathlib import Path
 import numpy as np
 
 if __name__ == '__main__':
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # instead of this folder
-from data import formats
-from data.fetch import one_line_errors
-from data.formats import Block, find_files
-from data.tokenizer import CharTokenizer, GPT2_META, id_dtype, load_tokenizer, read_meta, tokenizer_meta
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
+from corpus import readers as formats
+from corpus.readers import Block, find_files
+from files import one_line_errors
+from tokens.tokenizer import GPT2_META, CharTokenizer, id_dtype, load_tokenizer, read_meta, tokenizer_meta
 
 # -----------------------------------------------------------------------------
 # encoding: documents to ids, on all cores
@@ -101,7 +101,7 @@ class Encoder:
     """Blocks of documents to ids.
 
     val_fraction   share of the documents for validation, by split_by_hash; None: the splits are given
-    fields, errors   as in data.formats.blocks
+    fields, errors   as in corpus.readers.blocks
     clean          normalize texts (see cleaned); pack_documents then takes each text once
     min_chars      leave shorter texts out
     sample         share of the texts to keep; the hash of each decides
@@ -288,14 +288,14 @@ SAVE_EVERY_S = 10  # that much work is lost when a run is killed
 def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, masked=False, eot_in_rows=False):
     """Pack documents into a dataset folder, replacing the dataset that was there.
 
-    tokenizer     of data.tokenizer
+    tokenizer     of tokens.tokenizer
     splits        {'train': iterable of documents, 'val': iterable of documents}. A document is a text, and the tokenizer's
                   eot, if it has one, is put between texts; or it is a row of ids, which is written as it stands
     source        in words, what the text is and where it is from
     shard_tokens  cut into train_000000.bin, train_000001.bin ... of so many tokens; None: one train.bin
     masked        write .mask files; documents may be pairs (ids, mask), mask is 1 where a token is a target
     eot_in_rows   put eot between rows of ids, too
-    returns       the dict in meta.json (data.tokenizer.read_meta says its shape)
+    returns       the dict in meta.json (tokens.tokenizer.read_meta says its shape)
     raises        ValueError for an id outside the vocabulary or a split without tokens; the old dataset then stays
     """
     blocks = (block for name, documents in splits.items() for block in given(documents, name))
@@ -594,7 +594,7 @@ def sync_folder(folder):
 def pack_files(out, files, tokenizer, source, args, recipe=None, sizes=None):
     """Pack the files of a corpus; args holds the options as build's command line names them.
 
-    files      as data.formats.find_files returns them
+    files      as corpus.readers.find_files returns them
     tokenizer  'char' stands for one token for each character that there is
     sizes      bytes of each file; None: ask the disk
     """
@@ -663,7 +663,7 @@ def add_build_options(parser):
 
 
 def build(args):
-    """python data/pack.py build"""
+    """python -m corpus.pack build"""
     check_options(args)
     files = find_files(args.input, args.format)
     if args.tokenizer == 'char':
@@ -681,14 +681,14 @@ def build(args):
 def dataset_name(out):
     """What train.py's --dataset calls a folder."""
     out = Path(out).resolve()
-    return out.name if out.parent == Path(__file__).resolve().parent else os.path.relpath(out)
+    return out.name if out.parent == Path(__file__).resolve().parents[1] / 'data' else os.path.relpath(out)
 
 # -----------------------------------------------------------------------------
 # mix
 
 def mix(args):
-    """python data/pack.py mix"""
-    from data.loader import Split, dataset_folders
+    """python -m corpus.pack mix"""
+    from tokens.loader import Split, dataset_folders
     check_options(args)
     folders, weights = dataset_folders(args.datasets)
     splits = {'train': [Split(folder, 'train') for folder in folders]}
@@ -758,8 +758,8 @@ def pieces(split, most_tokens, eot):
 # inspect
 
 def inspect(args):
-    """python data/pack.py inspect"""
-    from data.loader import Split
+    """python -m corpus.pack inspect"""
+    from tokens.loader import Split
     meta = read_meta(args.folder)
     tokenizer = load_tokenizer(meta['tokenizer'])
     says = {'meta.json': '', 'meta.pkl': ', as meta.pkl says', 'none': ", for want of a meta.json by nanoGPT's rules"}[meta['origin']]

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.tokenizer import LLMC_HEADER_BYTES, LLMC_MAGIC, fingerprint, read_meta
+from tokens.tokenizer import LLMC_HEADER_BYTES, LLMC_MAGIC, fingerprint, read_meta
 
 IGNORE = -100  # the target that is not one
 ORDERS = ('shuffle', 'random', 'sequential', 'documents')
@@ -298,7 +298,7 @@ def parse_mixture(dataset):
 def dataset_folders(dataset):
     """Folder and share of each part of a dataset setting: data/NAME beside this file, else the folder NAME as it stands."""
     names, weights = parse_mixture(dataset)
-    here, folders = Path(__file__).resolve().parent, []
+    here, folders = Path(__file__).resolve().parents[1] / 'data', []
     for name in names:
         folder = Path(name) if Path(name).is_dir() and not (here / name).is_dir() else here / name
         folders.append(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)  # shorter in messages
@@ -441,7 +441,7 @@ class Loader:
         return [split.fingerprint() for split in self.splits]
 
     def position(self, step):
-        """What a checkpoint holds besides the step, so that seek() goes on there: nothing. It differs in data/stream.py."""
+        """What a checkpoint holds besides the step, so that seek() goes on there: nothing. It differs in tokens/stream.py."""
 
     def seek(self, position, step):
         pass

@@ -1,11 +1,11 @@
 """Text to token ids and back, and what a data folder says about its ids.
 
-    from data.tokenizer import GPT2Tokenizer
+    from tokens.tokenizer import GPT2Tokenizer
     GPT2Tokenizer().encode('Hello world')           # [15496, 995]
     CharTokenizer('\n abc').encode('a cab')         # [2, 1, 4, 2, 3]
 
-    python data/tokenizer.py train --input novels/ wiki.txt --vocab_size=16384 --out=data/tokenizers/bytebpe_zh
-    python data/tokenizer.py compare --input wiki.txt --tokenizers gpt2 byte data/tokenizers/bytebpe_zh
+    python -m tokens.tokenizer train --input novels/ wiki.txt --vocab_size=16384 --out=data/tokenizers/bytebpe_zh
+    python -m tokens.tokenizer compare --input wiki.txt --tokenizers gpt2 byte data/tokenizers/bytebpe_zh
 
 Every tokenizer has kind, vocab_size, eot (the id that ends a document, or None), special (names and ids of its special tokens),
 encode, encode_array, decode, decode_bytes, token_bytes, tokenizer_json and meta. meta() holds plain values only, goes into
@@ -28,8 +28,9 @@ import numpy as np
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-from data import formats
-from data.fetch import fetch, one_line_errors
+from corpus import readers as formats
+from corpus.fetch import fetch
+from files import one_line_errors
 
 # -----------------------------------------------------------------------------
 # characters
@@ -271,7 +272,7 @@ def tokenizer_meta(name, also=()):
     meta = read_tokenizer_json(name) if name else None
     if meta is None:
         raise FileNotFoundError(f'tokenizer {name}: accepted are {"".join(f"{each}, " for each in also)}gpt2, byte, and a folder with tokenizer.json: '
-                                'python data/tokenizer.py train --input TEXT --out FOLDER makes one')
+                                'python -m tokens.tokenizer train --input TEXT --out FOLDER makes one')
     return meta
 
 
@@ -298,7 +299,7 @@ def read_tokenizer_json(folder):
     """
     path, merges_path = Path(folder) / 'tokenizer.json', Path(folder) / 'merges.txt'
     supported = ("supported are GPT-2's own, one token per character as save_pretrained writes it, and byte-level BPE as "
-                 'python data/tokenizer.py train writes it')
+                 'python -m tokens.tokenizer train writes it')
     if not path.exists():
         if merges_path.exists() and hashlib.sha256(merges_path.read_bytes()).hexdigest() != GPT2_MERGES_SHA256:
             raise ValueError(f"{merges_path} holds other merges than GPT-2's and has no tokenizer.json beside it: {supported}")
@@ -618,7 +619,7 @@ def train(args):
     paths = save_tokenizer(tokenizer, args.out)
     print(f'{args.out}: {", ".join(path.name for path in paths)}; {tokenizer.vocab_size:,} tokens, of which {len(tokenizer.special)} special, '
           f'fingerprint {fingerprint(tokenizer.meta())}, in {time.perf_counter() - began:.0f} s')
-    print(f'next: python data/tokenizer.py compare --input {" ".join(args.input)} --tokenizers gpt2 {args.out}')
+    print(f'next: python -m tokens.tokenizer compare --input {" ".join(args.input)} --tokenizers gpt2 {args.out}')
 
 
 def compare(args):

@@ -1,0 +1,1 @@
+"""Turn text and dialogue into datasets of token ids."""

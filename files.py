@@ -1,0 +1,193 @@
+"""Files and messages, shared by all rooms: atomic writes, locks, JSON lines, one-line errors.
+
+    write_atomically('out/run.json', lambda f: f.write(data))    # the whole file or none of it
+    with one_line_errors():                                      # a user's mistake: one line on stderr, exit code 2
+        main()
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+
+CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')  # all control characters except tab and line feed
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+
+def write_atomically(path, write):
+    """Write a file completely or not at all, even if the process is killed or the disk fills up.
+
+    write   called with the open binary file
+    raises  OSError that names path; an earlier file of this name is then unchanged
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.tmp{os.getpid()}')
+    try:
+        with open(temporary, 'w+b') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a failed write does not name its file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path, value, indent=1):
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + '\n'
+    write_atomically(path, lambda f: f.write(text.encode('utf-8')))
+
+
+def sync_folder(folder):
+    """Make renames in a folder survive a power cut. Windows cannot open a folder."""
+    if os.name == 'posix':
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_leftovers(folder):
+    """Delete temporary files of write_atomically() whose process was killed. Only for the folder's owner, under its lock."""
+    for path in Path(folder).glob('.*.tmp*'):
+        if re.fullmatch(r'\..+\.tmp\d+', path.name):
+            path.unlink(missing_ok=True)
+
+
+def lock(folder):
+    """Claim a folder for this process until the returned file is closed or the process ends.
+
+    raises  ValueError if another process holds the lock; the message says which
+    """
+    path = Path(folder) / '.lock'
+    f = open(path, 'a+', encoding='utf-8', errors='replace')
+    try:
+        if os.name == 'posix':
+            import fcntl
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+            f.seek(1 << 30)  # a byte past the text, so that others can still read who holds the lock
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if not isinstance(error, (BlockingIOError, PermissionError)):
+            print0(f'{path}: {error.strerror}: this file system has no locks, make sure that no other process writes there')
+            return f
+        f.seek(0)
+        holder = f.read().strip()
+        f.close()
+        raise ValueError(f'{folder}: another process is writing there, {holder}: wait for it, stop it, '
+                         'or use another folder') from None
+    f.truncate(0)
+    f.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    f.flush()
+    return f
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+
+def read_json(path):
+    """The JSON value in a UTF-8 file (a byte order mark is allowed). ValueError that names the file if there is none."""
+    try:
+        return json.loads(Path(path).read_bytes().decode('utf-8-sig'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path}: not JSON in UTF-8 ({error})') from None
+
+
+def json_lines(lines, path):
+    """Yield (line number, value) of each line that is not blank.
+
+    lines   an open binary file, or any iterable of lines as bytes
+    path    names the source in errors
+    raises  ValueError that names path and line number
+    """
+    for number, line in enumerate(lines, 1):
+        line = line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode('utf-8'))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f'{path}, line {number}: not JSON in UTF-8 ({error})') from None
+
+
+# -----------------------------------------------------------------------------
+# messages
+
+
+def print0(*args, **kwargs):
+    """Print on the first rank only. A log on a full disk does not end a run; a closed pipe does."""
+    if int(os.environ.get('RANK') or 0) != 0:
+        return
+    try:
+        print(*args, **kwargs, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass  # nowhere is left to report it
+
+
+def printable(text):
+    """The text with control characters escaped, so that a name or generated text cannot steer the terminal."""
+    return CONTROL.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn a user's mistake into one line on stderr and exit code 2. FLATGPT_TRACEBACK=1 shows the traceback instead."""
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a character that the terminal lacks must not end a run
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return
+    except KeyboardInterrupt:
+        code, message = 130, 'interrupted'
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        message = one_line(error)
+        if message is None or os.environ.get('FLATGPT_TRACEBACK'):
+            raise
+        if isinstance(error, BrokenPipeError) and stdout_is_closed():
+            sys.exit(141)  # 128 + SIGPIPE, as `| head` ends any program
+        code = 2
+    several_ranks = (os.environ.get('WORLD_SIZE') or '1') != '1'
+    rank = f'rank {os.environ.get("RANK")}: ' if several_ranks else ''
+    print(rank + printable(' '.join(map(str.strip, message.splitlines()))), file=sys.stderr)
+    sys.exit(code)
+
+
+def one_line(error):
+    """The message for an error that a user can do something about; None for any other."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f'{error.filename}: {error.strerror}'
+    if isinstance(error, (ValueError, OSError)):
+        return str(error) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):  # packages are imported where they are used
+        return f'{error}: pip install -r requirements.txt'
+    # torch's out-of-memory error is a RuntimeError: known by its words on a CPU, by its name on a GPU
+    out_of_memory = "can't allocate memory" in str(error) or type(error).__name__ == 'OutOfMemoryError'
+    if isinstance(error, MemoryError) or out_of_memory:
+        return f'not enough memory: use a smaller model, batch or block_size ({str(error)[-150:] or "MemoryError"})'
+    return None
+
+
+def stdout_is_closed():
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return True
+    return False

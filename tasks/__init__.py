@@ -1,0 +1,1 @@
+"""Benchmark items and where they come from."""

@@ -1,0 +1,1 @@
+"""What training reads: tokenizers, datasets of token ids, batches."""
