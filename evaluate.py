@@ -145,11 +145,11 @@ def score(model, rows, title, batch_tokens, place, autocast):
         for batch, counts in share(batches, place):
             x, y = pad([rows[i] for i in batch])
             with autocast:
-                logits, nats = model(x.to(place.device), y.to(place.device), reduction='targets')  # (N, V), (N,)
+                nats, likeliest = model.score(x.to(place.device), y.to(place.device))  # (B, T) each
             bar.update(len(batch) * place.world_size)
             if not counts:
                 continue
-            nats, likeliest = nats.cpu().to(scores.dtype), logits.argmax(dim=-1).cpu() == y[y != IGNORE]
+            nats, likeliest = nats.cpu()[y != IGNORE].to(scores.dtype), likeliest.cpu()[y != IGNORE]
             per_token = torch.stack((-nats, likeliest.to(scores.dtype), torch.ones_like(nats)), dim=1)  # (N, 3)
             scores[batch] = torch.stack([part.sum(dim=0) for part in per_token.split((y != IGNORE).sum(dim=1).tolist())])
     model.train(training)
@@ -533,7 +533,7 @@ def text_loss(model, loader, windows, batch_size, token_bytes, place, autocast):
     for batch, counts in share([windows[i:i + batch_size] for i in range(0, len(windows), batch_size)], place):
         x, y, *documents = loader.to(place.device, loader.windows(batch))
         with autocast:
-            nats = model(x, y, 'none', None, *documents)[1].to(sums.dtype)  # (B, T), 0 where there is no target
+            nats = model.score(x, y, *documents).nats.to(sums.dtype)  # (B, T), 0 where there is no target
         is_target = y != IGNORE
         n_bytes = token_bytes[y.clamp(min=0)] * is_target if token_bytes is not None else torch.zeros_like(y)
         if counts:

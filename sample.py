@@ -86,7 +86,7 @@ def main():
     if template:
         return answer_all(model, tokenizer, template, questions) if prompts else talk(model, tokenizer, template)
     rows = torch.tensor(prompt, device=place).repeat(num_samples, 1)  # (num_samples, T)
-    drawn = model.stream(rows, max_new_tokens, temperature, top_k, top_p, vocab_size=tokenizer.vocab_size)
+    drawn = model.stream(rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=tokenizer.vocab_size)
     for text in write_out(drawn, tokenizer, start_text(tokenizer, prompt)):
         print(text, end='', flush=True)
 
@@ -162,7 +162,7 @@ def draw_answers(model, prompts, tokenizer):
         documents = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     most = [min(max_new_tokens, model.config.block_size - len(prompt)) for prompt in prompts]
     stops = {tokenizer.eot, *(tokenizer.special[name] for name in ROLE_TOKENS.values() if name in tokenizer.special)}
-    drawn = model.stream(idx, max(most), temperature, top_k, top_p, vocab_size=tokenizer.vocab_size, documents=documents)
+    drawn = model.stream(idx, max(most), temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=tokenizer.vocab_size, documents=documents)
     return until_end(drawn, stops, most)
 
 

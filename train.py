@@ -336,7 +336,7 @@ def main(explicit):
             x, y, *documents = train_loader.to(place.device, train_loader.batch(iter_num, micro_step))
             distributed.sync_gradients(wrapped, last=micro_step == grad_accum - 1)
             with autocast:
-                loss = wrapped(x, y, 'sum', None, *documents)[1] / n_targets
+                loss = model.loss(x, y, *documents) / n_targets
             scaler.scale(loss * place.world_size).backward()  # ranks take the mean of their gradients
             step_loss += loss.detach()
         for each in optimizers:
@@ -583,7 +583,7 @@ def generate(model, tokenizer, prompts, place, autocast):
     model.eval()
     for prompt in prompts:
         with autocast, torch.compiler.set_stance('force_eager'):  # each length would be compiled anew
-            drawn = list(model.stream(torch.tensor([prompt], device=place.device), SAMPLE_TOKENS, 0.8, 200, vocab_size=tokenizer.vocab_size))
+            drawn = list(model.stream(torch.tensor([prompt], device=place.device), SAMPLE_TOKENS, temperature=0.8, top_k=200, vocab_size=tokenizer.vocab_size))
         ids = torch.cat(drawn).tolist()
         ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
         pairs.append((tokenizer.decode(prompt), tokenizer.decode(ids)))

@@ -84,16 +84,16 @@ def spoil_losses(steps):
     """Makes the loss that this rank computes in training at these steps not a number, and with it each gradient."""
     from model import GPT
     from tokens.loader import Loader
-    batch, forward, at = Loader.batch, GPT.forward, [None]
+    batch, loss_of, at = Loader.batch, GPT.loss, [None]
 
     def remembered(self, step, micro_step=0):
         at[0] = step
         return batch(self, step, micro_step)
 
     def spoilt(self, *args, **kwargs):
-        logits, loss = forward(self, *args, **kwargs)
-        return logits, loss * float('nan') if self.training and at[0] in steps else loss
-    Loader.batch, GPT.forward = remembered, spoilt
+        loss = loss_of(self, *args, **kwargs)
+        return loss * float('nan') if at[0] in steps else loss
+    Loader.batch, GPT.loss = remembered, spoilt
 
 
 def read_heard(folder):

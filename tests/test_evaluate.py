@@ -170,8 +170,8 @@ def test_bits_per_byte_are_the_same_at_any_batch_size_and_count_no_special_token
             return np.where(np.arange(self.vocab_size) == 0, 0, super().token_bytes())
     loss, bpb, n_targets, n_bytes = bits(small, Marked(CHARS), folder)
     x = torch.tensor(tokenizer.encode(sentences(2000, 5)))
-    nats = torch.cat([small(x[None, i:i + 32], x[None, i + 1:i + 33], reduction='none')[1][0] if i + 33 <= 2000 else
-                      small(x[None, i:-1], x[None, i + 1:], reduction='none')[1][0] for i in range(0, 1999, 32)])
+    nats = torch.cat([small.score(x[None, i:i + 32], x[None, i + 1:i + 33]).nats[0] if i + 33 <= 2000 else
+                      small.score(x[None, i:-1], x[None, i + 1:]).nats[0] for i in range(0, 1999, 32)])
     counted = x[1:] != 0
     assert n_targets == 1999 and n_bytes == counted.sum()
     assert bpb == pytest.approx(nats[counted].double().sum().item() / math.log(2) / n_bytes, rel=1e-5)

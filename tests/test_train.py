@@ -102,9 +102,9 @@ def test_evaluation_of_the_whole_split_is_the_mean_over_every_token(tiny, tmp_pa
     gpt = GPT(GPTConfig(**state['model_args'])).eval()
     gpt.load_state_dict(state['model'])
     tokens = torch.from_numpy(np.fromfile(tiny / 'val.bin', dtype='<u2').astype(np.int64))
-    nats = sum(gpt(x[None, :-1], x[None, 1:], reduction='sum')[1].item() for x in tokens.unfold(0, 17, 16))
+    nats = sum(gpt.loss(x[None, :-1], x[None, 1:]).item() for x in tokens.unfold(0, 17, 16))
     rest = tokens[(len(tokens) - 1) // 16 * 16:]
-    nats += gpt(rest[None, :-1], rest[None, 1:], reduction='sum')[1].item()
+    nats += gpt.loss(rest[None, :-1], rest[None, 1:]).item()
     assert lines[-1]['val_loss'] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
 
 

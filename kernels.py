@@ -1,0 +1,236 @@
+"""The tensor operations of model.py: attention, the KV cache, cross entropy in chunks, packed layers.
+
+Each docstring states the plain meaning. The code departs from the plain form where that is faster, or needs
+less memory, on the hardware it names.
+
+B batch, H heads, T tokens in a row, S tokens seen so far, D head size, C width, V vocabulary, N loss rows
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+IGNORE = -100  # the target that is none, as in torch's cross_entropy and in transformers
+CHUNK_BYTES = {'cpu': 256 << 20}  # of float32 logits in a chunk of the loss, by type of device
+GPU_CHUNK_BYTES = 1 << 30
+
+
+def compute_dtype(x):
+    """Return the dtype of matrix products that start from x: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def gelu_tanh(x):
+    """GPT-2's GELU, the tanh approximation.
+
+    On a CPU in bfloat16 the exact GELU replaces it, because torch's tanh kernel takes five times as long. The
+    two differ by at most 4.8e-4, on average by a sixth of bfloat16's rounding or less.
+    """
+    exact = x.device.type == 'cpu' and x.dtype == torch.bfloat16
+    return F.gelu(x, approximate='none' if exact else 'tanh')
+
+
+# -----------------------------------------------------------------------------
+# attention
+
+
+def attention(q, k, v, mask, dropout):
+    """Softmax(q k' / sqrt(D)) v, causal: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    mask  added to the scores, expands to (B, H, T, S); None = each token attends to itself and before
+    """
+    if mask is None or not by_products(q, q.size(2)):
+        is_causal = mask is None and q.size(2) > 1
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+    mask = mask.expand(*q.shape[:3], k.size(2)).flatten(0, 1)
+    q_rows, k_rows, v_rows = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T or S, D)
+    scores = torch.baddbmm(mask, q_rows, k_rows.mT, alpha=q.size(-1) ** -0.5)  # (B * H, T, S)
+    return (F.dropout(scores.softmax(dim=-1), dropout) @ v_rows).view_as(q)
+
+
+def by_products(x, T):
+    """Whether attention is faster as two matrix products than by torch's fused kernel.
+
+    It is when training in bfloat16 on a CPU. The backward pass of the fused kernel takes 2 to 6 times as
+    long up to T = 256; at 512 both passes take up to a third longer. Longer rows need too much memory.
+    """
+    trains = torch.is_grad_enabled()
+    return x.device.type == 'cpu' and compute_dtype(x) == torch.bfloat16 and T <= 512 and trains
+
+
+def causal_mask(x, n_seen):
+    """Return the (T, S) mask for x (B, T, C) after n_seen cached tokens; None if attention() needs none."""
+    T = x.size(1)
+    if T == 1 or not (n_seen or by_products(x, T)):
+        return None
+    mask = torch.full((T, n_seen + T), -math.inf, device=x.device, dtype=compute_dtype(x))
+    return mask.triu(n_seen + 1)
+
+
+def document_mask(documents, T, dtype):
+    """Restrict attention to the document of each token, for the last T tokens of rows of several documents.
+
+    documents  (B, S) int64  number of the document that each token belongs to
+    returns    (B, T) int64 positions, counted from the first token of the document, and the mask,
+               (B, 1, T, S): -inf at later tokens and at tokens of other documents
+    """
+    same = documents[:, -T:, None] == documents[:, None]  # (B, T, S)
+    index = torch.arange(documents.size(1), device=documents.device)
+    hidden = ~same | (index > index[-T:, None])
+    mask = torch.zeros_like(same, dtype=dtype).masked_fill(hidden, -math.inf)
+    first = same.int().argmax(dim=-1)  # (B, T)
+    return index[-T:] - first, mask[:, None]
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: two (B, H, max_tokens, D) a layer, allocated once."""
+
+    def __init__(self, config, batch_size, max_tokens, device, dtype):
+        shape = batch_size, config.n_head, max_tokens, config.n_embd // config.n_head
+        kv = torch.empty(config.n_layer, 2, *shape, device=device, dtype=dtype)
+        self.layers = [layer.unbind(0) for layer in kv]
+        self.n_tokens = 0  # tokens stored; GPT.hidden() advances it after the last layer
+        self.documents = torch.empty(batch_size, 0, dtype=torch.int64, device=device)  # of those tokens
+
+    def append(self, layer, k, v):
+        """Store k and v (B, H, T, D) of a layer. Return all its keys and values, (B, H, S, D) each."""
+        keys, values = self.layers[layer]
+        end = self.n_tokens + k.size(2)
+        keys[:, :, self.n_tokens:end] = k
+        values[:, :, self.n_tokens:end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+# -----------------------------------------------------------------------------
+# the loss in chunks
+
+
+def loss_chunk_rows(n_rows, n_chunks, weight):
+    """Return how many rows of logits to hold at a time: n_rows / n_chunks; with 'auto', by CHUNK_BYTES.
+
+    weight  (V, C) of the head
+    """
+    if n_chunks != 'auto':
+        return max(-(-n_rows // max(n_chunks, 1)), 1)
+    n_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
+    fitting = max(n_bytes // (4 * weight.size(0)) // 128 * 128, 128)
+    return max(min(n_rows, fitting), 1)
+
+
+def chunked_cross_entropy(x, weight, targets, *, n_rows, softcap, dtype):
+    """Return the summed cross entropy of softcap(x weight'), (N, V), without holding all logits: 0-d float32.
+
+    x        (N, C)  hidden states
+    weight   (V, C)  of the head
+    targets  (N,)    int64, -100 = no target
+    n_rows   rows of logits in memory at a time
+    softcap  logits are capped at +-softcap; None = they are not
+    dtype    of the matrix products
+    """
+    return ChunkedCrossEntropy.apply(x, weight, targets, n_rows, softcap, dtype)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The forward pass also computes the gradients, chunk by chunk, and keeps them instead of the logits."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, n_rows, softcap, dtype):
+        w = weight.to(dtype)
+        loss = x.new_zeros((), dtype=torch.float32)
+        grads_x, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        for rows, target in zip(x.split(n_rows), targets.split(n_rows), strict=True):
+            rows, valid = rows.to(dtype), (target != IGNORE)[:, None]
+            logits = (rows @ w.t()).float()  # (n_rows, V)
+            losses, grad = cross_entropy_gradient(logits, target.clamp(min=0)[:, None], softcap)
+            # not `loss +=`: compiled by torch 2.11, that gives zero gradients (pytorch issue 180642)
+            loss = loss + (losses * valid).sum()
+            grad = (grad * valid).to(dtype)
+            grads_x.append((grad @ w).to(x.dtype))
+            grad_weight += grad.t() @ rows
+        ctx.save_for_backward(torch.cat(grads_x), grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None, None
+
+
+def cross_entropy_gradient(logits, target, softcap):
+    """Return the cross entropy of each row, (n, 1), and its gradient by the logits before the cap, (n, V).
+
+    logits  (n, V) float32, overwritten
+    target  (n, 1) int64, 0 .. V - 1
+    """
+    slope = None
+    if softcap:
+        logits = logits.div_(softcap).tanh_()
+        slope = 1 - logits.square()
+        logits = logits.mul_(softcap)
+    lse = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
+    if torch.compiler.is_compiling():
+        # inductor fuses a comparison; gather and scatter would write the probabilities to memory in float32
+        is_target = torch.arange(logits.size(1), device=logits.device) == target  # (n, V)
+        losses = lse - torch.where(is_target, logits, 0.0).sum(dim=-1, keepdim=True)
+        grad = torch.exp(logits - lse) - is_target.float()
+    else:
+        losses = lse - logits.gather(1, target)
+        grad = logits.sub_(lse).exp_()
+        grad.scatter_add_(1, target, -torch.ones_like(lse))
+    if slope is not None:
+        grad = grad.mul_(slope)
+    return losses, grad
+
+
+# -----------------------------------------------------------------------------
+# linear layers for generation on a CPU
+
+
+class PackedLinear(nn.Module):
+    """A Linear laid out for inference: weights in oneDNN's blocks, or in int8 with a scale per output."""
+
+    def __init__(self, linear, quantize):
+        super().__init__()
+        weight, self.bias, self.scale = linear.weight.detach(), linear.bias, None
+        if quantize == 'int8':
+            largest = weight.abs().amax(dim=1).float()  # (out,)
+            self.scale = (largest / 127).clamp(min=1e-12).to(weight.dtype)
+            steps = weight.float() / self.scale.float()[:, None]
+            self.weight = steps.round().clamp(-127, 127).to(torch.int8)
+        else:  # laid out for one row: the default layout reads prompts a fifth slower
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+    def forward(self, x):
+        if self.scale is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+        rows = x.flatten(0, -2)
+        if len(rows) <= 16:  # its time grows with the rows
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale  # int8 is exact in bfloat16
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def pack_linears(model, quantize=None):
+    """Replace the Linear layers of a model on the CPU by PackedLinear ones, where that is known to be faster.
+
+    quantize  None: bfloat16 models only. 'int8': any
+    """
+    weight = model.lm_head.weight
+    if quantize and weight.device.type != 'cpu':
+        raise ValueError(f'quantize={quantize} works on the CPU, the model is on {weight.device.type}: '
+                         'use --device=cpu, or leave it out')
+    has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    helps = weight.device.type == 'cpu' and weight.dtype == torch.bfloat16 and has_bfloat16
+    if not quantize and not helps:
+        return
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, PackedLinear(child, quantize))
