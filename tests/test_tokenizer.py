@@ -256,6 +256,12 @@ def test_what_cannot_be_trained_or_compared_is_one_line(tmp_path):
         assert run_tokenizer(*args)[::2] == (2, message)
     assert not out.exists()
 
+
+
+def test_a_batch_has_the_ids_of_its_texts(bpe):
+    for tokenizer in (bpe, ByteTokenizer(), CharTokenizer('\n abc')):
+        assert [ids.tolist() for ids in tokenizer.encode_batch(['a cab', '', 'b'])] == [tokenizer.encode(text) for text in ('a cab', '', 'b')]
+
 # -----------------------------------------------------------------------------
 # meta
 

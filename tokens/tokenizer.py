@@ -64,6 +64,10 @@ class CharTokenizer:
         """List of ids. There are no special tokens, so allowed_special changes nothing."""
         return self.encode_array(text).tolist()
 
+    def encode_batch(self, texts):
+        """List of (n,) int32 arrays, one a text."""
+        return [self.encode_array(text) for text in texts]
+
     def decode(self, ids):
         return ''.join(self.chars[i] for i in checked_ids(ids, self.vocab_size))
 
@@ -157,6 +161,10 @@ class BPETokenizer:
             return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
         except UnicodeEncodeError:  # half a surrogate pair, for which encode() takes U+FFFD
             return np.array(self.encode(text), dtype=np.int32)
+
+    def encode_batch(self, texts):
+        """List of (n,) int32 arrays, one a text. Other threads run meanwhile."""
+        return [self.encode_array(text) for text in texts]
 
     def decode(self, ids):
         """Text; bytes that are not UTF-8, as in a character cut in two, become U+FFFD."""
