@@ -1,6 +1,10 @@
-"""One process or many: which device, which dtype, who talks to whom.
+"""Devices, dtypes, process groups, gradients over many ranks, signals.
 
-Under torchrun (RANK, WORLD_SIZE and LOCAL_RANK set) every process is one rank; otherwise there is one rank, 0 of 1.
+Under torchrun each process is one rank of a process group, also where there is only one. Without torchrun there
+is no group: rank 0 of 1. Every rank holds all weights ('ddp'), or a shard of each weight ('fsdp', FSDP2).
+
+torch's DistributedDataParallel is not used. It fills its buckets anew after its first backward pass, so a resumed
+run adds gradients in another order: with 3 ranks the losses after resuming differed by 6e-8 (torch 2.13, gloo).
 """
 
 import contextlib
@@ -19,24 +23,39 @@ from functools import lru_cache
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 
 from files import print0
+
+RANK_VARIABLES = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
+BUCKET_BYTES = 64 << 20  # of gradients in one all-reduce
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
+all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)  # the name since torch 2.13
+# dense bfloat16 or float16 rates in FLOP/s from the vendors' datasheets; the first name contained in the device's
+PEAK_FLOPS = {
+    'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12,
+    'A800': 312e12, 'H800': 989e12, 'H20': 148e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12,
+    'A10': 125e12, 'A6000': 155e12, 'V100': 125e12, 'T4': 65e12, '4090': 165e12, '3090': 71e12,
+}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands: its rank among world_size, and its device."""
+    """The rank of this process, and its device."""
 
     rank: int
-    local_rank: int
+    local_rank: int  # among the ranks of this node
     world_size: int
     device: torch.device
 
     @property
-    def is_master(self):
+    def is_master(self) -> bool:
         return self.rank == 0
 
 
@@ -44,145 +63,186 @@ class Place:
 # processes
 
 
-def start(device='auto', backend='auto', timeout_s=600):
-    """Finds the device, joins the process group where torchrun made one, and says where this process stands.
+def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> Place:
+    """Choose the device, and under torchrun join the process group.
 
-    device     'auto' (CUDA, other accelerators, MPS, else CPU), or a torch device such as 'cpu', 'cuda', 'cuda:1', 'mps'
-    backend    'auto' (nccl on CUDA, else gloo) or a torch.distributed backend
-    timeout_s  how long a rank waits for the others before it gives up, with an error
-    returns    Place
-    raises     ValueError for a device or a backend that is not there
+    device     'auto' (an accelerator if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', 'mps'
+    backend    'auto' or 'nccl' (NCCL for GPUs, gloo for CPUs), or another backend of torch.distributed
+    timeout_s  how long a rank waits for the others before it fails
+    raises     ValueError for a device or backend that is not available
     """
-    rank, local_rank, world_size = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-    device = choose_device(device, local_rank if world_size > 1 else None)
+    grouped = any(name in os.environ for name in RANK_VARIABLES)
+    rank, local_rank, world_size = read_rank_variables() if grouped else (0, 0, 1)
+    device = choose_device(device, local_rank if grouped else None)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')  # TensorFloat32 where the product stays in float32
+        torch.set_float32_matmul_precision('high')  # TensorFloat32 for products of float32 matrices
     if device.type == 'cpu':
         keep_freed_memory()
-    if world_size > 1:
+    if grouped:
+        if 'TORCHELASTIC_RUN_ID' in os.environ:
+            threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
         if backend in ('auto', 'nccl'):  # nanoGPT's configs say nccl everywhere
-            backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'  # gloo beside it: what hosts agree on makes no GPU wait
+            # gloo besides NCCL: what only the hosts exchange then makes no GPU wait
+            backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         if backend == 'mpi' and not dist.is_mpi_available():
             raise ValueError('backend=mpi: this PyTorch was built without MPI: use --backend=auto')
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Place(rank, local_rank, world_size, device)
 
 
-def keep_freed_memory():
-    """Tells glibc to hand freed memory out again instead of returning it, for each step wants the same, and Linux to make it of large pages.
+def read_rank_variables():
+    """Return RANK, LOCAL_RANK and WORLD_SIZE as torchrun sets them."""
+    values = {name: os.environ.get(name, '') for name in (*RANK_VARIABLES, 'MASTER_ADDR', 'MASTER_PORT')}
+    wrong = [name for name in RANK_VARIABLES if not values[name].isdecimal()]
+    wrong += [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not values[name]]
+    if wrong:
+        given = ', '.join(f'{name}={values[name]}' for name in RANK_VARIABLES if name in os.environ)
+        raise ValueError(f'{given} in the environment, but {wrong[0]} is missing or not a number: set '
+                         f'{", ".join(values)} as torchrun does, or unset them all')
+    return [int(values[name]) for name in RANK_VARIABLES]
 
-    Of a step of 10.7M parameters fresh pages cost 10 to 25%; small pages cost another 20%, and a third of decoding with 124M.
+
+def end_with_parent(parent):
+    """End this process soon after its parent, torchrun's agent. An orphan would train on and hold out_dir's lock."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)  # blocked in a collective, the main thread could not exit by itself
+
+
+def keep_freed_memory():
+    """Make glibc reuse freed memory instead of returning it, and Linux back it with large pages.
+
+    Each step allocates the same sizes. Fresh pages cost 10 to 25% of a step of 10.7M parameters on a CPU, small
+    pages another 20%, and a third of decoding with 124M.
     """
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if not hasattr(libc, 'mallopt'):
         return
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and stay there
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks from the heap too
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+    if not address_space_is_free():
+        return
+    # grow the heap by half of this rank's share of the RAM; pages are allocated on first use
+    n_ranks = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
+    page = os.sysconf('SC_PAGE_SIZE')
+    n_bytes = page * (os.sysconf('SC_PHYS_PAGES') // (2 * n_ranks))
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    page, n_bytes = os.sysconf('SC_PAGE_SIZE'), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
-    addresses = libc.malloc(ctypes.c_size_t(n_bytes))  # the heap grows by so many; memory comes with the first use
-    if addresses:
-        libc.madvise(ctypes.c_void_p(-(-addresses // page) * page), ctypes.c_size_t(n_bytes - page), 14)  # MADV_HUGEPAGE
-        libc.free(addresses)
+    address = libc.malloc(ctypes.c_size_t(n_bytes))
+    if address:
+        first_page = -(-address // page) * page
+        libc.madvise(ctypes.c_void_p(first_page), ctypes.c_size_t(n_bytes - page), 14)  # MADV_HUGEPAGE
+        libc.free(address)
+
+
+def address_space_is_free():
+    """Whether reserving address space takes none from others: no `ulimit -v`, no strict commit accounting."""
+    import resource  # not on Windows
+    try:
+        with open('/proc/sys/vm/overcommit_memory', encoding='ascii') as f:
+            strict = f.read().strip() == '2'
+    except OSError:
+        strict = False
+    return not strict and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def stop():
-    """Leaves the process group; to be called when the wrapped model is gone.
-
-    DistributedDataParallel holds the group too. Were it the last to let go, it would wait for the group's threads with Python's lock
-    in hand, which one of them may want: about 1 of 60 runs on two CPU ranks then never ended (torch 2.13, gloo).
-    """
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def all_reduce_sum(tensor):
-    """The sum over all ranks, in place; the tensor itself where there is one rank."""
+    """Sum a tensor over all ranks, in place. Return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast(value):
-    """The first rank's value (plain data) on every rank."""
+    """Return the first rank's value (plain data) on every rank."""
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def run_and_catch(function):
+    """Return (result, None), or (None, the ValueError or OSError that function() raised)."""
+    try:
+        return function(), None
+    except (ValueError, OSError) as error:
+        return None, error
 
 
 def on_first_rank(function):
-    """What function() returns on the first rank (plain data), on every rank; the ValueError or OSError that it raises, too."""
-    value = error = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            value = function()
-        except (ValueError, OSError) as raised:
-            error = raised
-    value, error = broadcast((value, error))
+    """Run function() on the first rank. Return its result (plain data), or raise its error, on every rank."""
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    value, error = broadcast(run_and_catch(function) if is_first else None)
     if error is not None:
         raise error
     return value
 
 
-def once_a_node(function, place):
-    """function() on the first rank of each node; the ValueError or OSError that it raises on any of them, on every rank."""
-    error = None
-    if place.local_rank == 0:
-        try:
-            function()
-        except (ValueError, OSError) as raised:
-            error = raised
+def once_a_node(function, place: Place):
+    """Run function() on the first rank of each node. Raise an error of any of them on every rank."""
+    error = run_and_catch(function)[1] if place.local_rank == 0 else None
     errors = [error] * place.world_size
     if dist.is_initialized():
         dist.all_gather_object(errors, error)
-    for error in filter(None, errors):
-        raise error
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 # -----------------------------------------------------------------------------
 # signals
 
-
-STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]  # Windows has no SIGUSR1
-received = dict(signal=0)
+received = []  # numbers of the stop signals so far
 
 
 @contextlib.contextmanager
 def signals_noted():
-    """Within it SIGTERM, SIGINT and SIGUSR1 are only written down, for signal_to_stop() to tell; a second SIGINT ends the process at once."""
-    def note(number, frame):
-        received['signal'] = received['signal'] or int(number)
-
-    def exit_at_second_sigint():  # in a thread: Python calls note() only when the wait for other ranks, which may never end, is over
-        first = None
-        while number := ear.recv(1):
-            if number[0] == signal.SIGINT:
-                # under torchrun a Ctrl-C may come twice: from the terminal, and passed on by torchrun
-                if first is not None and time.monotonic() - first > (3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0):
-                    os._exit(130)  # nothing is tidied up that could make it wait: what was being written stays a temporary file
-                first = first or time.monotonic()
-
-    received['signal'] = 0
-    ear, mouth = socket.socketpair()
-    mouth.setblocking(False)
-    threading.Thread(target=exit_at_second_sigint, daemon=True).start()
-    earlier = signal.set_wakeup_fd(mouth.fileno())
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    """Note SIGTERM, SIGINT and SIGUSR1 for signal_to_stop(). A second SIGINT ends the process at once."""
+    received.clear()
+    read_end, write_end = socket.socketpair()
+    write_end.setblocking(False)
+    threading.Thread(target=exit_at_second_sigint, args=[read_end], daemon=True).start()
+    old_descriptor = signal.set_wakeup_fd(write_end.fileno())
+    old_handlers = {number: signal.signal(number, note_signal) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(earlier)
-        mouth.close()  # which ends the thread
+        signal.set_wakeup_fd(old_descriptor)
+        write_end.close()  # ends the thread
 
 
-def signal_to_stop():
-    """The name of a signal that any rank has received, the same on all ranks, or None; no accelerator waits for it."""
-    number = torch.tensor(received['signal'])
+def note_signal(number, frame):
+    received.append(number)
+
+
+def exit_at_second_sigint(read_end):
+    """Read the numbers of signals as they arrive. A thread does this, because while the main thread waits for other
+    ranks in C++, which may last for ever, Python does not call note_signal().
+    """
+    # torchrun passes a Ctrl-C on to ranks that have had it from the terminal
+    echo_s = 3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0
+    first_s = None
+    while number := read_end.recv(1):
+        if number[0] != signal.SIGINT:
+            continue
+        now_s = time.monotonic()
+        if first_s is not None and now_s - first_s > echo_s:
+            os._exit(130)  # no cleanup, which could wait; a file being written remains a temporary file
+        first_s = first_s or now_s
+
+
+def signal_to_stop() -> str | None:
+    """Return the name of a stop signal that any rank has received, the same on all ranks. No GPU waits for it."""
+    number = torch.tensor(received[0] if received else 0)
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return signal.Signals(int(number)).name if number else None
@@ -192,10 +252,19 @@ def signal_to_stop():
 # device and dtype
 
 
-def choose_device(name, local_rank=None):
-    """torch.device for a setting; local_rank numbers the devices where every process has one of its own."""
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """Return the device for a setting. A CUDA device always has an index: torch.cuda.set_device() wants one.
+
+    local_rank  the index of the device, where each process has one of its own; None = no process group
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    problem = ''
+    if accelerator is None and torch.version.cuda:
+        problem = (f'this PyTorch was built for CUDA {torch.version.cuda} and finds no GPU: is there one, '
+                   'and is its driver new enough? (nvidia-smi)')
     if name == 'auto':
+        if problem:
+            print0(f'{problem}; using the CPU', file=sys.stderr)
         name = accelerator.type if accelerator else 'cpu'
     try:
         device = torch.device(name)
@@ -204,32 +273,32 @@ def choose_device(name, local_rank=None):
     if device.type == 'cpu':
         return device
     if accelerator is None or accelerator.type != device.type:
-        there = f'{accelerator.type} and cpu are' if accelerator else 'only cpu is'
-        raise ValueError(f'device={name} is not available here, {there}: use --device=auto')
-    index = local_rank if local_rank is not None else device.index
-    if index is not None and index >= torch.accelerator.device_count():
-        raise ValueError(f'device {device.type}:{index} does not exist, {torch.accelerator.device_count()} do: '
+        available = f'{accelerator.type} and cpu are' if accelerator else 'only cpu is'
+        raise ValueError(f'device={name} is not available here, {available}: {problem or "use --device=auto"}')
+    index = device.index or 0 if local_rank is None else local_rank
+    n_devices = torch.accelerator.device_count()
+    if index >= n_devices:
+        raise ValueError(f'device {device.type}:{index} does not exist, {n_devices} do: '
                          'use as many processes as devices')
-    return torch.device(device.type, index) if device.type == 'cuda' else torch.device(device.type)
+    return torch.device('cuda', index) if device.type == 'cuda' else torch.device(device.type)
 
 
 @lru_cache
-def multiplies_bfloat16(device):
-    """Whether the device has instructions for bfloat16 products; without them (a CPU lacking AVX512-BF16 and AMX) they are several times slower."""
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 products. A CPU without AVX512-BF16 or AMX is slow at them."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as f:
-            flags = next((line.split() for line in f if line.startswith(('flags', 'Features'))), [])
+            lines = [line.split() for line in f if line.startswith(('flags', 'Features'))]
     except OSError:
         return False
-    return device.type == 'cpu' and not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(flags)
+    return device.type == 'cpu' and any({'avx512_bf16', 'amx_bf16', 'bf16'} & set(line) for line in lines)
 
 
-def choose_dtype(name, device):
-    """The dtype of the matrix products: 'auto' is bfloat16 where the device multiplies it, else float16 on CUDA and float32 elsewhere.
-
-    On such CPUs bfloat16 won at every size measured: a step of 0.8M parameters took 0.6 to 0.75 of float32's time, one of 10.7M 0.36.
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products. 'auto' is bfloat16 if the device multiplies it, else float16 on CUDA and
+    float32 elsewhere. On CPUs with bfloat16 a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
     """
     if name != 'auto':
         return getattr(torch, name)
@@ -238,55 +307,48 @@ def choose_dtype(name, device):
     return torch.float16 if device.type == 'cuda' else torch.float32
 
 
-def choose_compile(choice, device):
-    """Whether to compile: 'auto' does where it pays (CUDA) and works; a compiler that fails costs one line, not the run.
+def choose_compile(choice: bool | str, device: torch.device) -> bool:
+    """Whether to compile. 'auto' compiles on CUDA only. Where the compiler fails, print a line and run eagerly.
 
-    On a CPU it takes 20 to 40 s, and then a step of 10.7M parameters 476 ms instead of 437, one of 0.8M 19.5 ms instead of 21.7.
+    On a CPU compiling takes 20 to 40 s, then a step took 476 ms instead of 437 (10.7M), 19.5 instead of 21.7 (0.8M).
     """
     if choice is False or (choice == 'auto' and device.type != 'cuda'):
         return False
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         return True
-    except Exception as error:  # whatever the missing compiler raises: it differs by platform
+    except Exception as error:  # which one a missing compiler raises depends on the platform
         reason = str(error).strip().splitlines()[0][:120]
         print0(f'compile={choice}: no working compiler here ({type(error).__name__}: {reason}), running eagerly')
         return False
 
 
-# dense bfloat16 or float16 matrix rates in FLOP/s from the vendors' datasheets; the first name found in the device's wins
-PEAK_FLOPS = (('H200', 989e12), ('H100 PCIe', 756e12), ('H100', 989e12), ('GH200', 989e12), ('B200', 2250e12), ('A100', 312e12),
-              ('A800', 312e12), ('H800', 989e12), ('H20', 148e12), ('L40S', 362e12), ('L40', 181e12), ('L4', 121e12), ('A10G', 70e12),
-              ('A10', 125e12), ('A6000', 155e12), ('V100', 125e12), ('T4', 65e12), ('4090', 165e12), ('3090', 71e12))
+def peak_flops(device: torch.device) -> float | None:
+    """Return the device's peak rate in half precision in FLOP/s; None if unknown."""
+    name = device_name(device) if device.type == 'cuda' else ''
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def peak_flops(device):
-    """FLOP/s this device could reach in half precision, or None where that is not known."""
-    if device.type != 'cuda':
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
-
-
-def device_name(device):
+def device_name(device: torch.device) -> str:
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return f'{device.type}, {torch.get_num_threads()} threads' if device.type == 'cpu' else device.type
+    return f'cpu, {torch.get_num_threads()} threads' if device.type == 'cpu' else device.type
 
 
-def peak_memory_bytes(device):
-    """The most memory this process has held: allocated on the accelerator, resident on the CPU; None where unknown."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Return the most memory this process has held: allocated on the GPU, resident on a CPU; None if unknown."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)  # kilobytes on Linux
+    unit = 1 if sys.platform == 'darwin' else 1024  # Linux counts kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def synchronize(device):
-    """Waits until the accelerator has done all it was given, so that a clock means something."""
+def synchronize(device: torch.device):
+    """Wait until the accelerator has finished its queue. Call it before reading a clock."""
     if device.type != 'cpu':
         torch.accelerator.synchronize(device)
 
@@ -295,91 +357,151 @@ def synchronize(device):
 # one step over many ranks
 
 
-def divide_batch(gradient_accumulation_steps, batch_size, world_size):
-    """Shares the windows of one step out over the ranks, so that every world size does the same step.
+def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: int) -> tuple[int, int]:
+    """Divide the windows of one step over the ranks, so that any number of ranks takes the same step.
 
     gradient_accumulation_steps  micro-batches of batch_size windows in one step, over all ranks
-    returns                      (micro-steps of each rank, windows in each of them): batch_size windows where that divides, else fewer
-    raises                       ValueError with the nearest numbers of windows that do
+    returns                      micro-steps of each rank, and windows in each: batch_size or fewer
+    raises                       ValueError with the nearest numbers of windows that divide
     """
     total = gradient_accumulation_steps * batch_size
     per_rank, rest = divmod(total, world_size)
     if total < 1 or rest or not per_rank:
         near = [n for n in (total - rest, total - rest + world_size) if n > 0]
-        raise ValueError(f'{total} sequences (gradient_accumulation_steps={gradient_accumulation_steps} x batch_size={batch_size}) do not divide '
-                         f'over {world_size} ranks: use {" or ".join(map(str, near))}')
-    micro_steps = next(n for n in range(-(-per_rank // batch_size), per_rank + 1) if per_rank % n == 0)
+        raise ValueError(f'{total} sequences (gradient_accumulation_steps={gradient_accumulation_steps} x '
+                         f'batch_size={batch_size}) do not divide over {world_size} ranks: '
+                         f'use {" or ".join(map(str, near))}')
+    micro_steps = -(-per_rank // batch_size)
+    while per_rank % micro_steps:
+        micro_steps += 1
     return micro_steps, per_rank // micro_steps
 
 
-def wrap(model, place, parallel='ddp', shard_ranks=0, dtype=torch.float32):
-    """The model as training calls it, on its device: itself, or made to work over several ranks. To be called before optimizers are made.
+def prepare(model, place: Place, *, parallel='ddp', shard_ranks=0, dtype=torch.float32):
+    """Move a GPT to its device, with the same weights on all ranks. Call it before making optimizers.
 
-    parallel     'ddp': DistributedDataParallel, every rank has all weights. 'fsdp': every rank has a part of each weight (FSDP2), and
-                 they are gathered for a block when it is its turn
-    shard_ranks  with fsdp, how many ranks hold one copy of the weights between them; 0 = all
-    dtype        of the matrix products: with fsdp in bfloat16 the blocks' weights travel in it, and their gradients in float32
+    parallel     'ddp': every rank holds all weights. 'fsdp': every rank holds a shard of each weight, which are
+                 gathered for one block at a time
+    shard_ranks  with fsdp, how many ranks share one copy of the weights; 0 = all
+    dtype        of matrix products; with fsdp in bfloat16 the blocks' weights are gathered in it
+    returns      the model
     raises       ValueError for a number of ranks that does not divide
     """
-    if place.world_size == 1:
-        return model.to(place.device)
-    if parallel == 'ddp':
-        return DistributedDataParallel(model.to(place.device), device_ids=[place.device.index] if place.device.type == 'cuda' else None,
-                                       gradient_as_bucket_view=True)
-    shards = shard_ranks or place.world_size
-    if place.world_size % shards:
-        near = [n for n in range(1, place.world_size + 1) if place.world_size % n == 0]
-        raise ValueError(f'shard_ranks={shard_ranks} does not divide {place.world_size} ranks: use {" or ".join(map(str, near))}, or 0 for all')
-    if shards == place.world_size:
-        mesh = init_device_mesh(place.device.type, (shards,), mesh_dim_names=('shard',))
-    else:
-        mesh = init_device_mesh(place.device.type, (place.world_size // shards, shards), mesh_dim_names=('replicate', 'shard'))
+    if parallel == 'fsdp' and dist.is_initialized():
+        return shard(model, place, shard_ranks, dtype)
+    model.to(place.device)
+    if dist.is_initialized():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+    return model
+
+
+def shard(model, place, shard_ranks, dtype):
+    """Shard the weights of a GPT over the ranks with FSDP2. Arguments as in prepare()."""
+    n_ranks, n_shards = place.world_size, shard_ranks or place.world_size
+    if n_ranks % n_shards:
+        near = [str(n) for n in range(1, n_ranks + 1) if n_ranks % n == 0]
+        raise ValueError(f'shard_ranks={shard_ranks} does not divide {n_ranks} ranks: '
+                         f'use {" or ".join(near)}, or 0 for all')
+    shape, names = (n_shards,), ('shard',)
+    if n_shards < n_ranks:
+        shape, names = (n_ranks // n_shards, n_shards), ('replicate', 'shard')
+    mesh = init_device_mesh(place.device.type, shape, mesh_dim_names=names)
+
     policy = MixedPrecisionPolicy()
-    if dtype == torch.bfloat16:  # autocast stays on: it casts what goes in, and leaves the sum over blocks in float32
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if dtype == torch.bfloat16:  # autocast stays on: it casts the inputs, and leaves the residual sum in float32
+        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)  # the norms, in float32, go with the root
+        # Whole blocks compile without a graph break. In bfloat16 that casts the norms' weights, which torch's
+        # LayerNorm accepts on CUDA but not on a CPU. There the norms, in float32, belong to the root.
+        whole_block = place.device.type == 'cuda' or dtype != torch.bfloat16
+        fully_shard(block if whole_block else [block.attn, block.mlp], mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
-    warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')  # which nothing here changes in place
-    model = model.to(place.device)
+    model.to(place.device)
+
+    for method in ('loss', 'score'):  # forward() is known to FSDP
+        register_fsdp_forward_method(model, method)
+    warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')  # nothing writes into it
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # FSDP keeps the tensors of its first pass: made under inference mode, they could not be trained on
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            # FSDP keeps the tensors of its first pass. Made in inference mode, they could not be trained on.
             module.unshard()
             module.reshard()
     return model
 
 
-def sync_gradients(model, last):
-    """Gradients travel between ranks in the last micro-step only: the sums of the others wait for it."""
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = last
-    elif isinstance(model, FSDPModule):
+def compiled_loss(model):
+    """Return model.loss, compiled for training. Call it after prepare().
+
+    With FSDP each block is compiled: gathering weights would break a graph of the whole model between the blocks.
+    Shapes are static. All training batches have the same, and a graph for any batch size is slower.
+    """
+    if not isinstance(model, FSDPModule):
+        return torch.compile(model.loss, dynamic=False)
+    for block in model.transformer.h:
+        block.compile(dynamic=False)
+    return model.loss
+
+
+def sync_gradients(model, last: bool):
+    """Tell FSDP whether this is the last micro-step of a step, the only one in which gradients are reduced."""
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
 
 
+def sum_gradients(model):
+    """Sum the gradients over all ranks after the last micro-step. FSDP has done so in its backward pass.
+
+    Buckets depend on the parameters' order and sizes alone, so a resumed run adds in the same order.
+    """
+    if not dist.is_initialized() or isinstance(model, FSDPModule):
+        return
+    bucket, n_bytes = [], 0
+    for grad in [p.grad for p in model.parameters() if p.grad is not None]:
+        if n_bytes + grad.nbytes > BUCKET_BYTES and bucket:
+            all_reduce_bucket(bucket)
+            bucket, n_bytes = [], 0
+        bucket.append(grad)
+        n_bytes += grad.nbytes
+    if bucket:
+        all_reduce_bucket(bucket)
+
+
+def all_reduce_bucket(grads):
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    parts = flat.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+
+
 def whole(tensor):
-    """All of a tensor of which FSDP gives each rank a part; every rank takes part."""
+    """Return all of a tensor that FSDP has sharded. Every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor, like):
-    """The part of a whole tensor that this rank has of `like`: whole() turned round, without a word between the ranks."""
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else tensor
+    from torch.distributed.tensor import distribute_tensor
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def share_out(function, rows):
-    """function(rows), each rank doing its share of them: for what is the same on all ranks and would else be done by each.
+    """Return function(rows), of which each rank computes a share.
 
     rows      (K, ...), the same on every rank
     function  (k, ...) -> (k, ...) for any k, each row by itself
     """
     if not dist.is_initialized():
         return function(rows)
-    n = -(-len(rows) // dist.get_world_size())
-    share = rows[dist.get_rank() * n:][:n]
-    done = torch.zeros(n, *rows.shape[1:], dtype=rows.dtype, device=rows.device)  # the last ranks may have less to do, or nothing
-    if len(share):
-        done[:len(share)] = function(share)
-    result = torch.empty(n * dist.get_world_size(), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-    dist.all_gather(list(result.split(n)), done)
+    n_ranks, rank = dist.get_world_size(), dist.get_rank()
+    n_rows = -(-len(rows) // n_ranks)
+    own = rows[rank * n_rows:][:n_rows]  # the last ranks may have fewer rows, or none
+    done = rows.new_zeros(n_rows, *rows.shape[1:])
+    if len(own):
+        done[:len(own)] = function(own)
+    result = rows.new_empty(n_rows * n_ranks, *rows.shape[1:])
+    all_gather(result, done)
     return result[:len(rows)]

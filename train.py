@@ -189,7 +189,7 @@ def main(explicit):
     model = make_model(state, start, vocab_size, tokenizer_meta)
     model.activation_checkpointing, model.loss_chunks = activation_checkpointing, loss_chunks
     precision = distributed.choose_dtype(dtype, place.device)
-    wrapped = distributed.wrap(model, place, parallel, shard_ranks, precision)
+    distributed.prepare(model, place, parallel=parallel, shard_ranks=shard_ranks, dtype=precision)
     parameters = list(model.parameters())
     autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(place.device.type, enabled=precision == torch.float16)
@@ -222,8 +222,7 @@ def main(explicit):
 
     use_compile = distributed.choose_compile(compile, place.device)
     describe(model, place, precision, use_compile, train_loader, grad_accum, rows)
-    if use_compile:
-        model.compile()
+    training_loss = distributed.compiled_loss(model) if use_compile else model.loss
     prompts = read_prompts(text_tokenizer, eval_sets[1][0]) if wants_samples else []
     write_metrics, write_table, wandb_id = open_logs(None if eval_only else out_dir, place, iter_num, from_scratch, dict(
         settings=config_of(globals()), defaults=DEFAULTS, parameters=model.get_num_params(), flops_per_token=model.flops_per_token(),
@@ -334,11 +333,12 @@ def main(explicit):
         step_loss = torch.zeros((), device=place.device)
         for micro_step in range(grad_accum):
             x, y, *documents = train_loader.to(place.device, train_loader.batch(iter_num, micro_step))
-            distributed.sync_gradients(wrapped, last=micro_step == grad_accum - 1)
+            distributed.sync_gradients(model, last=micro_step == grad_accum - 1)
             with autocast:
-                loss = model.loss(x, y, *documents) / n_targets
-            scaler.scale(loss * place.world_size).backward()  # ranks take the mean of their gradients
+                loss = training_loss(x, y, *documents) / n_targets
+            scaler.scale(loss).backward()
             step_loss += loss.detach()
+        distributed.sum_gradients(model)
         for each in optimizers:
             scaler.unscale_(each)
         grad_norm = distributed.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))

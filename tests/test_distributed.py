@@ -210,7 +210,7 @@ def test_a_mistake_under_torchrun_is_one_line_of_each_rank(tiny, tmp_path):
 def test_shards_that_do_not_divide_the_ranks():
     place = distributed.Place(0, 0, 6, torch.device('cpu'))
     with pytest.raises(ValueError, match='^shard_ranks=4 does not divide 6 ranks: use 1 or 2 or 3 or 6, or 0 for all$'):
-        distributed.wrap(torch.nn.Linear(1, 1), place, 'fsdp', 4)
+        distributed.shard(torch.nn.Linear(1, 1), place, 4, torch.float32)
 
 
 @pytest.mark.parametrize('flag, problem', [('timeout_s=0', 'accepted is 1 or more, below 2147483648'), (f'timeout_s={10**20}', 'accepted is 1 or more, below 2147483648'),
