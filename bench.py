@@ -28,7 +28,8 @@ from configurator import config_of, configure
 from files import one_line_errors
 from model import GPT, GPTConfig
 from optim import configure_optimizers, judge, lr_scale, new_history, set_lr, step_unless
-from tokens.loader import Loader, dataset_folders
+from tokens.dataset import dataset_folders
+from tokens.loader import Loader
 
 # -----------------------------------------------------------------------------
 mode: Literal['step', 'decode', 'data', 'compare'] = 'step'  # step = forward, backward, update; decode = read a prompt, write on; see above

@@ -32,7 +32,8 @@ import distributed
 from configurator import config_of, configure
 from corpus.fetch import cache_folder, fetch
 from files import json_lines, one_line_errors, print0, write_atomically
-from tokens.loader import IGNORE, Loader, dataset_folders
+from tokens.dataset import dataset_folders
+from tokens.loader import IGNORE, Loader
 from tokens.tokenizer import fingerprint, load_tokenizer, opening
 from weights.load import build_model, find_model, find_tokenizer
 

@@ -50,7 +50,8 @@ from optim import (
     step_unless,
 )
 from report import environment, write_report, write_samples
-from tokens.loader import IGNORE, Loader, dataset_folders
+from tokens.dataset import dataset_folders
+from tokens.loader import IGNORE, Loader
 from tokens.stream import open_stream
 from tokens.tokenizer import fingerprint, load_tokenizer, vocab_size_of
 from weights import pretrained

@@ -13,8 +13,7 @@ import torch
 import torch.nn as nn
 
 from model import GPT, GPTConfig
-from tokens.loader import dataset_folders
-from tokens.tokenizer import read_meta
+from tokens.dataset import dataset_folders, read_meta
 
 out_dir = 'out-depth'
 dataset = 'shakespeare_char'  # always at hand; too small for a depth of more than 4 at the ratio below

@@ -40,7 +40,8 @@ if __name__ == '__main__':
 from corpus.pack import SplitFiles, dataset_name, only_run, publish, split_by_hash
 from corpus.readers import read_text
 from files import one_line_errors
-from tokens.tokenizer import id_dtype, load_tokenizer, read_meta, tokenizer_meta
+from tokens.dataset import id_dtype, read_meta
+from tokens.tokenizer import load_tokenizer, tokenizer_meta
 
 # -----------------------------------------------------------------------------
 # files to conversations

@@ -47,7 +47,8 @@ if __name__ == '__main__':
 from corpus import readers as formats
 from corpus.readers import Block, find_files
 from files import one_line_errors
-from tokens.tokenizer import GPT2_META, CharTokenizer, id_dtype, load_tokenizer, read_meta, tokenizer_meta
+from tokens.dataset import id_dtype, read_meta
+from tokens.tokenizer import GPT2_META, CharTokenizer, load_tokenizer, tokenizer_meta
 
 # -----------------------------------------------------------------------------
 # encoding: documents to ids, on all cores
@@ -295,7 +296,7 @@ def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, masked=F
     shard_tokens  cut into train_000000.bin, train_000001.bin ... of so many tokens; None: one train.bin
     masked        write .mask files; documents may be pairs (ids, mask), mask is 1 where a token is a target
     eot_in_rows   put eot between rows of ids, too
-    returns       the dict in meta.json (tokens.tokenizer.read_meta says its shape)
+    returns       the dict in meta.json (tokens.dataset.read_meta says its shape)
     raises        ValueError for an id outside the vocabulary or a split without tokens; the old dataset then stays
     """
     blocks = (block for name, documents in splits.items() for block in given(documents, name))
@@ -688,7 +689,7 @@ def dataset_name(out):
 
 def mix(args):
     """python -m corpus.pack mix"""
-    from tokens.loader import Split, dataset_folders
+    from tokens.dataset import Split, dataset_folders
     check_options(args)
     folders, weights = dataset_folders(args.datasets)
     splits = {'train': [Split(folder, 'train') for folder in folders]}
@@ -759,7 +760,7 @@ def pieces(split, most_tokens, eot):
 
 def inspect(args):
     """python -m corpus.pack inspect"""
-    from tokens.loader import Split
+    from tokens.dataset import Split
     meta = read_meta(args.folder)
     tokenizer = load_tokenizer(meta['tokenizer'])
     says = {'meta.json': '', 'meta.pkl': ', as meta.pkl says', 'none': ", for want of a meta.json by nanoGPT's rules"}[meta['origin']]

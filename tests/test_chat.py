@@ -19,8 +19,9 @@ from conftest import ROOT, read_checkpoint, train_here
 from corpus import conversations as chat
 from corpus.pack import write_dataset
 from model import GPT
+from tokens.dataset import read_meta
 from tokens.loader import IGNORE, Loader
-from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, read_meta
+from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 SHARED = ROOT.parent / 'shared' / 'data'
 BYTES = ByteTokenizer()

@@ -7,7 +7,7 @@ from conftest import ROOT, pack_chars, sentences, train_here
 
 import train
 from configurator import config_of, configure
-from tokens.tokenizer import read_meta
+from tokens.dataset import read_meta
 
 DEPTH = str(ROOT / 'config' / 'depth.py')
 

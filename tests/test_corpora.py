@@ -21,8 +21,9 @@ from corpus import pack
 from corpus import readers as formats
 from corpus.pack import Encoder, pack_documents, split_by_hash
 from corpus.readers import blocks, documents
+from tokens.dataset import read_meta
 from tokens.loader import Loader
-from tokens.tokenizer import CharTokenizer, read_meta
+from tokens.tokenizer import CharTokenizer
 
 pa = pytest.importorskip('pyarrow')
 pq = pytest.importorskip('pyarrow.parquet')

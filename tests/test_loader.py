@@ -13,17 +13,8 @@ import pytest
 import torch
 
 from corpus.pack import write_dataset
-from tokens.loader import (
-    IGNORE,
-    Loader,
-    Split,
-    dataset_folders,
-    draws,
-    interleave,
-    map_tokens,
-    parse_mixture,
-    permute,
-)
+from tokens.dataset import Split, dataset_folders, map_tokens, parse_mixture
+from tokens.loader import IGNORE, Loader, draws, interleave, permute
 from tokens.tokenizer import CharTokenizer
 
 CHARS = ''.join(map(chr, range(0x4E00, 0x4E00 + 6000)))

@@ -20,8 +20,9 @@ from corpus import pack
 from corpus import readers as formats
 from corpus.pack import cleaned, mixed_documents, split_by_hash, write_dataset
 from files import one_line_errors
-from tokens.loader import Loader, Split, interleave
-from tokens.tokenizer import CharTokenizer, load_tokenizer, read_meta
+from tokens.dataset import Split, read_meta
+from tokens.loader import Loader, interleave
+from tokens.tokenizer import CharTokenizer, load_tokenizer
 
 CHINESE = [SHARED / name for name in ('cmrc2018_dev_1500.jsonl', 'song_ci_simplified.txt')]
 
@@ -264,7 +265,7 @@ def test_the_loader_keeps_shares_over_any_1000_windows(weights):
 def test_a_mix_keeps_shares_over_any_1000_windows_of_the_file(tmp_path, monkeypatch, weights):
     """Documents of 1 to 5000 tokens; every token of source k is k."""
     monkeypatch.setattr('corpus.pack.load_tokenizer', lambda meta: Numbers(10))
-    monkeypatch.setattr('tokens.tokenizer.vocab_size_of', lambda meta: 10)
+    monkeypatch.setattr('tokens.dataset.vocab_size_of', lambda meta: 10)
     draw = random.Random(0)
     for k in range(len(weights)):
         rows = [[k] * draw.choice([1, 3, 15, 200, 5000][:3 + k]) for _ in range(3000)]

@@ -17,7 +17,8 @@ from conftest import survives
 from corpus.pack import write_dataset
 from data.chinese import prepare as chinese
 from data.shakespeare_char import prepare as shakespeare
-from tokens.tokenizer import BPETokenizer, CharTokenizer, read_meta, save_tokenizer, tokenizer_meta
+from tokens.dataset import read_meta
+from tokens.tokenizer import BPETokenizer, CharTokenizer, save_tokenizer, tokenizer_meta
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / 'shared' / 'data'
@@ -304,7 +305,7 @@ def test_chinese_makes_a_tokenizer_and_a_document_of_each_paragraph(data, tmp_pa
                '--val_fraction=0.4', '--clean', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sum(split['documents'] for split in read_meta(tmp_path / 'more')['splits'].values()) == 3
-    assert done.stdout.splitlines()[-1] == f'next: python train.py config/train_chinese.py --dataset=more'
+    assert done.stdout.splitlines()[-1] == 'next: python train.py config/train_chinese.py --dataset=more'
 
 
 def test_chinese_out_of_reach_is_one_line_that_says_what_to_put_where(data, tmp_path, monkeypatch):

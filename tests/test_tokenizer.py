@@ -14,6 +14,7 @@ from conftest import ROOT, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokens.dataset import read_meta
 from tokens.tokenizer import (
     GPT2_META,
     SPECIAL_TOKENS,
@@ -24,7 +25,6 @@ from tokens.tokenizer import (
     are_trained,
     fingerprint,
     load_tokenizer,
-    read_meta,
     read_tokenizer_json,
     sample_pieces,
     save_tokenizer,

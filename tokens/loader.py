@@ -14,126 +14,17 @@ Example: 10 tokens, block_size 3, epoch of phase 1. The windows start at 1 and 4
 B rows, T block_size, K any number of windows
 """
 
-import re
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from tokens.tokenizer import LLMC_HEADER_BYTES, LLMC_MAGIC, fingerprint, read_meta
+from tokens.dataset import Split
+from tokens.tokenizer import fingerprint
 
 IGNORE = -100  # the target that is not one
 ORDERS = ('shuffle', 'random', 'sequential', 'documents')
-
-
-# -----------------------------------------------------------------------------
-# shards on disk
-
-
-class Shard:
-    """One .bin file of token ids, mapped when used.
-
-    first  where in its split it begins, in tokens
-    mask   (n_tokens,) uint8, 0 = not a target; None = all are
-    """
-
-    def __init__(self, path, dtype, n_tokens, first, mask):
-        self.path, self.dtype, self.n_tokens, self.first, self.mask = path, dtype, n_tokens, first, mask
-        # a map of a file that is too short would end in SIGBUS, which Python cannot catch
-        size = path.stat().st_size
-        self.header = size - n_tokens * dtype.itemsize
-        if self.header not in (0, LLMC_HEADER_BYTES):
-            raise ValueError(f'{path} has {size} bytes, expected {n_tokens} tokens of {dtype.itemsize} bytes: it was cut short '
-                             'or altered, prepare the dataset again')
-        if self.header:
-            with open(path, 'rb') as f:
-                magic, version, count = (f.read(4) for _ in range(3))
-            expected = 1 if dtype.itemsize == 2 else 7  # llm.c's numbers for uint16 and uint32
-            version, count = int.from_bytes(version, 'little'), int.from_bytes(count, 'little')
-            if magic != LLMC_MAGIC or (version, count) != (expected, n_tokens):
-                raise ValueError(f'{path} begins with 1024 bytes that are no header of llm.c for {n_tokens} tokens of {dtype.itemsize} '
-                                 f'bytes (it says version {version}, {count} tokens): it was cut short or altered, prepare the dataset again')
-
-    @property
-    def tokens(self):
-        return map_tokens(self)
-
-
-@lru_cache(maxsize=256)  # every map holds a file open, and many systems allow a process 1024
-def map_tokens(shard):
-    """The ids of a shard, (n_tokens,) of its dtype."""
-    if not shard.n_tokens:
-        return np.empty(0, shard.dtype)
-    return np.asarray(np.memmap(shard.path, shard.dtype, 'r', shard.header, (shard.n_tokens,)))
-
-
-class Split:
-    """One split of one dataset: its shards, the .mask and .idx beside them, and what meta.json says of it."""
-
-    def __init__(self, folder, split):
-        self.folder, self.split, self.meta = Path(folder), split, read_meta(folder)
-        self.vocab_size, self.tokenizer = self.meta['vocab_size'], self.meta['tokenizer']
-        known = self.meta['splits'].get(split)
-        if known is None:
-            raise ValueError(f'{folder} has no {split} split, only {", ".join(self.meta["splits"])}: prepare it with one')
-        dtype, first = np.dtype(self.meta['dtype']).newbyteorder('<'), 0
-        self.n_tokens = known['tokens']
-        self.mask = self.beside('.mask', np.uint8, (self.n_tokens,))
-        if self.mask is None and self.meta.get('row_tokens'):
-            raise FileNotFoundError(f'{self.folder / split}.mask is missing: it tells answers from questions and padding, prepare the dataset again')
-        self.checksums = [shard['crc32'] for shard in known['shards']]
-        self.shards = []
-        for shard in known['shards']:
-            end = first + shard['tokens']
-            mask = None if self.mask is None else self.mask[first:end]
-            self.shards.append(Shard(self.folder / shard['file'], dtype, shard['tokens'], first, mask))
-            first = end
-
-    def beside(self, suffix, dtype, shape):
-        """The array in train.mask or train.idx, or None where there is no such file. One dimension may be -1."""
-        path, dtype = self.folder / f'{self.split}{suffix}', np.dtype(dtype)
-        if not path.exists():
-            return None
-        size, unit = path.stat().st_size, abs(int(np.prod(shape))) * dtype.itemsize
-        if size % unit if -1 in shape else size != unit:
-            raise ValueError(f'{path} has {size} bytes, which does not fit the {self.n_tokens} tokens of the {self.split} split: '
-                             'it was cut short or altered, prepare the dataset again')
-        return np.asarray(np.memmap(path, dtype, 'r')).reshape(shape) if size else np.empty(0, dtype).reshape(shape)
-
-    def documents(self):
-        """Where each document lies in the split: offset and length in tokens, (M,) int64 each.
-
-        The one token that parts a document from the next (end-of-text) ends it, so that a model learns where to stop.
-        """
-        table, path = self.beside('.idx', '<i8', (-1, 2)), self.folder / f'{self.split}.idx'
-        if table is None:
-            raise FileNotFoundError(f'{path} is missing: rows that begin with documents need it, prepare the dataset with one')
-        offset, length = table.T
-        outside = (offset < 0) | (length < 0) | (offset > self.n_tokens - length)
-        if outside.any():
-            at = int(np.argmax(outside))
-            raise ValueError(f'{path}: document {at} has offset {offset[at]} and length {length[at]}, the split has {self.n_tokens} tokens: '
-                             'it was altered, prepare the dataset again')
-        return offset, length + np.append(offset[1:] == (offset + length)[:-1] + 1, False)
-
-    def fingerprint(self):
-        """What a checkpoint remembers of its data: sizes, checksums and tokenizer, as plain values."""
-        return dict(tokens=[shard.n_tokens for shard in self.shards], crc32=list(self.checksums), vocab_size=self.vocab_size,
-                    tokenizer=fingerprint(self.tokenizer))
-
-    def verify(self):
-        """Reads every shard against its checksum; ValueError names the one that was altered."""
-        for shard, known in zip(self.shards, self.checksums):
-            if known is None:
-                continue
-            crc = 0
-            for start in range(0, shard.n_tokens, 1 << 22):
-                crc = zlib.crc32(shard.tokens[start:start + (1 << 22)], crc)
-            if crc != known:
-                raise ValueError(f'{shard.path} does not match its checksum in meta.json: it was altered, prepare the dataset again')
 
 
 # -----------------------------------------------------------------------------
@@ -273,36 +164,6 @@ def cut_rows(split, T):
     step, sizes = row or T, np.array([shard.n_tokens for shard in split.shards], dtype=np.int64)
     shard, nth = spread(sizes // step if row else -(-np.maximum(sizes - 1, 0) // T))
     return np.stack((shard, nth * step, np.minimum(T + 1, sizes[shard] - nth * step)))
-
-
-# -----------------------------------------------------------------------------
-# the dataset setting
-
-
-def parse_mixture(dataset):
-    """'a:0.7,b:0.3' -> (['a', 'b'], [0.7, 0.3]); a weight left out is 1, and all are scaled to sum to 1."""
-    names, weights = [], []
-    for part in dataset.split(','):
-        name, weight = re.fullmatch(r'(.*?)(?::([^:/\\]*))?', part.strip(), re.DOTALL).groups()  # C:\texts is a name
-        try:
-            weight = 1.0 if weight is None else float(weight)
-        except ValueError:
-            weight = 0.0
-        if not name or not 0 < weight < float('inf'):
-            raise ValueError(f'dataset={dataset}: {part.strip()!r} is no NAME or NAME:WEIGHT with a weight above 0, such as zhwiki:0.7')
-        names.append(name)
-        weights.append(weight)
-    return names, [weight / sum(weights) for weight in weights]
-
-
-def dataset_folders(dataset):
-    """Folder and share of each part of a dataset setting: data/NAME beside this file, else the folder NAME as it stands."""
-    names, weights = parse_mixture(dataset)
-    here, folders = Path(__file__).resolve().parents[1] / 'data', []
-    for name in names:
-        folder = Path(name) if Path(name).is_dir() and not (here / name).is_dir() else here / name
-        folders.append(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)  # shorter in messages
-    return folders, weights
 
 
 def interleave(weights, slots):

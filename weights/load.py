@@ -14,8 +14,8 @@ import checkpoint
 import distributed
 from files import print0
 from model import GPT, GPTConfig
-from tokens.loader import dataset_folders
-from tokens.tokenizer import GPT2_META, read_meta, read_meta_pkl
+from tokens.dataset import dataset_folders, read_meta, read_meta_pkl
+from tokens.tokenizer import GPT2_META
 from weights import pretrained
 
 
