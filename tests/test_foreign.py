@@ -1,0 +1,135 @@
+"""Checkpoints of nanoGPT and other trainers: converted to our format, or refused in one line."""
+
+import io
+import pickle
+import zipfile
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from weights import foreign
+
+SIZES = dict(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=8)
+
+
+def new_model(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**SIZES, **changes}))
+
+
+def nanogpt(model, **changes):
+    """The dict that nanoGPT's train.py saves."""
+    args = dict(SIZES, bias=model.config.bias, dropout=0.0)
+    return dict(model=model.state_dict(), model_args=args, iter_num=2000, best_val_loss=torch.tensor(1.5),
+                config=dict(dataset='shakespeare_char')) | changes
+
+
+def error_of(call, *arguments, **named):
+    with pytest.raises((ValueError, OSError)) as error:
+        call(*arguments, **named)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 400
+    return str(error.value)
+
+
+def pickle_of(value):
+    """The pickle inside the zip archive of torch.save."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    with zipfile.ZipFile(file) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith('data.pkl')))
+
+
+def test_numbers_of_numpy_and_tensors_become_plain():
+    state = nanogpt(new_model(), best_val_loss=np.float64(1.5), config=dict(lr=np.float32(0.5), x=[np.int64(3)]))
+    state['model_args'] = {name: np.int64(value) if name == 'n_layer' else value
+                           for name, value in state['model_args'].items()}
+    converted = foreign.from_foreign(state, 'x.pt')
+    assert type(converted['best_val_loss']) is float and converted['config'] == dict(lr=0.5, x=[3])
+    assert type(converted['config']['lr']) is float and type(converted['model_args']['n_layer']) is int
+    foreign.check_state(converted, 'x.pt')
+    assert foreign.from_foreign(nanogpt(new_model()), 'x.pt')['best_val_loss'] == 1.5
+
+
+@pytest.mark.parametrize('bare', [False, True])
+def test_a_head_of_its_own_is_refused(bare):
+    """The embedding of a dict with two matrices was overwritten by its head."""
+    weights = dict(new_model().state_dict())
+    weights['lm_head.weight'] = weights['lm_head.weight'] + 1
+    state = dict(model_state_dict=weights) if bare else nanogpt(new_model()) | dict(model=weights)
+    assert error_of(foreign.from_foreign, state, 'x.pt', 2) == (
+        'x.pt: lm_head.weight is not transformer.wte.weight: GPT-2 has one matrix for both')
+
+
+@pytest.mark.parametrize('sizes, message', [
+    (dict(n_layer=10**9), 'n_layer = 1000000000 does not fit its 29 weights'),
+    (dict(n_layer=10**5), 'n_layer = 100000 does not fit its 29 weights'),
+    (dict(block_size=10**9), 'transformer.wpe.weight has shape (8, 8), the model expects (1000000000, 8)'),
+    (dict(vocab_size=10**9), 'transformer.wte.weight has shape (13, 8), the model expects (1000000000, 8)'),
+    (dict(n_layer=True), 'n_layer = True in its model_args is none that this version knows'),
+    (dict(n_head=[2]), 'n_head = a list in its model_args is none that this version knows'),
+])
+def test_sizes_that_the_weights_contradict(sizes, message):
+    """A model of 10**9 layers was built until memory ran out."""
+    state = foreign.from_foreign(nanogpt(new_model(), model_args=dict(SIZES, **sizes)), 'x.pt')
+    assert error_of(foreign.check_state, state, 'x.pt') == f'x.pt: {message}'
+
+
+@pytest.mark.parametrize('part, message', [
+    (dict(optimizer=3), 'x.pt is not a checkpoint of flatGPT or nanoGPT: optimizer is a int'),
+    (dict(optimizer=dict(state=[1])), 'x.pt: the state of its optimizer is not a dict of tensors for each parameter'),
+    (dict(optimizer=dict(state={0: [1]})), 'x.pt: the state of its optimizer is not a dict of tensors for each parameter'),
+    (dict(optimizer=dict(state={0: dict(exp_avg=1)})),
+     'x.pt: the state of its optimizer is not a dict of tensors for each parameter'),
+    (dict(iter_num=True), 'x.pt is not a checkpoint of flatGPT or nanoGPT: iter_num is a bool'),
+    (dict(tokenizer='gpt2'), 'x.pt is not a checkpoint of flatGPT or nanoGPT: tokenizer is a str'),
+    (dict(scaler=[1]), 'x.pt is not a checkpoint of flatGPT or nanoGPT: scaler is a list'),
+    (dict(style=3), 'x.pt is not a checkpoint of flatGPT or nanoGPT: style is a int'),
+])
+def test_parts_of_the_wrong_type(part, message):
+    state = foreign.from_foreign(nanogpt(new_model()), 'x.pt') | part
+    assert error_of(foreign.check_state, state, 'x.pt') == message
+
+
+def test_weights_of_another_model_are_an_error_even_if_lax():
+    """A model of random weights was sampled with exit code 0."""
+    other = {f'layers.{i}.weight': torch.ones(2) for i in range(4)}
+    assert error_of(foreign.load_weights, new_model(), other, 'x.pt', strict=False) == (
+        'x.pt: no weight fits the model, which has lm_head.weight, transformer.h.0.attn.c_attn.bias, '
+        'transformer.h.0.attn.c_attn.weight; the file has layers.0.weight, layers.1.weight, layers.2.weight: '
+        'it belongs to another model')
+
+
+def test_names_of_weights_cannot_steer_the_terminal(capsys):
+    weights = new_model().state_dict() | {'a\x1b[31m': torch.ones(2)}
+    foreign.load_weights(new_model(), weights, 'x.pt', strict=False)
+    assert capsys.readouterr().out == 'x.pt: 1 weights unexpected, not used: a\\x1b[31m\n'
+
+
+def nested(depth):
+    pair = (1, 2)
+    for _ in range(depth):
+        pair = (pair, pair)
+    return pair
+
+
+@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_whose_tuples_never_end_is_refused(protocol):
+    """Reading a dict hashes its keys; the hash of 60 nested pairs has 2**60 parts."""
+    state = {'k': [(1, 2), [], {}, None, b'x', 4.5, 'abc', nested(5)], 3: (nested(8),)}
+    foreign.check_pickle(pickle.dumps(state, protocol), 'x.pt')
+    hostile = pickle.dumps([nested(60)], protocol)
+    assert error_of(foreign.check_pickle, hostile, 'x.pt') == (
+        'x.pt is not a readable checkpoint (its pickle has tuples of more than 10,000 values)')
+
+
+def test_the_pickles_of_checkpoints_pass():
+    model = new_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 4).long(), torch.zeros(1, 4).long())[1].backward()
+    optimizer.step()
+    foreign.check_pickle(pickle_of(nanogpt(model, optimizer=optimizer.state_dict(), args=Namespace(x=1))), 'x.pt')
+    hostile = pickle_of(nanogpt(model, config=[nested(60)]))
+    assert 'tuples of more than 10,000 values' in error_of(foreign.check_pickle, hostile, 'x.pt')
