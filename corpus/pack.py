@@ -44,8 +44,8 @@ import numpy as np
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
-from corpus import readers as formats
-from corpus.readers import Block, find_files
+from corpus import old_readers as formats
+from corpus.old_readers import Block, find_files
 from files import one_line_errors
 from tokens.dataset import id_dtype, read_meta
 from tokens.tokenizer import GPT2_META, CharTokenizer, load_tokenizer, tokenizer_meta

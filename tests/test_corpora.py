@@ -18,9 +18,8 @@ from conftest import survives
 from test_prepare import SHARED, contents, data, run  # noqa: F401 (data is a fixture)
 
 from corpus import pack
-from corpus import readers as formats
+from corpus import old_readers as formats
 from corpus.pack import Encoder, pack_documents, split_by_hash
-from corpus.readers import blocks, documents
 from tokens.dataset import read_meta
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
@@ -266,25 +265,6 @@ def write_parquet(folder, texts, n_files=3, **options):
         pq.write_table(table, path, **{'row_group_size': 50, 'write_page_checksum': True, **options})
     return paths
 
-
-def test_parquet_that_datasets_streams(tmp_path, monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    datasets = pytest.importorskip('datasets')
-    paths = write_parquet(tmp_path, TEXTS)
-    rows = datasets.load_dataset('parquet', data_files={'train': list(map(str, paths))}, split='train', streaming=True)
-    assert [text for text, _ in documents(paths)] == [row['text'] for row in rows if row['text']] == [text for text in TEXTS if text]
-
-
-def test_row_groups_before_the_start_are_not_read(tmp_path):
-    paths = write_parquet(tmp_path, TEXTS)
-    broken = bytearray(paths[0].read_bytes())
-    broken[4:2000] = bytes(1996)
-    paths[0].write_bytes(broken)
-    files = formats.find_files(paths)
-    assert [text for block in blocks(files, start=(0, 50, 0)) for text in block.data] == TEXTS[50:]
-    with pytest.raises(OSError, match=f'^{paths[0]} could not be read'):
-        list(blocks(files))
-
 # -----------------------------------------------------------------------------
 # the scripts
 
@@ -309,7 +289,7 @@ ARGS = ['--val_fraction=0.05', '--shard_tokens=5000']
 KILLED = """
 import os, runpy, signal, sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(sys.argv[1]))))
-from corpus import pack, readers as formats
+from corpus import pack, old_readers as formats
 formats.BLOCK_BYTES, pack.SAVE_EVERY_S, pack.MIN_BYTES_A_WORKER, write_json, left = 20000, -1, 1, pack.write_json, [int(sys.argv.pop())]
 def write_and_die(path, *rest):
     write_json(path, *rest)

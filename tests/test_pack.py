@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, survives
 from test_corpora import MERGES, TEXTS, contents, files_of, needs_gpt2, pack_texts, small_batches  # noqa: F401 (a fixture)
-from test_formats import PAGES, ROWS, SHARED, WRITERS, write_block, write_jsonl, write_wiki
+from test_readers import PAGES, ROWS, SHARED, WRITERS, write_block, write_jsonl, write_wiki
 from test_prepare import Numbers
 
 from corpus import pack
-from corpus import readers as formats
+from corpus import old_readers as formats
 from corpus.pack import cleaned, mixed_documents, split_by_hash, write_dataset
 from files import one_line_errors
 from tokens.dataset import Split, read_meta
@@ -170,7 +170,7 @@ def test_killed_as_a_command_and_continued_with_other_workers(tmp_path):
             file.write(json.dumps({'text': f'{n} ' + rng.choice('abcdefgh') * rng.randrange(200)}) + '\n')
 
     def start(out, workers):
-        code = ('import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); from corpus import pack, readers as formats; formats.BLOCK_BYTES = 10_000; '
+        code = ('import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); from corpus import pack, old_readers as formats; formats.BLOCK_BYTES = 10_000; '
                 'pack.SAVE_EVERY_S = -1; pack.MIN_BYTES_A_WORKER = 1; pack.main()')
         return subprocess.Popen([sys.executable, '-c', code, str(ROOT), 'build', '--input', str(tmp_path / 'a.jsonl'), '--tokenizer=char', '--clean',
                                  '--out', str(out), f'--workers={workers}', '--shard_tokens=10000'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

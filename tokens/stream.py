@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from corpus.readers import documents, find_files, n_bytes_of
+from corpus.old_readers import documents, find_files, n_bytes_of
 from tokens.loader import IGNORE, Loader, draws, permute
 from tokens.tokenizer import fingerprint, load_tokenizer, tokenizer_meta
 

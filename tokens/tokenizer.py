@@ -26,7 +26,7 @@ import numpy as np
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-from corpus import readers as formats
+from corpus import old_readers as formats
 from corpus.fetch import fetch
 from files import one_line_errors
 

@@ -1,4 +1,4 @@
-"""corpus/readers.py: every format from a file that its own library wrote, its positions, and what is wrong in one."""
+"""corpus/readers.py: every format from a file that its own library wrote, reading from any document on, and bad files."""
 import bz2
 import csv
 import gzip
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from corpus import readers as formats
-from corpus.readers import documents, find_files
+from corpus import blocks, jsonfile, readers, textfile, wiki
+from corpus.readers import find_files, read_documents, read_text
 
 SHARED = ROOT.parent / 'shared' / 'data' / 'chinese'
 TITLES = ['北京', 'Two words', 'a,b', '"q"', '空格']
@@ -63,12 +63,17 @@ WRITERS = {'a.jsonl': write_jsonl, 'a.json': write_json, 'b.json': write_objects
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(formats, 'BLOCK_BYTES', 100)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(readers, 'PART_CHARS', 50)
+    monkeypatch.setattr(blocks, 'CHUNK_BYTES', 100)
+
+
+def read(*paths, format='auto', **options):
+    return list(read_documents(find_files(paths, format), **options))
 
 
 def texts_of(*paths, **options):
-    return [text for text, _ in documents(paths, **options)]
+    return [document.text for document in read(*paths, **options) if document.text]
 
 
 @pytest.mark.parametrize('name', WRITERS)
@@ -78,11 +83,10 @@ def test_a_file_of_the_formats_own_library(tmp_path, monkeypatch, name):
     WRITERS[name](path)
     assert texts_of(path) == TEXTS
     assert texts_of(path, fields=['title', 'text']) == [f'{title}\n{text}' for title, text in zip(TITLES, TEXTS)]
-    monkeypatch.setattr(formats, 'BLOCK_BYTES', 100)
-    found = list(documents([path]))
-    assert [text for text, _ in found] == TEXTS
-    for n, (_, position) in enumerate(found):  # and from every position
-        assert texts_of(path, start=json.loads(json.dumps(position))) == TEXTS[n + 1:]
+    for n in range(len(TEXTS) + 1):
+        assert texts_of(path, start=n) == TEXTS[n:]
+    n_bytes = sum(readers.n_bytes_of(file.path) for file in find_files([path]))
+    assert all(0 < document.n_read <= n_bytes for document in read(path))
 
 
 def zstd(data):
@@ -97,14 +101,12 @@ PACKERS = {'.gz': gzip.compress, '.bz2': bz2.compress, '.zst': zstd}
 
 
 @pytest.mark.parametrize('ending', PACKERS)
-def test_compressed_whole_cut_short_and_in_two_parts(tmp_path, small_blocks, ending):
+def test_compressed_whole_cut_short_and_in_two_parts(tmp_path, small_parts, ending):
     path = tmp_path / f'a.jsonl{ending}'
     write_jsonl(tmp_path / 'a.jsonl')
     data = (tmp_path / 'a.jsonl').read_bytes()
     path.write_bytes(PACKERS[ending](data[:150]) + PACKERS[ending](data[150:]))
-    found = list(documents([path]))
-    assert [text for text, _ in found] == TEXTS
-    assert texts_of(path, start=found[2][1]) == TEXTS[3:]
+    assert texts_of(path) == TEXTS and texts_of(path, start=3) == TEXTS[3:]
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(OSError, match=f'^{path} could not be read'):
         texts_of(path)
@@ -138,8 +140,8 @@ def test_rows_as_long_as_books_are_read_few_at_a_time(tmp_path, monkeypatch):
     pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     texts = [f'{n}' + '书' * 300_000 for n in range(40)]
     pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet', write_batch_size=1)
-    rows, read = [], formats.texts_of_rows
-    monkeypatch.setattr(formats, 'texts_of_rows', lambda batches, *rest: read((rows.append(batch.num_rows) or batch for batch in batches), *rest))
+    rows, rows_of_batch = [], readers.rows_of_batch
+    monkeypatch.setattr(readers, 'rows_of_batch', lambda batch: rows.append(batch.num_rows) or rows_of_batch(batch))
     assert texts_of(tmp_path) == texts and sum(rows) == 40 and max(rows) <= 2
 
 
@@ -159,21 +161,24 @@ def test_a_large_text_is_cut_where_documents_or_lines_end(tmp_path, monkeypatch,
     text = ''.join(draw.choice(['一行文字', 'a line', ' ', '\n', '\n\n', '\r\n\r\n']) for _ in range(900))
     (tmp_path / 'a.txt').write_bytes(text.encode())
     at_once = texts_of(tmp_path, format=format)
-    monkeypatch.setattr(formats, 'BLOCK_BYTES', 100)
-    found = list(documents([tmp_path], format))
-    parts = [part for part, _ in found]
+    monkeypatch.setattr(readers, 'PART_CHARS', 50)
+    parts = texts_of(tmp_path, format=format)
+    text = text.replace('\r\n', '\n')
     if format == 'text':
         assert at_once == [text] == [''.join(parts)] and len(parts) > 20 and all(part.endswith('\n') for part in parts[:-1])
+    elif format == 'lines':
+        assert at_once == parts == [line for line in text.split('\n') if line]
     else:
-        assert at_once == parts == [part for part in (re.split(r'\r?\n', text) if format == 'lines' else parts) if part]
-    for n in (0, 7, len(found) - 1):
-        assert texts_of(tmp_path, format=format, start=found[n][1]) == parts[n + 1:]
+        assert at_once == parts == [part.strip('\n') for part in re.split(r'\n(?:[^\S\n]*\n)+', text) if part.strip()]
+    every = [document.text for document in read(tmp_path, format=format)]
+    for n in (0, 7, len(every) - 1):
+        assert [document.text for document in read(tmp_path, format=format, start=n)] == every[n:]
 
 
-def test_a_text_without_line_ends_is_not_cut_in_a_character(tmp_path, small_blocks):
+def test_a_text_without_line_ends_is_not_cut_in_a_character(tmp_path, small_parts):
     (tmp_path / 'a.txt').write_text('汉字' * 200, encoding='utf-8')
     parts = texts_of(tmp_path)
-    assert ''.join(parts) == '汉字' * 200 and len(parts) > 10
+    assert ''.join(parts) == '汉字' * 200 and len(parts) == 8
 
 # -----------------------------------------------------------------------------
 # Wikipedia
@@ -231,25 +236,24 @@ PAGES = [('北京', 0, None, BEIJING), ('京', 0, '北京', '#重定向 [[北京
 
 
 @pytest.mark.parametrize('name', ['a.xml', 'zhwiki-latest-pages-articles1.xml-p1p9.bz2'])
-def test_wiki_is_plain_text_of_articles(tmp_path, small_blocks, name):
+def test_wiki_is_plain_text_of_articles(tmp_path, small_parts, name):
     pytest.importorskip('mwparserfromhell')
     write_wiki(tmp_path / name, PAGES)
-    found = list(documents([tmp_path / name], fields=['title', 'text']))
-    assert [text for text, _ in found] == [f'北京\n{PLAIN}', 'Lyon\nUne ville.  Catégorie:Villes Site x < y & z']
-    assert texts_of(tmp_path / name, start=found[0][1]) == ['Une ville.  Catégorie:Villes Site x < y & z']
+    assert texts_of(tmp_path / name, fields=['title', 'text']) == [f'北京\n{PLAIN}', 'Lyon\nUne ville.  Catégorie:Villes Site x < y & z']
+    assert texts_of(tmp_path / name, start=1) == ['Une ville.  Catégorie:Villes Site x < y & z']
 
 
 def test_a_wiki_without_its_parser_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'mwparserfromhell', None)
     (tmp_path / 'a.xml').write_text('<mediawiki></mediawiki>', encoding='utf-8')
-    with pytest.raises(OSError, match=f'^{tmp_path}/a.xml needs a package that is not here: pip install mwparserfromhell$'):
+    with pytest.raises(OSError, match=f'^{tmp_path}/a.xml needs a package that is not installed: pip install mwparserfromhell$'):
         texts_of(tmp_path / 'a.xml')
 
 
 def test_a_wiki_section_without_text_loses_its_heading():
     pytest.importorskip('mwparserfromhell')
     text = '== A ==\n{{t}}\n== B ==\n=== C ===\n=== D ===\nd\n== E ==\ne'
-    assert formats.plain_wikitext(text) == 'B\n\nD\nd\n\nE\ne'
+    assert wiki.plain_text(text) == 'B\n\nD\nd\n\nE\ne'
 
 
 @pytest.mark.parametrize('wikitext, plain', [
@@ -257,7 +261,7 @@ def test_a_wiki_section_without_text_loses_its_heading():
     ('-{H|zh-cn:题; zh-tw:題}-', ''), ('-{A|zh-cn:题; zh-tw:題}-', '题'), ('[[A|-{zh-cn:题; zh-tw:題}-]]', '题')])
 def test_of_the_chinese_variants_the_simplified_one_is_taken(wikitext, plain):
     pytest.importorskip('mwparserfromhell')
-    assert formats.plain_wikitext(wikitext) == plain
+    assert wiki.plain_text(wikitext) == plain
 
 # -----------------------------------------------------------------------------
 # folders of blocks
@@ -271,7 +275,7 @@ def write_block(folder, tokens, labels, mask=None):
 
 
 def rows(*paths):
-    return [(ids.tolist(), mask.tolist()) for (ids, mask), _ in documents(paths)]
+    return [(ids.tolist(), mask.tolist()) for ids, mask in texts_of(*paths)]
 
 
 def test_labels_that_follow_their_tokens_make_one_id_more(tmp_path):
@@ -285,22 +289,21 @@ def test_labels_that_are_their_tokens_make_a_mask(tmp_path):
     assert rows(tmp_path) == [([1, 2, 3], [0, 1, 1])]
 
 
-def test_blocks_continue_at_any_row(tmp_path, small_blocks):
+def test_blocks_continue_at_any_row(tmp_path, small_parts):
     tokens = np.arange(400).reshape(40, 10)
     write_block(tmp_path / '0', tokens[:30], tokens[:30] + 1)
     write_block(tmp_path / '1', tokens[30:], tokens[30:] + 1)
-    found = list(documents([tmp_path]))
-    assert [ids.tolist() for (ids, _), _ in found] == [list(range(n, n + 11)) for n in range(0, 400, 10)]
-    for n in (0, 5, 29, 33):
-        assert [ids[0] for (ids, _), _ in documents([tmp_path], start=found[n][1])] == list(range(10 * n + 10, 400, 10))
+    assert [ids for ids, _ in rows(tmp_path)] == [list(range(n, n + 11)) for n in range(0, 400, 10)]
+    for n in (1, 6, 30, 34):
+        assert [ids[0] for ids, _ in texts_of(tmp_path, start=n)] == list(range(10 * n, 400, 10))
 
 
 @pytest.mark.parametrize('tokens, labels, mask, error', [
-    ([[1, 2.5]], [[2, 3]], None, ', row 0, position 1: token_float32.npy holds 2.5, which is no token id that float32 can hold'),
-    ([[1, 2]], [[2, np.nan]], None, ', row 0, position 1: label_float32.npy holds nan, which is no token id that float32 can hold'),
-    ([[1, 2 ** 25]], [[2, 3]], None, ', row 0, position 1: token_float32.npy holds 33554432.0, which is no token id that float32 can hold'),
-    ([[1, 2]], [[2, 3]], [[1, 0.5]], ', row 0, position 1: loss_mask.npy holds 0.5, which is no 0 or 1'),
-    ([[1, 2], [3, 4]], [[2, 3], [7, 5]], None, ', row 1, position 0: label 7.0 is neither the token there nor the one that follows'),
+    ([[1, 2.5]], [[2, 3]], None, ', row 0, position 1: token_float32.npy holds 2.5, which is not a token id that float32 can hold'),
+    ([[1, 2]], [[2, np.nan]], None, ', row 0, position 1: label_float32.npy holds nan, which is not a token id that float32 can hold'),
+    ([[1, 2 ** 25]], [[2, 3]], None, ', row 0, position 1: token_float32.npy holds 33554432.0, which is not a token id that float32 can hold'),
+    ([[1, 2]], [[2, 3]], [[1, 0.5]], ', row 0, position 1: loss_mask.npy holds 0.5, which is not 0 or 1'),
+    ([[1, 2], [3, 4]], [[2, 3], [7, 5]], None, ', row 1, position 0: label 7.0 is neither the token there nor the following one'),
     ([[1, 2]], [[2, 3, 4]], None, ': token_float32.npy is (1, 2), label_float32.npy is (1, 3): equal shapes (rows, T) are needed'),
     ([1, 2], [2, 3], None, ': token_float32.npy is (2,), label_float32.npy is (2,): equal shapes (rows, T) are needed'),
     ([[1, 2]], [[2, 3]], [[1]], ': token_float32.npy is (1, 2), label_float32.npy is (1, 2), loss_mask.npy is (1, 1): equal shapes (rows, T) are needed')])
@@ -328,30 +331,30 @@ def test_no_pickle_is_opened(tmp_path):
 # what is wrong in a file
 
 @pytest.mark.parametrize('name, content, error', [
-    ('a.txt', b'one\ntwo\n\xff\n', ', line 3: not UTF-8 (invalid start byte): convert the file to UTF-8, or --errors=replace puts U+FFFD in its place'),
-    ('a.jsonl', b'{"text": "a"}\n{"text": "\xe5\x8c"}', ', line 2: not UTF-8 (invalid continuation byte): convert'),
+    ('a.txt', b'one\ntwo\n\xff\n', ', line 3: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or --errors=replace puts U+FFFD in its place'),
+    ('a.jsonl', b'{"text": "a"}\n{"text": "\xe5\x8c"}', ', line 2: not UTF-8 (invalid continuation byte): it is gb18030: convert it to UTF-8, or use --encoding=gb18030'),
     ('a.csv', b'text\na\n\xff\n', ', line 3: not UTF-8'), ('a.json', b'["a",\n"\xff"]', ', line 2: not UTF-8'),
     ('a.xml', b'<mediawiki>\n\xff</mediawiki>', ', line 2: not UTF-8'),
-    ('a.jsonl', b'{"text": "a"}\n\n{"title": "b", "id": 1}\n', ", line 3: no field 'text' with text, only title, id: name the one to take with --field"),
-    ('a.jsonl', b'{"text": "a"}\n{"text": "b"\n', ", line 2: not JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
-    ('a.jsonl', b'{"text": 5}\n', ", line 1: field 'text' holds 5, which is no text"),
+    ('a.jsonl', b'{"text": "a"}\n\n{"title": "b", "id": 1}\n', ", line 3: no field 'text' with text, only title, id: name the field to take with --field"),
+    ('a.jsonl', b'{"text": "a"}\n{"text": "b"\n', ", line 2: not JSON in UTF-8 (Expecting ',' delimiter: line "),
+    ('a.jsonl', b'{"text": 5}\n', ", line 1: field 'text' holds 5, which is not text"),
     ('a.jsonl', b'[1, 2]\n', ', line 1: an object or a string is needed, not [1, 2]'),
-    ('a.jsonl', b'{"text": "\\ud83d"}\n', ', line 1: half a surrogate pair (U+D83D) is no character'),
-    ('a.jsonl', b'[' * 100_000, ', line 1: not JSON: '),
-    ('a.json', b'[{"text": "a"}, {"text": "b"', ", record 2: not JSON: Expecting ',' delimiter"),
-    ('a.json', b'["a" "b"]', ', record 2: not JSON: , or ] is expected, not "'),
-    ('a.json', b'["a",', ', record 2: not JSON: Expecting value'),
+    ('a.jsonl', b'{"text": "\\ud83d"}\n', ', line 1: half a surrogate pair (U+D83D) is not a character'),
+    ('a.jsonl', b'[' * 100_000, ', line 1: not JSON in UTF-8 ('),
+    ('a.json', b'[{"text": "a"}, {"text": "b"', ", record 2: not JSON: parse error: premature EOF"),
+    ('a.json', b'["a" "b"]', ", record 2: not JSON: parse error: after array element, I expect ',' or ']'"),
+    ('a.json', b'["a",', ', record 2: not JSON: parse error: premature EOF'),
     ('a.json', b'[{"txt": "a"}]', ", record 1: no field 'text' with text, only txt"),
-    ('a.csv', b'title,body\na,b\n', ": no field 'text' with text, only title, body: name the one to take with --field"),
+    ('a.csv', b'title,body\na,b\n', ": no field 'text' with text, only title, body: name the field to take with --field"),
     ('a.csv', b'text,id\na,1\nb\n', ', line 3: 1 fields where the first row names 2'),
-    ('a.csv', b'text\n"a\n', ', line 2: not CSV: unexpected end of data'),
+    ('a.csv', b'text\n"a\n', ', line 2: not a table of values: unexpected end of data'),
     ('a.csv', b'', ": no field 'text' with text, only none at all"),
-    ('a.xml', b'<rss></rss>', ': its first element is <rss>, not the <mediawiki> of a dump of MediaWiki'),
+    ('a.xml', b'<rss></rss>', ': its first element is <rss>, not the <mediawiki> of a MediaWiki dump'),
     ('a.xml', b'<mediawiki>\n<page><ns>0', ', line 2: not XML, or cut short: no element found'),
     ('a.parquet', b'PAR1 and more', ' could not be read ('), ('a.arrow', b'nothing', ' could not be read ('),
     ('a.jsonl.gz', b'no gzip', ' could not be read (Not a gzipped file'),
-    ('a.parquet.gz', b'', ': Parquet and Arrow files are compressed within, if at all: unpack it'),
-    ('a.json', b'{"a": {"text": "x"}, "b": {"text": "y"}, "c": "z"}', ", record 3: not JSON: 'c' is no object, as those before it are"),
+    ('a.parquet.gz', b'', ': Parquet and Arrow have their own compression: unpack this file'),
+    ('a.json', b'{"a": {"text": "x"}, "b": {"text": "y"}, "c": "z"}', ", record 3: not JSON: 'c' is not an object, as the values before it are"),
     ('a.jsonl', json.dumps({str(n): '' for n in range(99)}).encode(), ", line 1: no field 'text' with text, only " + ', '.join(map(str, range(20))) + ' and 79 more: '),
 ])
 def test_what_is_wrong_is_one_line_that_says_where(tmp_path, name, content, error):
@@ -367,21 +370,22 @@ def test_replace_puts_a_mark_where_strict_raises(tmp_path):
     (tmp_path / 'b.jsonl').write_bytes(b'{"text": "two\xff"}\n{"text": "\\ud83d three"}')
     (tmp_path / 'c.csv').write_bytes(b'text\nfour\xff\n')
     (tmp_path / 'd.json').write_bytes(b'["five\xff"]')
-    assert texts_of(tmp_path, errors='replace') == ['one\ufffd', 'two\ufffd', '\ufffd three', 'four\ufffd', 'five\ufffd']
+    assert texts_of(tmp_path, errors='replace_all') == ['one\ufffd', 'two\ufffd', '\ufffd three', 'four\ufffd', 'five\ufffd']
 
 
 @pytest.mark.parametrize('name, format', [('a.jsonl', 'auto'), ('a.csv', 'auto'), ('a.json', 'auto'), ('a.txt', 'paragraphs')])
 def test_a_record_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name, format):
-    monkeypatch.setattr(formats, 'BLOCK_BYTES', 1000)
-    monkeypatch.setattr(formats, 'MAX_RECORD_BYTES', 5000)
+    monkeypatch.setattr(textfile, 'MAX_RECORD_CHARS', 5000)
+    monkeypatch.setattr(jsonfile, 'MAX_RECORD_CHARS', 5000)
+    monkeypatch.setattr(readers, 'MAX_RECORD_CHARS', 5000)
     (tmp_path / name).write_bytes({'a.json': b'["', 'a.csv': b'text\n'}.get(name, b'') + b'x' * 100_000)
-    with pytest.raises(ValueError, match=' of more than 0 MiB|field larger than'):
+    with pytest.raises(ValueError, match=' of more than 0 Mi characters|field larger than'):
         texts_of(tmp_path / name, format=format)
 
 
 def test_a_format_that_cannot_be_told_is_asked_for(tmp_path):
     (tmp_path / 'wiki_00').write_text('{"text": "a"}', encoding='utf-8')
-    with pytest.raises(ValueError, match=f'^{tmp_path}/wiki_00: the ending does not tell the format: name it with --format, one of text, '):
+    with pytest.raises(ValueError, match=f'^{tmp_path}/wiki_00: its ending does not tell its format: name it with --format, one of text, '):
         find_files([tmp_path / 'wiki_00'])
     with pytest.raises(ValueError, match=f'^{tmp_path}: nothing to read in this folder'):
         find_files([tmp_path])
