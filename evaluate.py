@@ -32,8 +32,9 @@ import distributed
 from configurator import config_of, configure
 from corpus.fetch import cache_folder, fetch
 from files import json_lines, one_line_errors, print0, write_atomically
+from scoring import Row, score_rows, spread_windows, text_loss
 from tokens.dataset import dataset_folders
-from tokens.loader import IGNORE, Loader
+from tokens.loader import Loader
 from tokens.tokenizer import fingerprint, load_tokenizer, opening
 from weights.load import build_model, find_model, find_tokenizer
 
@@ -72,7 +73,7 @@ def main(explicit):
     model = build_model(state, path, tokenizer).to(place.device)
     text = open_text(state, model, meta) if 'bpb' in names else None
 
-    found, rate = {}, partial(score, model, batch_tokens=batch_tokens, place=place, autocast=autocast)
+    found, rate = {}, partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast)
     for name in names:
         found[name] = evaluate_text(model, tokenizer, text, place, autocast) if name == 'bpb' else evaluate_task(rate, name, benchmarks[name])
         print0(table_row(name, found[name]))
@@ -110,81 +111,18 @@ def table_row(name, numbers):
 
 
 # -----------------------------------------------------------------------------
-# log-likelihoods of the ends of rows
-
-
-def share(batches, place):
-    """This rank's share of a list of batches, (batch, whether it counts): as many on every rank, for sharded weights want all ranks at once."""
-    for first in range(0, len(batches), place.world_size):
-        yield batches[min(first + place.rank, len(batches) - 1)], first + place.rank < len(batches)
-
-
-def exact_dtype(place):
-    return torch.float32 if place.device.type == 'mps' else torch.float64  # MPS has no float64
-
-
-@torch.inference_mode()
-@torch.compiler.set_stance('force_eager')  # every batch has a shape of its own
-def score(model, rows, title, batch_tokens, place, autocast):
-    """Log-likelihood of the end of each row; every rank does its share, and gets all.
-
-    rows     [(ids (n,), start)]: ids[start:] is scored given what precedes it, 1 <= start < n. What is longer than block_size and the
-             one token after it is cut from the left, as lm-evaluation-harness does
-    returns  (K, 3) float64: sum of log-probabilities in nats; 1.0 where each token is the likeliest one, else 0.0; tokens scored
-    """
-    T, training = model.config.block_size, model.training
-    rows = [(ids, start) if len(ids) <= T + 1 else (ids[-T - 1:], max(start - (len(ids) - T - 1), 1)) for ids, start in rows]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # little padding, and what lacks memory fails first
-    batches = []
-    for i in order:
-        if not batches or (len(batches[-1]) + 1) * len(rows[batches[-1][0]][0]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    scores = torch.zeros(len(rows), 3, dtype=exact_dtype(place))
-    model.eval()
-    with progress(len(rows), title, place) as bar:
-        for batch, counts in share(batches, place):
-            x, y = pad([rows[i] for i in batch])
-            with autocast:
-                nats, likeliest = model.score(x.to(place.device), y.to(place.device))  # (B, T) each
-            bar.update(len(batch) * place.world_size)
-            if not counts:
-                continue
-            nats, likeliest = nats.cpu()[y != IGNORE].to(scores.dtype), likeliest.cpu()[y != IGNORE]
-            per_token = torch.stack((-nats, likeliest.to(scores.dtype), torch.ones_like(nats)), dim=1)  # (N, 3)
-            scores[batch] = torch.stack([part.sum(dim=0) for part in per_token.split((y != IGNORE).sum(dim=1).tolist())])
-    model.train(training)
-    scores = distributed.all_reduce_sum(scores.to(place.device)).cpu().double().numpy()
-    scores[:, 1] = scores[:, 1] == scores[:, 2]
-    return scores
-
-
-def pad(rows):
-    """x and y (B, T) int64 of rows (ids, start) as score() takes them: y is -100 where nothing is scored."""
-    x = torch.zeros(len(rows), max(len(ids) for ids, _ in rows) - 1, dtype=torch.int64)
-    y = torch.full_like(x, IGNORE)
-    for i, (ids, start) in enumerate(rows):
-        ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
-        x[i, :len(ids) - 1] = ids[:-1]
-        y[i, start - 1:len(ids) - 1] = ids[start:]
-    return x, y
-
-
-def progress(total, title, place):
-    from tqdm import tqdm
-    hidden = None if place.is_master else True  # None = where the output is no terminal
-    return tqdm(total=total, desc=title, unit=' rows', leave=False, disable=hidden)
+# rows and means
 
 
 def encode_pair(tokenizer, context, continuation):
-    """A row for score(). The two are encoded as one text, and spaces at the end of the context belong to what follows, since that is
+    """A row for score_rows(). The two are encoded as one text, and spaces at the end of the context belong to what follows, since that is
     how a byte-level BPE sees words: what is scored are the tokens behind as many as the context has by itself."""
     bare = context.rstrip()
     before = tokenizer.encode(bare) if bare else opening(tokenizer)
     whole = tokenizer.encode(context + continuation) if bare else before + tokenizer.encode(context + continuation)
     if len(whole) <= len(before):
         raise ValueError(f'{continuation!r} has no token of its own behind {context[-40:]!r}: it cannot be scored')
-    return np.array(whole, dtype=np.int32), len(before)
+    return Row(np.array(whole, dtype=np.int32), len(before))
 
 
 def mean_stderr(name, values):
@@ -257,21 +195,22 @@ def prepare(name, items, source, tokenizer):
 
 
 def evaluate_task(rate, name, benchmark):
-    """The scores of one benchmark: {'n': items, 'acc': …, 'acc_stderr': …, …}; rate is score() for a model."""
+    """The scores of one benchmark: {'n': items, 'acc': …, 'acc_stderr': …, …}; rate is score_rows() for a model."""
     scores, found = rate(benchmark['rows'], name), dict(n=len(benchmark['pairs']), source=benchmark['source'])
     if name != 'lambada':
         return found | rate_choices(benchmark['pairs'], benchmark['right'], scores)
-    nats = mean_stderr('nats', -scores[:, 0])
+    nats = mean_stderr('nats', [-score.log_likelihood for score in scores])
     perplexity = math.exp(min(nats['nats'], 700))  # 700: the largest float is near e^709
     error = dict(perplexity_stderr=perplexity * nats['nats_stderr']) if 'nats_stderr' in nats else {}  # to first order
-    return found | mean_stderr('acc', scores[:, 1]) | dict(perplexity=perplexity) | error
+    return found | mean_stderr('acc', [score.is_greedy for score in scores]) | dict(perplexity=perplexity) | error
 
 
 def rate_choices(pairs, right, scores):
     """Accuracies of multiple choice by log-likelihood: as it is, and per character, byte and token of the choice."""
     hits, first = dict(acc=[], acc_norm=[], acc_bytes=[], acc_tokens=[]), 0
     for of_item, gold in zip(pairs, right):
-        nats, n_tokens = scores[first:first + len(of_item), [0, 2]].T
+        of_choices = scores[first:first + len(of_item)]
+        nats, n_tokens = (np.array([getattr(score, name) for score in of_choices]) for name in ('log_likelihood', 'n_tokens'))
         first += len(of_item)
         sizes = 1, [len(choice) for _, choice in of_item], [len(choice.encode('utf-8')) for _, choice in of_item], n_tokens
         for name, size in zip(hits, sizes):
@@ -425,7 +364,7 @@ def read_core(folder, tokenizer, max_examples=0):
 
 
 def evaluate_core(rate, tokenizer, bundle, block_size):
-    """{'n': items, 'core': the metric, 'tasks': {label: {'n', 'acc', 'acc_stderr', 'centered', 'shots'}}}; rate is score() for a model."""
+    """{'n': items, 'core': the metric, 'tasks': {label: {'n', 'acc', 'acc_stderr', 'centered', 'shots'}}}; rate is score_rows() for a model."""
     found = {}
     for task in bundle:
         items = task['items']
@@ -439,7 +378,7 @@ def evaluate_core(rate, tokenizer, bundle, block_size):
 
 
 def core_rows(tokenizer, task, i, block_size):
-    """The rows of item i for score(), behind examples drawn from the other items: a row per choice or context, one for language_modeling."""
+    """The rows of item i for score_rows(), behind examples drawn from the other items: a row per choice or context, one for language_modeling."""
     others = [n for n in range(len(task['items'])) if n != i]
     shown = [task['items'][n] for n in random.Random(1234 + i).sample(others, task['shots'])]
     texts = core_texts(task, task['items'][i], shown)
@@ -452,7 +391,7 @@ def core_rows(tokenizer, task, i, block_size):
     if task['kind'] == 'language_modeling':
         encoded, starts = encoded[1:], starts[1:]
     # the last block_size tokens, as nanochat cuts them
-    return [(np.array(ids[-block_size:], dtype=np.int32), max(start - max(len(ids) - block_size, 0), 1)) for ids, start in zip(encoded, starts)]
+    return [Row(np.array(ids[-block_size:], dtype=np.int32), max(start - max(len(ids) - block_size, 0), 1)) for ids, start in zip(encoded, starts)]
 
 
 def core_texts(task, item, shown):
@@ -482,8 +421,8 @@ def common_length(sequences):
 def core_hit(task, item, scores):
     """Whether each token was the likeliest; or whether the right text has the smallest mean loss per token."""
     if task['kind'] == 'language_modeling':
-        return bool(scores[0, 1])
-    losses = [-nats / n_tokens if n_tokens else math.nan for nats, _, n_tokens in scores]
+        return scores[0].is_greedy
+    losses = [-score.log_likelihood / score.n_tokens if score.n_tokens else math.nan for score in scores]
     return losses.index(min(losses)) == item['gold']
 
 
@@ -509,39 +448,9 @@ def open_text(state, model, meta):
 def evaluate_text(model, tokenizer, loader, place, autocast):
     windows = spread_windows(loader, max_examples)
     byte_counts = torch.from_numpy(tokenizer.token_bytes()).to(place.device)
-    loss, bpb, n_targets, n_bytes = text_loss(model, loader, windows, loader.batch_size, byte_counts, place, autocast)
-    return dict(n=len(windows), loss=loss, bpb=bpb, tokens=n_targets, bytes=n_bytes, source=', '.join(str(s.folder) for s in loader.splits))
-
-
-def spread_windows(loader, count):
-    """Numbers of `count` windows spread evenly over the split, of all where count is 0 or too many."""
-    n = min(count or loader.n_windows, loader.n_windows)
-    return np.arange(n) * loader.n_windows // n
-
-
-@torch.inference_mode()
-def text_loss(model, loader, windows, batch_size, token_bytes, place, autocast):
-    """Loss per target and per byte over windows of a text: the same at any world size and batch size, each rank doing its share.
-
-    windows      (K,) int64    which of the loader's
-    token_bytes  (V,) int64    UTF-8 bytes per token, 0 for special tokens; None = unknown
-    returns      nats per target; bits per byte, comparable across tokenizers as loss per token is not: tokens without bytes count in
-                 neither sum, None where no target has bytes; targets; bytes
-    source       arXiv:2101.00027 (The Pile)
-    """
-    sums, training = torch.zeros(4, dtype=exact_dtype(place), device=place.device), model.training
-    model.eval()
-    for batch, counts in share([windows[i:i + batch_size] for i in range(0, len(windows), batch_size)], place):
-        x, y, *documents = loader.to(place.device, loader.windows(batch))
-        with autocast:
-            nats = model.score(x, y, *documents).nats.to(sums.dtype)  # (B, T), 0 where there is no target
-        is_target = y != IGNORE
-        n_bytes = token_bytes[y.clamp(min=0)] * is_target if token_bytes is not None else torch.zeros_like(y)
-        if counts:
-            sums += torch.stack((nats.sum(), is_target.sum(), (nats * (n_bytes > 0)).sum(), n_bytes.sum()))
-    model.train(training)
-    nats, n_targets, nats_in_bytes, n_bytes = distributed.all_reduce_sum(sums).tolist()
-    return nats / max(n_targets, 1), nats_in_bytes / math.log(2) / n_bytes if n_bytes else None, int(n_targets), int(n_bytes)
+    loss = text_loss(model, loader, windows, token_bytes=byte_counts, place=place, autocast=autocast)
+    return dict(n=len(windows), loss=loss.nats_per_target, bpb=loss.bits_per_byte, tokens=loss.n_targets, bytes=loss.n_bytes,
+                source=', '.join(str(s.folder) for s in loader.splits))
 
 
 if __name__ == '__main__':

@@ -31,10 +31,7 @@ from evaluate import (
     evaluate_task,
     read_benchmarks,
     read_core,
-    score,
-    spread_windows,
     table_row,
-    text_loss,
 )
 from files import one_line_errors, print0
 from logs import clock, farewell, open_logs
@@ -50,6 +47,7 @@ from optim import (
     step_unless,
 )
 from report import environment, write_report, write_samples
+from scoring import score_rows, spread_windows, text_loss
 from tokens.dataset import dataset_folders
 from tokens.loader import IGNORE, Loader
 from tokens.stream import open_stream
@@ -233,14 +231,14 @@ def main(explicit):
         wandb_id, dict(project=wandb_project, name=wandb_run_name) if wandb_log else None)
 
     def evaluate():
-        losses = [text_loss(model, loader, windows, batch_size, byte_counts, place, autocast) for loader, windows in eval_sets]
+        losses = [text_loss(model, loader, windows, token_bytes=byte_counts, place=place, autocast=autocast) for loader, windows in eval_sets]
         (train_loss, *_), (val_loss, val_bpb, *_) = losses
         print0(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else ''))
         write_metrics(dict(iter=iter_num, train_loss=train_loss, val_loss=val_loss, val_bpb=val_bpb))
         return val_loss
 
     def run_benchmark(name, evaluate_it):
-        numbers = evaluate_it(partial(score, model, batch_tokens=batch_size * block_size, place=place, autocast=autocast))
+        numbers = evaluate_it(partial(score_rows, model, batch_tokens=batch_size * block_size, place=place, autocast=autocast))
         print0(f'step {iter_num}: {table_row(name, numbers)}')
         write_metrics(dict(iter=iter_num) | {name if key == name else f'{name}_{key}': numbers[key] for key in IN_METRICS if key in numbers})
         rows = [dict(iter=iter_num, task=task) | each for task, each in numbers.get('tasks', {name: numbers}).items()]  # CORE's are many
@@ -476,6 +474,8 @@ def open_data(grad_accum, rows, place, tokenizer):
     if dataset.startswith('stream:'):
         train, *heads = open_stream(dataset, tokenizer, stream_val, field, errors, eval_iters * batch_size, block_size, rows, grad_accum,
                                     place.rank, place.world_size, seed, shuffle_window, prefetch=place.device.type != 'cpu')
+        for head in heads:
+            head.batch_size = batch_size
         return train, [(head, np.arange(head.n_windows)) for head in heads]
     folders, weights = dataset_folders(dataset)
     train = Loader(folders, 'train', block_size, rows, grad_accum, place.rank, place.world_size, sampling, seed, weights,

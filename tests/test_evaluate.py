@@ -23,8 +23,8 @@ import evaluate
 from configurator import configure
 from corpus.pack import write_dataset
 from model import GPT, GPTConfig
-from tokens.loader import Loader
-from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from scoring import RowScore, score_rows
+from tokens.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
 EVALS = ROOT / '../shared/data/evals'
 CHARS = ''.join(map(chr, [10, *range(32, 127)]))
@@ -32,7 +32,7 @@ PLACE = distributed.Place(0, 0, 1, torch.device('cpu'))
 
 
 def rater(model, batch_tokens=512):
-    return partial(evaluate.score, model, batch_tokens=batch_tokens, place=PLACE, autocast=torch.autocast('cpu', enabled=False))
+    return partial(score_rows, model, batch_tokens=batch_tokens, place=PLACE, autocast=torch.autocast('cpu', enabled=False))
 
 
 @pytest.fixture(scope='module')
@@ -59,35 +59,12 @@ def test_every_item_is_scored_as_lm_evaluation_harness_scores_it():
         for pairs, gold, theirs in zip(benchmark['pairs'], benchmark['right'], expected['items']):
             ours = scores[first:first + len(pairs)]
             first += len(pairs)
-            assert np.abs(ours[:, 0] - theirs['nats']).max() < 1e-3
-            verdict = dict(acc=ours[0, 1]) if name == 'lambada' else evaluate.rate_choices([pairs], [gold], ours)
-            assert np.argmax(ours[:, 0]) == np.argmax(theirs['nats']) and all(verdict[key] == theirs[key] for key in theirs.keys() - {'nats'})
+            nats = [score.log_likelihood for score in ours]
+            assert nats == pytest.approx(theirs['nats'], abs=1e-3)
+            verdict = dict(acc=ours[0].is_greedy) if name == 'lambada' else evaluate.rate_choices([pairs], [gold], ours)
+            assert np.argmax(nats) == np.argmax(theirs['nats']) and all(verdict[key] == theirs[key] for key in theirs.keys() - {'nats'})
         summary = evaluate.evaluate_task(lambda rows, title: scores, name, benchmark)
         assert summary['n'] == 25 and all(summary[key] == pytest.approx(value, rel=1e-4) for key, value in expected['summary'].items())
-
-
-def test_scores_are_those_of_one_row_at_a_time_in_any_batch(small):
-    draw = np.random.default_rng(0)
-    rows = [(draw.integers(len(CHARS), size=n), int(draw.integers(1, n))) for n in draw.integers(2, 60, size=40)]
-    best = GPT.generate(small, torch.tensor([[1, 2]]), 5, temperature=0)[0].numpy()
-    rows.append((best, 2))
-    plain = []
-    for ids, start in rows:
-        kept = ids[-33:]  # block_size tokens, and the one after them
-        logp = small(torch.tensor(kept[None, :-1]), torch.tensor(kept[None, 1:]))[0][0].log_softmax(-1)
-        n = min(len(ids) - start, len(kept) - 1)
-        targets = torch.tensor(kept[-n:])
-        plain.append([logp[-n:].gather(1, targets[:, None]).sum().item(), bool((logp[-n:].argmax(-1) == targets).all()), n])
-    for batch_tokens in (1, 100, 10**6):
-        assert np.abs(rater(small, batch_tokens)(rows, None) - np.array(plain)).max() < 1e-4
-    assert plain[-1][1] and not plain[0][1]
-
-
-def test_training_mode_survives_scoring(small):
-    small.train()
-    rater(small)([([1, 2, 3], 1)], None)
-    assert small.training
-    small.eval()
 
 
 def test_what_is_scored_begins_where_the_context_by_itself_ends():
@@ -100,7 +77,7 @@ def test_what_is_scored_begins_where_the_context_by_itself_ends():
 
 
 def test_accuracies_by_sum_character_byte_and_token_differ_where_they_should():
-    pairs, scores = [('', 'ab'), ('', 'ééé')], np.array([[-3.0, 0, 1], [-4.0, 0, 2]])
+    pairs, scores = [('', 'ab'), ('', 'ééé')], [RowScore(-3.0, False, 1), RowScore(-4.0, False, 2)]
     # -3 > -4, but per character -1.5 < -1.33, per byte -1.5 < -0.67, per token -3 < -2
     found = evaluate.rate_choices([pairs], [0], scores)
     assert [found[key] for key in ('acc', 'acc_norm', 'acc_bytes', 'acc_tokens')] == [1, 0, 0, 0]
@@ -110,71 +87,15 @@ def test_accuracies_by_sum_character_byte_and_token_differ_where_they_should():
 
 def test_perplexity_and_its_error_are_those_of_the_last_words():
     benchmark = dict(pairs=[[('a', 'b')]] * 2, right=[0, 0], rows=[], source='x')
-    found = evaluate.evaluate_task(lambda rows, title: np.array([[-2.0, 1, 1], [-4.0, 0, 2]]), 'lambada', benchmark)
+    found = evaluate.evaluate_task(lambda rows, title: [RowScore(-2.0, True, 1), RowScore(-4.0, False, 2)], 'lambada', benchmark)
     assert found['perplexity'] == pytest.approx(math.exp(3)) and found['perplexity_stderr'] == pytest.approx(math.exp(3))  # the mean 3 is known to ±1
-    one = evaluate.evaluate_task(lambda rows, title: np.array([[-2.0, 1, 1]]), 'lambada', dict(benchmark, pairs=[[('a', 'b')]], right=[0]))
+    one = evaluate.evaluate_task(lambda rows, title: [RowScore(-2.0, True, 1)], 'lambada', dict(benchmark, pairs=[[('a', 'b')]], right=[0]))
     assert 'perplexity_stderr' not in one and 'perplexity 7.3891' in evaluate.table_row('lambada', one)
 
 
 def test_hellaswag_loses_its_markup():
     item = dict(activity_label='A', ctx_a='One [step] two.', ctx_b='three', endings=['x [title] y  y', 'z'], label='1')
     assert evaluate.hellaswag(item) == ([('A: One two. Three', 'x. y y'), ('A: One two. Three', 'z')], 1)
-
-
-# -----------------------------------------------------------------------------
-# bits per byte
-
-
-def pack(folder, tokenizer, text):
-    write_dataset(folder, tokenizer, {'train': [text], 'val': [text]}, 'a test')
-    return folder
-
-
-def bits(model, tokenizer, folder, batch_size=4, block_size=32):
-    loader = Loader(folder, 'val', block_size, batch_size, order='sequential')
-    byte_counts = torch.from_numpy(tokenizer.token_bytes())
-    return evaluate.text_loss(model, loader, evaluate.spread_windows(loader, 0), batch_size, byte_counts, PLACE, torch.autocast('cpu', enabled=False))
-
-
-def test_scores_and_losses_are_taken_under_inference_mode(tmp_path, small):
-    seen = []
-    hook = small.register_forward_pre_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
-    rater(small)([([1, 2, 3], 1)], None)
-    bits(small, CharTokenizer(CHARS), pack(tmp_path / 'x', CharTokenizer(CHARS), sentences(100, 5)), batch_size=10)
-    hook.remove()
-    assert seen == [True, True]
-
-
-def test_bits_per_byte_compare_between_tokenizers(tmp_path):
-    text = sentences(3000, 5).replace('cat', 'café')
-    for tokenizer in (CharTokenizer(''.join(sorted(set(text)))), GPT2Tokenizer(), ByteTokenizer(), BPETokenizer(['t h', 'th e', 'Ġ the', 'Ã ©'])):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=32, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8))
-        torch.nn.init.zeros_(model.lm_head.weight)  # all tokens are as likely
-        folder = pack(tmp_path / tokenizer.kind, tokenizer, text)
-        loss, bpb, n_targets, n_bytes = bits(model, tokenizer, folder)
-        ids = tokenizer.encode(text)
-        assert n_bytes == len(text.encode('utf-8')) - len(tokenizer.decode_bytes(ids[:1])), 'each byte but those of the first token, once'
-        first = len(ids) - 1
-        assert bpb == pytest.approx(first * math.log2(tokenizer.vocab_size) / n_bytes) and loss == pytest.approx(math.log(tokenizer.vocab_size))
-
-
-def test_bits_per_byte_are_the_same_at_any_batch_size_and_count_no_special_token(tmp_path, small):
-    tokenizer = CharTokenizer(CHARS)
-    folder = pack(tmp_path / 'x', tokenizer, sentences(2000, 5))
-    one, other = bits(small, tokenizer, folder, 1), bits(small, tokenizer, folder, 7)
-    assert one[1] == pytest.approx(other[1], rel=1e-6) and one[2:] == other[2:] == (1999, 1999)
-
-    class Marked(CharTokenizer):  # as if line breaks were a special token
-        def token_bytes(self):
-            return np.where(np.arange(self.vocab_size) == 0, 0, super().token_bytes())
-    loss, bpb, n_targets, n_bytes = bits(small, Marked(CHARS), folder)
-    x = torch.tensor(tokenizer.encode(sentences(2000, 5)))
-    nats = torch.cat([small.score(x[None, i:i + 32], x[None, i + 1:i + 33]).nats[0] if i + 33 <= 2000 else
-                      small.score(x[None, i:-1], x[None, i + 1:]).nats[0] for i in range(0, 1999, 32)])
-    counted = x[1:] != 0
-    assert n_targets == 1999 and n_bytes == counted.sum()
-    assert bpb == pytest.approx(nats[counted].double().sum().item() / math.log(2) / n_bytes, rel=1e-5)
 
 
 # -----------------------------------------------------------------------------
@@ -206,7 +127,7 @@ def test_core_scores_the_right_tokens_behind_seeded_examples(bundle):
     def rate(rows, title):
         seen[title] = [(tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])) for ids, start in rows]
         # longer ends are less likely in sum, and more so per token
-        return np.array([[-len(ids[start:]) ** 0.5, title == 'lm', len(ids) - start] for ids, start in rows])
+        return [RowScore(-len(ids[start:]) ** 0.5, title == 'lm', len(ids) - start) for ids, start in rows]
 
     tasks = evaluate.read_core(bundle, CharTokenizer(CHARS))
     found = evaluate.evaluate_core(rate, tokenizer, tasks, 1000)

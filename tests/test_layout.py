@@ -29,7 +29,8 @@ MAP = {
     'report': ['checkpoint', 'configurator'],
     'logs': ['checkpoint', 'distributed', 'report'],
     'load': ['model', 'checkpoint', 'pretrained', 'tokens.tokenizer', 'tokens.loader', 'distributed'],
-    'evaluate': ['load', 'tokens.tokenizer', 'corpus.fetch', 'tokens.loader', 'distributed', 'checkpoint', 'configurator'],
+    'scoring': ['distributed', 'files', 'kernels'],
+    'evaluate': ['scoring', 'load', 'tokens.tokenizer', 'corpus.fetch', 'tokens.loader', 'distributed', 'checkpoint', 'configurator'],
 }
 MAP['train'] = list(MAP)
 MAP.update(dict.fromkeys(['sample', 'bench'], [*MAP['train'], 'sample', 'bench']))

@@ -26,9 +26,9 @@ from conftest import (
 )
 
 import checkpoint
-import evaluate
 import files
 import model as model_file
+import scoring
 from model import GPT, GPTConfig
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
@@ -291,7 +291,7 @@ def test_the_best_weights_stay_where_only_the_newest_checkpoint_found_no_room(ti
         write(path, fill)
 
     monkeypatch.setattr(checkpoint, 'write_atomically', full)
-    monkeypatch.setattr(evaluate, 'text_loss', lambda _, loader, *rest: (losses.pop(0) if loader.splits[0].split == 'val' else 9.0, None, 1, 1))
+    monkeypatch.setattr(scoring, 'text_loss', lambda _, loader, *rest, **settings: (losses.pop(0) if loader.splits[0].split == 'val' else 9.0, None, 1, 1))
     stdout, _ = train(*TINY, f'--dataset={tiny}', out_dir=tmp_path)
     assert stdout.count('NOT SAVED') == 1 and losses == []
     assert read_checkpoint(tmp_path / 'best.pt')['best_val_loss'] == read_checkpoint(tmp_path / 'ckpt.pt')['best_val_loss'] == 1.0
