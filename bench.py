@@ -174,7 +174,7 @@ def open_batches(device):
     loader = open_loader(prefetch=device.type != 'cpu')
     if loader.vocab_size > vocab_size:
         raise ValueError(f'vocab_size={vocab_size}: dataset {dataset} has {loader.vocab_size} tokens: use --vocab_size={loader.vocab_size} or more')
-    return lambda step: loader.to(device, loader.batch(step))
+    return lambda step: loader.batch(step).to(device)[:2]
 
 
 def open_loader(**arguments):
@@ -298,7 +298,7 @@ def compare_training(shape, rows, turn, device, precision, use_compile):
     train_step = make_step(compared_model(shape, loader, device), device, precision, use_compile, PEAK_LR)
 
     def ours(first, last):
-        return timed_steps(lambda step: train_step(*loader.to(device, loader.batch(step)), warmup(step)), first, last, device)
+        return timed_steps(lambda step: train_step(*loader.batch(step).to(device)[:2], warmup(step)), first, last, device)
 
     times_s, losses = ([], [], []), ([], [], [])
     with in_its_process(plain_trainer, shape, rows, device, torch.float32) as reference, \

@@ -438,7 +438,7 @@ def open_text(state, model, meta):
         raise ValueError(f'bpb needs a {"packed " * bool(name)}text: name a dataset packed with the tokenizer of the model by --dataset, or leave bpb out of --tasks')
     settings = trained if name == trained.get('dataset') else {}
     block_size, order = model.config.block_size, 'documents' if settings.get('sampling') == 'documents' else 'sequential'
-    loader = Loader(dataset_folders(name)[0], 'val', block_size, max(1, batch_tokens // block_size), order=order,
+    loader = Loader(dataset_folders(name)[0], 'val', block_size=block_size, batch_size=max(1, batch_tokens // block_size), order=order,
                     isolate=settings.get('isolate_documents', False))
     if fingerprint(loader.splits[0].tokenizer) != fingerprint(meta):
         raise ValueError(f'dataset {name} was packed with another tokenizer than that of the model: name one that fits by --dataset')

@@ -131,9 +131,9 @@ def text_loss(model, loader, windows: np.ndarray, *, token_bytes, place, autocas
     sums = torch.zeros(4, dtype=exact_dtype(place), device=place.device)
     with evaluation(model):
         for batch, counts in share(batches, 'the loss', place, stop):
-            x, y, *documents = loader.to(place.device, loader.windows(batch))  # (B, T) each
+            x, y, documents = loader.windows(batch).to(place.device)  # (B, T) each
             with autocast:
-                nats = model.score(x, y, *documents).nats.to(sums.dtype)  # (B, T), 0 where there is no target
+                nats = model.score(x, y, documents).nats.to(sums.dtype)  # (B, T), 0 where there is no target
             is_target = y != IGNORE
             n_bytes = torch.zeros_like(y)
             if token_bytes is not None:

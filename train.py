@@ -34,6 +34,7 @@ from evaluate import (
     table_row,
 )
 from files import one_line_errors, print0
+from kernels import IGNORE
 from logs import clock, farewell, open_logs
 from model import GPT, GPTConfig
 from optim import (
@@ -49,7 +50,7 @@ from optim import (
 from report import environment, write_report, write_samples
 from scoring import score_rows, spread_windows, text_loss
 from tokens.dataset import dataset_folders
-from tokens.loader import IGNORE, Loader
+from tokens.loader import Loader
 from tokens.stream import open_stream
 from tokens.tokenizer import fingerprint, load_tokenizer, vocab_size_of
 from weights import pretrained
@@ -331,10 +332,10 @@ def main(explicit):
         n_targets = max(1, train_loader.count_targets(iter_num))
         step_loss = torch.zeros((), device=place.device)
         for micro_step in range(grad_accum):
-            x, y, *documents = train_loader.to(place.device, train_loader.batch(iter_num, micro_step))
+            x, y, documents = train_loader.batch(iter_num, micro_step).to(place.device)
             distributed.sync_gradients(model, last=micro_step == grad_accum - 1)
             with autocast:
-                loss = training_loss(x, y, *documents) / n_targets
+                loss = training_loss(x, y, documents) / n_targets
             scaler.scale(loss).backward()
             step_loss += loss.detach()
         distributed.sum_gradients(model)
@@ -472,16 +473,18 @@ def check_settings():
 def open_data(grad_accum, rows, place, tokenizer):
     """The training loader, and what is evaluated: (loader, numbers of its windows) of the training and of the validation split."""
     if dataset.startswith('stream:'):
-        train, *heads = open_stream(dataset, tokenizer, stream_val, field, errors, eval_iters * batch_size, block_size, rows, grad_accum,
-                                    place.rank, place.world_size, seed, shuffle_window, prefetch=place.device.type != 'cpu')
+        train, *heads = open_stream(
+            dataset, tokenizer, stream_val=stream_val, fields=field, errors=errors, n_eval=eval_iters * batch_size, block_size=block_size,
+            batch_size=rows, grad_accum=grad_accum, rank=place.rank, world_size=place.world_size, seed=seed, shuffle_window=shuffle_window,
+            prefetch=place.device.type != 'cpu')
         for head in heads:
             head.batch_size = batch_size
         return train, [(head, np.arange(head.n_windows)) for head in heads]
     folders, weights = dataset_folders(dataset)
-    train = Loader(folders, 'train', block_size, rows, grad_accum, place.rank, place.world_size, sampling, seed, weights,
-                   prefetch=place.device.type != 'cpu', isolate=isolate_documents)
+    train = Loader(folders, 'train', block_size=block_size, batch_size=rows, grad_accum=grad_accum, rank=place.rank,
+                   world_size=place.world_size, order=sampling, seed=seed, weights=weights, prefetch=place.device.type != 'cpu', isolate=isolate_documents)
     in_order = 'documents' if sampling == 'documents' else 'sequential'
-    train_eval, val = (Loader(folders, split, block_size, batch_size, order=in_order, isolate=isolate_documents) for split in ('train', 'val'))
+    train_eval, val = (Loader(folders, split, block_size=block_size, batch_size=batch_size, order=in_order, isolate=isolate_documents) for split in ('train', 'val'))
     for split in train.splits:
         if split.meta['origin'] != 'meta.json':
             rule = 'characters from meta.pkl' if split.meta['origin'] == 'meta.pkl' else "GPT-2's ids"
@@ -572,8 +575,8 @@ def read_prompts(tokenizer, loader):
     """The prompts of generate_prompts, or 16 tokens (all before the first target where there is a mask) of four validation windows: lists of ids."""
     if generate_prompts:
         return [tokenizer.encode(line) for line in generate_prompts.splitlines() if line]
-    rows = zip(*loader.windows(np.arange(4) * loader.n_windows // 4))
-    first_targets = [(x, int((y != IGNORE).int().argmax())) for x, y, *_ in rows]
+    rows = zip(*loader.windows(np.arange(4) * loader.n_windows // 4)[:2])
+    first_targets = [(x, int((y != IGNORE).int().argmax())) for x, y in rows]
     return [x[:first + 1 if first else 16].tolist() for x, first in first_targets]
 
 

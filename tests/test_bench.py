@@ -100,8 +100,8 @@ def test_data(tiny):
 
 def test_reference_computes_what_the_model_does(tiny):
     model = bench.GPT(bench.GPTConfig(16, 65, 2, 2, 16, activation='gelu')).eval()
-    loader = bench.Loader(tiny, 'train', 16, 3)
-    x, y = loader.batch(5)
+    loader = bench.Loader(tiny, 'train', block_size=16, batch_size=3)
+    x, y, _ = loader.batch(5)
     for ours, theirs in zip((x, y), bench.plain_batch(loader, 5)):
         assert torch.equal(ours, theirs)
     torch.testing.assert_close(bench.plain_logits(model, x), model(x, y)[0], atol=1e-5, rtol=0)

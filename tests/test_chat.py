@@ -18,9 +18,10 @@ from conftest import ROOT, read_checkpoint, train_here
 
 from corpus import conversations as chat
 from corpus.pack import write_dataset
+from kernels import IGNORE
 from model import GPT
 from tokens.dataset import read_meta
-from tokens.loader import IGNORE, Loader
+from tokens.loader import Loader
 from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 SHARED = ROOT.parent / 'shared' / 'data'
@@ -223,29 +224,29 @@ def test_the_loader_shows_whole_rows_in_every_order_and_world_size(tmp_path):
     targets = np.fromfile(folder / 'train.mask', np.uint8).reshape(-1, 41)
     want = sorted((row[:-1].tolist(), np.where(mask[1:], row[1:], IGNORE).tolist()) for row, mask in zip(rows, targets))
     for order in ('shuffle', 'sequential', 'documents'):
-        loader = Loader(folder, 'train', 40, 1, order=order)
+        loader = Loader(folder, 'train', block_size=40, batch_size=1, order=order)
         assert loader.n_windows == len(rows)
-        x, y = loader.windows(np.arange(len(rows)))
+        x, y, _ = loader.windows(np.arange(len(rows)))
         assert sorted(zip(x.tolist(), y.tolist())) == want
         assert (x.tolist() == rows[:, :-1].tolist()) == (order == 'sequential')
-    whole = Loader(folder, 'train', 40, 4, seed=3)
-    parts = [Loader(folder, 'train', 40, 2, rank=rank, world_size=2, seed=3) for rank in range(2)]
+    whole = Loader(folder, 'train', block_size=40, batch_size=4, seed=3)
+    parts = [Loader(folder, 'train', block_size=40, batch_size=2, rank=rank, world_size=2, seed=3) for rank in range(2)]
     for step in range(9):
         x = torch.cat([part.batch(step)[0] for part in parts])
         assert torch.equal(x, whole.batch(step)[0])
         assert whole.count_targets(step) == parts[0].count_targets(step) == int((whole.batch(step)[1] != IGNORE).sum())
-    x, _ = Loader(folder, 'train', 40, 8, order='random').batch(0)
+    x, _, _ = Loader(folder, 'train', block_size=40, batch_size=8, order='random').batch(0)
     assert all(row in rows[:, :-1].tolist() for row in x.tolist())
 
 
 def test_rows_and_plain_text_mix(tmp_path):
     folder, _ = packed(tmp_path)
     write_dataset(tmp_path / 'plain', BYTES, {'train': ['some text ' * 60], 'val': ['other text ' * 9]}, 'a test')
-    mixed = Loader([folder, tmp_path / 'plain'], 'train', 40, 8, weights=[0.75, 0.25])
-    x, y = mixed.batch(0)
+    mixed = Loader([folder, tmp_path / 'plain'], 'train', block_size=40, batch_size=8, weights=[0.75, 0.25])
+    x, y, _ = mixed.batch(0)
     assert sorted((row >= 256).any() for row in x.numpy()) == [False] * 2 + [True] * 6
-    both = Loader([folder, tmp_path / 'plain'], 'val', 40, 8, order='sequential')
-    x, y = both.windows(np.arange(both.n_windows))
+    both = Loader([folder, tmp_path / 'plain'], 'val', block_size=40, batch_size=8, order='sequential')
+    x, y, _ = both.windows(np.arange(both.n_windows))
     n_rows = read_meta(folder)['splits']['val']['tokens'] // 41
     assert both.n_windows == n_rows + 3 and int((y[n_rows:] != IGNORE).sum()) == len('other text ' * 9) - 1
 
@@ -253,16 +254,16 @@ def test_rows_and_plain_text_mix(tmp_path):
 def test_another_block_size_is_one_line(tmp_path):
     folder, _ = packed(tmp_path)
     with pytest.raises(ValueError) as error:
-        Loader(folder, 'train', 64, 4)
+        Loader(folder, 'train', block_size=64, batch_size=4)
     assert str(error.value) == f'{folder} was packed in rows for block_size 40: use --block_size=40, or pack it again with --block_size 64'
 
 
 def test_rows_without_their_mask_are_refused(tmp_path):
     folder, _ = packed(tmp_path)
     (folder / 'val.mask').unlink()
-    Loader(folder, 'train', 40, 4)
+    Loader(folder, 'train', block_size=40, batch_size=4)
     with pytest.raises(FileNotFoundError, match=re.escape(f'{folder / "val.mask"} is missing: it tells answers from questions and padding')):
-        Loader(folder, 'val', 40, 4)
+        Loader(folder, 'val', block_size=40, batch_size=4)
 
 
 def test_equal_questions_and_all_of_a_context_stay_in_one_split(tmp_path):
@@ -371,9 +372,9 @@ def test_dolly_comes_from_a_mirror_of_the_hub(tmp_path, monkeypatch, capsys):
 
 def test_isolated_conversations_of_a_row_carry_their_number(tmp_path):
     folder, _ = packed(tmp_path)
-    loader = Loader(folder, 'train', 40, 4, isolate=True)
+    loader = Loader(folder, 'train', block_size=40, batch_size=4, isolate=True)
     x, y, documents = loader.batch(0)
-    assert torch.equal(torch.stack((x, y)), torch.stack(Loader(folder, 'train', 40, 4).batch(0)))
+    assert torch.equal(torch.stack((x, y)), torch.stack(Loader(folder, 'train', block_size=40, batch_size=4).batch(0)[:2]))
     begins = x == BYTES.special['<|user|>']
     assert torch.equal(documents - documents[:, :1], begins.cumsum(1) - 1)
 

@@ -220,7 +220,7 @@ def test_the_loader_reads_shards_and_their_documents(tmp_path):
     assert len(read_meta(tmp_path)['splits']['train']['shards']) > 3
     loader = Loader(tmp_path, 'train', block_size=8, batch_size=4, order='documents')
     loader.splits[0].verify()
-    x, y = loader.batch(0)
+    x, y, _ = loader.batch(0)
     assert x.shape == (4, 8) and (y != -100).any()
 
 def write_llmc(path, ids):
@@ -239,7 +239,7 @@ def test_shards_of_llmc_are_read(tmp_path, train, val):
     write_llmc(tmp_path / val, range(50_000, 50_257))
     loader = Loader(tmp_path, 'train', block_size=10, batch_size=20)
     assert loader.vocab_size == 50257 and loader.n_tokens == 500 * len(train)
-    x, y = loader.batch(0)
+    x, y, _ = loader.batch(0)
     assert (y == x + 1).all() and set((x // 1000).flatten().tolist()) == set(range(len(train)))
     assert Loader(tmp_path, 'val', block_size=256, batch_size=1, order='sequential').batch(0)[0].tolist() == [list(range(50_000, 50_256))]
 

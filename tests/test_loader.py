@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from corpus.pack import write_dataset
+from kernels import IGNORE
 from tokens.dataset import Split, dataset_folders, map_tokens, parse_mixture
-from tokens.loader import IGNORE, Loader, draws, interleave, permute
+from tokens.loader import Loader, draws, interleave, permute
 from tokens.tokenizer import CharTokenizer
 
 CHARS = ''.join(map(chr, range(0x4E00, 0x4E00 + 6000)))
@@ -70,7 +71,7 @@ def test_permute_leaves_no_trace_of_the_order():
 @pytest.mark.parametrize('size', [5, 6, 8, 9, 11, 12, 100, 103])
 def test_each_epoch_shows_each_window_once_from_a_phase_of_its_own(tmp_path, size):
     T = 4
-    loader = Loader(pack(tmp_path, size), 'train', T, 2)
+    loader = Loader(pack(tmp_path, size), 'train', block_size=T, batch_size=2)
     n, phases, seen = loader.n_windows, set(), set()
     for epoch in range(200):
         first = starts(loader, n, epoch * n)
@@ -84,7 +85,7 @@ def test_each_epoch_shows_each_window_once_from_a_phase_of_its_own(tmp_path, siz
 
 
 def test_epochs_come_in_different_orders(tmp_path):
-    loader = Loader(pack(tmp_path, 1000), 'train', 4, 2)
+    loader = Loader(pack(tmp_path, 1000), 'train', block_size=4, batch_size=2)
     n = loader.n_windows
     orders = {tuple(np.argsort(starts(loader, n, epoch * n))) for epoch in range(10)}
     assert len(orders) == 10
@@ -94,7 +95,7 @@ def test_the_order_is_what_it_was(tmp_path):
     # recorded with this version: a change means that a run resumed across it sees other tokens than an unbroken one
     pack(tmp_path, 5000)
     golden = {'shuffle': [2673, 801, 4577, 4545, 241, 2145], 'random': [4454, 4767, 4022, 980, 1404, 3112]}
-    assert {order: starts(Loader(tmp_path, 'train', 16, 2, order=order, seed=1337), 6) for order in golden} == golden
+    assert {order: starts(Loader(tmp_path, 'train', block_size=16, batch_size=2, order=order, seed=1337), 6) for order in golden} == golden
 
 
 @pytest.mark.parametrize('order', ['shuffle', 'random', 'documents'])
@@ -109,14 +110,14 @@ def test_a_batch_is_a_function_of_the_step(tmp_path, order):
         for prefetch in (False, True):
             loader = Loader(tmp_path, 'train', prefetch=prefetch, **settings)
             for at in calls:
-                x, y = loader.batch(*at)
+                x, y, _ = loader.batch(*at)
                 assert torch.equal(x, expected[tuple(at)][0]) and torch.equal(y, expected[tuple(at)][1])
 
 
 def test_the_seed_changes_the_order(tmp_path):
     pack(tmp_path, 1000)
     for order in ('shuffle', 'random', 'documents'):
-        first = [Loader(pack(tmp_path, [range(i, i + 9) for i in range(0, 900, 9)]), 'train', 8, 4, order=order, seed=seed).batch(0)[0]
+        first = [Loader(pack(tmp_path, [range(i, i + 9) for i in range(0, 900, 9)]), 'train', block_size=8, batch_size=4, order=order, seed=seed).batch(0)[0]
                  for seed in (1, 2)]
         assert not torch.equal(*first)
 
@@ -132,8 +133,9 @@ def test_every_world_size_sees_the_same_tokens_in_a_step(tmp_path, order):
         for step in (0, 3, 17):  # 17 is epochs later
             parts, counts = [], set()
             for rank in range(world_size):
-                loader = Loader(tmp_path, 'train', 8, rows // world_size // grad_accum, grad_accum, rank, world_size, order)
-                parts += [torch.cat(loader.batch(step, micro_step), dim=1) for micro_step in range(grad_accum)]
+                loader = Loader(tmp_path, 'train', block_size=8, batch_size=rows // world_size // grad_accum,
+                                grad_accum=grad_accum, rank=rank, world_size=world_size, order=order)
+                parts += [torch.cat(loader.batch(step, micro_step)[:2], dim=1) for micro_step in range(grad_accum)]
                 counts.add(loader.count_targets(step))
             seen = torch.cat(parts)
             assert counts == {int((seen[:, 8:] != IGNORE).sum())}
@@ -143,14 +145,14 @@ def test_every_world_size_sees_the_same_tokens_in_a_step(tmp_path, order):
 
 
 def test_count_targets_of_plain_text_is_every_token_of_the_step(tmp_path):
-    loader = Loader(pack(tmp_path, 1000), 'train', 8, 3, grad_accum=2, world_size=2)
+    loader = Loader(pack(tmp_path, 1000), 'train', block_size=8, batch_size=3, grad_accum=2, world_size=2)
     assert loader.count_targets(5) == 3 * 2 * 2 * 8
 
 
 def test_targets_are_the_tokens_that_follow(tmp_path):
     for order in ('shuffle', 'random', 'sequential', 'documents'):
-        loader = Loader(pack(tmp_path, 400), 'train', 16, 5, order=order)
-        x, y = loader.batch(2)
+        loader = Loader(pack(tmp_path, 400), 'train', block_size=16, batch_size=5, order=order)
+        x, y, _ = loader.batch(2)
         assert x.shape == y.shape == (5, 16) and x.dtype == y.dtype == torch.int64
         assert x.is_contiguous() and y.is_contiguous()
         assert torch.equal(y[y != IGNORE], x[y != IGNORE] + 1)
@@ -162,19 +164,19 @@ def test_targets_are_the_tokens_that_follow(tmp_path):
 
 @pytest.mark.parametrize('size', [5, 6, 8, 9, 10, 50])
 def test_sequential_scores_every_token_once(tmp_path, size):
-    loader = Loader(pack(tmp_path, size), 'train', 4, 2, order='sequential')
+    loader = Loader(pack(tmp_path, size), 'train', block_size=4, batch_size=2, order='sequential')
     assert targets(loader, loader.n_windows) == list(range(1, size))
     assert starts(loader, loader.n_windows) == list(range(0, size - 1, 4))
 
 
 def test_a_short_last_window_is_padded(tmp_path):
-    x, y = Loader(pack(tmp_path, 7), 'train', 4, 2, order='sequential').batch(0)
+    x, y, _ = Loader(pack(tmp_path, 7), 'train', block_size=4, batch_size=2, order='sequential').batch(0)
     assert x.tolist() == [[0, 1, 2, 3], [4, 5, 6, 0]]
     assert y.tolist() == [[1, 2, 3, 4], [5, 6, IGNORE, IGNORE]]
 
 
 def test_random_draws_every_start_and_no_other(tmp_path):
-    loader = Loader(pack(tmp_path, 12), 'train', 4, 2, order='random')
+    loader = Loader(pack(tmp_path, 12), 'train', block_size=4, batch_size=2, order='random')
     first = starts(loader, 4000)
     assert set(first) == set(range(8))
     assert np.bincount(first).min() > 400  # 500 each, give or take 4 deviations
@@ -183,8 +185,8 @@ def test_random_draws_every_start_and_no_other(tmp_path):
 def test_documents_begin_rows(tmp_path):
     # T = 4: a long document goes on in a second row and a third, a short one leaves a rest, one token has no target
     documents = [range(0, 3), range(10, 11), range(20, 31), [], range(40, 45)]
-    loader = Loader(pack(tmp_path, documents), 'train', 4, 2, order='documents')
-    x, y = loader.windows(np.arange(loader.n_windows))
+    loader = Loader(pack(tmp_path, documents), 'train', block_size=4, batch_size=2, order='documents')
+    x, y, _ = loader.windows(np.arange(loader.n_windows))
     _ = IGNORE
     rows = {(0, 1, 2, 0): (1, 2, _, _), (20, 21, 22, 23): (21, 22, 23, 24), (24, 25, 26, 27): (25, 26, 27, 28),
             (28, 29, 30, 0): (29, 30, _, _), (40, 41, 42, 43): (41, 42, 43, 44)}
@@ -195,13 +197,13 @@ def test_end_of_text_is_learnt_where_a_row_is_a_document(tmp_path):
     class Letters(CharTokenizer):
         eot = 3
     write_dataset(tmp_path, Letters('abcd'), {'train': ['ab', 'ca', 'bb'], 'val': ['ab']}, 'made here')
-    x, y = Loader(tmp_path, 'train', 4, 3, order='documents').batch(0)
+    x, y, _ = Loader(tmp_path, 'train', block_size=4, batch_size=3, order='documents').batch(0)
     rows = sorted((a[0], *b) for a, b in zip(x.tolist(), y.tolist()))
     assert rows == [(0, 1, 3, -100, -100), (1, 1, -100, -100, -100), (2, 0, 3, -100, -100)]
 
 
 def test_documents_come_once_an_epoch_in_orders_of_their_own(tmp_path):
-    loader = Loader(pack(tmp_path, [range(i, i + 3) for i in range(0, 300, 3)]), 'train', 4, 2, order='documents')
+    loader = Loader(pack(tmp_path, [range(i, i + 3) for i in range(0, 300, 3)]), 'train', block_size=4, batch_size=2, order='documents')
     epochs = [starts(loader, 100, 100 * epoch) for epoch in range(3)]
     assert all(sorted(epoch) == list(range(0, 300, 3)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
@@ -212,12 +214,12 @@ def test_the_mask_says_which_tokens_are_targets(tmp_path, order):
     pack(tmp_path, [range(0, 30), range(30, 70)], shard_tokens=50)
     mask = np.random.default_rng(1).integers(2, size=70, dtype=np.uint8)
     (tmp_path / 'train.mask').write_bytes(mask.tobytes())
-    loader = Loader(tmp_path, 'train', 8, 4, order=order)
-    x, y = loader.windows(np.arange(loader.n_windows))
+    loader = Loader(tmp_path, 'train', block_size=8, batch_size=4, order=order)
+    x, y, _ = loader.windows(np.arange(loader.n_windows))
     known = (y != IGNORE).numpy()
     # an unmasked loader of the same order knows where padding is
     (tmp_path / 'train.mask').unlink()
-    plain = Loader(tmp_path, 'train', 8, 4, order=order).windows(np.arange(loader.n_windows))[1].numpy()
+    plain = Loader(tmp_path, 'train', block_size=8, batch_size=4, order=order).windows(np.arange(loader.n_windows))[1].numpy()
     assert np.array_equal(known, np.where(plain == IGNORE, False, mask[np.maximum(plain, 0)] == 1))
     assert np.array_equal(y.numpy()[known], plain[known])
 
@@ -231,9 +233,9 @@ def test_windows_stay_within_their_shard(tmp_path, order):
     # shards 0-39, 40-79, 80-119, 120-122; the third document lies in three of them
     pack(tmp_path, [range(0, 35), range(35, 36), range(36, 85), range(85, 123)], shard_tokens=40)
     assert len(Split(tmp_path, 'train').shards) == 4
-    loader = Loader(tmp_path, 'train', 6, 4, order=order)
+    loader = Loader(tmp_path, 'train', block_size=6, batch_size=4, order=order)
     for epoch in range(20):
-        x, y = loader.windows(np.arange(loader.n_windows) + epoch * loader.n_windows)
+        x, y, _ = loader.windows(np.arange(loader.n_windows) + epoch * loader.n_windows)
         last = torch.where(y == IGNORE, -1, y).max(dim=1).values
         assert torch.equal(x[:, 0] // 40, last // 40)
     if order == 'sequential':
@@ -244,7 +246,7 @@ def test_windows_stay_within_their_shard(tmp_path, order):
 
 
 def test_a_shard_too_short_for_a_window_is_left_out(tmp_path):
-    loader = Loader(pack(tmp_path, 43, shard_tokens=40), 'train', 8, 4)
+    loader = Loader(pack(tmp_path, 43, shard_tokens=40), 'train', block_size=8, batch_size=4)
     assert max(starts(loader, 200)) < 40
 
 
@@ -255,7 +257,7 @@ def test_more_shards_than_a_process_may_open(tmp_path):
     map_tokens.cache_clear()
     resource.setrlimit(resource.RLIMIT_NOFILE, (380, limits[1]))
     try:
-        loader = Loader(tmp_path, 'train', 9, 4, order='sequential')
+        loader = Loader(tmp_path, 'train', block_size=9, batch_size=4, order='sequential')
         assert starts(loader, 400) == list(range(0, 4000, 10))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -265,7 +267,7 @@ def test_more_shards_than_a_process_may_open(tmp_path):
 def test_a_mixture_keeps_its_shares_and_repeats_nothing(tmp_path, weights):
     sizes = (200, 1500, 900)
     folders = [pack(tmp_path / name, [np.arange(size) + 2000 * k]) for k, (name, size) in enumerate(zip('abc', sizes))][:len(weights)]
-    loader = Loader(folders, 'train', 4, 2, weights=weights)
+    loader = Loader(folders, 'train', block_size=4, batch_size=2, weights=weights)
     first = np.array(starts(loader, 12_000))
     source = first // 2000
     for at in range(0, 11_000, 137):
@@ -278,7 +280,7 @@ def test_a_mixture_keeps_its_shares_and_repeats_nothing(tmp_path, weights):
 @pytest.mark.parametrize('order', ['sequential', 'documents'])
 def test_evaluation_goes_through_all_folders_whatever_their_weights(tmp_path, order):
     folders = [pack(tmp_path / 'a', 50), pack(tmp_path / 'b', [range(100, 400)])]
-    loader = Loader(folders, 'train', 8, 4, order=order, weights=[0.9, 0.1] if order == 'sequential' else None)
+    loader = Loader(folders, 'train', block_size=8, batch_size=4, order=order, weights=[0.9, 0.1] if order == 'sequential' else None)
     assert sorted(targets(loader, loader.n_windows)) == [*range(1, 50), *range(101, 400)]
 
 
@@ -327,7 +329,7 @@ def test_dataset_folders(tmp_path, monkeypatch):
 
 def test_ids_past_65536(tmp_path):
     chars = ''.join(map(chr, range(0x10000, 0x10000 + 70_000)))
-    loader = Loader(pack(tmp_path, [range(69_000, 70_000)], chars=chars), 'train', 8, 4, order='sequential')
+    loader = Loader(pack(tmp_path, [range(69_000, 70_000)], chars=chars), 'train', block_size=8, batch_size=4, order='sequential')
     assert targets(loader, loader.n_windows) == list(range(69_001, 70_000))
     assert os.path.getsize(tmp_path / 'train.bin') == 4000
 
@@ -342,7 +344,7 @@ def test_shards_of_llmc(tmp_path):
     write_llmc(tmp_path / 'train_000001.bin', range(50))
     write_llmc(tmp_path / 'train_000002.bin', range(50, 90))
     write_llmc(tmp_path / 'val_000000.bin', range(20))
-    loader = Loader(tmp_path, 'train', 7, 4, order='sequential')
+    loader = Loader(tmp_path, 'train', block_size=7, batch_size=4, order='sequential')
     assert loader.n_tokens == 90 and loader.vocab_size == 50257
     assert targets(loader, loader.n_windows) == [t for t in range(90) if t not in (0, 50)]
 
@@ -351,9 +353,9 @@ def test_a_folder_of_nanogpt(tmp_path):
     import pickle
     for split in ('train', 'val'):
         (np.arange(100, dtype=np.uint16) % 3).tofile(tmp_path / f'{split}.bin')
-    assert Loader(tmp_path, 'val', 8, 4).vocab_size == 50257
+    assert Loader(tmp_path, 'val', block_size=8, batch_size=4).vocab_size == 50257
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=3, itos={0: 'a', 1: 'b', 2: 'c'}, stoi=dict(a=0, b=1, c=2))))
-    loader = Loader(tmp_path, 'val', 8, 4)
+    loader = Loader(tmp_path, 'val', block_size=8, batch_size=4)
     assert loader.vocab_size == 3 and loader.splits[0].tokenizer == {'kind': 'char', 'chars': 'abc'}
     assert loader.batch(0)[0].max() == 2
 
@@ -391,7 +393,7 @@ def test_a_missing_shard(tmp_path):
 def test_a_split_that_is_not_there(tmp_path):
     np.arange(100, dtype=np.uint16).tofile(tmp_path / 'train.bin')
     with pytest.raises(ValueError, match=re.escape(f'{tmp_path} has no val split, only train: prepare it with one')):
-        Loader(tmp_path, 'val', 4, 2)
+        Loader(tmp_path, 'val', block_size=4, batch_size=2)
 
 
 def test_a_split_too_short_for_a_window(tmp_path):
@@ -402,7 +404,7 @@ def test_a_split_too_short_for_a_window(tmp_path):
         pack(tmp_path, 20, shard_tokens=8)
         assert error_of(tmp_path, block_size=8, order=order) == f'FOLDER: the train split has 8 tokens in its longest shard, {after}'
         pack(tmp_path, 9)
-        Loader(tmp_path, 'train', 8, 2, order=order).batch(0)
+        Loader(tmp_path, 'train', block_size=8, batch_size=2, order=order).batch(0)
     assert error_of(pack(tmp_path, 1)).endswith('the token after it: use more text')
 
 
@@ -446,9 +448,9 @@ def test_a_mask_that_does_not_fit(tmp_path):
 def test_mixtures_that_cannot_be(tmp_path):
     a, b = pack(tmp_path / 'a', 100), pack(tmp_path / 'b', 100, chars=CHARS[1:])
     with pytest.raises(ValueError, match=re.escape(f'{b} and {a} were packed with different tokenizers: pack them with one')):
-        Loader([a, b], 'train', 4, 2, weights=[0.5, 0.5])
+        Loader([a, b], 'train', block_size=4, batch_size=2, weights=[0.5, 0.5])
     with pytest.raises(ValueError, match=re.escape(f'the share 0.000200 of {a} is less than one window in 1000: give it a larger weight or leave it out')):
-        Loader([a, a], 'train', 4, 2, weights=[0.0002, 0.9998])
+        Loader([a, a], 'train', block_size=4, batch_size=2, weights=[0.0002, 0.9998])
 
 
 def test_verify_finds_an_altered_token(tmp_path):
@@ -463,6 +465,6 @@ def test_verify_finds_an_altered_token(tmp_path):
 
 
 def test_the_fingerprint_is_of_plain_values_and_knows_the_data(tmp_path):
-    a = Loader(pack(tmp_path / 'a', 100), 'train', 4, 2).fingerprint()
-    assert json.loads(json.dumps(a)) == a == Loader(pack(tmp_path / 'b', 100), 'train', 8, 4, order='random').fingerprint()
-    assert a != Loader(pack(tmp_path / 'c', [range(1, 101)]), 'train', 4, 2).fingerprint()
+    a = Loader(pack(tmp_path / 'a', 100), 'train', block_size=4, batch_size=2).fingerprint()
+    assert json.loads(json.dumps(a)) == a == Loader(pack(tmp_path / 'b', 100), 'train', block_size=8, batch_size=4, order='random').fingerprint()
+    assert a != Loader(pack(tmp_path / 'c', [range(1, 101)]), 'train', block_size=4, batch_size=2).fingerprint()

@@ -84,7 +84,7 @@ def test_blocks_train_with_the_rows_and_the_mask_they_had(tmp_path, monkeypatch,
     known = {tuple(row[:-1]): np.where(m, row[1:], -100).tolist() for row, m in zip(ids.tolist(), mask)}
     seen = set()
     for step in range(loader.n_windows):
-        x, y = loader.batch(step)
+        x, y, _ = loader.batch(step)
         assert known[tuple(x[0].tolist())] == y[0].tolist()
         seen.add(tuple(x[0].tolist()))
     assert len(seen) == loader.n_windows == read_meta(tmp_path / 'out')['splits']['train']['documents'] > 30
@@ -322,7 +322,7 @@ def test_a_run_on_a_mixture_resumes_at_the_same_windows(tmp_path):
     pack_text(tmp_path / 'b', 'cd' * 10)
 
     def batches(first, ranks):
-        loaders = [Loader([tmp_path / 'a', tmp_path / 'b'], 'train', 8, 8 // ranks, rank=rank, world_size=ranks, weights=[0.7, 0.3])
+        loaders = [Loader([tmp_path / 'a', tmp_path / 'b'], 'train', block_size=8, batch_size=8 // ranks, rank=rank, world_size=ranks, weights=[0.7, 0.3])
                    for rank in range(ranks)]
         return [[row for loader in loaders for row in loader.batch(step)[0].tolist()] for step in range(first, 400)]
     unbroken = batches(0, 1)

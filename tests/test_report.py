@@ -178,7 +178,7 @@ def test_prompts_end_with_the_last_token_before_the_answer_where_a_mask_says_whe
     loader = Loader(tiny, 'val', block_size=32, batch_size=4, order='sequential')
     meta = loader.splits[0].tokenizer
     assert list(map(len, train_file.read_prompts(meta, loader))) == [16] * 4
-    x, y = loader.windows([0, 1, 2, 3])
+    x, y, _ = loader.windows([0, 1, 2, 3])
     y[:, :20] = -100
     y[3] = -100  # a window without any target
     loader.windows = lambda g: (x, y)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.readers import find_files
-from tokens.loader import IGNORE
+from kernels import IGNORE
 from tokens.stream import Head, Stream, Text, open_stream
 from tokens.tokenizer import ByteTokenizer
 
@@ -37,21 +37,21 @@ def text_of(folder):
 
 
 def stream(folder, batch_size=4, **more):
-    return Stream(text_of(folder), 16, batch_size, **{'shuffle_window': 7, **more})
+    return Stream(text_of(folder), block_size=16, batch_size=batch_size, **{'shuffle_window': 7, **more})
 
 
 def rows(loader, step, grad_accum=1):
     """The windows of a step, (rows, T + 1), in whatever order."""
     batches = [loader.batch(step, micro_step) for micro_step in range(grad_accum)]
-    tokens = torch.cat([torch.cat((x, y[:, -1:]), dim=1) for x, y in batches])
-    assert all(torch.equal(x[:, 1:], y[:, :-1]) and x.dtype == y.dtype == torch.int64 for x, y in batches)
+    tokens = torch.cat([torch.cat((x, y[:, -1:]), dim=1) for x, y, _ in batches])
+    assert all(torch.equal(x[:, 1:], y[:, :-1]) and x.dtype == y.dtype == torch.int64 for x, y, _ in batches)
     return sorted(tokens.tolist())
 
 
 @pytest.mark.parametrize('window', [1, 7, 1300])
 def test_windows_are_those_of_all_documents_in_a_row_shuffled_within_their_group(shards, window):
     folder, row = shards
-    x, y = stream(folder, shuffle_window=window).windows(np.arange(2 * window))
+    x, y, _ = stream(folder, shuffle_window=window).windows(np.arange(2 * window))
     expected = np.stack([row[n * 16:n * 16 + 17] for n in range(2 * window)]).tolist()
     found = torch.cat((x, y[:, -1:]), dim=1).tolist()
     for group in (slice(0, window), slice(window, 2 * window)):
@@ -102,7 +102,7 @@ def test_what_was_seen_stays_seen_with_another_batch_size(shards):
 def test_head_is_the_beginning_in_order_and_ends_with_the_text(shards):
     folder, row = shards
     head = Head(text_of(folder), 16, 10)
-    x, y = head.windows(np.array([3, 9]))
+    x, y, _ = head.windows(np.array([3, 9]))
     assert head.n_windows == 10 and x.tolist() == [row[48:64].tolist(), row[144:160].tolist()] and y.tolist() == [row[49:65].tolist(), row[145:161].tolist()]
     whole, n = Head(text_of(folder), 16), len(row) // 3
     y = whole.windows(np.arange(whole.n_windows))[1]
@@ -131,7 +131,8 @@ def test_a_broken_line_far_down_stops_the_batch_that_needs_it(tmp_path):
 
 def test_the_first_file_is_for_validation_unless_another_is_named(shards, tmp_path):
     def opened(dataset, stream_val=''):
-        train, _, val = open_stream(dataset, 'byte', stream_val, 'text', 'strict', 2, 16, 4)
+        train, _, val = open_stream(dataset, 'byte', stream_val=stream_val, fields='text', errors='strict', n_eval=2,
+                                    block_size=16, batch_size=4)
         return [path.rsplit('/', 1)[-1] for path in train.text.paths], bytes(val.tokens[1:8].tolist())
     folder = shards[0]
     first = TEXTS[0].encode()[:7]

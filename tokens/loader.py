@@ -1,7 +1,7 @@
 """Memory-mapped token shards -> batches, as a pure function of the step.
 
     loader = Loader('data/shakespeare_char', 'train', block_size=64, batch_size=12)
-    x, y = loader.batch(step=1000, micro_step=0)     # (12, 64) int64 each, the same whoever asks and whenever
+    x, y, documents = loader.batch(step=1000, micro_step=0)     # (12, 64) int64 each, the same whoever asks and whenever
 
 A run needs no loader state to resume: the step says it all. Windows are numbered without end; window g of the run belongs
 to row g % G of step g // G, where G is the global batch. Each pass over the data (an epoch) cuts it into windows of
@@ -16,14 +16,15 @@ B rows, T block_size, K any number of windows
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from kernels import IGNORE
 from tokens.dataset import Split
 from tokens.tokenizer import fingerprint
 
-IGNORE = -100  # the target that is not one
 ORDERS = ('shuffle', 'random', 'sequential', 'documents')
 
 
@@ -183,6 +184,19 @@ def interleave(weights, slots):
 # batches
 
 
+class Batch(NamedTuple):
+    """Some windows: tokens, targets, and with isolate=True the document number of each token, (K, T) int64 each."""
+    x: torch.Tensor
+    y: torch.Tensor
+    documents: torch.Tensor | None = None
+
+    def to(self, device):
+        """The batch on a device. A copy to CUDA comes from pinned memory and does not wait."""
+        if torch.device(device).type != 'cuda':
+            return Batch(*(None if each is None else each.to(device) for each in self))
+        return Batch(*(None if each is None else each.pin_memory().to(device, non_blocking=True) for each in self))
+
+
 class Loader:
     """Batches of one split of a dataset (or a mixture of several), by step.
 
@@ -199,7 +213,7 @@ class Loader:
 
     SLOTS = 1000  # a mixture repeats its pattern of sources after so many windows
 
-    def __init__(self, folders, split, block_size, batch_size, grad_accum=1, rank=0, world_size=1, order='shuffle', seed=0,
+    def __init__(self, folders, split, *, block_size, batch_size, grad_accum=1, rank=0, world_size=1, order='shuffle', seed=0,
                  weights=None, prefetch=False, isolate=False):
         assert block_size > 0 and batch_size > 0 and seed >= 0 and rank < world_size
         folders = folders if isinstance(folders, list) else [folders]
@@ -238,7 +252,7 @@ class Loader:
         return sum(source.n for source in self.sources)
 
     def batch(self, step, micro_step=0):
-        """x and y of one micro-batch of this rank: (B, T) int64 each, y is -100 where there is nothing to predict; and the documents, if isolate."""
+        """The Batch of one micro-step of this rank, (B, T) each. y is -100 where there is nothing to predict."""
         if self.worker is None:
             return self._make(step, micro_step)
         future = self.ahead.pop((step, micro_step), None)
@@ -251,7 +265,7 @@ class Loader:
         return self.windows(np.arange(first, first + self.batch_size))
 
     def windows(self, g):
-        """The windows numbered g, (K,) int64, counted over the whole run: x, y (K, T) int64."""
+        """The Batch of the windows numbered g, (K,) int64, counted over the whole run."""
         tokens = np.zeros((len(g), self.block_size + 1), dtype=np.int64)
         documents = None if self.begins is None else np.zeros_like(tokens[:, 1:])
         target = None if self.all_targets else np.zeros(tokens.shape, dtype=bool)
@@ -266,7 +280,7 @@ class Loader:
         x, y = tokens[:, :-1], tokens[:, 1:]
         if target is not None:
             y = np.where(target[:, 1:], y, IGNORE)
-        return tuple(torch.from_numpy(np.ascontiguousarray(each)) for each in (x, y, documents) if each is not None)
+        return Batch(*(None if each is None else torch.from_numpy(np.ascontiguousarray(each)) for each in (x, y, documents)))
 
     def count_targets(self, step):
         """Targets in the global batch of a step, all ranks and micro-steps counted: no rank needs to ask another."""
@@ -306,9 +320,3 @@ class Loader:
 
     def seek(self, position, step):
         pass
-
-    def to(self, device, batch):
-        """A batch on the device; from pinned memory, without waiting, where the device is CUDA."""
-        if device.type == 'cuda':
-            return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
-        return tuple(t.to(device) for t in batch)

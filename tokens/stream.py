@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from corpus.old_readers import documents, find_files, n_bytes_of
-from tokens.loader import IGNORE, Loader, draws, permute
+from kernels import IGNORE
+from tokens.loader import Batch, Loader, draws, permute
 from tokens.tokenizer import fingerprint, load_tokenizer, tokenizer_meta
 
 ENCODERS = 2  # threads that tokenize, at some 10 MB/s each: GPT-2 (124M) eats 2 MB/s on one H100
@@ -96,7 +97,7 @@ class Stream(Loader):
     the rest         as in Loader
     """
 
-    def __init__(self, text, block_size, batch_size, grad_accum=1, rank=0, world_size=1, seed=0, shuffle_window=1024, prefetch=False):
+    def __init__(self, text, *, block_size, batch_size, grad_accum=1, rank=0, world_size=1, seed=0, shuffle_window=1024, prefetch=False):
         assert block_size > 0 and batch_size > 0 and seed >= 0 and rank < world_size
         self.text, self.block_size, self.batch_size, self.grad_accum, self.seed = text, block_size, batch_size, grad_accum, seed
         self.rank, self.world_size, self.shuffle_window = rank, world_size, shuffle_window
@@ -120,7 +121,7 @@ class Stream(Loader):
                 rows = number == k
                 tokens[rows] = self._group(k)[permute(place[rows], self.shuffle_window, draws((self.seed, k), 12))]
         tokens = torch.from_numpy(tokens)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
     def _group(self, k):
         """The tokens of group k; from now on the one after it is in the making."""
@@ -164,7 +165,6 @@ class Head:
 
     n_windows   so many of them, or what the files hold if that is less; None: all
     """
-    to = Loader.to
 
     def __init__(self, text, block_size, n_windows=None):
         parts, size, wanted = [], 0, np.inf if n_windows is None else n_windows * block_size + 1
@@ -183,10 +183,10 @@ class Head:
         for row, n in enumerate(g.tolist()):
             found = self.tokens[n * self.block_size:(n + 1) * self.block_size + 1]
             tokens[row, :len(found)], target[row, :len(found)] = found, True
-        return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(np.where(target[:, 1:], tokens[:, 1:], IGNORE))
+        return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(np.where(target[:, 1:], tokens[:, 1:], IGNORE)))
 
 
-def open_stream(dataset, tokenizer, stream_val, fields, errors, n_eval, block_size, *args, **settings):
+def open_stream(dataset, tokenizer, *, stream_val, fields, errors, n_eval, block_size, **settings):
     """(Stream of the training text, Head of it, Head of the validation text) of a dataset 'stream:PATH,PATH...'.
 
     tokenizer    its meta(), or the name that tokenizer_meta takes
@@ -205,4 +205,4 @@ def open_stream(dataset, tokenizer, stream_val, fields, errors, n_eval, block_si
         raise ValueError(f'dataset={dataset} is one file, which leaves none for validation: name text for that with --stream_val=PATH')
     train, val = (Text(part, tokenizer, fields.split(','), errors) for part in (files if stream_val else files[1:], held_out))
     val_head = Head(val, block_size, n_eval or None)
-    return Stream(train, block_size, *args, **settings), Head(train, block_size, n_eval or val_head.n_windows), val_head
+    return Stream(train, block_size=block_size, **settings), Head(train, block_size, n_eval or val_head.n_windows), val_head
