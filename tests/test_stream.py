@@ -22,10 +22,11 @@ TEXTS = [f'{n}: ' + sentences(random.Random(n).choice((5, 60, 700, 3000)), n) fo
 @pytest.fixture(scope='module')
 def shards(tmp_path_factory):
     """TEXTS in four files of four formats, the row of tokens that they make, and the files."""
-    pa, folder = pytest.importorskip('pyarrow'), tmp_path_factory.mktemp('shards')
+    pq, pa = pytest.importorskip('pyarrow.parquet'), pytest.importorskip('pyarrow')
+    folder = tmp_path_factory.mktemp('shards')
     (folder / 'a.txt').write_text(TEXTS[0], encoding='utf-8')
     (folder / 'b.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in TEXTS[1:20]), encoding='utf-8')
-    pa.parquet.write_table(pa.table({'text': TEXTS[20:30]}), folder / 'c.parquet', row_group_size=3)
+    pq.write_table(pa.table({'text': TEXTS[20:30]}), folder / 'c.parquet', row_group_size=3)
     with gzip.open(folder / 'd.jsonl.gz', 'wt', encoding='utf-8') as file:
         file.writelines(json.dumps({'text': text}) + '\n' for text in TEXTS[30:])
     row = [token for text in TEXTS for token in (EOT, *text.encode())]
