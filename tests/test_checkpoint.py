@@ -446,13 +446,6 @@ def test_scatter_names_what_does_not_fit():
         checkpoint.scatter(state, larger, new_optimizers(larger, 'adamw'))
 
 
-def test_load_weights_names_what_does_not_fit():
-    weights = new_model('gpt2').state_dict()
-    extra = {'spare': weights.pop('transformer.wpe.weight'), **weights}
-    with pytest.raises(ValueError, match=re.escape('x.pt does not fit the model: 1 weights missing (transformer.wpe.weight), 1 unexpected (spare)')):
-        checkpoint.load_weights(new_model('gpt2'), extra, 'x.pt')
-
-
 # -----------------------------------------------------------------------------
 # nanoGPT's format
 
@@ -488,14 +481,6 @@ def test_a_checkpoint_of_nanogpt_goes_on(tmp_path, prefix):
         checkpoint.scatter(state, ours, new_optimizers(ours, 'muon'))
 
 
-def test_old_causal_masks_of_nanogpt_and_other_keys_for_the_weights(tmp_path):
-    weights = {f'module.{k}': v for k, v in new_model('gpt2').state_dict().items()} | {'transformer.h.0.attn.bias': torch.ones(1, 1, 8, 8)}
-    torch.save(dict(model_state_dict=weights, model_args=dict(SIZES)), tmp_path / 'ckpt.pt')
-    state = checkpoint.load(tmp_path / 'ckpt.pt')
-    checkpoint.load_weights(GPT(GPTConfig(**state['model_args'])), state['model'], tmp_path / 'ckpt.pt')
-    assert state['iter_num'] == 0
-
-
 @pytest.mark.parametrize('change, words', [
     (dict(model_args=dict(n_layer='abc')), "n_layer = 'abc' in its model_args is none that this version knows"),
     (dict(model_args=dict(n_kv_head=2)), 'n_kv_head = 2 in its model_args is none that this version knows'),
@@ -505,8 +490,3 @@ def test_old_causal_masks_of_nanogpt_and_other_keys_for_the_weights(tmp_path):
 def test_contents_of_the_wrong_kind_get_one_line(tmp_path, change, words):
     torch.save(small_state() | change, tmp_path / 'ckpt.pt')
     assert words in error_of(tmp_path / 'ckpt.pt')
-
-
-def test_a_weight_that_stands_there_twice_is_refused():
-    with pytest.raises(ValueError, match='1 weights stand there twice'):
-        checkpoint.strip_prefixes({'x': 0, 'module.x': 1, 'module.y': 2})

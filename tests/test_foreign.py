@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import zipfile
 from argparse import Namespace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 from model import GPT, GPTConfig
 from weights import foreign
 
@@ -32,6 +34,24 @@ def error_of(call, *arguments, **named):
         call(*arguments, **named)
     assert '\n' not in str(error.value) and len(str(error.value)) < 400
     return str(error.value)
+
+
+def ours(**changes):
+    """A model of odd sizes with random values in all weights."""
+    model = new_model(**dict(block_size=101, vocab_size=83, n_layer=3, n_head=3, n_embd=42) | changes)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+    return model
+
+
+def nest(weights, prefix):
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def assert_same(model, other):
+    a, b = model.state_dict(), other.state_dict()
+    assert model.config == other.config and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def pickle_of(value):
@@ -133,3 +153,89 @@ def test_the_pickles_of_checkpoints_pass():
     foreign.check_pickle(pickle_of(nanogpt(model, optimizer=optimizer.state_dict(), args=Namespace(x=1))), 'x.pt')
     hostile = pickle_of(nanogpt(model, config=[nested(60)]))
     assert 'tuples of more than 10,000 values' in error_of(foreign.check_pickle, hostile, 'x.pt')
+
+
+# -----------------------------------------------------------------------------
+# files of other trainers
+
+
+@pytest.mark.parametrize('key, prefix', [
+    *[('model_state_dict', prefix) for prefix in ('', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.')],
+    ('model', '_orig_mod.'), ('state_dict', ''), (None, ''), (None, 'module.')])
+def test_weights_under_any_of_these_names(tmp_path, capsys, key, prefix):
+    model = ours(activation='gelu')
+    weights = nest(model.state_dict(), prefix)
+    torch.save({key: weights, 'epoch': 3} if key else weights, tmp_path / 'x.pt')
+    state = checkpoint.load(tmp_path / 'x.pt', n_head=3)
+    assert capsys.readouterr().out == f'{tmp_path / "x.pt"}: sizes from its weights, n_head = 3 from --n_head, exact GELU, as nanoGPT has it\n'
+    loaded = GPT(GPTConfig(**state['model_args']))
+    foreign.load_weights(loaded, state['model'], tmp_path / 'x.pt')
+    assert_same(model, loaded)
+
+
+def test_heads_are_read_from_the_file_or_asked_for(tmp_path, capsys):
+    path = tmp_path / 'x.pt'
+    torch.save({'model_state_dict': ours().state_dict()}, path)
+    assert error_of(checkpoint.load, path) == (f'{path} does not say its number of heads, and weights do not show it: give --n_head '
+                                               "(1 if its heads are 64 wide, as GPT-2's)")
+    torch.save({'model_state_dict': ours().state_dict(), 'config': {'n_head': 3, 'lr': 0.1}}, path)
+    assert checkpoint.load(path, n_head=7)['model_args']['n_head'] == 3
+    assert 'n_head = 3 from a setting in it' in capsys.readouterr().out
+
+
+def test_strict_names_what_does_not_fit_and_lax_lists_it(tmp_path, capsys):
+    model, path = ours(), tmp_path / 'x.pt'
+    weights = model.state_dict() | {'value_head.weight': torch.ones(3)}
+    for name in ('transformer.h.1.ln_2.weight', 'transformer.h.2.mlp.c_fc.bias'):
+        del weights[name]
+    torch.save({'model_state_dict': weights}, path)
+    state = checkpoint.load(path, n_head=3)
+    fresh = GPT(model.config)
+    assert error_of(foreign.load_weights, fresh, state['model'], path) == (
+        f'{path} does not fit the model: 2 weights missing (transformer.h.1.ln_2.weight, transformer.h.2.mlp.c_fc.bias), '
+        '1 unexpected (value_head.weight); --strict=False takes those that fit')
+    capsys.readouterr()
+    foreign.load_weights(fresh, state['model'], path, strict=False)
+    assert capsys.readouterr().out == (
+        f'{path}: 2 weights missing, left as a new model has them: transformer.h.1.ln_2.weight, transformer.h.2.mlp.c_fc.bias\n'
+        f'{path}: 1 weights unexpected, not used: value_head.weight\n')
+    assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
+    assert torch.equal(fresh.transformer.h[1].ln_2.weight, torch.ones(42))
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    path = tmp_path / 'x.pt'
+    torch.save({'epoch': 3}, path)
+    assert error_of(checkpoint.load, path) == (
+        f'{path} has no weights by name, itself or under model, model_state_dict or state_dict: it is not a checkpoint')
+    torch.save({'model_state_dict': {'layers.0.weight': torch.ones(3)}}, path)
+    assert error_of(checkpoint.load, path) == (
+        f"{path} does not name its weights as nanoGPT or transformers name a GPT-2's (transformer.wte.weight and so on, found layers.0.weight): "
+        'rename them where it was written')
+    torch.save({'model_state_dict': ours().state_dict(), 'args': pytest.MonkeyPatch()}, path)  # any object will do
+    assert error_of(checkpoint.load, path) == (f'{path} is not a readable checkpoint (it asks for _pytest.monkeypatch.MonkeyPatch, and only tensors '
+                                               'and plain values are read)')
+    untied = ours().state_dict()
+    untied['lm_head.weight'] = untied['lm_head.weight'] + 1
+    torch.save(untied, path)
+    assert error_of(checkpoint.load, path, n_head=3) == f'{path}: lm_head.weight is not transformer.wte.weight: GPT-2 has one matrix for both'
+
+
+def test_old_causal_masks_of_nanogpt_and_other_keys_for_the_weights(tmp_path):
+    weights = {f'module.{k}': v for k, v in new_model().state_dict().items()} | {'transformer.h.0.attn.bias': torch.ones(1, 1, 8, 8)}
+    torch.save(dict(model_state_dict=weights, model_args=dict(SIZES)), tmp_path / 'ckpt.pt')
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    foreign.load_weights(GPT(GPTConfig(**state['model_args'])), state['model'], tmp_path / 'ckpt.pt')
+    assert state['iter_num'] == 0
+
+
+def test_load_weights_names_what_does_not_fit():
+    weights = new_model().state_dict()
+    extra = {'spare': weights.pop('transformer.wpe.weight'), **weights}
+    with pytest.raises(ValueError, match=re.escape('x.pt does not fit the model: 1 weights missing (transformer.wpe.weight), 1 unexpected (spare)')):
+        foreign.load_weights(new_model(), extra, 'x.pt')
+
+
+def test_a_weight_that_stands_there_twice_is_refused():
+    with pytest.raises(ValueError, match='1 weights stand there twice'):
+        foreign.strip_prefixes({'x': 0, 'module.x': 1, 'module.y': 2})

@@ -16,7 +16,7 @@ from conftest import ROOT, pack_chars, read_metrics, sentences, train_here
 import checkpoint
 from model import GPT, GPTConfig
 from tokens.tokenizer import GPT2_META, CharTokenizer, GPT2Tokenizer, load_tokenizer, read_tokenizer_json
-from weights import pretrained
+from weights import foreign, formats, pretrained
 
 transformers = pytest.importorskip('transformers')
 transformers.logging.disable_progress_bar()
@@ -97,14 +97,14 @@ def test_shards_names_without_prefix_and_old_buffers(tmp_path, arch):
     assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 3 and not (tmp_path / 'shards/model.safetensors').exists()
     bare = tmp_path / 'bare'
     (reference.transformer if arch == 'gpt2' else reference.model).save_pretrained(bare)
-    weights = pretrained.open_weights(bare)
-    tensors = {name: weights[name].clone() for name in weights.keys()}
+    weights = formats.open_folder(bare)
+    tensors = {name: weights[name].clone() for name in weights.names}
     if arch == 'gpt2':
         tensors |= {'h.0.attn.bias': torch.ones(1, 1, 101, 101), 'h.0.attn.masked_bias': torch.tensor([-1e4])}
     else:
         tensors |= {'lm_head.weight': reference.lm_head.weight.detach()}
     with open(bare / 'model.safetensors', 'wb') as f:
-        pretrained.write_safetensors(f, tensors)
+        formats.write_safetensors(f, tensors)
     whole = GPT.from_pretrained(tmp_path / 'whole')
     assert_same(whole, GPT.from_pretrained(tmp_path / 'shards'))
     assert_same(whole, GPT.from_pretrained(bare))
@@ -217,18 +217,6 @@ def read_by_transformers_dtype(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).dtype
 
 
-def test_safetensors_package_agrees(tmp_path):
-    from safetensors.torch import load_file, save_file
-    torch.manual_seed(0)
-    tensors = {'a': torch.randn(3, 5), 'bé': torch.randn(7).bfloat16(), 'c': torch.randn(2, 3, 4).half().transpose(0, 2), 'd': torch.randn(1).double()}
-    with open(tmp_path / 'ours.safetensors', 'wb') as f:
-        pretrained.write_safetensors(f, tensors)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / 'theirs.safetensors')
-    here, there = pretrained.Safetensors([tmp_path / 'theirs.safetensors']), load_file(tmp_path / 'ours.safetensors')
-    for name, tensor in tensors.items():
-        assert torch.equal(here[name], tensor) and torch.equal(there[name], tensor) and there[name].dtype == here[name].dtype == tensor.dtype
-
-
 @pytest.fixture(scope='module')
 def gpt2_tokenizer():
     merges = ROOT.parent / 'shared/data/gpt2_bpe/vocab.bpe'
@@ -322,14 +310,16 @@ def test_folders_that_lack_something(tmp_path):
     index.write_text('[]')
     assert error_of(GPT.from_pretrained, folder).startswith(f'{index}: not an index of shards: ')
     (folder / 'config.json').write_text('{')
-    assert error_of(GPT.from_pretrained, folder).startswith(f'{folder / "config.json"}: not a configuration: ')
+    assert error_of(GPT.from_pretrained, folder).startswith(f'{folder / "config.json"}: not JSON in UTF-8 (')
+    (folder / 'config.json').write_text('[]')
+    assert error_of(GPT.from_pretrained, folder).startswith(f'{folder / "config.json"}: model_type = None is not supported')
 
 
 def test_weights_that_do_not_fit_the_configuration(tmp_path):
     ours().save_pretrained(tmp_path)
     config, path = tmp_path / 'config.json', tmp_path / 'model.safetensors'
-    stored, weights = json.loads(config.read_text(encoding='utf-8')), pretrained.open_weights(tmp_path)
-    tensors = {name: weights[name].clone() for name in weights.keys()}
+    stored, weights = json.loads(config.read_text(encoding='utf-8')), formats.open_folder(tmp_path)
+    tensors = {name: weights[name].clone() for name in weights.names}
     config.write_text(json.dumps({**stored, 'vocab_size': 84}), encoding='utf-8')
     assert error_of(GPT.from_pretrained, tmp_path) == f'{tmp_path}: transformer.wte.weight has shape (83, 42), its configuration makes it (84, 42)'
     config.write_text(json.dumps({**stored, 'n_layer': 4}), encoding='utf-8')
@@ -341,43 +331,77 @@ def test_weights_that_do_not_fit_the_configuration(tmp_path):
                           (tensors | {'transformer.h.0.attn.c_attn.weight': tensors['transformer.h.0.attn.c_attn.weight'].t()},
                            'transformer.h.0.attn.c_attn.weight has shape (126, 42), its configuration makes it (42, 126)')):
         with open(path, 'wb') as f:
-            pretrained.write_safetensors(f, changed)
+            formats.write_safetensors(f, changed)
         assert text in error_of(GPT.from_pretrained, tmp_path)
 
 
-def test_damaged_safetensors(tmp_path):
-    ours().save_pretrained(tmp_path)
-    path = tmp_path / 'model.safetensors'
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
-    assert error_of(GPT.from_pretrained, tmp_path) == (
-        f'{path} has {len(whole) - 1:,} bytes, its header says {len(whole):,}: it was cut short, download or copy it again')
-    header = 8 + int.from_bytes(whole[:8], 'little')
-    path.write_bytes(whole[:100])
-    assert error_of(GPT.from_pretrained, tmp_path) == (
-        f'{path} is not a whole .safetensors file: it has 100 bytes, its header alone would take {header:,}')
-    for broken in (b'', b'1234567', whole[:8] + b'[' * (header - 8) + whole[header:], whole[:8] + whole[8:].replace(b'"F32"', b'"F33"', 1),
-                   whole.replace(b'[83,42]', b'[42,83]'), whole.replace(b'[83,42]', b'[83,43]'), whole.replace(b'[83,42]', b'[-3,42]'),
-                   b'\xff' * 8 + whole[8:]):
-        path.write_bytes(broken)
-        assert str(path) in error_of(GPT.from_pretrained, tmp_path) or broken[header:] == whole[header:] and str(tmp_path) in error_of(
-            GPT.from_pretrained, tmp_path)
+def rewrite(folder, **changes):
+    """Changes tensors in the model.safetensors of a folder."""
+    weights = formats.open_folder(folder)
+    tensors = {name: weights[name].clone() for name in weights.entries} | changes
+    with open(folder / 'model.safetensors', 'wb') as f:
+        formats.write_safetensors(f, tensors)
 
 
-def test_damaged_npz(tmp_path):
-    path = tmp_path / 'x.npz'
+def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
+    """It was replaced by the embedding, and all logits were wrong."""
+    reference = theirs(tmp_path, 'gpt2')
+    embedding = reference.transformer.wte.weight.detach().clone()
+    rewrite(tmp_path, **{'lm_head.weight': embedding})
+    assert_parity(GPT.from_pretrained(tmp_path).eval(), reference)
+    embedding[-1, -1] += 1
+    rewrite(tmp_path, **{'lm_head.weight': embedding})
+    assert error_of(GPT.from_pretrained, tmp_path) == (
+        f'{tmp_path}: lm_head.weight is not transformer.wte.weight: its architecture has one matrix for both')
+    rewrite(tmp_path, **{'lm_head.weight': embedding[:-1]})
+    assert 'lm_head.weight is not transformer.wte.weight' in error_of(GPT.from_pretrained, tmp_path)
+
+
+def test_tensors_without_dimensions_are_no_weights(tmp_path):
+    """A file with one was refused as no .safetensors file."""
+    from safetensors.torch import load_file, save_file
+    reference = theirs(tmp_path, 'gpt2')
+    file = tmp_path / 'model.safetensors'
+    save_file(load_file(file) | {'transformer.h.0.attn.masked_bias': torch.tensor(-1e4), 'step': torch.tensor(7),
+                                 'transformer.h.1.attn.bias': torch.ones(1, 1, 4, 4, dtype=torch.bool)}, file)
+    assert_parity(GPT.from_pretrained(tmp_path).eval(), reference)
+    save_file(load_file(file) | {'transformer.wpe.weight': torch.ones(101, 42, dtype=torch.int64)}, file)
+    assert error_of(GPT.from_pretrained, tmp_path) == f'{file}: transformer.wpe.weight is I64, accepted are F64, F32, F16, BF16'
+
+
+@pytest.mark.parametrize('name', ['folder', 'x.npz'])
+def test_more_layers_than_weights_are_refused_before_a_model_is_built(tmp_path, name):
+    path = tmp_path / name
     ours().save_pretrained(path)
-    whole = path.read_bytes()
-    for broken in (b'', whole[:-100], whole[:5000] + b'\xff' + whole[5001:]):
-        path.write_bytes(broken)
-        assert error_of(GPT.from_pretrained, path).startswith(f'{path}')
-    np.savez(path, settings=np.array({'a': 1}, dtype=object))  # a pickle
-    assert error_of(GPT.from_pretrained, path).startswith(f'{path} was not written by save_pretrained: {path}: settings is unreadable: Object arrays')
-    for settings in ({'a': 1}, {'model_args': {**vars(GPTConfig()), 'n_layer': '3'}, 'tokenizer': None}, {'model_args': vars(GPTConfig()), 'tokenizer': 3}):
-        np.savez(path, settings=np.array(json.dumps(settings)))
-        assert error_of(GPT.from_pretrained, path).startswith(f'{path} was not written by save_pretrained: ')
-    np.savez(path, a=np.ones(3))
-    assert error_of(GPT.from_pretrained, path).startswith(f'{path} was not written by save_pretrained: ')
+    if path.is_dir():
+        file = path / 'config.json'
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding='utf-8')), 'n_layer': 10**9}), encoding='utf-8')
+        assert error_of(GPT.from_pretrained, path) == f'{file}: n_layer = 1000000000 does not fit its 40 weights'
+    else:
+        np.savez(path, settings=np.array(json.dumps(dict(model_args={**vars(ours().config), 'n_layer': 10**9}, tokenizer=None))))
+        assert 'n_layer = 1000000000 does not fit its 0 weights' in error_of(GPT.from_pretrained, path)
+
+
+@pytest.mark.parametrize('file', ['vocab.txt', 'spiece.model', 'tokenizer.model', 'vocab.json'])
+def test_a_tokenizer_in_a_format_that_is_not_read_is_refused(tmp_path, file):
+    """GPT-2's took its place, and every id meant something else."""
+    ours().save_pretrained(tmp_path)
+    assert pretrained.read_tokenizer(tmp_path) is None
+    (tmp_path / file).write_bytes(b'x')
+    assert error_of(pretrained.read_tokenizer, str(tmp_path)) == (
+        f"{tmp_path / file} is a tokenizer in a format that is not read: save it as tokenizer.json with transformers' "
+        'AutoTokenizer, or name the tokenizer with --tokenizer')
+
+
+def test_an_export_has_what_other_programs_ask_for(tmp_path):
+    """llama.cpp's converter stopped at n_ctx, CTranslate2 at a missing id."""
+    tokenizer = CharTokenizer(CHARS)
+    tokenizer.eot, tokenizer.special = 3, {'<|pad|>': 5}
+    ours(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path, tokenizer)
+    for file in ('config.json', 'generation_config.json'):
+        stored = json.loads((tmp_path / file).read_text(encoding='utf-8'))
+        assert (stored['bos_token_id'], stored['eos_token_id'], stored['pad_token_id']) == (3, 3, 5)
+    assert json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))['n_ctx'] == 101
 
 
 # -----------------------------------------------------------------------------
@@ -439,38 +463,6 @@ except OSError as error:
     assert again.count('\n') == 2
 
 
-# -----------------------------------------------------------------------------
-# checkpoints of other trainers
-
-
-def nest(weights, prefix):
-    return {prefix + name: tensor for name, tensor in weights.items()}
-
-
-@pytest.mark.parametrize('key, prefix', [
-    *[('model_state_dict', prefix) for prefix in ('', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.')],
-    ('model', '_orig_mod.'), ('state_dict', ''), (None, ''), (None, 'module.')])
-def test_weights_under_any_of_these_names(tmp_path, capsys, key, prefix):
-    model = ours(activation='gelu')
-    weights = nest(model.state_dict(), prefix)
-    torch.save({key: weights, 'epoch': 3} if key else weights, tmp_path / 'x.pt')
-    state = checkpoint.load(tmp_path / 'x.pt', n_head=3)
-    assert capsys.readouterr().out == f'{tmp_path / "x.pt"}: sizes from its weights, n_head = 3 from --n_head, exact GELU, as nanoGPT has it\n'
-    loaded = GPT(GPTConfig(**state['model_args']))
-    checkpoint.load_weights(loaded, state['model'], tmp_path / 'x.pt')
-    assert_same(model, loaded)
-
-
-def test_heads_are_read_from_the_file_or_asked_for(tmp_path, capsys):
-    path = tmp_path / 'x.pt'
-    torch.save({'model_state_dict': ours().state_dict()}, path)
-    assert error_of(checkpoint.load, path) == (f'{path} does not say its number of heads, and weights do not show it: give --n_head '
-                                               "(1 if its heads are 64 wide, as GPT-2's)")
-    torch.save({'model_state_dict': ours().state_dict(), 'config': {'n_head': 3, 'lr': 0.1}}, path)
-    assert checkpoint.load(path, n_head=7)['model_args']['n_head'] == 3
-    assert 'n_head = 3 from a setting in it' in capsys.readouterr().out
-
-
 @pytest.mark.parametrize('bare', [False, True])
 def test_a_state_dict_of_transformers_gpt2(tmp_path, bare):
     reference = theirs(tmp_path, 'gpt2')
@@ -478,50 +470,15 @@ def test_a_state_dict_of_transformers_gpt2(tmp_path, bare):
     torch.save({'model_state_dict': nest(weights, 'module.')}, tmp_path / 'x.pt')
     state = checkpoint.load(tmp_path / 'x.pt', n_head=3)
     model = GPT(GPTConfig(**state['model_args'])).eval()
-    checkpoint.load_weights(model, state['model'], tmp_path / 'x.pt')
+    foreign.load_weights(model, state['model'], tmp_path / 'x.pt')
     assert_parity(model, reference)
-
-
-def test_strict_names_what_does_not_fit_and_lax_lists_it(tmp_path, capsys):
-    model, path = ours(), tmp_path / 'x.pt'
-    weights = model.state_dict() | {'value_head.weight': torch.ones(3)}
-    for name in ('transformer.h.1.ln_2.weight', 'transformer.h.2.mlp.c_fc.bias'):
-        del weights[name]
-    torch.save({'model_state_dict': weights}, path)
-    state = checkpoint.load(path, n_head=3)
-    fresh = GPT(model.config)
-    assert error_of(checkpoint.load_weights, fresh, state['model'], path) == (
-        f'{path} does not fit the model: 2 weights missing (transformer.h.1.ln_2.weight, transformer.h.2.mlp.c_fc.bias), '
-        '1 unexpected (value_head.weight); --strict=False takes those that fit')
-    capsys.readouterr()
-    checkpoint.load_weights(fresh, state['model'], path, strict=False)
-    assert capsys.readouterr().out == (
-        f'{path}: 2 weights missing, left as a new model has them: transformer.h.1.ln_2.weight, transformer.h.2.mlp.c_fc.bias\n'
-        f'{path}: 1 weights unexpected, not used: value_head.weight\n')
-    assert torch.equal(fresh.transformer.wte.weight, model.transformer.wte.weight)
-    assert torch.equal(fresh.transformer.h[1].ln_2.weight, torch.ones(42))
-
-
-def test_files_that_are_no_checkpoint(tmp_path):
-    path = tmp_path / 'x.pt'
-    torch.save({'epoch': 3}, path)
-    assert error_of(checkpoint.load, path) == (
-        f'{path} has no weights by name, itself or under model, model_state_dict or state_dict: it is not a checkpoint')
-    torch.save({'model_state_dict': {'layers.0.weight': torch.ones(3)}}, path)
-    assert error_of(checkpoint.load, path) == (
-        f"{path} does not name its weights as nanoGPT or transformers name a GPT-2's (transformer.wte.weight and so on, found layers.0.weight): "
-        'rename them where it was written')
-    torch.save({'model_state_dict': ours().state_dict(), 'args': pytest.MonkeyPatch()}, path)  # any object will do
-    assert error_of(checkpoint.load, path) == (f'{path} is not a readable checkpoint (it asks for _pytest.monkeypatch.MonkeyPatch, and only tensors '
-                                               'and plain values are read)')
-    untied = ours().state_dict()
-    untied['lm_head.weight'] = untied['lm_head.weight'] + 1
-    torch.save(untied, path)
-    assert error_of(checkpoint.load, path, n_head=3) == f'{path}: lm_head.weight is not transformer.wte.weight: GPT-2 has one matrix for both'
 
 
 # -----------------------------------------------------------------------------
 # train.py
+
+def nest(weights, prefix):
+    return {prefix + name: tensor for name, tensor in weights.items()}
 
 FEW = ('--batch_size=4', '--gradient_accumulation_steps=1', '--learning_rate=1e-3', '--warmup_iters=0', '--max_iters=3', '--eval_interval=3',
        '--eval_iters=2', '--device=cpu', '--dtype=float32')
@@ -610,16 +567,3 @@ def test_every_recipe_is_understood(path, tiny, capsys):
     tokens = settings['gradient_accumulation_steps'] * settings['batch_size'] * settings['block_size']
     expected = dict(train_gpt2=491_520, train_gpt2_modern=524_288, finetune_shakespeare=32_768)
     assert tokens == expected.get(path.stem, tokens)
-
-
-def test_safetensors_whose_tensors_overlap_or_repeat_are_refused(tmp_path):
-    def refused(header, n_bytes):
-        text = header.encode()
-        (tmp_path / 'x.safetensors').write_bytes(len(text).to_bytes(8, 'little') + text + bytes(n_bytes))
-        with pytest.raises(ValueError) as error:
-            pretrained.read_header(tmp_path / 'x.safetensors')
-        return str(error.value).partition('not a .safetensors file: ')[2]
-    entry = '{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
-    assert refused(f'{{"a":{entry % (0, 4)},"b":{entry % (2, 6)}}}', 6) == 'its tensors overlap or leave gaps'
-    assert refused(f'{{"a":{entry % (0, 4)},"a":{entry % (4, 8)}}}', 8) == 'a name stands in its header twice'
-    assert refused('{"a":{"dtype":"F32","shape":[0,%d],"data_offsets":[0,0]}}' % 10**30, 0).startswith('a has shape (0, 1000')

@@ -147,7 +147,12 @@ def check_state(state: dict, path):
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
             raise ValueError(f'{path}: {name} is {tensor.dtype}, {tensor.layout}: '
                              'accepted are dense floating-point weights')
-    check_model_args(args, path, {name: tensor.shape for name, tensor in weights.items()})
+    check_model_args(args, path, len(weights))
+    # the same for 10**9 positions or tokens
+    for name, size in (('transformer.wte.weight', 'vocab_size'), ('transformer.wpe.weight', 'block_size')):
+        expected = (args.get(size), args.get('n_embd'))
+        if name in weights and None not in expected and (shape := tuple(weights[name].shape)) != expected:
+            raise ValueError(f'{path}: {name} has shape {shape}, the model expects {expected}')
     for key, accepted in PARTS.items():
         if type(state.get(key)) not in accepted:
             raise ValueError(f'{path} is not a checkpoint of flatGPT or nanoGPT: '
@@ -157,20 +162,16 @@ def check_state(state: dict, path):
         raise ValueError(f'{path}: the state of its optimizer is not a dict of tensors for each parameter')
 
 
-def check_model_args(args: dict, path, shapes: dict):
+def check_model_args(args: dict, path, n_weights: int):
     """Refuse arguments of GPTConfig that are unknown, of a wrong type, or that the weights contradict."""
     for name, value in args.items():
         if type(value) not in MODEL_ARGS.get(name, ()):
             is_plain = type(value) in (str, int, float, bool)
             shown = repr(value)[:60] if is_plain else f'a {type(value).__name__}'
             raise ValueError(f'{path}: {name} = {shown} in its model_args is none that this version knows')
-    # a model of 10**9 layers or positions would be built for hours before its weights turn out not to fit
-    if args.get('n_layer', 1) > len(shapes):
-        raise ValueError(f'{path}: n_layer = {args["n_layer"]} does not fit its {len(shapes)} weights')
-    for name, size in (('transformer.wte.weight', 'vocab_size'), ('transformer.wpe.weight', 'block_size')):
-        expected = args.get(size), args.get('n_embd')
-        if name in shapes and None not in expected and tuple(shapes[name]) != expected:
-            raise ValueError(f'{path}: {name} has shape {tuple(shapes[name])}, the model expects {expected}')
+    # a model of 10**9 layers would be built for hours before its weights turn out to be missing
+    if args.get('n_layer', 1) > n_weights:
+        raise ValueError(f'{path}: n_layer = {args["n_layer"]} does not fit its {n_weights} weights')
 
 
 def is_weights(value) -> bool:
