@@ -1,10 +1,12 @@
-"""Score a model: the log-likelihood of the ends of rows, and the loss on a text in nats per token and bits per byte.
+"""Score a model: the log-likelihood of the ends of rows, and the loss on a text.
 
-    scores = score_rows(model, [Row(ids, start)], 'hellaswag', batch_tokens=8192, place=place, autocast=autocast)
-    loss = text_loss(model, loader, spread_windows(loader, 100), token_bytes=None, place=place, autocast=autocast)
+    scores = score_rows(model, [Row(ids, start)], 'hellaswag', batch_tokens=8192, place=place,
+                        autocast=autocast)
+    loss = text_loss(model, loader, spread_windows(loader, 100), token_bytes=None, place=place,
+                     autocast=autocast)
 
-Each rank scores its share of the batches, and every rank gets all results. Models run eagerly: each batch of rows has a
-shape of its own, and a compiled training function would be compiled again for each of them.
+Each rank scores its share of the batches, and every rank gets all results. Models run eagerly, because each
+batch of rows has a shape of its own, for which a compiled function would be compiled again.
 
 B rows of a batch, T tokens of a row, V vocabulary size
 """
@@ -20,10 +22,10 @@ import numpy as np
 import torch
 
 import distributed
-from files import print0
+from files import print0, printable
 from kernels import IGNORE
 
-PROGRESS_S = 10.0  # seconds until the first line of progress; each later line waits twice as long as the one before
+PROGRESS_S = 10.0  # seconds until the first line of progress; the next ones come at 2, 4, 8 times the time
 
 
 class Row(NamedTuple):
@@ -73,7 +75,8 @@ def score_rows(model, rows: list[Row], title: str, *, batch_tokens: int, place, 
                 nats, is_argmax = model.score(x.to(place.device), y.to(place.device))
             if counts:
                 n_others = (~is_argmax.cpu() & (y != IGNORE)).sum(dim=1)  # (B,)
-                sums[batch] = torch.stack((-nats.cpu().to(sums.dtype).sum(dim=1), n_others.to(sums.dtype)), dim=1)
+                sums[batch, 0] = -nats.cpu().to(sums.dtype).sum(dim=1)
+                sums[batch, 1] = n_others.to(sums.dtype)
     sums = distributed.all_reduce_sum(sums.to(place.device)).tolist()
     return [RowScore(log_likelihood, n_others == 0, len(row.ids) - row.start)
             for row, (log_likelihood, n_others) in zip(rows, sums, strict=True)]
@@ -85,7 +88,10 @@ def cut_left(row, max_tokens):
 
 
 def batch_rows(rows, batch_tokens):
-    """Group row numbers by length, the longest first: little padding, and a lack of memory shows in the first batch."""
+    """Group row numbers by length, which saves padding.
+
+    The longest rows come first, so that a lack of memory shows in the first batch.
+    """
     batches = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
         if not batches or (len(batches[-1]) + 1) * len(rows[batches[-1][0]].ids) > batch_tokens:
@@ -110,14 +116,14 @@ def pad(rows):
 
 
 def spread_windows(loader, count: int) -> np.ndarray:
-    """Return the numbers of `count` windows spread evenly over a split; of all windows if count is 0 or too large."""
+    """Return the numbers of `count` windows spread evenly over a split; all windows if count is 0."""
     n = min(count or loader.n_windows, loader.n_windows)
     return np.arange(n) * loader.n_windows // n
 
 
 def text_loss(model, loader, windows: np.ndarray, *, token_bytes, place, autocast,
               stop: Callable[[], object] | None = None) -> TextLoss:
-    """Measure the loss on windows of a text; the result is the same for any number of ranks and any batch size.
+    """Measure the loss on windows of a text, the same for any number of ranks and any batch size.
 
     Bits per byte compare models with different tokenizers, which the loss per token does not (The Pile,
     arXiv:2101.00027). Targets without bytes, such as special tokens, count in neither bits nor bytes.
@@ -139,10 +145,21 @@ def text_loss(model, loader, windows: np.ndarray, *, token_bytes, place, autocas
             if token_bytes is not None:
                 n_bytes = token_bytes[y.clamp(min=0)] * is_target
             if counts:
-                sums += torch.stack((nats.sum(), is_target.sum(), (nats * (n_bytes > 0)).sum(), n_bytes.sum()))
+                nats_with_bytes = (nats * (n_bytes > 0)).sum()
+                sums += torch.stack((nats.sum(), is_target.sum(), nats_with_bytes, n_bytes.sum()))
     nats, n_targets, nats_with_bytes, n_bytes = distributed.all_reduce_sum(sums).tolist()
     bits_per_byte = nats_with_bytes / math.log(2) / n_bytes if n_bytes else None
     return TextLoss(nats / max(n_targets, 1), bits_per_byte, int(n_targets), int(n_bytes))
+
+
+def table_row(name: str, numbers: dict) -> str:
+    """Format the numbers of a task, such as {'n': 10, 'acc': 0.5, 'acc_stderr': 0.1}, as one line."""
+    columns = []
+    for key, value in numbers.items():
+        if isinstance(value, float) and not key.endswith('_stderr'):
+            error = f' ±{numbers[key + "_stderr"]:.4f}' if key + '_stderr' in numbers else ''
+            columns.append(f'{key} {value:.4f}{error}')
+    return f'{printable(name):28} n {numbers["n"]:>7,}   ' + '   '.join(columns)
 
 
 # -----------------------------------------------------------------------------
@@ -168,8 +185,8 @@ def exact_dtype(place):
 def share(batches, title, place, stop) -> Iterator:
     """Yield this rank's share of batches, as (batch, whether it counts).
 
-    Every rank gets the same number of batches, because sharded weights are gathered by all ranks together. A rank without
-    a batch of its own repeats the last one, which then does not count.
+    Every rank gets the same number of batches, because sharded weights are gathered by all ranks together. A
+    rank without a batch of its own repeats the last one, which then does not count.
     """
     started_s = time.perf_counter()
     next_line_s = PROGRESS_S

@@ -26,13 +26,6 @@ import checkpoint
 import distributed
 from configurator import config_of, configure
 from corpus.fetch import cache_folder
-from evaluate import (
-    evaluate_core,
-    evaluate_task,
-    read_benchmarks,
-    read_core,
-    table_row,
-)
 from files import one_line_errors, print0
 from kernels import IGNORE
 from logs import clock, farewell, open_logs
@@ -48,7 +41,7 @@ from optim import (
     step_unless,
 )
 from report import environment, write_report, write_samples
-from scoring import score_rows, spread_windows, text_loss
+from scoring import score_rows, spread_windows, table_row, text_loss
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
 from tokens.stream import open_stream
@@ -559,6 +552,8 @@ def count_bytes(tokenizer_meta, place):
 
 def open_benchmarks(tokenizer):
     """What is scored beside the losses: [(interval, name, what gives its numbers)]; what can be wrong with it shows before the first step."""
+    from tasks.core import evaluate_core, read_core
+    from tasks.items import evaluate_task, read_benchmarks
     intervals = {name: interval for name, interval in (('hellaswag', hellaswag_interval), ('lambada', lambada_interval)) if interval}
     read = read_benchmarks(list(intervals), eval_dir, max_examples, tokenizer)
     found = [(interval, name, partial(evaluate_task, name=name, benchmark=read[name])) for name, interval in intervals.items()]

@@ -38,7 +38,7 @@ def random_model(block_size=80):
 
 def read_items(folder, name, count=None, block_size=None):
     """The first items of a task; with block_size, without those that have a choice of more tokens, which the harness refuses."""
-    from evaluate import prepare
+    from tasks.items import prepare
     from tokens.tokenizer import GPT2Tokenizer
     [file] = Path(folder).glob(f'{name}_*.jsonl')
     items = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()[:count]]
@@ -47,7 +47,7 @@ def read_items(folder, name, count=None, block_size=None):
     if block_size is None:
         return items
     tokenizer = GPT2Tokenizer()
-    return [item for item in items if all(len(ids) - start <= block_size for ids, start in prepare(name, [item], name, tokenizer)['rows'])]
+    return [item for item in items if all(len(ids) - start <= block_size for ids, start in prepare(name, [item], name, tokenizer).rows)]
 
 
 def run_harness(folder, items_folder, count):

@@ -5,6 +5,7 @@ import http.server
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,16 +15,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, differences, pack_chars, read_checkpoint, sentences, train_here
+from conftest import (
+    ROOT,
+    TINY,
+    differences,
+    pack_chars,
+    read_checkpoint,
+    run_here,
+    sentences,
+    train_here,
+)
 from reference_lm_eval import random_model, read_items
 
 import checkpoint
 import distributed
-import evaluate
-from configurator import configure
 from corpus.pack import write_dataset
 from model import GPT, GPTConfig
-from scoring import RowScore, score_rows
+from scoring import RowScore, score_rows, table_row
+from tasks import core, sources
+from tasks.items import (
+    TASKS,
+    Benchmark,
+    Item,
+    arc,
+    choice_accuracies,
+    encode_pair,
+    evaluate_task,
+    hellaswag,
+    lambada,
+    mean_stderr,
+    openbookqa,
+    prepare,
+)
 from tokens.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
 EVALS = ROOT / '../shared/data/evals'
@@ -54,48 +77,48 @@ def test_every_item_is_scored_as_lm_evaluation_harness_scores_it():
     rate, tokenizer = rater(random_model(), 4096), GPT2Tokenizer()
     for name, expected in reference.items():
         items = read_items(EVALS, name, len(expected['items']))
-        benchmark, first = evaluate.prepare(name, items, name, tokenizer), 0
-        scores = rate(benchmark['rows'], name)
-        for pairs, gold, theirs in zip(benchmark['pairs'], benchmark['right'], expected['items']):
-            ours = scores[first:first + len(pairs)]
-            first += len(pairs)
+        benchmark, first = prepare(name, items, name, tokenizer), 0
+        scores = rate(benchmark.rows, name)
+        for item, theirs in zip(benchmark.items, expected['items'], strict=True):
+            ours = scores[first:first + len(item.pairs)]
+            first += len(item.pairs)
             nats = [score.log_likelihood for score in ours]
             assert nats == pytest.approx(theirs['nats'], abs=1e-3)
-            verdict = dict(acc=ours[0].is_greedy) if name == 'lambada' else evaluate.rate_choices([pairs], [gold], ours)
+            verdict = dict(acc=ours[0].is_greedy) if name == 'lambada' else choice_accuracies([item], ours)
             assert np.argmax(nats) == np.argmax(theirs['nats']) and all(verdict[key] == theirs[key] for key in theirs.keys() - {'nats'})
-        summary = evaluate.evaluate_task(lambda rows, title: scores, name, benchmark)
+        summary = evaluate_task(lambda rows, title: scores, name, benchmark)
         assert summary['n'] == 25 and all(summary[key] == pytest.approx(value, rel=1e-4) for key, value in expected['summary'].items())
 
 
 def test_what_is_scored_begins_where_the_context_by_itself_ends():
     tokenizer = GPT2Tokenizer()
-    ids, start = evaluate.encode_pair(tokenizer, 'The answer is ', 'forty-two')
+    ids, start = encode_pair(tokenizer, 'The answer is ', 'forty-two')
     assert tokenizer.decode(ids[start:]) == ' forty-two', 'a space at the end of the context belongs to the word behind it'
-    ids, start = evaluate.encode_pair(tokenizer, '', ' x')
+    ids, start = encode_pair(tokenizer, '', ' x')
     assert (ids[0], start) == (tokenizer.eot, 1)
-    assert evaluate.encode_pair(CharTokenizer(CHARS), '', ' x')[0].tolist() == CharTokenizer(CHARS).encode('\n x')
+    assert encode_pair(CharTokenizer(CHARS), '', ' x')[0].tolist() == CharTokenizer(CHARS).encode('\n x')
 
 
 def test_accuracies_by_sum_character_byte_and_token_differ_where_they_should():
     pairs, scores = [('', 'ab'), ('', 'ééé')], [RowScore(-3.0, False, 1), RowScore(-4.0, False, 2)]
     # -3 > -4, but per character -1.5 < -1.33, per byte -1.5 < -0.67, per token -3 < -2
-    found = evaluate.rate_choices([pairs], [0], scores)
+    found = choice_accuracies([Item(pairs, 0)], scores)
     assert [found[key] for key in ('acc', 'acc_norm', 'acc_bytes', 'acc_tokens')] == [1, 0, 0, 0]
-    assert evaluate.mean_stderr('acc', [1, 0, 0, 1]) == {'acc': 0.5, 'acc_stderr': pytest.approx(math.sqrt(1 / 12))}
-    assert evaluate.mean_stderr('acc', [1]) == {'acc': 1.0}, 'one item says nothing about the error'
+    assert mean_stderr('acc', [1, 0, 0, 1]) == {'acc': 0.5, 'acc_stderr': pytest.approx(math.sqrt(1 / 12))}
+    assert mean_stderr('acc', [1]) == {'acc': 1.0}, 'one item says nothing about the error'
 
 
 def test_perplexity_and_its_error_are_those_of_the_last_words():
-    benchmark = dict(pairs=[[('a', 'b')]] * 2, right=[0, 0], rows=[], source='x')
-    found = evaluate.evaluate_task(lambda rows, title: [RowScore(-2.0, True, 1), RowScore(-4.0, False, 2)], 'lambada', benchmark)
+    benchmark = Benchmark([Item([('a', 'b')], 0)] * 2, rows=[], source='x')
+    found = evaluate_task(lambda rows, title: [RowScore(-2.0, True, 1), RowScore(-4.0, False, 2)], 'lambada', benchmark)
     assert found['perplexity'] == pytest.approx(math.exp(3)) and found['perplexity_stderr'] == pytest.approx(math.exp(3))  # the mean 3 is known to ±1
-    one = evaluate.evaluate_task(lambda rows, title: [RowScore(-2.0, True, 1)], 'lambada', dict(benchmark, pairs=[[('a', 'b')]], right=[0]))
-    assert 'perplexity_stderr' not in one and 'perplexity 7.3891' in evaluate.table_row('lambada', one)
+    one = evaluate_task(lambda rows, title: [RowScore(-2.0, True, 1)], 'lambada', Benchmark([Item([('a', 'b')], 0)], [], 'x'))
+    assert 'perplexity_stderr' not in one and 'perplexity 7.3891' in table_row('lambada', one)
 
 
 def test_hellaswag_loses_its_markup():
     item = dict(activity_label='A', ctx_a='One [step] two.', ctx_b='three', endings=['x [title] y  y', 'z'], label='1')
-    assert evaluate.hellaswag(item) == ([('A: One two. Three', 'x. y y'), ('A: One two. Three', 'z')], 1)
+    assert hellaswag(item) == ([('A: One two. Three', 'x. y y'), ('A: One two. Three', 'z')], 1)
 
 
 # -----------------------------------------------------------------------------
@@ -129,13 +152,13 @@ def test_core_scores_the_right_tokens_behind_seeded_examples(bundle):
         # longer ends are less likely in sum, and more so per token
         return [RowScore(-len(ids[start:]) ** 0.5, title == 'lm', len(ids) - start) for ids, start in rows]
 
-    tasks = evaluate.read_core(bundle, CharTokenizer(CHARS))
-    found = evaluate.evaluate_core(rate, tokenizer, tasks, 1000)
-    assert [item['query'] for item in tasks[0]['items']] == ['q1', 'q0', 'q3', 'q2', 'q5', 'q4'], 'random.Random(1337).shuffle'
+    tasks = core.read_core(bundle, CharTokenizer(CHARS))
+    found = core.evaluate_core(rate, tokenizer, tasks, 1000)
+    assert [item['query'] for item in tasks[0].items] == ['q1', 'q0', 'q3', 'q2', 'q5', 'q4'], 'random.Random(1337).shuffle'
     # before the first item, random.Random(1234).sample shows numbers 4 and 1 with their answers; the three choices share their first letter
     before = '\nq5\nAnswer: ac5\n\nq0\nAnswer: a0\n\nq1\nAnswer: a'
     assert seen['mc'][:3] == [(before, '1'), (before, 'b1'), (before, 'c1')]
-    i = tasks[1]['items'][0]['context_options'][0][1]
+    i = tasks[1].items[0]['context_options'][0][1]
     assert seen['schema'][:2] == [('\nx', f'{i} is it'), ('\nyy', f'{i} is it')], 'what the two texts share at their end'
     assert all(before.endswith(f'\n\nc{end[2]}') and end[:2] == ' d' for before, end in seen['lm']) and len(seen['lm']) == 3
     assert found['tasks']['lm']['acc'] == found['tasks']['lm']['centered'] == 1.0
@@ -145,14 +168,14 @@ def test_core_scores_the_right_tokens_behind_seeded_examples(bundle):
 
 
 def test_core_cuts_to_the_last_tokens_and_says_what_is_wrong_with_a_bundle(bundle):
-    tasks = evaluate.read_core(bundle, CharTokenizer(CHARS))
-    for ids, start in evaluate.core_rows(CharTokenizer(CHARS), tasks[0], 0, 8):
+    tasks = core.read_core(bundle, CharTokenizer(CHARS))
+    for ids, start in core.rows_of(tasks[0], 0, CharTokenizer(CHARS), 8):
         assert len(ids) == 8 and CharTokenizer(CHARS).decode(ids[start:]) in ('1', 'b1', 'c1')
     with pytest.raises(ValueError, match='2 examples are shown before each of 2 items: give a larger --max_examples'):
-        evaluate.read_core(bundle, CharTokenizer(CHARS), max_examples=2)
+        core.read_core(bundle, CharTokenizer(CHARS), max_examples=2)
     (bundle / 'core.yaml').write_text('tasks: []\n', encoding='utf-8')
     with pytest.raises(ValueError, match='is not a CORE bundle'):
-        evaluate.read_core(bundle, CharTokenizer(CHARS))
+        core.read_core(bundle, CharTokenizer(CHARS))
 
 
 @pytest.mark.parametrize('file, content, message', [
@@ -165,12 +188,12 @@ def test_core_cuts_to_the_last_tokens_and_says_what_is_wrong_with_a_bundle(bundl
 def test_an_item_of_core_that_is_none_is_named_before_anything_is_scored(bundle, file, content, message):
     (bundle / f'eval_data/{file}.jsonl').write_text(content, encoding='utf-8')
     with pytest.raises(ValueError, match=message):
-        evaluate.read_core(bundle, CharTokenizer(CHARS))
+        core.read_core(bundle, CharTokenizer(CHARS))
 
 
 def test_choices_without_a_token_of_their_own_end_no_evaluation(small):
-    task = dict(label='x', kind='multiple_choice', shots=0, delimiter=' ', baseline=0.25, items=[dict(query='q', choices=['a', 'a'], gold=0)])
-    found = evaluate.evaluate_core(rater(small, 1), CharTokenizer(CHARS), [task], 32)
+    task = core.CoreTask('x', 'multiple_choice', n_shots=0, delimiter=' ', baseline=0.25, path=None, items=[dict(query='q', choices=['a', 'a'], gold=0)])
+    found = core.evaluate_core(rater(small, 1), CharTokenizer(CHARS), [task], 32)
     assert found['tasks']['x']['acc'] == 1.0  # nothing is said about them, and the first is taken, as nanochat does
 
 
@@ -199,13 +222,12 @@ def test_the_hub_or_its_mirror_is_asked_for_a_pinned_file(tmp_path, monkeypatch)
     monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}/')
     monkeypatch.setenv('FLATGPT_CACHE', str(tmp_path / 'cache'))
     for _ in range(2):
-        (found, source), hub_answers = evaluate.download('piqa', True)
-        assert found == items and source == 'baber/piqa@142f6d7' and hub_answers
+        assert sources.read_items(['piqa'])['piqa'] == (items, 'baber/piqa@142f6d7')
     server.shutdown()
     assert asked == ['/datasets/baber/piqa/resolve/142f6d7367fd9877f0fb3b5734ea6a545f54cdd1/piqa_validation.parquet'], 'the second time from the cache'
     monkeypatch.setenv('FLATGPT_OFFLINE', '1')
     with pytest.raises(OSError, match=r'hellaswag could not be fetched|hellaswag: .*FLATGPT_OFFLINE is set.*--eval_dir'):
-        evaluate.download('hellaswag', True)
+        sources.read_items(['hellaswag'])
 
 
 def test_files_of_the_package_are_read_as_the_items_of_their_own_datasets():
@@ -214,14 +236,14 @@ def test_files_of_the_package_are_read_as_the_items_of_their_own_datasets():
     stream = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(stream, pyarrow.Table.from_pylist(items).schema) as writer:
         writer.write_table(pyarrow.Table.from_pylist(items))
-    assert evaluate.read_table(stream.getvalue().to_pybytes(), Path('x.arrow')) == items
-    arc = dict(native_id='a', doc=dict(id='a', query='Question: Why?\nAnswer:', choices=['so', 'no', 'oh'], gold=2))
+    assert sources.read_table(stream.getvalue().to_pybytes(), Path('x.arrow')) == items
+    question = dict(native_id='a', doc=dict(id='a', query='Question: Why?\nAnswer:', choices=['so', 'no', 'oh'], gold=2))
     word = dict(native_id=0, doc=dict(query='To be or not to', choices=['be'], answers_text=['be']))
-    data = gzip.compress('\n'.join(map(json.dumps, [arc, arc, word, word, arc])).encode())
-    first, second = evaluate.read_table(data, Path('requests.jsonl.gz'))
-    assert evaluate.arc(first) == ([('Question: Why?\nAnswer:', choice) for choice in ('so', 'no', 'oh')], 2)
-    assert evaluate.openbookqa(first) == ([('Why?', choice) for choice in ('so', 'no', 'oh')], 2)
-    assert evaluate.lambada(second) == ([('To be or not to', 'be')], 0)
+    data = gzip.compress('\n'.join(map(json.dumps, [question, question, word, word, question])).encode())
+    first, second = sources.read_table(data, Path('requests.jsonl.gz'))
+    assert arc(first) == ([('Question: Why?\nAnswer:', choice) for choice in ('so', 'no', 'oh')], 2)
+    assert openbookqa(first) == ([('Why?', choice) for choice in ('so', 'no', 'oh')], 2)
+    assert lambada(second) == ([('To be or not to', 'be')], 0)
 
 
 # -----------------------------------------------------------------------------
@@ -243,18 +265,15 @@ def run_folder(tmp_path_factory, small):
     return folder
 
 
-def run(monkeypatch, *flags):
-    settings = dict(vars(evaluate))
-    explicit = configure(settings, ['--device=cpu', '--dtype=float32', *map(str, flags)])
-    for name, value in settings.items():
-        monkeypatch.setattr(evaluate, name, value, raising=False)
-    evaluate.main(explicit)
+def run(*flags):
+    code, stdout, stderr = run_here('evaluate.py', '--device=cpu', '--dtype=float32', *flags)
+    assert code == 0, stderr
+    return stdout
 
 
-def test_two_processes_find_what_one_finds(monkeypatch, capsys, run_folder, bundle):
+def test_two_processes_find_what_one_finds(run_folder, bundle):
     flags = [f'--out_dir={run_folder}', '--tasks=bpb,piqa,lambada', f'--eval_dir={run_folder / "items"}', f'--core={bundle}', '--batch_tokens=100']
-    run(monkeypatch, *flags)
-    table = capsys.readouterr().out
+    table = run(*flags)
     one = json.loads((run_folder / 'eval.json').read_text(encoding='utf-8'))
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'evaluate.py']
     subprocess.run([*launch, *flags, '--device=cpu', '--dtype=float32', f'--results={run_folder / "two.json"}'], check=True, capture_output=True,
@@ -268,49 +287,86 @@ def test_two_processes_find_what_one_finds(monkeypatch, capsys, run_folder, bund
     assert 'perplexity' in table and 'core' in table and f'{run_folder}/eval.json: written' in table
 
 
-def test_another_models_numbers_do_not_land_in_the_default_folder(monkeypatch, capsys, tmp_path, run_folder):
+def test_another_models_numbers_do_not_land_in_the_default_folder(monkeypatch, tmp_path, run_folder):
     monkeypatch.chdir(tmp_path)
-    run(monkeypatch, f'--checkpoint_path={run_folder}/ckpt.pt', '--tasks=bpb', '--max_examples=1')
-    assert not (tmp_path / 'out').exists() and 'name a file with --results=FILE' in capsys.readouterr().out
-    run(monkeypatch, f'--checkpoint_path={run_folder}/ckpt.pt', '--tasks=bpb', '--max_examples=1', '--out_dir=here')
+    stdout = run(f'--checkpoint_path={run_folder}/ckpt.pt', '--tasks=bpb', '--max_examples=1')
+    assert not (tmp_path / 'out').exists() and 'name a file with --results=FILE' in stdout
+    run(f'--checkpoint_path={run_folder}/ckpt.pt', '--tasks=bpb', '--max_examples=1', '--out_dir=here')
     assert (tmp_path / 'here/eval.json').exists()
 
 
-def test_bits_per_byte_are_of_the_windows_that_training_evaluated(monkeypatch, tmp_path):
+def test_bits_per_byte_are_of_the_windows_that_training_evaluated(tmp_path):
     tokenizer = ByteTokenizer()
     documents = [sentences(n, n) for n in range(20, 60)]
     write_dataset(tmp_path / 'data', tokenizer, {'train': documents, 'val': documents}, 'a test')
     for i, flags in enumerate((['--isolate_documents=True'], ['--sampling=documents'])):
         code, _, stderr, metrics = train_here(*TINY, f'--dataset={tmp_path / "data"}', '--max_iters=3', '--eval_iters=0', *flags, out_dir=tmp_path / str(i))
         assert code == 0, stderr
-        run(monkeypatch, f'--out_dir={tmp_path / str(i)}', '--tasks=bpb')
+        run(f'--out_dir={tmp_path / str(i)}', '--tasks=bpb')
         found = json.loads((tmp_path / str(i) / 'eval.json').read_text(encoding='utf-8'))['results']['bpb']
         assert found['bpb'] == pytest.approx(metrics[-1]['val_bpb'], rel=1e-5) and found['loss'] == pytest.approx(metrics[-1]['val_loss'], rel=1e-5)
 
 
 @pytest.mark.parametrize('flags, text', [
-    (['--tasks=bpb,hellasvag'], "--tasks=bpb,hellasvag: 'hellasvag' is none, accepted are bpb, hellaswag, lambada"),
+    (['--tasks=bpb,hellasvag'], "--tasks=bpb,hellasvag: 'hellasvag' is not a task, accepted are bpb, hellaswag, lambada"),
     (['--tasks='], '--tasks is empty and there is no --core: nothing to evaluate'),
     (['--tasks=copa', '--eval_dir={0}/items'], '{0}/items has no files for copa: one copa.jsonl is expected'),
     (['--tasks=lambada', '--eval_dir={0}'], '{0} has no files for lambada'),
     (['--max_examples=-1'], '--max_examples=-1: accepted is 0 or more'),
 ])
-def test_errors(monkeypatch, run_folder, flags, text):
-    with pytest.raises((ValueError, OSError)) as error:
-        run(monkeypatch, f'--out_dir={run_folder}', *[flag.format(run_folder) for flag in flags])
-    assert str(error.value).startswith(text.format(run_folder))
+def test_errors(run_folder, flags, text):
+    code, _, stderr = run_here('evaluate.py', '--device=cpu', f'--out_dir={run_folder}', *[flag.format(run_folder) for flag in flags])
+    assert code == 2 and stderr.splitlines()[-1].startswith(text.format(run_folder))
+
+
+def test_default_tasks_leave_out_what_the_tokenizer_cannot_write(monkeypatch, tmp_path, run_folder):
+    flags = [f'--out_dir={run_folder}', f'--results={tmp_path / "r.json"}', '--max_examples=2']
+    words = ''.join(sorted(set(sentences(2000, 1))))
+    data = pack_chars(tmp_path / 'data', sentences(2000, 1), sentences(500, 2), words)
+    assert train_here(*TINY, f'--dataset={data}', '--max_iters=1', out_dir=tmp_path / 'out')[0] == 0
+    monkeypatch.setenv('FLATGPT_OFFLINE', '1')  # nothing has to be downloaded to know it
+    stdout = run(f'--out_dir={tmp_path / "out"}', '--max_examples=2')
+    assert re.search("^skipping hellaswag, lambada, .*openbookqa: character .* is not among the", stdout, re.M) and 'bpb' in stdout
+    code, _, stderr = run_here('evaluate.py', '--device=cpu', f'--out_dir={tmp_path / "out"}', '--tasks=piqa', f'--eval_dir={run_folder / "items"}')
+    assert code == 2 and 'piqa.jsonl: item 0 cannot be scored with this tokenizer: character' in stderr
+
+    for name in TASKS:  # one of them has a character too many
+        monkeypatch.setitem(TASKS, name, lambda item: Item([(item['text'], 'x'), ('a', 'b')], 0))
+        (tmp_path / f'{name}.jsonl').write_text(json.dumps(dict(text='é\x1b[2J' if name == 'copa' else 'e')) + '\n', encoding='utf-8')
+    stdout = run(*flags, f'--eval_dir={tmp_path}')
+    assert stdout.count('skipping') == 1 and "copa.jsonl: item 0 cannot be scored with this tokenizer: character 'é'" in stdout
+    assert json.loads((tmp_path / 'r.json').read_text(encoding='utf-8'))['results'].keys() == {'bpb', *TASKS} - {'copa', 'arc_challenge'}
+
+
+def test_a_byte_order_mark_is_no_part_of_an_item_or_a_bundle(tmp_path, bundle):
+    (tmp_path / 'piqa.jsonl').write_bytes(b'\xef\xbb\xbf{"goal": "g"}\n')
+    assert sources.from_folder('piqa', tmp_path).items == [dict(goal='g')]
+    for path in (bundle / 'eval_meta_data.csv', bundle / 'core.yaml', bundle / 'eval_data/lm.jsonl'):
+        path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+    assert [task.baseline for task in core.read_core(bundle, CharTokenizer(CHARS))] == [0.25, 0.5, 0.0]
+
+
+def test_an_empty_ending_is_never_taken_and_brings_no_warning(recwarn):
+    item = hellaswag(dict(activity_label='A', ctx_a='one.', ctx_b='two', endings=['[header]', 'x'], label='1'))
+    assert item.pairs[0][1] == ''
+    numbers = choice_accuracies([item], [RowScore(-1.0, False, 1), RowScore(-9.0, False, 1)])
+    assert (numbers['acc'], numbers['acc_norm'], numbers['acc_bytes']) == (0, 1, 1) and not recwarn.list
+
+
+def test_a_name_from_a_bundle_cannot_steer_the_terminal():
+    assert table_row('mc\x1b[2J', dict(n=1, acc=0.5)).startswith('mc\\x1b[2J ')
 
 
 def test_an_item_that_is_none_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"x.jsonl: item 1 cannot be an item of piqa \(KeyError: 'label'\)"):
-        evaluate.prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=0), dict(goal='g', sol1='a', sol2='b')], 'x.jsonl', CharTokenizer(CHARS))
+        prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=0), dict(goal='g', sol1='a', sol2='b')], 'x.jsonl', CharTokenizer(CHARS))
     with pytest.raises(ValueError, match=r"item 0 .* character 'ß' \(U\+00DF\) at position 3 is not among the 96"):
-        evaluate.prepare('lambada', [dict(text='wei\u00df es')], 'x.jsonl', CharTokenizer(CHARS))
+        prepare('lambada', [dict(text='wei\u00df es')], 'x.jsonl', CharTokenizer(CHARS))
     with pytest.raises(ValueError, match=r'item 0 .* the right choice is number -1 of 2'):  # a test split without its answers
-        evaluate.prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=-1)], 'x.jsonl', CharTokenizer(CHARS))
+        prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=-1)], 'x.jsonl', CharTokenizer(CHARS))
     (tmp_path / 'piqa.jsonl').write_bytes(b'{"a": 1}\n{')
     with pytest.raises(ValueError, match=r'piqa.jsonl, line 2: not JSON in UTF-8'):
-        evaluate.read_folder('piqa', tmp_path)
+        sources.from_folder('piqa', tmp_path)
 
 
 # -----------------------------------------------------------------------------

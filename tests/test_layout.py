@@ -30,7 +30,10 @@ MAP = {
     'logs': ['checkpoint', 'distributed', 'report'],
     'load': ['model', 'checkpoint', 'pretrained', 'tokens.tokenizer', 'tokens.loader', 'distributed'],
     'scoring': ['distributed', 'files', 'kernels'],
-    'evaluate': ['scoring', 'load', 'tokens.tokenizer', 'corpus.fetch', 'tokens.loader', 'distributed', 'checkpoint', 'configurator'],
+    'tasks.sources': ['corpus.fetch', 'files'],
+    'tasks.items': ['tasks.sources', 'scoring', 'distributed', 'files', 'tokens.tokenizer'],
+    'tasks.core': ['tasks.items', 'scoring', 'files', 'tokens.tokenizer'],
+    'evaluate': ['tasks.items', 'tasks.core', 'scoring', 'load', 'tokens.tokenizer', 'tokens.loader', 'distributed', 'configurator'],
 }
 MAP['train'] = list(MAP)
 MAP.update(dict.fromkeys(['sample', 'bench'], [*MAP['train'], 'sample', 'bench']))
