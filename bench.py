@@ -27,7 +27,7 @@ import distributed
 from configurator import config_of, configure
 from files import one_line_errors
 from model import GPT, GPTConfig
-from optim import configure_optimizers, judge, lr_scale, new_history, set_lr, step_unless
+from optim import OptimizerSettings, Schedule, StepJudge, configure_optimizers, lr_scale, set_lr, step_unless
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
 
@@ -140,8 +140,8 @@ def make_step(model, device, precision, use_compile, learning_rate=1e-4):
     tensor: nothing waits for the device."""
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    optimizers = configure_optimizers(model, optimizer=optimizer, learning_rate=learning_rate, weight_decay=1e-2, dtype=precision)
-    parameters, history = list(model.parameters()), new_history(device)
+    optimizers = configure_optimizers(model, OptimizerSettings(optimizer, learning_rate, weight_decay=1e-2), precision)
+    parameters, judge = list(model.parameters()), StepJudge(device)
     model.loss_chunks = loss_chunks
     model.train()
     if use_compile:
@@ -156,7 +156,7 @@ def make_step(model, device, precision, use_compile, learning_rate=1e-4):
             scaler.unscale_(each)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, grad_norm)
-        skip = judge(history, grad_norm, loss.detach())
+        skip = judge.judge(grad_norm, loss.detach())
         for each in optimizers:
             step_unless(each, skip)
             each.zero_grad(set_to_none=True)
@@ -323,7 +323,7 @@ def compared_model(shape, loader, device):
 
 def warmup(step):
     """The part of PEAK_LR at a step."""
-    return lr_scale(step, schedule='constant', warmup_iters=100, max_iters=steps)
+    return lr_scale(step, Schedule('constant', warmup_iters=100, max_iters=steps))
 
 
 def timed_steps(train_step, first, last, device):

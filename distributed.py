@@ -479,29 +479,3 @@ def all_reduce_bucket(grads):
 def whole(tensor):
     """Return all of a tensor that FSDP has sharded. Every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def part_of(tensor, like):
-    from torch.distributed.tensor import distribute_tensor
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def share_out(function, rows):
-    """Return function(rows), of which each rank computes a share.
-
-    rows      (K, ...), the same on every rank
-    function  (k, ...) -> (k, ...) for any k, each row by itself
-    """
-    if not dist.is_initialized():
-        return function(rows)
-    n_ranks, rank = dist.get_world_size(), dist.get_rank()
-    n_rows = -(-len(rows) // n_ranks)
-    own = rows[rank * n_rows:][:n_rows]  # the last ranks may have fewer rows, or none
-    done = rows.new_zeros(n_rows, *rows.shape[1:])
-    if len(own):
-        done[:len(own)] = function(own)
-    result = rows.new_empty(n_rows * n_ranks, *rows.shape[1:])
-    all_gather(result, done)
-    return result[:len(rows)]

@@ -1,72 +1,57 @@
-"""Optimizers and learning-rate schedules: AdamW in nanoGPT's groups, or Muon for the matrices and AdamW for the rest.
+"""Optimizers and learning-rate schedules: AdamW in nanoGPT's groups, or Muon for matrices and AdamW for the rest.
 
-    optimizers = configure_optimizers(model, optimizer='muon', learning_rate=3e-3, matrix_lr=0.02)
-    set_lr(optimizers, lr_scale(iter_num, schedule='wsd', warmup_iters=20, max_iters=900), muon_momentum(iter_num))
+    settings = OptimizerSettings('muon', learning_rate=3e-3, matrix_lr=0.02)
+    optimizers = configure_optimizers(model, settings)
+    schedule = Schedule('wsd', warmup_iters=20, max_iters=900)
+    set_lr(optimizers, lr_scale(iter_num, schedule), muon_momentum(iter_num))
+    skip = judge.judge(grad_norm, loss)    # judge = StepJudge(device)
     for optimizer in optimizers:
-        optimizer.step()
+        step_unless(optimizer, skip)
 
-Sizes: K matrices of one shape (out, in).
+K matrices of one shape, R rows (outputs), C columns (inputs).
 """
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from distributed import part_of, share_out, whole
+from distributed import all_gather
 
 # -----------------------------------------------------------------------------
 # parameter groups
 
 
-def configure_optimizers(model, *, optimizer='adamw', learning_rate, matrix_lr=0.02, embedding_lr=None, head_lr=None,
-                         betas=(0.9, 0.95), weight_decay=0.1, decay_groups='matrices', dtype=torch.float32, fused=None):
-    """The optimizers of a model that has GPT-2's parameter names; each step takes all of them.
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Settings of configure_optimizers().
 
-    optimizer     'adamw': [AdamW], every parameter at learning_rate, in nanoGPT's groups and order
-                  'muon': [AdamW, Muon], the blocks' matrices by Muon at matrix_lr, the rest by AdamW
-    embedding_lr  with muon, of wpe and wte, which may be the head too; None = learning_rate
-    head_lr       with muon, of an untied lm_head; None = learning_rate
-    decay_groups  'all': weight decay on every parameter. 'matrices': with adamw on all of two dimensions, embeddings included,
-                  as in nanoGPT; with muon on Muon's only, since decay goes by lr * weight_decay and embedding rates are large
-    dtype         of training's matrix products; Muon orthogonalises in bfloat16 where that is it, else in float32
-    fused         AdamW's kernel; None = fused where the device has one
-    returns       list of torch.optim.Optimizer; their groups carry 'kind' (what they hold) and 'peak_lr' (lr at scale 1).
-                  load_state_dict restores the state and leaves these settings alone: a resumed run obeys its own
+    optimizer      'adamw': every parameter by AdamW at learning_rate, in nanoGPT's groups and order
+                   'muon': the blocks' matrices by Muon at matrix_lr, the rest by AdamW
+    embedding_lr   with muon, of wpe and of wte, which may be the head too; None = learning_rate
+    head_lr        with muon, of an untied lm_head; None = learning_rate
+    decay_groups   'matrices': decay AdamW's matrices, embeddings included, as nanoGPT does; with muon decay Muon's
+                   only, because the decay is lr * weight_decay and the rates of embeddings are large.
+                   'all': decay every parameter
+    fused          AdamW's fused kernel; None = where the device has one
     """
-    check('optimizer', optimizer, ('adamw', 'muon'))
-    check('decay_groups', decay_groups, ('matrices', 'all'))
-    rest_decay = weight_decay if decay_groups == 'all' else 0.0
-    if optimizer == 'adamw':
-        settings = {
-            'decay': dict(lr=learning_rate, weight_decay=weight_decay),
-            'no_decay': dict(lr=learning_rate, weight_decay=rest_decay),
-        }
-    else:
-        settings = {
-            'embedding': dict(lr=learning_rate if embedding_lr is None else embedding_lr, weight_decay=rest_decay),
-            'head': dict(lr=learning_rate if head_lr is None else head_lr, weight_decay=rest_decay),
-            'vector': dict(lr=learning_rate, weight_decay=rest_decay),
-            'qkv': dict(lr=matrix_lr, weight_decay=weight_decay, parts=3),
-            'matrix': dict(lr=matrix_lr, weight_decay=weight_decay, parts=1),
-        }
-    groups = {kind: dict(params=[], kind=kind, peak_lr=group['lr'], **group) for kind, group in settings.items()}
-    for name, p in model.named_parameters():  # a tied weight comes once
-        if p.requires_grad:
-            kind = ('decay' if p.dim() >= 2 else 'no_decay') if optimizer == 'adamw' else muon_kind(name, p)
-            groups[kind]['params'].append(p)
-    # an empty group beside a second optimizer is refused by torch.distributed.checkpoint
-    for_adamw = [group for group in groups.values() if group['params'] and 'parts' not in group]
-    for_muon = [group for group in groups.values() if group['params'] and 'parts' in group]
 
-    if fused is None:
-        fused = has_fused_adamw(for_adamw[0]['params'][0].device)
-    optimizers = [torch.optim.AdamW(for_adamw, betas=betas, eps=1e-8, fused=fused)]
-    if for_muon:
-        optimizers.append(Muon(for_muon, ns_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
-    for each in optimizers:
-        each.register_load_state_dict_pre_hook(keep_settings)
-    return optimizers
+    optimizer: str = 'adamw'
+    learning_rate: float = 6e-4
+    matrix_lr: float = 0.02
+    embedding_lr: float | None = None
+    head_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    decay_groups: str = 'matrices'
+    fused: bool | None = None
+
+    def __post_init__(self):
+        check('optimizer', self.optimizer, ('adamw', 'muon'))
+        check('decay_groups', self.decay_groups, ('matrices', 'all'))
 
 
 def check(name, value, accepted):
@@ -74,19 +59,71 @@ def check(name, value, accepted):
         raise ValueError(f'{name}={value} is unknown: accepted are {", ".join(accepted)}')
 
 
-def muon_kind(name, p):
+def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32) -> list[torch.optim.Optimizer]:
+    """Make the optimizers of a model with GPT-2's parameter names; each step takes all of them.
+
+    dtype    of training's matrix products: Muon orthogonalizes in bfloat16 if it is that, else in float32
+    returns  optimizers, whose groups have a 'kind' (what they hold) and a 'peak_lr' (lr at scale 1).
+             load_state_dict() restores the state and keeps these settings: a resumed run obeys its own
+    """
+    groups = group_settings(settings)
+    for group in groups.values():
+        group['params'] = []
+    for name, p in model.named_parameters():  # a tied weight comes once
+        if p.requires_grad:
+            groups[parameter_kind(name, p, settings.optimizer)]['params'].append(p)
+    # torch.distributed.checkpoint refuses an empty group beside a second optimizer
+    groups = [dict(group, kind=kind, peak_lr=group['lr']) for kind, group in groups.items() if group['params']]
+    for_adamw = [group for group in groups if 'parts' not in group]
+    for_muon = [group for group in groups if 'parts' in group]
+
+    fused = settings.fused
+    if fused is None:
+        fused = has_fused_adamw(for_adamw[0]['params'][0].device)
+    optimizers = [torch.optim.AdamW(for_adamw, betas=settings.betas, eps=1e-8, fused=fused)]
+    if for_muon:
+        optimizers.append(Muon(for_muon, ns_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
+    for optimizer in optimizers:
+        optimizer.register_load_state_dict_pre_hook(keep_settings)
+
+    optimized = [id(p) for each in optimizers for group in each.param_groups for p in group['params']]
+    assert sorted(optimized) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    return optimizers
+
+
+def group_settings(settings):
+    """Return {kind: settings of the group}. Muon's groups have `parts`, see there."""
+    lr, decay = settings.learning_rate, settings.weight_decay
+    rest_decay = decay if settings.decay_groups == 'all' else 0.0
+    if settings.optimizer == 'adamw':
+        return {'decay': dict(lr=lr, weight_decay=decay), 'no_decay': dict(lr=lr, weight_decay=rest_decay)}
+    embedding_lr = lr if settings.embedding_lr is None else settings.embedding_lr
+    head_lr = lr if settings.head_lr is None else settings.head_lr
+    return {
+        'embedding': dict(lr=embedding_lr, weight_decay=rest_decay),
+        'head': dict(lr=head_lr, weight_decay=rest_decay),
+        'vector': dict(lr=lr, weight_decay=rest_decay),
+        'qkv': dict(lr=settings.matrix_lr, weight_decay=decay, parts=3),
+        'matrix': dict(lr=settings.matrix_lr, weight_decay=decay, parts=1),
+    }
+
+
+def parameter_kind(name, p, optimizer):
+    """Return the key of group_settings() that a parameter belongs to."""
+    if optimizer == 'adamw':
+        return 'decay' if p.dim() >= 2 else 'no_decay'
     if p.dim() < 2:
         return 'vector'
     if 'transformer.h.' in name:
         return 'qkv' if name.endswith('attn.c_attn.weight') else 'matrix'
     if 'lm_head.' in name:
         return 'head'
-    assert '.wte.' in name or '.wpe.' in name, f'{name} is neither of a block nor head nor embedding'
+    assert '.wte.' in name or '.wpe.' in name, f'{name} belongs to neither block, head nor embedding'
     return 'embedding'
 
 
 def has_fused_adamw(device):
-    """Whether AdamW(fused=True) runs there; torch says so only at the first step."""
+    """Whether AdamW(fused=True) works on a device. torch tells at the first step only."""
     probe = torch.zeros(1, device=device, requires_grad=True)
     probe.grad = torch.zeros_like(probe)
     try:
@@ -97,22 +134,24 @@ def has_fused_adamw(device):
 
 
 def keep_settings(optimizer, state_dict):
-    """The state dict with the optimizer's own rates, decay, betas and kernel in place of the stored ones."""
-    groups = [{**ours, 'params': stored['params']}
-              for ours, stored in zip(optimizer.param_groups, state_dict['param_groups'], strict=True)]
+    """Replace the rates, decay, betas and kernel in a state dict by the optimizer's own."""
+    groups = [{**own, 'params': stored['params']}
+              for own, stored in zip(optimizer.param_groups, state_dict['param_groups'], strict=True)]
     return {**state_dict, 'param_groups': groups}
 
 
 # -----------------------------------------------------------------------------
 # Muon
 
+BATCH_BYTES = 1 << 30  # of updates that Muon orthogonalizes at a time
+
 
 def orthogonalize(G, steps=5, dtype=None):
-    """Brings the singular values of each matrix near 1 (0.68 .. 1.14) and keeps its singular vectors.
+    """Bring the singular values of each matrix near 1 (0.68 to 1.20), and keep its singular vectors.
 
-    G        (K, m, n)  K matrices, each by itself; zeros stay zeros
+    G        (K, R, C); a zero matrix stays zero
     dtype    to compute in; None = G's
-    returns  (K, m, n) in G's dtype
+    returns  (K, R, C) in G's dtype
     source   quintic Newton-Schulz iteration, arXiv:2409.20325; coefficients, steepest at zero, from
              https://kellerjordan.github.io/posts/muon/
     """
@@ -127,19 +166,19 @@ def orthogonalize(G, steps=5, dtype=None):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised: for the weight matrices (out, in) between embedding and head.
+    """Orthogonalized Nesterov momentum, for the matrices (R, C) between embedding and head.
 
         buffer <- momentum * buffer + (1 - momentum) * grad
         update  = orthogonalize((1 - momentum) * grad + momentum * buffer)
-        p      <- p - lr * weight_decay * p - lr * sqrt(max(1, out / in)) * update
+        p      <- p - lr * weight_decay * p - lr * sqrt(max(1, R / C)) * update
 
-    params    parameters or groups of them; a group's `parts` matrices lie one below the other in each of its parameters
-              (the fused Q, K, V: 3) and are orthogonalised each by itself
-    ns_dtype  to orthogonalise in; None = that of the parameters. In bfloat16 the last bit of a gradient can turn a direction that the
-              gradient hardly has, by 1e-2 of the step: ranks in other numbers then part by so much
-    source    https://kellerjordan.github.io/posts/muon/; decoupled decay arXiv:2502.16982
+    params    parameters, or groups of them. Each parameter of a group consists of `parts` matrices, one below
+              another (3 in the fused Q, K, V), which are orthogonalized separately
+    ns_dtype  to orthogonalize in; None = the parameters'. In bfloat16 the last bit of a gradient can turn a
+              direction that the gradient hardly has, by 1e-2 of the step: other numbers of ranks differ by that
+    source    https://kellerjordan.github.io/posts/muon/; decoupled weight decay arXiv:2502.16982
 
-    Where there are several ranks each orthogonalises its share of the matrices. With FSDP the matrices of one shape are gathered for it.
+    Each of several ranks orthogonalizes a share of the matrices. FSDP's shards are gathered for that.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, ns_dtype=None):
@@ -152,27 +191,39 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        skip = getattr(self, 'found_inf', None)
-        # matrices of one shape go through one chain of batched products, whatever group they are from
+
+        # matrices of one shape are multiplied together, whatever group they belong to
         batches = defaultdict(list)
         for group in self.param_groups:
+            settings = group['lr'], group['momentum'], group['weight_decay']
             for p in group['params']:
                 if p.grad is not None:
-                    shape = (p.size(0) // group['parts'], p.size(1))
-                    batches[shape, group['lr'], group['momentum'], group['weight_decay']].append(p)
-        for (shape, lr, momentum, weight_decay), params in batches.items():
-            grads = [p.grad for p in params]
-            buffers = [self.momentum_buffer(p) for p in params]
-            new_buffers = torch._foreach_lerp(buffers, grads, 1 - momentum)
-            updates = torch.cat([whole(update) for update in torch._foreach_lerp(grads, new_buffers, momentum)])  # (K * out, in)
-            updates = share_out(lambda G: orthogonalize(G, dtype=self.ns_dtype), updates.view(-1, *shape))  # (K, out, in)
-            updates = updates.view(-1, shape[1]).split([p.size(0) for p in params])
-            new_params = torch._foreach_mul(params, 1 - lr * weight_decay)
-            torch._foreach_add_(new_params, [part_of(update, p) for update, p in zip(updates, params)],
-                                alpha=-lr * math.sqrt(max(1, shape[0] / shape[1])))
-            for old, new in zip([*buffers, *params], [*new_buffers, *new_params]):
-                old.copy_(new if skip is None else torch.where(skip > 0, old, new))
+                    shape = p.size(0) // group['parts'], p.size(1)
+                    batches[shape, settings].append(p)
+        for (shape, settings), params in batches.items():
+            n_params = max(1, BATCH_BYTES // (4 * max(p.numel() for p in params)))
+            for i in range(0, len(params), n_params):
+                self.step_batch(params[i:i + n_params], shape, *settings)
         return loss
+
+    def step_batch(self, params, shape, lr, momentum, weight_decay):
+        """Update parameters that consist of matrices of one shape."""
+        # local tensors: DTensor lacked _foreach_lerp up to torch 2.12
+        weights = [local(p) for p in params]
+        grads = [local(p.grad) for p in params]
+        buffers = [local(self.momentum_buffer(p)) for p in params]
+        new_buffers = torch._foreach_lerp(buffers, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, new_buffers, momentum)
+
+        matrices = torch.cat(self.gather(updates, params)).view(-1, *shape)  # (K, R, C)
+        rows = self.share_out(matrices).view(-1, shape[1]).split([p.size(0) for p in params])
+        updates = [own_rows(update, p) for update, p in zip(rows, params, strict=True)]
+        new_weights = torch._foreach_mul(weights, 1 - lr * weight_decay)
+        torch._foreach_add_(new_weights, updates, alpha=-lr * math.sqrt(max(1, shape[0] / shape[1])))
+
+        skip = getattr(self, 'found_inf', None)  # see step_unless()
+        for old, new in zip([*buffers, *weights], [*new_buffers, *new_weights], strict=True):
+            old.copy_(new if skip is None else torch.where(skip > 0, old, new))
 
     def momentum_buffer(self, p):
         state = self.state[p]
@@ -180,43 +231,114 @@ class Muon(torch.optim.Optimizer):
             state['momentum_buffer'] = torch.zeros_like(p)
         return state['momentum_buffer']
 
+    def gather(self, shards, params):
+        """Return the whole tensors of which FSDP gives each rank some rows, in the dtype of orthogonalization."""
+        if not isinstance(params[0], DTensor):
+            return shards
+        group, n_ranks = shard_group(params[0])
+        wholes = []
+        for shard, p in zip(shards, params, strict=True):
+            n_rows = -(-p.size(0) // n_ranks)  # the last ranks may have fewer rows, or none
+            padded = shard.new_zeros(n_rows, p.size(1), dtype=self.ns_dtype)
+            padded[:len(shard)] = shard
+            whole = padded.new_empty(n_ranks * n_rows, p.size(1))
+            all_gather(whole, padded, group=group)
+            wholes.append(whole[:p.size(0)])
+        return wholes
+
+    def share_out(self, matrices):
+        """Orthogonalize matrices (K, R, C) that are the same on every rank: each rank does a share of them."""
+        if not dist.is_initialized():
+            return orthogonalize(matrices, dtype=self.ns_dtype)
+        n_ranks = dist.get_world_size()
+        n_own = -(-len(matrices) // n_ranks)
+        own = matrices[dist.get_rank() * n_own:][:n_own]  # the last ranks may have fewer matrices, or none
+        done = matrices.new_zeros(n_own, *matrices.shape[1:], dtype=self.ns_dtype)
+        if len(own):
+            done[:len(own)] = orthogonalize(own, dtype=self.ns_dtype)
+        result = done.new_empty(n_ranks * n_own, *matrices.shape[1:])
+        all_gather(result, done)
+        return result[:len(matrices)]
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_group(p):
+    """Return the process group that FSDP shards a parameter over, and its size."""
+    group = p.device_mesh.get_group('shard')
+    return group, dist.get_world_size(group)
+
+
+def own_rows(update, p):
+    """Return the rows of an update (of p's whole shape) that this rank has of p, in p's dtype."""
+    if isinstance(p, DTensor):
+        group, n_ranks = shard_group(p)
+        n_rows = -(-p.size(0) // n_ranks)
+        update = update[dist.get_rank(group) * n_rows:][:len(p.to_local())]
+    return update.to(p.dtype)
+
 
 # -----------------------------------------------------------------------------
-# steps that are not taken
+# skipped steps
 
 SMOOTHING = 0.95
-JUDGED_AFTER = 20  # steps: a running mean of fewer says little
+MIN_TAKEN = 20  # steps before spikes are looked for: a running mean of fewer says little
 
 
-def new_history(device):
-    """What judge() remembers, (5,) float32: steps skipped, how many of them the last in a row, steps taken, and for gradient norms and
-    losses of the steps taken a sum in which each weighs 0.95 of the one after it; divided by 1 - 0.95^taken it is a running mean."""
-    return torch.zeros(5, device=device)
+class StepJudge:
+    """Decide whether to skip a step, and count. All numbers are 0-d float32 tensors on the device, so that the host
+    need not wait for them; to read several, stack them first.
 
-
-def judge(history, grad_norm, loss, skip_spikes=0.0):
-    """Whether to skip a step, as a 0-d float32 of 0 or 1 that the host need not wait for; history, changed in place, counts it.
-
-    grad_norm, loss  0-d float32, the same on all ranks
-    skip_spikes      skip where one of them is above so many times its running mean; 0 = only where one is not finite
+    skip_spikes       skip a step whose gradient norm or loss exceeds this multiple of its running mean;
+                      0 = only a step in which one of them is not finite
+    state             as state() returned it
+    skipped           steps skipped so far
+    skipped_in_a_row  of those, the last in a row
+    taken             steps taken
+    norm_sum, loss_sum  sums over the steps taken, each weighing 0.95 of the next, times 0.05
     """
-    skipped, in_a_row, taken = history[:3]
-    now, sums = torch.stack((grad_norm, loss)), history[3:]
-    skip = ~now.isfinite().all()
-    if skip_spikes:
-        skip = skip | ((now > skip_spikes * sums / (1 - SMOOTHING ** taken)).any() & (taken >= JUDGED_AFTER))
-    history.copy_(torch.where(skip, torch.cat((torch.stack((skipped + 1, in_a_row + 1, taken)), sums)),
-                              torch.cat((torch.stack((skipped, torch.zeros_like(taken), taken + 1)), SMOOTHING * sums + (1 - SMOOTHING) * now))))
-    return skip.float()
+
+    def __init__(self, device, skip_spikes: float = 0.0, state=(0.0, 0.0, 0.0, 0.0, 0.0)):
+        self.skip_spikes = skip_spikes
+        numbers = torch.tensor(state, dtype=torch.float32, device=device)
+        self.skipped, self.skipped_in_a_row, self.taken, self.norm_sum, self.loss_sum = numbers.unbind()
+
+    def state(self) -> list[float]:
+        """Return what a checkpoint stores as `history`."""
+        fields = self.skipped, self.skipped_in_a_row, self.taken, self.norm_sum, self.loss_sum
+        return torch.stack(fields).tolist()
+
+    @property
+    def smoothed_loss(self):
+        """The running mean of the loss over the steps taken; NaN before the first."""
+        return self.loss_sum / (1 - SMOOTHING ** self.taken)
+
+    def judge(self, grad_norm, loss):
+        """Return 1 if the step is to be skipped, else 0, as a 0-d float32. Arguments: 0-d, the same on all ranks."""
+        now = torch.stack((grad_norm, loss))
+        sums = torch.stack((self.norm_sum, self.loss_sum))
+        skip = ~now.isfinite().all()
+        if self.skip_spikes:
+            means = sums / (1 - SMOOTHING ** self.taken)
+            skip = skip | ((now > self.skip_spikes * means).any() & (self.taken >= MIN_TAKEN))
+        sums = torch.where(skip, sums, SMOOTHING * sums + (1 - SMOOTHING) * now)
+        self.norm_sum, self.loss_sum = sums.unbind()
+        skip = skip.float()
+        self.skipped = self.skipped + skip
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
+        self.taken = self.taken + 1 - skip
+        return skip
 
 
 def step_unless(optimizer, skip):
-    """optimizer.step(), which changes nothing where skip is 1; the host knows only where the kernel cannot."""
+    """Call optimizer.step(), which changes nothing if skip is 1. The host waits for skip only if AdamW is not fused."""
     if optimizer.defaults.get('fused') is False:
         if not skip:
             optimizer.step()
         return
-    optimizer.found_inf = skip  # as torch's GradScaler tells fused kernels
+    optimizer.found_inf = skip  # the name by which torch's GradScaler tells fused kernels
     optimizer.step()
     del optimizer.found_inf
 
@@ -225,50 +347,66 @@ def step_unless(optimizer, skip):
 # schedules: pure functions of the iteration
 
 
-def lr_scale(it, *, schedule, warmup_iters, max_iters, lr_decay_iters=None, min_lr_ratio=0.0, decay_fraction=0.4,
-             restart_iters=1000, restart_mult=1):
-    """What every peak learning rate is multiplied by at iteration `it`: 0 .. 1.
+@dataclass(frozen=True)
+class Schedule:
+    """A learning-rate schedule. Each warms up linearly over warmup_iters first, then follows its kind.
 
-    schedule  each warms up first, linearly over warmup_iters; then
-              'cosine': half a cosine, down to min_lr_ratio at lr_decay_iters (None = max_iters), as in nanoGPT
-              'wsd': 1, and over the last decay_fraction of max_iters linearly down to min_lr_ratio
-              'cosine_restarts': half a cosine over restart_iters, then again over restart_mult times as many, and so on
+    kind      'cosine': half a cosine down to min_lr_ratio at lr_decay_iters (None = max_iters), as in nanoGPT
+              'wsd': 1, then linearly down to min_lr_ratio over the last decay_fraction of max_iters
+              'cosine_restarts': half a cosine over restart_iters, then over restart_mult times as many, and so on
               'constant': 1
     source    arXiv:1608.03983 (restarts), arXiv:2404.06395 (wsd)
     """
-    check('schedule', schedule, ('cosine', 'wsd', 'cosine_restarts', 'constant'))
-    if it < warmup_iters:
-        return (it + 1) / (warmup_iters + 1)
-    if schedule == 'cosine':
-        end = max_iters if lr_decay_iters is None else lr_decay_iters
-        height = half_cosine((it - warmup_iters) / (end - warmup_iters)) if it < end else 0.0
-    elif schedule == 'wsd':
-        left, decay_iters = max(max_iters - it, 0), decay_fraction * max_iters
-        height = left / decay_iters if left < decay_iters else 1.0
-    elif schedule == 'cosine_restarts':
-        if restart_iters < 1 or restart_mult < 1:
-            raise ValueError(f'restart_iters={restart_iters}, restart_mult={restart_mult}: accepted is 1 or more for both')
-        since, length = it - warmup_iters, restart_iters
-        while since >= length:
-            since, length = since - length, length * restart_mult
-        height = half_cosine(since / length)
-    else:
-        height = 1.0
-    return height + (1 - height) * min_lr_ratio
+
+    kind: str
+    warmup_iters: int
+    max_iters: int
+    lr_decay_iters: int | None = None
+    min_lr_ratio: float = 0.0
+    decay_fraction: float = 0.4
+    restart_iters: int = 1000
+    restart_mult: int = 1
+
+    def __post_init__(self):
+        check('lr_schedule', self.kind, ('cosine', 'wsd', 'cosine_restarts', 'constant'))
+        if self.restart_iters < 1 or self.restart_mult < 1:
+            raise ValueError(f'restart_iters={self.restart_iters}, restart_mult={self.restart_mult}: '
+                             'accepted is 1 or more for both')
+
+
+def lr_scale(it: int, schedule: Schedule) -> float:
+    """Return the factor, 0 to 1, of every peak learning rate at iteration `it`."""
+    since_warmup = it - schedule.warmup_iters
+    if since_warmup < 0:
+        return (it + 1) / (schedule.warmup_iters + 1)
+    height = 1.0
+    if schedule.kind == 'cosine':
+        end = schedule.max_iters if schedule.lr_decay_iters is None else schedule.lr_decay_iters
+        height = half_cosine(since_warmup / (end - schedule.warmup_iters)) if it < end else 0.0
+    elif schedule.kind == 'wsd':
+        decay_iters = schedule.decay_fraction * schedule.max_iters
+        remaining = max(schedule.max_iters - it, 0)
+        height = remaining / decay_iters if remaining < decay_iters else 1.0
+    elif schedule.kind == 'cosine_restarts':
+        length = schedule.restart_iters
+        while since_warmup >= length:
+            since_warmup, length = since_warmup - length, length * schedule.restart_mult
+        height = half_cosine(since_warmup / length)
+    return height + (1 - height) * schedule.min_lr_ratio
 
 
 def half_cosine(x):
     return 0.5 * (1.0 + math.cos(math.pi * x))
 
 
-def muon_momentum(it, warmup_iters=300, start=0.85, end=0.95):
-    """Muon's momentum at iteration `it`: rises linearly over warmup_iters (https://github.com/KellerJordan/modded-nanogpt)."""
+def muon_momentum(it: int, warmup_iters: int = 300, start: float = 0.85, end: float = 0.95) -> float:
+    """Return Muon's momentum at iteration `it`, which rises linearly (github.com/KellerJordan/modded-nanogpt)."""
     x = min(it / warmup_iters, 1.0) if warmup_iters else 1.0
     return (1 - x) * start + x * end
 
 
-def set_lr(optimizers, scale, momentum=None):
-    """Sets every group's learning rate to scale times its peak, and Muon's momentum where one is given."""
+def set_lr(optimizers, scale: float, momentum: float | None = None):
+    """Set every group's learning rate to scale times its peak, and Muon's momentum if one is given."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = group['peak_lr'] * scale

@@ -31,12 +31,12 @@ from kernels import IGNORE
 from logs import clock, farewell, open_logs
 from model import GPT, GPTConfig
 from optim import (
-    SMOOTHING,
+    OptimizerSettings,
+    Schedule,
+    StepJudge,
     configure_optimizers,
-    judge,
     lr_scale,
     muon_momentum,
-    new_history,
     set_lr,
     step_unless,
 )
@@ -187,10 +187,9 @@ def main(explicit):
     autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(place.device.type, enabled=precision == torch.float16)
     optimizers = configure_optimizers(
-        model, optimizer=optimizer, learning_rate=learning_rate, matrix_lr=matrix_lr, embedding_lr=embedding_lr, head_lr=head_lr,
-        betas=(beta1, beta2), weight_decay=weight_decay, decay_groups=decay_groups, dtype=precision)
-    history = new_history(place.device)
+        model, OptimizerSettings(optimizer, learning_rate, matrix_lr, embedding_lr, head_lr, (beta1, beta2), weight_decay, decay_groups), precision)
     past = dict(iter_num=0, best_val_loss=math.inf, since_best=0, history=None, to_evaluate=False, run_id=None, wandb_id=None) | (state or {})
+    judge = StepJudge(place.device, skip_spikes, past['history'] or [0.0] * 5)
     iter_num, best_val_loss, wandb_id = past['iter_num'], past['best_val_loss'], past['wandb_id']
     since_best = past['since_best']  # evaluations without a new best
     run_id = past['run_id'] or secrets.token_hex(4)  # tells checkpoint.save which files in out_dir are earlier states of this run
@@ -198,8 +197,6 @@ def main(explicit):
     if state is not None:
         if state.get('scaler'):
             scaler.load_state_dict(state['scaler'])
-        if past['history']:
-            history.copy_(torch.tensor(past['history']))
         checkpoint.scatter(state, model, optimizers)
         if state.get('data', train_loader.fingerprint()) != train_loader.fingerprint():
             print0(f'{dataset} is not the data that the checkpoint saw: the run goes on, but not as an unbroken one would')
@@ -242,21 +239,21 @@ def main(explicit):
     def save(is_best, to_evaluate):
         newest = dict(
             **checkpoint.gather(model, optimizers), scaler=scaler.state_dict(), model_args=vars(model.config), iter_num=iter_num,
-            best_val_loss=best_val_loss, since_best=since_best, to_evaluate=to_evaluate, history=history.tolist(), config=config_of(globals()),
+            best_val_loss=best_val_loss, since_best=since_best, to_evaluate=to_evaluate, history=judge.state(), config=config_of(globals()),
             tokenizer=tokenizer_meta, vocab_size=vocab_size, style=style, data=train_loader.fingerprint(), position=train_loader.position(iter_num),
             wandb_id=wandb_id, run_id=run_id, format=checkpoint.FORMAT)
         distributed.on_first_rank(lambda: checkpoint.save(out_dir, newest, keep_last_n_checkpoints, is_best))
 
     def log_step():
         nonlocal t_log, logged_at
-        skipped, in_a_row, taken, _, loss_sum = history.tolist()
+        skipped, in_a_row, taken, *_ = judge.state()
         now, steps = time.perf_counter(), iter_num + 1 - logged_at
         dt_s = (now - t_log) / steps
         t_log, logged_at = now, iter_num + 1
         tok_per_s = grad_accum * rows * place.world_size * block_size / dt_s
         peak = distributed.peak_flops(place.device)
         mfu = tok_per_s * model.flops_per_token() / (peak * place.world_size) if peak and precision != torch.float32 else None
-        line = dict(iter=iter_num, loss=step_loss.item(), loss_smoothed=loss_sum / (1 - SMOOTHING ** taken) if taken else None, lr=scale * peak_lr(),
+        line = dict(iter=iter_num, loss=step_loss.item(), loss_smoothed=judge.smoothed_loss.item() if taken else None, lr=scale * peak_lr(),
                     grad_norm=grad_norm.item(), tok_per_s=tok_per_s, mfu=mfu, eta_s=(max_iters - iter_num - 1) * dt_s, dt_s=dt_s, n_steps=steps,
                     skipped=int(skipped), peak_memory_bytes=distributed.peak_memory_bytes(place.device))
         problem = 'SPIKE' if math.isfinite(line['loss'] + line['grad_norm']) else 'NOT FINITE'
@@ -338,7 +335,7 @@ def main(explicit):
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
         distributed.all_reduce_sum(step_loss)
-        skip = judge(history, grad_norm, step_loss, skip_spikes)  # the same on all ranks; one bad gradient would make every weight NaN
+        skip = judge.judge(grad_norm, step_loss)  # the same on all ranks; one bad gradient would make every weight NaN
         for each in optimizers:
             step_unless(each, skip)
         scaler.update()
@@ -531,8 +528,8 @@ def lr_at(it):
     """The factor of every peak learning rate at iteration it."""
     if not decay_lr:
         return 1.0
-    return lr_scale(it, schedule=lr_schedule, warmup_iters=warmup_iters, max_iters=max_iters, lr_decay_iters=lr_decay_iters,
-                    min_lr_ratio=min_lr / (learning_rate or 1.0), decay_fraction=decay_fraction, restart_iters=restart_iters, restart_mult=restart_mult)
+    return lr_scale(it, Schedule(lr_schedule, warmup_iters, max_iters, lr_decay_iters, min_lr / (learning_rate or 1.0), decay_fraction,
+                                 restart_iters, restart_mult))
 
 
 # -----------------------------------------------------------------------------

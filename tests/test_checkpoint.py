@@ -16,7 +16,7 @@ from conftest import differences
 import checkpoint
 import files
 from model import GPT, GPTConfig
-from optim import configure_optimizers, set_lr
+from optim import OptimizerSettings, configure_optimizers, set_lr
 
 SIZES = dict(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=8)
 
@@ -358,7 +358,7 @@ def new_model(arch, seed=0, **changes):
 
 
 def new_optimizers(model, optimizer, learning_rate=1e-2, weight_decay=0.1):
-    return configure_optimizers(model, optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay)
+    return configure_optimizers(model, OptimizerSettings(optimizer, learning_rate, weight_decay=weight_decay))
 
 
 def train(model, optimizers, n_steps, seed=0):
@@ -470,7 +470,7 @@ def test_a_checkpoint_of_nanogpt_goes_on(tmp_path, prefix):
     assert (state['iter_num'], state['best_val_loss'], type(state['best_val_loss'])) == (2000, 1.5, float)
     ours = GPT(GPTConfig(**state['model_args']))
     assert (ours.config.arch, ours.config.activation, ours.config.bias) == ('gpt2', 'gelu', False)
-    optimizers = configure_optimizers(ours, optimizer='adamw', learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), fused=False)
+    optimizers = configure_optimizers(ours, OptimizerSettings(learning_rate=1e-2, fused=False))
     checkpoint.scatter(state, ours, optimizers)
     moments = optimizers[0].state
     for p, q in zip(ours.parameters(), model.parameters()):

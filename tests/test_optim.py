@@ -11,19 +11,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import optim
 from model import GPT, GPTConfig
 from optim import (
     Muon,
-    configure_optimizers,
+    OptimizerSettings,
+    Schedule,
+    StepJudge,
     has_fused_adamw,
-    judge,
     lr_scale,
     muon_momentum,
-    new_history,
     orthogonalize,
     set_lr,
     step_unless,
 )
+
+
+def configure_optimizers(model, dtype=torch.float32, **settings):
+    return optim.configure_optimizers(model, OptimizerSettings(**settings), dtype)
 
 
 def tiny(arch, seed=0):
@@ -129,10 +134,10 @@ def test_unknown_choices_are_named():
         configure_optimizers(tiny('gpt2'), optimizer='sgd', learning_rate=1e-3)
     with pytest.raises(ValueError, match='^decay_groups=some is unknown: accepted are matrices, all$'):
         configure_optimizers(tiny('gpt2'), decay_groups='some', learning_rate=1e-3)
-    with pytest.raises(ValueError, match='^schedule=linear is unknown: accepted are cosine, wsd, cosine_restarts, constant$'):
-        lr_scale(0, schedule='linear', warmup_iters=10, max_iters=100)
+    with pytest.raises(ValueError, match='^lr_schedule=linear is unknown: accepted are cosine, wsd, cosine_restarts, constant$'):
+        Schedule('linear', warmup_iters=10, max_iters=100)
     with pytest.raises(ValueError, match='^restart_iters=0, restart_mult=2: accepted is 1 or more for both$'):
-        lr_scale(0, schedule='cosine_restarts', warmup_iters=0, max_iters=100, restart_iters=0, restart_mult=2)
+        Schedule('cosine_restarts', warmup_iters=0, max_iters=100, restart_iters=0, restart_mult=2)
 
 
 # -----------------------------------------------------------------------------
@@ -243,27 +248,37 @@ def test_muon_orthogonalises_in_bfloat16_only_where_training_multiplies_in_it(dt
 # steps that are not taken
 
 
-def judged(history, grad_norm, loss, skip_spikes=0.0):
-    return judge(history, torch.tensor(grad_norm), torch.tensor(loss), skip_spikes).item()
+def judged(judge, grad_norm, loss):
+    return judge.judge(torch.tensor(grad_norm), torch.tensor(loss)).item()
 
 
 def test_what_is_not_finite_is_skipped_and_counted():
-    history = new_history('cpu')
-    verdicts = [judged(history, *now) for now in ((1.0, 2.0), (math.nan, 2.0), (1.0, math.inf), (1e9, 2.0), (math.inf, math.nan))]
+    judge = StepJudge('cpu')
+    verdicts = [judged(judge, *now) for now in ((1.0, 2.0), (math.nan, 2.0), (1.0, math.inf), (1e9, 2.0), (math.inf, math.nan))]
     assert verdicts == [0.0, 1.0, 1.0, 0.0, 1.0]
-    assert history[:3].tolist() == [3, 1, 2]  # the big norm is no spike as long as skip_spikes is off, and ends the row
-    assert history[3:].tolist() == pytest.approx([0.05 * 1e9 + 0.05 * 0.95, 0.05 * 2 + 0.05 * 0.95 * 2])
+    assert judge.state()[:3] == [3, 1, 2]  # the big norm is no spike while skip_spikes is off, and ends the row
+    assert (judge.skipped, judge.skipped_in_a_row, judge.taken) == (3, 1, 2)
+    assert judge.state()[3:] == pytest.approx([0.05 * 1e9 + 0.05 * 0.95, 0.05 * 2 + 0.05 * 0.95 * 2])
 
 
 def test_a_spike_is_what_is_above_a_multiple_of_the_running_mean():
-    history = new_history('cpu')
+    judge = StepJudge('cpu', skip_spikes=3.0)
     for i in range(20):
-        assert judged(history, 100.0 if i == 0 else 1.0, 2.0, 3.0) == 0.0  # too early to tell
+        assert judged(judge, 100.0 if i == 0 else 1.0, 2.0) == 0.0  # too early to tell
     mean = (1 + 99 * 0.05 * 0.95 ** 19 / (1 - 0.95 ** 20))
-    before = history.clone()
-    assert judged(history, 3.01 * mean, 2.0, 3.0) == 1.0 and judged(history, 1.0, 6.01, 3.0) == 1.0
-    assert torch.equal(history[2:], before[2:]) and history[:2].tolist() == [2, 2]  # a spike does not raise the mean
-    assert judged(history, 2.99 * mean, 5.9, 3.0) == 0.0
+    before = judge.state()
+    assert judged(judge, 3.01 * mean, 2.0) == 1.0 and judged(judge, 1.0, 6.01) == 1.0
+    assert judge.state() == [2, 2, *before[2:]]  # a spike does not raise the mean
+    judge = StepJudge('cpu', 3.0, judge.state())  # as a resumed run has it
+    assert judged(judge, 2.99 * mean, 5.9) == 0.0
+
+
+def test_the_smoothed_loss_is_the_running_mean():
+    judge = StepJudge('cpu')
+    assert math.isnan(judge.smoothed_loss)
+    for loss in (3.0, 1.0):
+        judged(judge, 1.0, loss)
+    assert judge.smoothed_loss.item() == pytest.approx((0.95 * 3 + 1) / 1.95)
 
 
 @pytest.mark.parametrize('fused', [None, False])
@@ -379,8 +394,7 @@ def test_cosine_is_nanogpts_at_every_iteration():
         progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
         return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
-    ours = [learning_rate * lr_scale(it, schedule='cosine', warmup_iters=warmup_iters, max_iters=60, lr_decay_iters=lr_decay_iters,
-                                     min_lr_ratio=min_lr / learning_rate) for it in range(70)]
+    ours = [learning_rate * lr_scale(it, Schedule('cosine', warmup_iters, 60, lr_decay_iters, min_lr / learning_rate)) for it in range(70)]
     assert ours == pytest.approx([nanogpt(it) for it in range(70)], rel=1e-12)
 
 
@@ -388,32 +402,32 @@ def test_cosine_is_nanogpts_at_every_iteration():
 def test_cosine_restarts_is_torchs_at_every_iteration(mult):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10, T_mult=mult, eta_min=0.1)
-    settings = dict(schedule='cosine_restarts', warmup_iters=3, max_iters=0, min_lr_ratio=0.1, restart_iters=10, restart_mult=mult)
-    assert [lr_scale(it, **settings) for it in range(3)] == [1 / 4, 2 / 4, 3 / 4]
+    settings = Schedule('cosine_restarts', warmup_iters=3, max_iters=0, min_lr_ratio=0.1, restart_iters=10, restart_mult=mult)
+    assert [lr_scale(it, settings) for it in range(3)] == [1 / 4, 2 / 4, 3 / 4]
     for it in range(3, 200):
-        assert lr_scale(it, **settings) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12), it
+        assert lr_scale(it, settings) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12), it
         optimizer.step()
         theirs.step()
 
 
 @pytest.mark.parametrize('settings, table', [
-    (dict(schedule='wsd', warmup_iters=3, max_iters=12, decay_fraction=1 / 3),
+    (Schedule('wsd', warmup_iters=3, max_iters=12, decay_fraction=1 / 3),
      [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
-    (dict(schedule='wsd', warmup_iters=0, max_iters=4, decay_fraction=0.5, min_lr_ratio=0.5), [1, 1, 1, 0.75, 0.5, 0.5]),
-    (dict(schedule='wsd', warmup_iters=1, max_iters=4, decay_fraction=0.0), [0.5, 1, 1, 1, 1]),
-    (dict(schedule='constant', warmup_iters=3, max_iters=5, min_lr_ratio=0.1), [0.25, 0.5, 0.75, 1, 1, 1, 1]),
-    (dict(schedule='cosine', warmup_iters=1, max_iters=3, min_lr_ratio=0.1), [0.5, 1, 0.55, 0.1, 0.1]),
-    (dict(schedule='cosine', warmup_iters=2, max_iters=2), [1 / 3, 2 / 3, 0, 0]),
+    (Schedule('wsd', warmup_iters=0, max_iters=4, decay_fraction=0.5, min_lr_ratio=0.5), [1, 1, 1, 0.75, 0.5, 0.5]),
+    (Schedule('wsd', warmup_iters=1, max_iters=4, decay_fraction=0.0), [0.5, 1, 1, 1, 1]),
+    (Schedule('constant', warmup_iters=3, max_iters=5, min_lr_ratio=0.1), [0.25, 0.5, 0.75, 1, 1, 1, 1]),
+    (Schedule('cosine', warmup_iters=1, max_iters=3, min_lr_ratio=0.1), [0.5, 1, 0.55, 0.1, 0.1]),
+    (Schedule('cosine', warmup_iters=2, max_iters=2), [1 / 3, 2 / 3, 0, 0]),
 ])
 def test_schedule_tables(settings, table):
-    assert [lr_scale(it, **settings) for it in range(len(table))] == pytest.approx(table, abs=1e-15)
+    assert [lr_scale(it, settings) for it in range(len(table))] == pytest.approx(table, abs=1e-15)
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd', 'cosine_restarts'])
 def test_schedules_reach_one_and_their_minimum_exactly(schedule):
-    settings = dict(schedule=schedule, warmup_iters=10, max_iters=110, min_lr_ratio=0.1, restart_iters=50)
-    assert lr_scale(10, **settings) == 1.0
-    assert lr_scale(110, **settings) == (1.0 if schedule == 'cosine_restarts' else 0.1)
+    settings = Schedule(schedule, warmup_iters=10, max_iters=110, min_lr_ratio=0.1, restart_iters=50)
+    assert lr_scale(10, settings) == 1.0
+    assert lr_scale(110, settings) == (1.0 if schedule == 'cosine_restarts' else 0.1)
 
 
 def test_muons_momentum_warms_up():
