@@ -199,7 +199,7 @@ def broken(path):
     (lambda path: path.write_text(''), [], 'there is no text in the corpus'),
     (lambda path: path.write_text('{"text": ""}\n'), ['--tokenizer=gpt2'], 'there is no text for the train split: give more text, or another --val_fraction'),
     (lambda path: None, [], 'a.jsonl: there is no such file or folder'),
-    (write_jsonl, ['--tokenizer=gpt3'], 'tokenizer gpt3: accepted are char, gpt2, byte, and a folder with tokenizer.json: python -m tokens.tokenizer train --input TEXT --out FOLDER makes one'),
+    (write_jsonl, ['--tokenizer=gpt3'], 'tokenizer gpt3: accepted are char, gpt2, byte, and a folder with tokenizer.json: python -m corpus.train_tokenizer train --input TEXT --out FOLDER makes one'),
     (write_jsonl, ['--sample=0'], '--sample=0.0 must be above 0, and at most 1'),
     (write_jsonl, ['--min_chars=0'], '--min_chars=0 must be 1 or more'),
 ])

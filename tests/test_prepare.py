@@ -15,10 +15,11 @@ import pytest
 from conftest import survives
 
 from corpus.pack import write_dataset
+from corpus.train_tokenizer import save_tokenizer
 from data.chinese import prepare as chinese
 from data.shakespeare_char import prepare as shakespeare
 from tokens.dataset import read_meta
-from tokens.tokenizer import BPETokenizer, CharTokenizer, save_tokenizer, tokenizer_meta
+from tokens.tokenizer import BPETokenizer, CharTokenizer, tokenizer_meta
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / 'shared' / 'data'

@@ -245,10 +245,7 @@ def test_gpt2_tokenizer_is_exported(tmp_path, arch, gpt2_tokenizer):
     content = json.loads((tmp_path / 'tokenizer.json').read_text(encoding='utf-8'))
     content['model']['merges'][7], content['model']['merges'][8] = content['model']['merges'][8], content['model']['merges'][7]
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content), encoding='utf-8')
-    with pytest.raises(ValueError) as error:
-        read_tokenizer_json(tmp_path)
-    assert str(error.value) == (f"{tmp_path / 'tokenizer.json'} is a BPE tokenizer of 50257 tokens: supported are GPT-2's own, one token per character "
-                                'as save_pretrained writes it, and byte-level BPE as python -m tokens.tokenizer train writes it')
+    assert read_tokenizer_json(tmp_path)['kind'] == 'json'  # any other tokenizer is kept whole
 
 
 # -----------------------------------------------------------------------------

@@ -11,15 +11,9 @@ import checkpoint
 import sample
 from configurator import configure
 from corpus.pack import write_dataset
+from corpus.train_tokenizer import save_tokenizer, train_bpe
 from model import GPT, GPTConfig
-from tokens.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_meta,
-    train_bpe,
-)
+from tokens.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, tokenizer_meta
 from weights import load
 
 CHARS = '\n abcdefgh€'

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from files import read_json, write_atomically, write_json
-from tokens.tokenizer import GPT2_META, read_tokenizer_json, tokenizer_config, vocab_size_of
+from tokens.tokenizer import GPT2_META, read_tokenizer_json, vocab_size_of
+from tokens.tokenizer_json import tokenizer_config
 from weights.architectures import ARCHITECTURES, ConfigReader
 from weights.foreign import check_model_args
 from weights.formats import Npz, open_folder, write_npz, write_safetensors

@@ -23,15 +23,9 @@ sys.path.insert(0, str(HERE.parent.parent))
 from corpus.fetch import fetch
 from corpus.pack import add_build_options, check_options, dataset_name, pack_files
 from corpus.readers import find_files
+from corpus.train_tokenizer import SAMPLE_BYTES, read_texts, save_tokenizer, train_bpe
 from files import one_line_errors
-from tokens.tokenizer import (
-    SAMPLE_BYTES,
-    load_tokenizer,
-    read_texts,
-    save_tokenizer,
-    tokenizer_meta,
-    train_bpe,
-)
+from tokens.tokenizer import load_tokenizer, tokenizer_meta
 
 POEMS_SHA256 = '25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86'
 POEMS = f'npm:chinese-poetry@2.0.1#{POEMS_SHA256}!'
@@ -94,7 +88,8 @@ def main():
         tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer))
     else:
         folder = HERE.parent / 'tokenizers' / args.out.resolve().name
-        tokenizer = train_bpe(read_texts(args), args.vocab_size, SAMPLE_BYTES)
+        texts = read_texts(args.input, format=args.format, fields=args.field.split(','), errors=args.errors)
+        tokenizer = train_bpe(texts, args.vocab_size, SAMPLE_BYTES)
         save_tokenizer(tokenizer, folder)
         print(f'{folder}: {tokenizer.vocab_size:,} tokens', flush=True)
     pack_files(args.out, files, tokenizer, ', '.join(Path(path).name for path in args.input), args)

@@ -1,0 +1,166 @@
+"""Train a byte-level BPE on text, or compare how well tokenizers compress a text.
+
+    python -m corpus.train_tokenizer train --input novels/ wiki.txt --vocab_size=16384 --out=data/tokenizers/zh
+    python -m corpus.train_tokenizer compare --input wiki.txt --tokenizers gpt2 byte data/tokenizers/zh
+
+The same text gives the same tokenizer, whatever the order of its files and the number of threads.
+"""
+
+import argparse
+import hashlib
+import heapq
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from corpus import readers
+from files import one_line_errors, write_atomically, write_json
+from tokens.tokenizer import BPE_PATTERN, SPECIAL_TOKENS, BPETokenizer, fingerprint, load_tokenizer, tokenizer_meta
+from tokens.tokenizer_json import byte_characters, tokenizer_config
+
+SAMPLE_BYTES = 20_000_000  # the trainer takes about 85 bytes of memory for each byte of Chinese
+PIECE_CHARS = 1 << 14
+
+
+def train_bpe(texts, vocab_size, max_bytes=SAMPLE_BYTES):
+    """Train a BPETokenizer.
+
+    texts       iterable of texts, read once
+    vocab_size  number of tokens, the special ones included
+    max_bytes   size of the sample that the trainer sees
+    raises      ValueError if too few pairs occur twice
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    smallest = 256 + len(SPECIAL_TOKENS) + 1
+    n_merges = vocab_size - smallest + 1
+    if n_merges < 1:
+        raise ValueError(f'vocab_size={vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens are there '
+                         f'already, so {smallest} or more is accepted')
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(BPE_PATTERN), 'isolated')
+    engine = Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    trainer = trainers.BpeTrainer(vocab_size=256 + n_merges, min_frequency=2, initial_alphabet=list(byte_characters()),
+                                  show_progress=sys.stderr.isatty())
+    sample = sample_pieces(texts, max_bytes)
+    engine.train_from_iterator(sample, trainer, length=len(sample))
+    merges = [' '.join(pair) for pair in json.loads(engine.to_str())['model']['merges']]
+    if len(merges) < n_merges:
+        raise ValueError(f'the text has too few pairs that occur twice for --vocab_size={vocab_size}: give more text, or '
+                         f'--vocab_size={vocab_size - n_merges + len(merges)} or less')
+    return BPETokenizer(merges)
+
+
+def sample_pieces(texts, max_bytes):
+    """Return the pieces of the texts with the lowest hashes, at most max_bytes together, ordered by hash.
+
+    Whether a piece is kept depends neither on the order of the texts nor on how they are read.
+    """
+    kept, n_bytes = [], 0
+    for text in texts:
+        for start in range(0, len(text), PIECE_CHARS):
+            data = text[start:start + PIECE_CHARS].encode('utf-8', 'replace')  # JSON can hold half a surrogate pair
+            key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big')
+            heapq.heappush(kept, (-key, data))
+            n_bytes += len(data)
+            while n_bytes > max_bytes and len(kept) > 1:
+                n_bytes -= len(heapq.heappop(kept)[1])
+    return [data.decode('utf-8') for _, data in sorted(kept, reverse=True)]
+
+
+def save_tokenizer(tokenizer, folder):
+    """Write the files that transformers and this project read. tokenizer.json, which counts, is last. Return the paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = tokenizer.tokenizer_json()
+    merges = '\n'.join(['#version: 0.2', *content['model']['merges'], ''])
+    write_json(folder / 'vocab.json', content['model']['vocab'], indent=None)
+    write_atomically(folder / 'merges.txt', lambda f: f.write(merges.encode('utf-8')))
+    write_json(folder / 'tokenizer_config.json', tokenizer_config(tokenizer), indent=2)
+    write_json(folder / 'tokenizer.json', content, indent=None)
+    return [folder / name for name in ('vocab.json', 'merges.txt', 'tokenizer_config.json', 'tokenizer.json')]
+
+
+# -----------------------------------------------------------------------------
+# the commands
+
+
+def read_texts(inputs, *, format='auto', fields=('text',), errors='strict', encoding='utf-8'):
+    """Yield the documents of files and folders, with a progress bar."""
+    from tqdm import tqdm
+    files = readers.find_files(inputs, format)
+    if any(file.format == 'blocks' for file in files):
+        raise ValueError(f'{" ".join(inputs)}: blocks hold token ids, not text')
+    n_bytes = sum(readers.n_bytes_of(file.path) for file in files)
+    documents = readers.read_documents(files, fields=fields, errors=errors, encoding=encoding)
+    with tqdm(total=n_bytes, unit='B', unit_scale=True, desc='reading', disable=None) as bar:
+        for document in documents:
+            yield document.text
+            bar.update(document.n_read - bar.n)
+
+
+def texts_of(args):
+    fields = args.field.split(',')
+    return read_texts(args.input, format=args.format, fields=fields, errors=args.errors, encoding=args.encoding)
+
+
+def train(args):
+    began = time.perf_counter()
+    tokenizer = train_bpe(texts_of(args), args.vocab_size, args.max_bytes)
+    names = ', '.join(path.name for path in save_tokenizer(tokenizer, args.out))
+    print(f'{args.out}: {names}; {tokenizer.vocab_size:,} tokens, of which {len(tokenizer.special)} special, '
+          f'fingerprint {fingerprint(tokenizer.meta())}, in {time.perf_counter() - began:.0f} s')
+    words = ['python', '-m', 'corpus.train_tokenizer', 'compare', '--input', *args.input, '--tokenizers', 'gpt2', args.out]
+    print('next:', shlex.join(map(str, words)))
+
+
+def compare(args):
+    tokenizers = {name: load_tokenizer(tokenizer_meta(name, eot=args.eot)) for name in args.tokenizers}
+    texts, n_bytes = [], 0
+    for text in texts_of(args):
+        texts.append(text)
+        n_bytes += len(text.encode('utf-8', 'replace'))
+        if n_bytes >= args.max_bytes:
+            break
+    n_chars, width = sum(map(len, texts)), max(map(len, [*tokenizers, 'tokenizer']))
+    if not n_chars:
+        raise ValueError(f'{" ".join(args.input)}: no text in there')
+    print(f'{n_chars:,} characters, {n_bytes:,} bytes')
+    print(f'{"tokenizer":{width}}  vocabulary      tokens  characters/token  bytes/token    MB/s')
+    for name, tokenizer in tokenizers.items():
+        began = time.perf_counter()
+        n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
+        rate = n_bytes / (time.perf_counter() - began) / 1e6
+        print(f'{name:{width}}  {tokenizer.vocab_size:10,}  {n_tokens:10,}  {n_chars / n_tokens:16.3f}  '
+              f'{n_bytes / n_tokens:11.3f}  {rate:6.1f}')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='train | compare')
+    trainer = commands.add_parser('train', help='train a byte-level BPE on text')
+    comparer = commands.add_parser('compare', help='compare how well tokenizers compress a text')
+    for command in (trainer, comparer):
+        command.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files, and folders of them')
+        command.add_argument('--format', choices=['auto', *readers.FORMATS], default='auto')
+        command.add_argument('--field', default='text', help='the fields of a document, as in title,text')
+        command.add_argument('--errors', choices=readers.ERRORS, default='strict')
+        command.add_argument('--encoding', default='utf-8', help='such as gb18030, big5, utf-16')
+    trainer.add_argument('--vocab_size', type=int, default=16384, help='tokens, the special ones included')
+    trainer.add_argument('--out', type=Path, required=True, help='folder to write, such as data/tokenizers/mine')
+    trainer.add_argument('--max_bytes', type=int, default=SAMPLE_BYTES, help='size of the sample to train on')
+    comparer.add_argument('--tokenizers', nargs='+', default=['gpt2', 'byte'], metavar='NAME',
+                          help='gpt2, byte, or folders with tokenizer.json')
+    comparer.add_argument('--eot', default='', help='end-of-text token, for a folder that names none')
+    comparer.add_argument('--max_bytes', type=int, default=10_000_000, help='size of the text to encode')
+    args = parser.parse_args()
+    if args.max_bytes < 1:
+        raise ValueError(f'--max_bytes={args.max_bytes} must be 1 or more')
+    {'train': train, 'compare': compare}[args.command](args)
+
+
+if __name__ == '__main__':
+    with one_line_errors():
+        main()
