@@ -32,7 +32,7 @@ FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': F
 ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
 KEPT = (*ROLES, 'additional_special_tokens', 'clean_up_tokenization_spaces', 'add_bos_token', 'add_eos_token',
         'chat_template')
-OTHER_FORMATS = ('spiece.model', 'sentencepiece.bpe.model', 'tokenizer.model', 'vocab.txt', 'merges.txt')
+OTHER_FORMATS = ('vocab.txt', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'vocab.json', 'merges.txt')
 
 
 # -----------------------------------------------------------------------------
@@ -210,9 +210,8 @@ def read_other_formats(folder):
         return dict(GPT2_META)
     for name in OTHER_FORMATS:
         if (folder / name).is_file():
-            raise ValueError(f"{folder / name}: only tokenizer.json and GPT-2's merges.txt are read: write tokenizer.json "
-                             f'by AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers, or name '
-                             'another tokenizer by --tokenizer')
+            raise ValueError(f'{folder / name} is a tokenizer in a format that is not read: save it as tokenizer.json '
+                             "with transformers' AutoTokenizer, or name the tokenizer with --tokenizer")
     return None
 
 

@@ -24,8 +24,6 @@ HUB = {
     'gpt2-large': ('openai-community/gpt2-large', '32b71b12589c2f8d625668d2335a01cac3249519'),
     'gpt2-xl': ('openai-community/gpt2-xl', '15ea56dee5df4983c59b2538573817e1667135e2'),
 }
-# files of tokenizers that are not read; tokenizer.json and merges.txt are
-OTHER_TOKENIZERS = ('vocab.txt', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'vocab.json')
 
 
 # -----------------------------------------------------------------------------
@@ -89,13 +87,7 @@ def read_tokenizer(name: str) -> dict | None:
     path = find(name)
     if path.is_file():
         return read_npz_settings(path)['tokenizer']
-    meta = read_tokenizer_json(path)
-    other = next((file for file in OTHER_TOKENIZERS if (path / file).is_file()), None)
-    if meta is None and other is not None:
-        raise ValueError(f'{path / other} is a tokenizer in a format that is not read: '
-                         "save it as tokenizer.json with transformers' AutoTokenizer, or name the tokenizer "
-                         'with --tokenizer')
-    return meta
+    return read_tokenizer_json(path)
 
 
 # -----------------------------------------------------------------------------
