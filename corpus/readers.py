@@ -302,15 +302,16 @@ def read_lines(path, reading):
 
 def text_of_record(record, where, reading):
     """Join a record's fields by line feeds. A list of texts is as good as a text, and so is a bare string."""
-    if isinstance(record, str):
-        return whole_characters(record, where, reading.errors)
-    if not isinstance(record, dict):
+    values = {'': record}
+    if isinstance(record, dict):
+        missing = [field for field in reading.fields if field not in record]
+        if missing:
+            raise no_field(where, missing[0], record)
+        values = {field: record[field] for field in reading.fields}
+    elif not isinstance(record, str):
         raise ValueError(f'{where}: an object or a string is needed, not {excerpt(record)}')
     texts = []
-    for field in reading.fields:
-        if field not in record:
-            raise no_field(where, field, record)
-        value = record[field]
+    for field, value in values.items():
         if isinstance(value, list) and all(isinstance(text, str) for text in value):
             value = '\n'.join(value)
         if not isinstance(value, str | None):
@@ -318,7 +319,7 @@ def text_of_record(record, where, reading):
         if value:
             texts.append(value)
     text = '\n'.join(texts)
-    if '\r' in text:  # as an escape in JSON, or in Parquet
+    if '\r' in text:  # JSON writes it as an escape, Parquet as it is
         text = text.replace('\r\n', '\n').replace('\r', '\n')
     return whole_characters(text, where, reading.errors)
 
@@ -501,5 +502,5 @@ READERS = {
     'wiki': read_wiki,
     'blocks': read_blocks,
 }
-RECORD_FORMATS = ('jsonl', 'json', 'csv', 'tsv', 'parquet', 'arrow')
-TEXT_OF = {**dict.fromkeys(RECORD_FORMATS, text_of_record), 'wiki': text_of_page}
+RECORD_FORMATS = ('jsonl', 'json', 'csv', 'tsv', 'parquet', 'arrow', 'lines')
+TEXT_OF = {**dict.fromkeys(RECORD_FORMATS, text_of_record), 'lines': None, 'wiki': text_of_page}

@@ -383,6 +383,124 @@ def test_a_record_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, na
         texts_of(tmp_path / name, format=format)
 
 
+CHINESE = '人民日报：前去北京。如日中天，全国群众。\n第二行，然后再见。\n'
+TRADITIONAL = '人民日報：前去臺灣。如日中天，全國群眾。\n第二行，然後再見。\n'
+
+
+@pytest.mark.parametrize('encoding, text', [('gb18030', CHINESE), ('gb18030', CHINESE + '㐀𠀀'), ('gb18030', TRADITIONAL), ('big5', TRADITIONAL), ('utf-16', CHINESE)])
+@pytest.mark.parametrize('name', ['a.txt', 'a.csv', 'a.jsonl.gz', 'a.json', 'a.xml'])
+def test_another_encoding_is_read_if_named_and_named_if_not(tmp_path, encoding, text, name):
+    content = {'.txt': text, '.csv': f'text\r\n"{text}"\r\n', '.gz': json.dumps({'text': text}, ensure_ascii=False),
+               '.json': json.dumps([{'text': text}], ensure_ascii=False),
+               '.xml': f'<mediawiki><page><ns>0</ns><title>t</title><text>{text}</text></page></mediawiki>'}[os.path.splitext(name)[1]]
+    path = tmp_path / name
+    path.write_bytes(PACKERS.get(path.suffix, bytes)(content.encode(encoding)))
+    assert [text.rstrip() for text in texts_of(path, encoding=encoding)] == [text.rstrip()]
+    if encoding == 'utf-16':  # its byte order mark tells it
+        assert texts_of(path) == texts_of(path, encoding='utf-16')
+        return
+    with pytest.raises(ValueError) as caught:
+        texts_of(path)
+    assert re.fullmatch(f'{path}, line \\d: not UTF-8 .*: it is {encoding}: convert it to UTF-8, or use --encoding={encoding}', str(caught.value))
+
+
+def test_an_encoding_that_nobody_knows(tmp_path):
+    (tmp_path / 'a.txt').write_text('a')
+    with pytest.raises(ValueError, match='^--encoding=gbk2: unknown encoding, examples are utf-8, gb18030'):
+        texts_of(tmp_path, encoding='gbk2')
+
+
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
+def test_every_line_end_is_read_as_a_line_feed(tmp_path, end):
+    text = '一' + end + '二' + end + end + '三'
+    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
+    (tmp_path / 'b.csv').write_bytes(f'text{end}"{text}"{end}'.encode())
+    (tmp_path / 'c.jsonl').write_bytes((json.dumps({'text': text}) + end + json.dumps(text)).encode())
+    (tmp_path / 'd.json').write_bytes(json.dumps([text]).encode())
+    assert texts_of(tmp_path) == ['一\n二\n\n三'] * 5
+    assert texts_of(tmp_path / 'a.txt', format='paragraphs') == ['一\n二', '三']
+    assert texts_of(tmp_path / 'a.txt', format='lines') == ['一', '二', '三']
+    assert read_text(tmp_path / 'a.txt') == '一\n二\n\n三'
+
+
+def test_replaced_characters_are_counted_and_many_of_them_refused(tmp_path, capsys):
+    path = tmp_path / 'a.txt'
+    path.write_bytes(b'x' * 199 + b'\xff')
+    assert texts_of(path, errors='replace') == ['x' * 199 + '\ufffd']
+    assert capsys.readouterr().out == f'{path}: 1 of 200 characters became U+FFFD, because they are not utf-8\n'
+    path.write_bytes(CHINESE.encode('gb18030') * 9)
+    with pytest.raises(ValueError, match=r'% of its characters are not utf-8, and --errors=replace takes up to 1%: it is gb18030: convert'):
+        texts_of(path, errors='replace')
+    assert '\ufffd' in texts_of(path, errors='replace_all')[0]
+    with pytest.raises(ValueError, match='^--errors=ignore: accepted are strict, replace, replace_all$'):
+        texts_of(path, errors='ignore')
+
+
+def test_a_file_of_continuation_bytes_is_one_line(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'\x80' * 1_500_000)
+    with pytest.raises(ValueError, match='a.txt, line 1: not UTF-8 .invalid start byte.: convert the file to UTF-8'):
+        texts_of(tmp_path)
+
+
+def test_files_of_other_endings_are_named(tmp_path, capsys):
+    for name in ('a.txt', 'b.md', 'c.md', 'd', '.hidden'):
+        (tmp_path / name).write_text('text')
+    assert texts_of(tmp_path) == ['text']
+    assert capsys.readouterr().out == f'{tmp_path}: files of other endings are not read: .md (2), no ending (1)\n'
+
+
+@pytest.mark.parametrize('content, texts', [
+    ('{"data": [{"text": "a"}, {"text": "b"}]}', ['a', 'b']), ('{"version": "1", "data": [{"text": "a"}], "n": 1}', ['a']),
+    ('{"rows": ["a", "b"]}', ['a', 'b']), ('{"text": ["a", "b"]}', ['a\nb']), ('[{"text": "a"}]["b"] "c"', ['a', 'b', 'c']), ('[]', [])])
+def test_layouts_of_json(tmp_path, content, texts):
+    (tmp_path / 'a.json').write_text(content)
+    assert texts_of(tmp_path) == texts
+
+
+@pytest.mark.parametrize('content', ['[' * 100_000, '{"a":' * 100_000, '[{"text": ' + '[' * 100_000])
+def test_json_that_is_nested_deep_is_one_line(tmp_path, content):
+    (tmp_path / 'a.json').write_text(content)
+    with pytest.raises(ValueError, match='a.json, record 1: not JSON: nested more than 200 deep$'):
+        texts_of(tmp_path)
+
+
+def test_a_start_counts_documents_over_all_files(tmp_path):
+    for n, name in enumerate(['a.jsonl', 'b.jsonl', 'c.jsonl']):
+        write_jsonl(tmp_path / name)
+    for n in range(16):
+        assert texts_of(tmp_path, start=n) == (TEXTS * 3)[n:]
+
+
+def write_row_groups(path, texts):
+    pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    pq.write_table(pa.table({'text': texts, 'n': list(range(len(texts)))}), path, row_group_size=50, write_page_checksum=True)
+
+
+def test_parquet_that_datasets_streams(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    datasets = pytest.importorskip('datasets')
+    for name in ('a.parquet', 'b.parquet'):
+        write_row_groups(tmp_path / name, [name * n for n in range(120)])
+    rows = datasets.load_dataset('parquet', data_files={'train': [str(tmp_path / 'a.parquet'), str(tmp_path / 'b.parquet')]}, split='train', streaming=True)
+    assert [document.text for document in read(tmp_path)] == [row['text'] for row in rows]
+
+
+def test_row_groups_before_the_start_are_not_read(tmp_path):
+    path = tmp_path / 'a.parquet'
+    write_row_groups(path, [f'{n}' * 99 for n in range(120)])
+    broken = bytearray(path.read_bytes())
+    broken[4:500] = bytes(496)
+    path.write_bytes(broken)
+    assert texts_of(path, start=50) == [f'{n}' * 99 for n in range(50, 120)]
+    with pytest.raises(OSError, match=f'^{path} could not be read'):
+        texts_of(path)
+
+
+def test_urls_in_wiki_text():
+    pytest.importorskip('mwparserfromhell')
+    assert wiki.plain_text('See https://a.b/c?d=e and [https://f.g Title] or [https://h.i].') == 'See https://a.b/c?d=e and Title or .'
+
+
 def test_a_format_that_cannot_be_told_is_asked_for(tmp_path):
     (tmp_path / 'wiki_00').write_text('{"text": "a"}', encoding='utf-8')
     with pytest.raises(ValueError, match=f'^{tmp_path}/wiki_00: its ending does not tell its format: name it with --format, one of text, '):
