@@ -17,7 +17,14 @@ from pathlib import Path
 
 from corpus import readers
 from files import one_line_errors, write_atomically, write_json
-from tokens.tokenizer import BPE_PATTERN, SPECIAL_TOKENS, BPETokenizer, fingerprint, load_tokenizer, tokenizer_meta
+from tokens.tokenizer import (
+    BPE_PATTERN,
+    SPECIAL_TOKENS,
+    BPETokenizer,
+    fingerprint,
+    load_tokenizer,
+    tokenizer_meta,
+)
 from tokens.tokenizer_json import byte_characters, tokenizer_config
 
 SAMPLE_BYTES = 20_000_000  # the trainer takes about 85 bytes of memory for each byte of Chinese

@@ -23,6 +23,7 @@ from tokens.tokenizer import (
     GPT2Tokenizer,
     fingerprint,
     load_tokenizer,
+    opening,
     read_tokenizer_json,
     tokenizer_meta,
 )
@@ -410,15 +411,28 @@ def test_gpt2_has_the_same_ids_in_the_tokenizers_package(gpt2, gpt2_there, text)
     assert gpt2_there.encode(text).ids == ids and gpt2_there.decode(ids, skip_special_tokens=False) == text
 
 
-def test_damaged_files_are_one_line(tmp_path):
-    assert read_tokenizer_json(tmp_path) is None
-    path = tmp_path / 'tokenizer.json'
-    char = CharTokenizer('abc').tokenizer_json()
-    holes = {**char, 'model': {**char['model'], 'vocab': {'a': 0, 'b': 2}}}
-    for content in ('', '[]', '{}', '{"model": {"type": "BPE", "vocab": {}}}', '{"model": {"type": "WordLevel", "vocab": 3}}', json.dumps(char)[:-9],
-                    '[' * 100_000, json.dumps(holes), json.dumps({**char, 'added_tokens': [{}]}), json.dumps({**char, 'pre_tokenizer': {'type': 'X'}}),
-                    json.dumps({**char, 'model': {**char['model'], 'type': 'Unigram'}})):
-        path.write_text(content, encoding='utf-8')
-        with pytest.raises(ValueError, match=f'^{re.escape(str(path))}: ') as caught:
-            read_tokenizer_json(tmp_path)
-        assert '\n' not in str(caught.value)
+def test_the_two_old_files_of_gpt2_are_known_with_any_line_end(gpt2, tmp_path):
+    merges = (SHARED / 'gpt2_bpe/vocab.bpe').read_bytes()
+    for content in (merges, merges.replace(b'\n', b'\r\n')):
+        (tmp_path / 'merges.txt').write_bytes(content)
+        assert read_tokenizer_json(tmp_path) == GPT2_META
+
+
+def test_datasets_of_nanogpt_with_other_tokens():
+    words = load_tokenizer({'kind': 'itos', 'itos': ['a', 'the', '\n', 'é']})
+    assert words.encode('a\né') == [0, 2, 3] and words.decode([1, 3]) == 'theé' and words.token_bytes().tolist() == [1, 3, 1, 2]
+    assert opening(words) == [2] and load_tokenizer(words.meta()).meta() == words.meta()
+    with pytest.raises(ValueError, match=r"character 't' \(U\+0074\) at position 0"):
+        words.encode('the')
+    ids = load_tokenizer({'kind': 'ids', 'vocab_size': 70000})
+    assert ids.vocab_size == 70000 and not ids.token_bytes().any() and opening(ids) == [0]
+    for call in (ids.encode, ids.decode, ids.encode_array, ids.encode_batch):
+        with pytest.raises(ValueError, match='the dataset names 70000 ids but no tokenizer'):
+            call('a')
+    for meta in ({'kind': 'itos', 'itos': 'ab'}, {'kind': 'itos', 'itos': ['a', 3]}, {'kind': 'itos', 'itos': ['a', 'a']}, {'kind': 'ids', 'vocab_size': 0}):
+        with pytest.raises(ValueError):
+            load_tokenizer(meta)
+
+
+def test_opening_of_characters_without_a_line_break():
+    assert opening(CharTokenizer('abc')) == [0] and opening(CharTokenizer('\nabc')) == [0] and opening(CharTokenizer('a\n')) == [1]
