@@ -211,7 +211,7 @@ def measure_decode(model, device, precision, use_compile):
                        for m in model.modules() if not isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False))
     model.to(precision).eval()
     if use_compile:
-        model.compile(dynamic=True)
+        model.compile_blocks()
     else:
         model.pack(None if quantize == 'none' else quantize)
     prompt = torch.randint(vocab_size, (batch_size, prompt_tokens), device=device)

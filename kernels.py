@@ -6,11 +6,13 @@ less memory, on the hardware it names.
 B batch, H heads, T tokens in a row, S tokens seen so far, D head size, C width, V vocabulary, N loss rows
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 IGNORE = -100  # the target that is none, as in torch's cross_entropy and in transformers
 CHUNK_BYTES = {'cpu': 256 << 20}  # of float32 logits in a chunk of the loss, by type of device
@@ -86,22 +88,47 @@ def document_mask(documents, T, dtype):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: two (B, H, max_tokens, D) a layer, allocated once."""
+    """Keys and values of the tokens seen so far: two (B, H, max_tokens, D) a layer, allocated once.
 
-    def __init__(self, config, batch_size, max_tokens, device, dtype):
-        shape = batch_size, config.n_head, max_tokens, config.n_embd // config.n_head
-        kv = torch.empty(config.n_layer, 2, *shape, device=device, dtype=dtype)
-        self.layers = [layer.unbind(0) for layer in kv]
+    static  attend to all max_tokens slots, the empty ones masked, whenever one token is added: every token then
+            has the same shapes, and a compiled block serves them all
+    """
+
+    def __init__(self, config, batch_size, max_tokens, device, dtype, static=False):
+        self.static = static
+        self.max_tokens = -(-max_tokens // 64) * 64 if static else max_tokens  # a multiple suits GPU kernels
+        shape = batch_size, config.n_head, self.max_tokens, config.n_embd // config.n_head
+        # zeros: a masked slot must not hold a NaN
+        self.kv = [[torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)] for _ in range(config.n_layer)]
         self.n_tokens = 0  # tokens stored; GPT.hidden() advances it after the last layer
         self.documents = torch.empty(batch_size, 0, dtype=torch.int64, device=device)  # of those tokens
 
-    def append(self, layer, k, v):
-        """Store k and v (B, H, T, D) of a layer. Return all its keys and values, (B, H, S, D) each."""
-        keys, values = self.layers[layer]
-        end = self.n_tokens + k.size(2)
-        keys[:, :, self.n_tokens:end] = k
-        values[:, :, self.n_tokens:end] = v
-        return keys[:, :, :end], values[:, :, :end]
+    def slots(self, T):
+        """Return for each layer (keys, values, positions), where the next T tokens are stored and attend to.
+
+        keys, values  (B, H, S, D)
+        positions     (T,) int64 of those tokens in them. Tensors only: a number would be compiled into the graph
+        """
+        end = self.n_tokens + T
+        S = self.max_tokens if self.static and T == 1 else end
+        positions = torch.arange(self.n_tokens, end, device=self.documents.device)
+        return [(keys[:, :, :S], values[:, :, :S], positions) for keys, values in self.kv]
+
+    def mask_empty(self, mask, dtype):
+        """Extend the mask of one token, (..., 1, n_tokens + 1) or None, over the empty slots of a static cache."""
+        device = self.documents.device
+        if mask is None:
+            mask = torch.zeros(1, self.n_tokens + 1, device=device, dtype=dtype)
+        return F.pad(mask, (0, self.max_tokens - mask.size(-1)), value=-math.inf)
+
+
+def sdpa_backends(device):
+    """Return a context in which cached decoding on CUDA uses no cuDNN attention, which would spend 23 to 37 ms on a
+    plan for each new length.
+    """
+    if device.type != 'cuda':
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 # -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ modern  rotary positions, query-key norm, ReLU squared, RMSNorm without weights 
 B batch, T tokens in a row, S tokens seen so far, C n_embd, H n_head, D = C / H, V vocab_size, L n_layer.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,9 +99,9 @@ def rotate(x, cos, sin):
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -116,7 +117,8 @@ class CausalSelfAttention(nn.Module):
             v = qkv[:, :, 2]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
+            keys, values, positions = cache
+            k, v = keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)  # (B, H, S, D)
         y = kernels.attention(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -135,10 +137,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.ln_1 = make_norm(config)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
@@ -157,12 +159,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: keep each block's input only, recompute the rest
+        self.compiled = False  # whether compile_blocks() has been called
         self.loss_chunks = 'auto'  # how many chunks loss() computes the logits in; 'auto' = by their size
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.arch == 'gpt2':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         parts['drop'] = nn.Dropout(config.dropout)
-        parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        parts['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         parts['ln_f'] = make_norm(config)
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -225,11 +228,16 @@ class GPT(nn.Module):
             x = F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
             rotary = self.cos[position].to(dtype), self.sin[position].to(dtype)  # (T or B, T, 1, 1, D)
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
+        slots = [None] * self.config.n_layer
+        if cache is not None:
+            slots = cache.slots(T)
+            if cache.static and T == 1:
+                mask = cache.mask_empty(mask, dtype)
+        for block, layer_slots in zip(self.transformer.h, slots, strict=True):
             if self.activation_checkpointing and self.training:
-                x = recompute(block, x, rotary, mask, cache, use_reentrant=False)
+                x = recompute(block, x, rotary, mask, layer_slots, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, cache)
+                x = block(x, rotary, mask, layer_slots)
         if cache is not None:
             cache.n_tokens += T
         return self.transformer.ln_f(x)
@@ -341,6 +349,12 @@ class GPT(nn.Module):
         kernels.pack_linears(self, quantize)
         return self
 
+    def compile_blocks(self):
+        """Compile the blocks for generation: one graph for all of them and for every token after the prompt."""
+        for block in self.transformer.h:
+            block.compile(dynamic=False)
+        self.compiled = True
+
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, vocab_size=None,
                documents=None) -> Iterator[torch.Tensor]:
@@ -363,13 +377,14 @@ class GPT(nn.Module):
         if idx.size(1) < limit:
             n_tokens = min(limit, idx.size(1) + max_new_tokens)
             dtype = kernels.compute_dtype(self.transformer.wte.weight)
-            cache = kernels.KVCache(self.config, idx.size(0), n_tokens, idx.device, dtype)
+            cache = kernels.KVCache(self.config, idx.size(0), n_tokens, idx.device, dtype, static=self.compiled)
         for _ in range(max_new_tokens):
             if cache is not None and cache.n_tokens + new.size(1) > limit:
                 cache = None
             context = new if cache is not None else idx[:, -limit:]  # (B, T)
             context_documents = None if documents is None else documents[:, -context.size(1):]
-            logits, _ = self(context, cache=cache, documents=context_documents)
+            with decoding_context(context, cache):
+                logits, _ = self(context, cache=cache, documents=context_documents)
             next_id = draw(logits[:, -1, :vocab_size], temperature, top_k, top_p)  # (B,)
             new = next_id[:, None]
             idx = torch.cat((idx, new), dim=1)
@@ -382,6 +397,15 @@ class GPT(nn.Module):
         new = self.stream(idx, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                           vocab_size=vocab_size)
         return torch.cat([idx, *(next_id[:, None] for next_id in new)], dim=1)
+
+
+@contextlib.contextmanager
+def decoding_context(context, cache):
+    """Pin the attention kernels of cached decoding, and read prompts eagerly: each length would be compiled anew."""
+    is_prompt = cache is not None and context.size(1) > 1
+    stance = torch.compiler.set_stance('force_eager') if is_prompt else contextlib.nullcontext()
+    with stance, kernels.sdpa_backends(context.device):
+        yield
 
 
 def draw(logits, temperature, top_k, top_p):

@@ -78,7 +78,7 @@ def main():
     if export:
         return write_export(model, tokenizer)
     if compile is True and distributed.choose_compile(True, place):
-        model.compile(dynamic=True)
+        model.compile_blocks()
     else:
         model.pack(None if quantize == 'none' else quantize)
 

@@ -263,3 +263,55 @@ def test_prompts_padded_on_the_left_go_on_as_if_alone_also_past_block_size(arch)
     together = torch.stack(list(model.stream(idx, 50, temperature=0, documents=documents)), 1)
     for row, prompt in zip(together, prompts):
         assert row.tolist() == model.generate(prompt, 50, temperature=0)[0, prompt.size(1):].tolist()
+
+
+# -----------------------------------------------------------------------------
+# compiled: what a GPU runs
+
+
+def test_compiled_gradients_of_the_chunked_loss_equal_those_of_the_plain_one():
+    """`loss +=` in the autograd function gave zero gradients in silence (torch 2.11)."""
+    import kernels
+    torch.manual_seed(0)
+    start_x, start_weight = torch.randn(300, 16), torch.randn(100, 16)
+    targets = torch.randint(100, (300,))
+    targets[::7] = -100
+
+    def chunked(x, weight):
+        return kernels.chunked_cross_entropy(x, weight, targets, n_rows=128, softcap=15.0, dtype=torch.float32)
+
+    def plain(x, weight):
+        logits = 15.0 * torch.tanh(x @ weight.T / 15.0)
+        return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction='sum')
+
+    results = []
+    for loss_of in (plain, chunked, torch.compile(chunked, dynamic=False, backend='aot_eager')):
+        x, weight = start_x.clone().requires_grad_(), start_weight.clone().requires_grad_()
+        loss = loss_of(x, weight)
+        (2 * loss).backward()
+        results.append((loss.detach(), x.grad, weight.grad))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_compiled_generation_is_one_graph_for_all_layers_and_tokens(arch, monkeypatch):
+    """A number in the graph, such as the layer or the position, would compile it anew."""
+    from torch._dynamo.testing import CompileCounter
+
+    from model import Block
+    torch._dynamo.reset()
+    counter, compile_block = CompileCounter(), Block.compile
+    monkeypatch.setattr(Block, 'compile', lambda self, **kwargs: compile_block(self, backend=counter, **kwargs))
+    model = random_model(arch)
+    prompts = torch.randint(model.config.vocab_size, (2, 5))
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+    plain = model.generate(prompts, 30, temperature=0)
+    padded = torch.stack(list(model.stream(prompts, 20, temperature=0, documents=documents)))
+    model.compile_blocks()
+    assert torch.equal(model.generate(prompts, 30, temperature=0), plain)
+    assert counter.frame_count == 1
+    model.generate(prompts[:, :3], 25, temperature=0)  # another prompt, the same cache
+    assert counter.frame_count == 1
+    assert torch.equal(torch.stack(list(model.stream(prompts, 20, temperature=0, documents=documents))), padded)
+    torch._dynamo.reset()
