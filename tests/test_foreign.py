@@ -63,11 +63,11 @@ def pickle_of(value):
 
 
 def test_numbers_of_numpy_and_tensors_become_plain():
-    state = nanogpt(new_model(), best_val_loss=np.float64(1.5), config=dict(lr=np.float32(0.5), x=[np.int64(3)]))
+    state = nanogpt(new_model(), best_val_loss=np.float64(1.5), config=dict(lr=np.float32(0.5), x=np.int64(3)))
     state['model_args'] = {name: np.int64(value) if name == 'n_layer' else value
                            for name, value in state['model_args'].items()}
     converted = foreign.from_foreign(state, 'x.pt')
-    assert type(converted['best_val_loss']) is float and converted['config'] == dict(lr=0.5, x=[3])
+    assert type(converted['best_val_loss']) is float and converted['config'] == dict(lr=0.5, x=3)
     assert type(converted['config']['lr']) is float and type(converted['model_args']['n_layer']) is int
     foreign.check_state(converted, 'x.pt')
     assert foreign.from_foreign(nanogpt(new_model()), 'x.pt')['best_val_loss'] == 1.5
@@ -81,6 +81,17 @@ def test_a_head_of_its_own_is_refused(bare):
     state = dict(model_state_dict=weights) if bare else nanogpt(new_model()) | dict(model=weights)
     assert error_of(foreign.from_foreign, state, 'x.pt', 2) == (
         'x.pt: lm_head.weight is not transformer.wte.weight: GPT-2 has one matrix for both')
+
+
+@pytest.mark.parametrize('change, message', [
+    (torch.Tensor.half, 'lm_head.weight is not transformer.wte.weight: GPT-2 has one matrix for both'),
+    (torch.Tensor.int, 'lm_head.weight is torch.int32, torch.strided: accepted are dense floating-point weights'),
+    (torch.Tensor.to_sparse, 'lm_head.weight is torch.float32, torch.sparse_coo: accepted are dense floating-point weights'),
+])
+def test_a_head_of_another_type(change, message):
+    weights = dict(new_model().state_dict())
+    weights['lm_head.weight'] = change(weights['lm_head.weight'])
+    assert error_of(foreign.from_foreign, dict(state_dict=weights), 'x.pt', 2) == f'x.pt: {message}'
 
 
 @pytest.mark.parametrize('sizes, message', [

@@ -5,7 +5,7 @@ One more architecture is one more entry of ARCHITECTURES: a table {our name: the
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -56,8 +56,8 @@ class Architecture:
     read: Callable  # ConfigReader -> arguments of GPTConfig
     write: Callable  # GPTConfig -> settings
     transposed: tuple = ()  # ends of our names of matrices that are stored as inputs x outputs
-    tied: dict = field(default_factory=dict)  # their head: the embedding of theirs that it must be equal to
     split: Callable = lambda config, tensor, n: tensor.chunk(n)  # our rows, for n weights of theirs
+    fits: Callable = lambda config: True  # GPTConfig of this arch -> whether this class has its switches
     biased: re.Pattern | None = None  # our weights that always have a bias there: zeros if ours have none
 
     def parts(self, name: str, tensor: torch.Tensor, config) -> list[tuple[str, torch.Tensor]]:
@@ -128,8 +128,7 @@ ARCHITECTURES = {
         fixed=dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
                    add_cross_attention=False, tie_word_embeddings=True),
         read=read_gpt2, write=write_gpt2, transposed=CONV1D,
-        biased=re.compile(r'(ln_[12f]|c_attn|c_proj|c_fc)\.weight$'),
-        tied={'lm_head.weight': 'transformer.wte.weight'}),
+        biased=re.compile(r'(ln_[12f]|c_attn|c_proj|c_fc)\.weight$')),
     'nanochat': Architecture(
         arch='modern', class_name='NanoChatForCausalLM', prefix='model.', block='model.layers.{}.',
         outside={
@@ -146,3 +145,11 @@ ARCHITECTURES = {
                    tie_word_embeddings=False),
         read=read_nanochat, write=write_nanochat),
 }
+
+
+def model_type_of(config) -> str:
+    """Return the model_type of the class that a GPTConfig amounts to."""
+    for name, architecture in ARCHITECTURES.items():
+        if architecture.arch == config.arch and architecture.fits(config):
+            return name
+    raise ValueError(f'arch={config.arch} has no model class in transformers')

@@ -52,8 +52,10 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
     if 'wte.weight' in weights:  # transformers' GPT2Model, which has no head
         weights = {name if name == 'lm_head.weight' else f'transformer.{name}': tensor
                    for name, tensor in weights.items()}
+    check_dense(weights, path)
     wte = weights.get('transformer.wte.weight')
-    if wte is not None and not torch.equal(wte, weights.get('lm_head.weight', wte)):
+    head = weights.get('lm_head.weight', wte)
+    if wte is not None and (wte.dtype != head.dtype or not torch.equal(wte, head)):
         raise ValueError(f'{path}: lm_head.weight is not transformer.wte.weight: '
                          'GPT-2 has one matrix for both')
 
@@ -64,8 +66,10 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
     # nanoGPT's own format; nanoGPT uses the exact GELU
     names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
     args = {name: plain(args[name]) for name in names if name in args} | dict(arch='gpt2', activation='gelu')
-    rest = {key: plain(value) for key, value in state.items() if key not in ('model', 'optimizer')}
-    converted = dict(iter_num=0, config={}, best_val_loss=float('inf')) | state | rest
+    converted = dict(iter_num=0, config={}, best_val_loss=float('inf'))
+    converted |= {key: plain(value) for key, value in state.items()}
+    if isinstance(converted['config'], dict):
+        converted['config'] = {key: plain(value) for key, value in converted['config'].items()}
     return converted | dict(model=weights, model_args=args)
 
 
@@ -124,11 +128,7 @@ def strip_prefixes(weights: dict) -> dict:
 
 
 def plain(value):
-    """Replace NumPy's numbers and one-element tensors, also inside dicts and lists, by Python's numbers."""
-    if isinstance(value, dict):
-        return {key: plain(element) for key, element in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value))
+    """Turn a number of NumPy, or a tensor of one element, into Python's."""
     if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
         return value.item()
     return value
@@ -143,10 +143,7 @@ def check_state(state: dict, path):
     weights, args = state.get('model'), state.get('model_args')
     if not is_weights(weights) or not isinstance(args, dict):
         raise ValueError(f'{path} has no model and model_args: it is not a checkpoint of flatGPT or nanoGPT')
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise ValueError(f'{path}: {name} is {tensor.dtype}, {tensor.layout}: '
-                             'accepted are dense floating-point weights')
+    check_dense(weights, path)
     check_model_args(args, path, len(weights))
     # the same for 10**9 positions or tokens
     for name, size in (('transformer.wte.weight', 'vocab_size'), ('transformer.wpe.weight', 'block_size')):
@@ -160,6 +157,13 @@ def check_state(state: dict, path):
     moments = (state.get('optimizer') or {}).get('state', {})
     if not isinstance(moments, dict) or not all(map(is_weights, moments.values())):
         raise ValueError(f'{path}: the state of its optimizer is not a dict of tensors for each parameter')
+
+
+def check_dense(weights, path):
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise ValueError(f'{path}: {name} is {tensor.dtype}, {tensor.layout}: '
+                             'accepted are dense floating-point weights')
 
 
 def check_model_args(args: dict, path, n_weights: int):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from files import read_json
+from tokens.tokenizer import vocab_size_of
 from weights.foreign import BUFFERS, check_model_args
 
 # -----------------------------------------------------------------------------
@@ -110,10 +111,9 @@ def read_header(path: Path) -> dict[str, Entry]:
 def read_entry(path, name, entry, data_start):
     """Check one entry of a header. A dtype that is not in DTYPES is refused when its tensor is read."""
     dtype, shape, (start, end) = entry['dtype'], tuple(entry['shape']), entry['data_offsets']
-    if {type(number) for number in (start, end, *shape)} != {int} or min((start, *shape)) < 0 or end < start:
+    is_sound = all(type(number) is int and number >= 0 for number in (start, end - start, *shape))
+    if not is_sound or max(shape, default=0) >= MAX_SIZE:
         raise ValueError(f'{name} has shape {shape} and bytes {start} to {end}')
-    if any(size >= MAX_SIZE for size in shape):
-        raise ValueError(f'{name} has shape {shape}')
     if dtype in DTYPES and end - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f'{name} does not fill its place')
     return Entry(path, dtype, shape, data_start + start, end - start)
@@ -191,8 +191,10 @@ class Npz:
         """Return {'model_args', 'tokenizer'} as save() wrote them."""
         try:
             settings = json.loads(str(self.read_array(SETTINGS)))
-            args = dict(settings['model_args'])
+            args, tokenizer = dict(settings['model_args']), settings['tokenizer']
             check_model_args(args, self.path, len(self.names))
-            return dict(model_args=args, tokenizer=settings['tokenizer'])
+            if tokenizer is not None:
+                vocab_size_of(tokenizer)  # raises if it is none
+            return dict(model_args=args, tokenizer=tokenizer)
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{self.path} was not written by save_pretrained: {error}') from None

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from files import read_json, write_atomically, write_json
-from tokens.tokenizer import GPT2_META, read_tokenizer_json, vocab_size_of
+from tokens.tokenizer import GPT2_META, read_tokenizer_json
 from tokens.tokenizer_json import tokenizer_config
-from weights.architectures import ARCHITECTURES, ConfigReader
+from weights.architectures import ARCHITECTURES, ConfigReader, model_type_of
 from weights.foreign import check_model_args
 from weights.formats import Npz, open_folder, write_npz, write_safetensors
 
@@ -24,6 +24,7 @@ HUB = {
     'gpt2-large': ('openai-community/gpt2-large', '32b71b12589c2f8d625668d2335a01cac3249519'),
     'gpt2-xl': ('openai-community/gpt2-xl', '15ea56dee5df4983c59b2538573817e1667135e2'),
 }
+HEAD = 'lm_head.weight'  # its name in all classes of transformers
 
 
 # -----------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def read_tokenizer(name: str) -> dict | None:
         return dict(GPT2_META)
     path = find(name)
     if path.is_file():
-        return read_npz_settings(path)['tokenizer']
+        return Npz(path).settings()['tokenizer']
     return read_tokenizer_json(path)
 
 
@@ -100,7 +101,7 @@ def read_model_args(path: Path) -> dict:
     raises  ValueError for a model that model.py cannot be
     """
     if path.is_file():
-        args = read_npz_settings(path)['model_args']
+        args = Npz(path).settings()['model_args']
         return {name: value for name, value in args.items() if name != 'dropout'}
     file = path / 'config.json'
     settings = read_json(file)
@@ -120,34 +121,25 @@ def read_model_args(path: Path) -> dict:
     return args
 
 
-def read_npz_settings(path):
-    settings = Npz(path).settings()
-    try:
-        if settings['tokenizer'] is not None:
-            vocab_size_of(settings['tokenizer'])
-        return settings
-    except ValueError as error:
-        raise ValueError(f'{path} was not written by save_pretrained: {error}') from None
-
-
 @torch.no_grad()
 def fill(model, path: Path):
     """Copy the weights at path into a model, one at a time.
 
     raises  ValueError naming what is missing, unexpected, of another shape, or unreadable
     """
-    config, architecture = model.config, architecture_of(model)
+    architecture = ARCHITECTURES[model_type_of(model.config)]
     weights = Npz(path) if path.is_file() else open_folder(path)
     unused, missing, prefix = set(weights.names), [], ''
     if not path.is_file():
         if not any(name.startswith(architecture.prefix) for name in weights.names):
             prefix = architecture.prefix  # to remove: a model saved without its head has no prefix
-        for head, embedding in architecture.tied.items():
-            check_tied(weights, head, embedding.removeprefix(prefix), path)
-            unused.discard(head)
+        if model.lm_head.weight is model.transformer.wte.weight:
+            embedding = architecture.outside['transformer.wte.weight'][0]
+            check_tied(weights, HEAD, embedding.removeprefix(prefix), path)
+            unused.discard(HEAD)
 
     for name, parameter in model.named_parameters():
-        parts = [(name, parameter)] if path.is_file() else architecture.parts(name, parameter, config)
+        parts = [(name, parameter)] if path.is_file() else architecture.parts(name, parameter, model.config)
         for stored_name, part in parts:
             stored_name = stored_name.removeprefix(prefix)
             if stored_name not in unused:
@@ -156,16 +148,12 @@ def fill(model, path: Path):
             unused.remove(stored_name)
             copy(weights[stored_name], part, f'{path}: {stored_name}')
 
-    if architecture.biased and not config.bias:
+    if architecture.biased and not model.config.bias:
         unused = {name for name in unused if not name.endswith('.bias')}  # zeros, see read_model_args()
     if missing or unused:
         raise ValueError(f'{path} does not fit its configuration: '
                          f'{len(missing)} weights missing ({", ".join(missing[:3])}), '
                          f'{len(unused)} unexpected ({", ".join(sorted(unused)[:3])})')
-
-
-def architecture_of(model):
-    return next(each for each in ARCHITECTURES.values() if each.arch == model.config.arch)
 
 
 def copy(stored, part, source):
@@ -212,7 +200,7 @@ def save(model, path, tokenizer=None) -> list[Path]:
         return [path]
 
     path.mkdir(parents=True, exist_ok=True)
-    architecture = architecture_of(model)
+    architecture = ARCHITECTURES[model_type_of(config)]
     if architecture.biased and not config.bias:
         for name in [name for name in tensors if architecture.biased.search(name)]:
             tensors[name.removesuffix('weight') + 'bias'] = tensors[name].new_zeros(len(tensors[name]))
@@ -221,16 +209,16 @@ def save(model, path, tokenizer=None) -> list[Path]:
         stored.update(architecture.parts(name, tensor, config))
     write_atomically(path / 'model.safetensors', lambda f: write_safetensors(f, stored))
 
-    files = text_files(model, architecture, tokenizer)
+    dtype = next(iter(tensors.values())).dtype
+    files = text_files(config, dtype, tokenizer)
     for name, content in files.items():
         write_json(path / name, content, indent=None if name == 'tokenizer.json' else 2)
     return [path / name for name in ('model.safetensors', *files)]
 
 
-def text_files(model, architecture, tokenizer):
+def text_files(config, dtype, tokenizer):
     """Return the JSON files beside the weights, {name: content}; last config.json, for which find() looks."""
-    config, files = model.config, {}
-    n_tokens, eot, pad = config.vocab_size, None, None
+    files, n_tokens, eot, pad = {}, config.vocab_size, None, None
     if tokenizer is not None:
         n_tokens, eot = tokenizer.vocab_size, tokenizer.eot
         pad = tokenizer.special.get('<|pad|>', eot)
@@ -239,9 +227,9 @@ def text_files(model, architecture, tokenizer):
     ids = dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=pad)
     padding = list(range(n_tokens, config.vocab_size))
     files['generation_config.json'] = dict(ids, suppress_tokens=padding or None)
-    model_type = next(name for name, each in ARCHITECTURES.items() if each is architecture)
-    dtype = str(next(model.parameters()).dtype).removeprefix('torch.')
-    files['config.json'] = dict(architectures=[architecture.class_name], model_type=model_type, dtype=dtype,
-                                vocab_size=config.vocab_size, **ids, **architecture.fixed,
-                                **architecture.write(config))
+    model_type = model_type_of(config)
+    architecture = ARCHITECTURES[model_type]
+    files['config.json'] = dict(architectures=[architecture.class_name], model_type=model_type,
+                                dtype=str(dtype).removeprefix('torch.'), vocab_size=config.vocab_size,
+                                **ids, **architecture.fixed, **architecture.write(config))
     return files
