@@ -37,8 +37,10 @@ import numpy as np
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-from corpus.pack import SplitFiles, dataset_name, only_run, publish, split_by_hash
+from corpus.encode import split_by_hash
+from corpus.options import dataset_name
 from corpus.readers import read_text
+from corpus.writer import SplitFiles, packing_folder, publish
 from files import one_line_errors
 from tokens.dataset import id_dtype, read_meta
 from tokens.tokenizer import load_tokenizer, tokenizer_meta
@@ -305,9 +307,8 @@ def build(folder, tokenizer, paths, block_size, style='chat', val_fraction=0.05,
             remedy = 'give --val FILE, or another --val_fraction' if name == 'val' else 'give more, or a larger --block_size'
             raise ValueError(f'there is no conversation for the {name} split: {remedy}')
 
-    folder, work = Path(folder), Path(folder) / '.packing'
-    work.mkdir(parents=True, exist_ok=True)
-    with only_run(folder):
+    folder = Path(folder)
+    with packing_folder(folder) as work:
         try:
             meta = {'format': 1, 'dtype': id_dtype(tokenizer.vocab_size).name, 'vocab_size': tokenizer.vocab_size,
                     'tokenizer': tokenizer.meta(), 'source': ', '.join(Path(path).name for path in paths),
@@ -328,11 +329,11 @@ def write_rows(work, name, encoded, size, tokenizer):
     """Write the .bin, .idx and .mask of one split; returns its entry in meta.json. idx tells where each conversation is."""
     pad = tokenizer.special.get('<|pad|>', tokenizer.eot)
     rows, token_bytes = best_fit([len(ids) for ids, _ in encoded], size), tokenizer.token_bytes()
-    files = SplitFiles(work, name, id_dtype(tokenizer.vocab_size), None, masked=True)
+    files = SplitFiles(work, name, id_dtype(tokenizer.vocab_size), masked=True)
     for row in rows:
         ids, mask = (np.concatenate([encoded[i][part] for i in row]) for part in (0, 1))
         lengths, n_pad = np.array([len(encoded[i][0]) for i in row]), size - len(ids)
-        files.write(np.pad(ids, (0, n_pad), constant_values=pad).astype(files.dtype), np.cumsum(lengths) - lengths, lengths,
+        files.write(np.pad(ids, (0, n_pad), constant_values=pad).astype(files.dtype), np.array([np.cumsum(lengths) - lengths, lengths]).T,
                     int(token_bytes[ids].sum()), np.pad(mask, (0, n_pad)))
     files.close()
     return files.entry

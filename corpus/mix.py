@@ -1,0 +1,140 @@
+"""Mix the documents of several datasets, and show the contents of one."""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from files import printable
+from tokens.dataset import Split, dataset_folders, read_meta
+from tokens.tokenizer import load_tokenizer
+
+
+def open_splits(datasets, out):
+    """Open the datasets of a mixture such as 'zhwiki:0.6,news:0.4' that is to be written to the folder `out`.
+
+    returns  ({'train': [Split, ...], 'val': ...}, their weights)
+    raises   ValueError for datasets that cannot be mixed
+    """
+    folders, weights = dataset_folders(datasets)
+    splits = {'train': [Split(folder, 'train') for folder in folders]}
+    first = splits['train'][0]
+    for split in splits['train']:
+        if split.tokenizer != first.tokenizer:
+            raise ValueError(f'{split.folder} and {first.folder} were packed with different tokenizers: '
+                             'pack them with one')
+        if split.folder.resolve() == Path(out).resolve():
+            raise ValueError(f'--out={out} is one of the datasets to mix: name another folder')
+        if split.meta.get('row_tokens'):
+            raise ValueError(f'{split.folder} was packed in rows, which a mixed file would cut: '
+                             f'mix it in training, --dataset={datasets}')
+    if any('val' in split.meta['splits'] for split in splits['train']):
+        splits['val'] = [Split(folder, 'val') for folder in folders]
+    return splits, weights
+
+
+def mixed_documents(splits, weights, max_tokens, n_tokens=None):
+    """Yield (ids, mask) of documents of several splits, each time from the one furthest behind its share of tokens.
+
+    max_tokens   longer documents are cut into documents of this many, so that the shares hold in every part of the file
+    n_tokens     stop after this many; a source that ends begins again. None: stop when the first source ends
+    """
+    from tqdm import tqdm
+    eot = load_tokenizer(splits[0].tokenizer).eot
+    weights = np.array(weights)
+    sources = [documents_of(split, max_tokens, eot) for split in splits]
+    taken, passes = np.zeros(len(splits), dtype=np.int64), [1] * len(splits)
+    total = n_tokens or int(min(split.n_tokens / weight for split, weight in zip(splits, weights, strict=True)))
+    with tqdm(desc=splits[0].split, total=total, unit=' tokens', unit_scale=True, disable=None) as bar:
+        while n_tokens is None or taken.sum() < n_tokens:
+            k = int(np.argmax(weights * taken.sum() - taken))
+            document = next(sources[k], None)
+            if document is None:
+                if n_tokens is None:
+                    return
+                passes[k] += 1
+                print(f'{splits[k].folder.name}: reading it again, pass {passes[k]}', file=sys.stderr)
+                sources[k] = documents_of(splits[k], max_tokens, eot)
+                document = next(sources[k])
+            taken[k] += len(document[0]) + (eot is not None)
+            bar.update(len(document[0]))
+            yield document
+
+
+def documents_of(split, max_tokens, eot):
+    """Yield (ids, mask) of a split's documents without the end-of-text after them; of equal parts if it has no .idx."""
+    documents = [(0, split.n_tokens)]
+    if (split.folder / f'{split.split}.idx').exists():
+        documents = zip(*split.documents(), strict=True)
+    for offset, length in documents:
+        for begin in range(int(offset), int(offset + length), max_tokens):
+            end = min(begin + max_tokens, int(offset + length))
+            ids = tokens_between(split, begin, end)
+            if eot is not None and ids[-1] == eot:
+                ids, end = ids[:-1], end - 1
+            if len(ids):
+                yield ids, None if split.mask is None else np.array(split.mask[begin:end])
+
+
+def tokens_between(split, begin, end):
+    """Return the ids of a split from position `begin` to `end`, which may lie in several shards."""
+    parts = [shard.tokens[max(begin - shard.first, 0):end - shard.first] for shard in split.shards
+             if shard.first < end and begin < shard.first + shard.n_tokens]
+    return np.concatenate(parts)
+
+
+# -----------------------------------------------------------------------------
+# inspect
+
+ORIGINS = {'meta.json': '', 'meta.pkl': ', according to meta.pkl', 'none': ", by nanoGPT's rules because meta.json is absent"}
+
+
+def show_dataset(folder, n_windows):
+    """Print counts and pieces of text of each split, and verify the checksums."""
+    meta = read_meta(folder)
+    tokenizer = load_tokenizer(meta['tokenizer'])
+    print(f'{folder}: {meta["dtype"]}, {meta["tokenizer"]["kind"]} tokenizer of {meta["vocab_size"]:,} tokens'
+          f'{ORIGINS[meta["origin"]]}; source: {printable(meta["source"] or "unknown")}')
+    for name in meta['splits']:
+        split = Split(folder, name)
+        print(f'\n{name}: {summary(split, tokenizer)}')
+        for n in range(n_windows):
+            shard = split.shards[n * len(split.shards) // n_windows]
+            start = max(shard.n_tokens - 64, 0) * (n % 7 + 1) // 8
+            text = tokenizer.decode(shard.tokens[start:start + 64])
+            print(f'{shard.path.name}, tokens {start:,} on: {text!r}')
+        split.verify()
+        n_known = sum(crc is not None for crc in split.checksums)
+        print(f'checksums: {n_known} of {len(split.shards)} shards verified' if n_known else 'checksums: none are known')
+
+
+def summary(split, tokenizer):
+    """Count a split's documents, tokens and bytes, in words."""
+    counts = count_ids(split)
+    n_bytes = int(counts @ tokenizer.token_bytes())
+    index = split.beside('.idx', '<i8', (-1, 2))
+    documents = 'documents unknown'
+    if index is not None:
+        documents = f'{len(index):,} documents'
+    elif tokenizer.eot is not None:
+        documents = f'{counts[tokenizer.eot] + 1:,} documents by their ends'
+    targets = ''
+    if split.mask is not None:
+        targets = f', {np.count_nonzero(split.mask) / max(split.n_tokens, 1):.1%} of them targets'
+    return (f'{documents}, {split.n_tokens:,} tokens{targets}, {n_bytes:,} bytes, '
+            f'{n_bytes / max(split.n_tokens, 1):.3f} bytes per token, {np.count_nonzero(counts):,} different tokens, '
+            f'shards: {len(split.shards)}')
+
+
+def count_ids(split):
+    """Count each id, (V,) int64. Raises ValueError that names shard and offset of an id beyond the vocabulary."""
+    counts = np.zeros(split.vocab_size, dtype=np.int64)
+    for shard in split.shards:
+        for start in range(0, shard.n_tokens, 1 << 20):
+            ids = shard.tokens[start:start + (1 << 20)]
+            if ids.max() >= split.vocab_size:
+                at = int(np.argmax(ids >= split.vocab_size))
+                raise ValueError(f'{shard.path} offset {start + at}: token id {ids[at]} is beyond the vocabulary of '
+                                 f'{split.vocab_size}: the shard was made with another tokenizer or altered, '
+                                 'prepare the dataset again')
+            counts += np.bincount(ids, minlength=split.vocab_size)
+    return counts
