@@ -1,75 +1,235 @@
-"""Checkpoints that are never half-written, never silently wrong, and independent of what wrapped the model.
+"""Checkpoints: never half-written, never silently wrong, the same for one process, DDP and FSDP2.
 
-    save('out', state, keep_last_n=1)      # out/ckpt.pt, the one before it kept as out/ckpt_00001000.pt
-    state = load_newest('out')             # verified; a damaged file is set aside and the next older one taken
+    folder = CheckpointFolder('out')             # of one run, written under its lock
+    folder.save(state, keep_last_n=1)            # out/ckpt.pt; its predecessor stays as out/ckpt_00001000.pt
+    state, path = load_newest('out')             # verified; the next older file if the newest is damaged
 
 A checkpoint is one dict of tensors and plain values in torch's zip format, loadable with weights_only=True:
 
-    model           parameters by name, without module. or _orig_mod. prefixes
-    optimizer       state and param_groups by parameter name (absent in best.pt, which holds weights only)
-    scaler          the float16 loss scaler's state
-    model_args      what GPTConfig takes
-    iter_num        updates done
-    run_id          the run that wrote it: a folder's checkpoints are one run's, each an earlier state of the next
-    history         what optim.judge remembers: steps skipped and taken, running means
-    to_evaluate     whether the run was stopped where an evaluation was due, which the resumed run then does
-    best_val_loss, config (all settings), tokenizer, vocab_size (without padding), data (fingerprint), format, and what train.py adds
+    model         parameters by name
+    optimizer     state and param_groups by parameter name (absent in best.pt, which holds weights only)
+    scaler        state of the float16 loss scaler
+    model_args    arguments of GPTConfig
+    config        all settings of the run
+    history       five numbers of optim.StepJudge: steps skipped and taken, running means
+    iter_num, best_val_loss, ...                  the fields of Progress
+    tokenizer, vocab_size (without padding), data (fingerprint), position, style, format
 """
 
+import dataclasses
+import math
 import os
 import re
+import secrets
 import shutil
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint import state_dict as dcp
 
-from files import print0, write_atomically
+import distributed
+from files import print0, remove_leftovers, write_atomically
+from weights import foreign
 
 FORMAT = 1
-MODEL_ARGS = dict.fromkeys(('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'), int) | dict(
-    dropout=float | int, bias=bool | None, arch=str, activation=str | None)  # what GPTConfig takes
-PREFIXES = ('module.', '_orig_mod.')
+NUMBERED = re.compile(r'ckpt_\d{8,}\.pt')
+# the parts of a NumPy scalar, such as best_val_loss = np.float64(1.9), which weights_only=True would refuse
+NUMPY_SCALARS = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(kind)) for kind in 'bBhHiIlLefd?')]
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Every checkpoint holds its fields."""
+
+    iter_num: int = 0  # updates done
+    best_val_loss: float = math.inf
+    since_best: int = 0  # evaluations since the best one
+    to_evaluate: bool = False  # a signal came before the evaluation that was due at iter_num
+    run_id: str | None = None  # tells the checkpoints of this run from another's in the same folder
+    wandb_id: str | None = None
+
+    def __post_init__(self):
+        self.run_id = self.run_id or secrets.token_hex(4)
+        self.started_at = self.iter_num
+        self.resumes_evaluation = self.to_evaluate
+        self.val_loss = 0.0  # the latest
+        self.previous_best = self.best_val_loss, self.since_best
+
+    @property
+    def advanced(self) -> bool:
+        """Whether there is anything new to evaluate and save since the run was started or resumed."""
+        return self.iter_num > self.started_at or self.resumes_evaluation
+
+    def note_evaluation(self, val_loss: float) -> bool:
+        """Record a validation loss. Return whether it is the best so far."""
+        self.val_loss = val_loss
+        self.previous_best = self.best_val_loss, self.since_best
+        if not self.advanced:  # best.pt holds the weights of best_val_loss, and these are not saved
+            return False
+        is_best = val_loss < self.best_val_loss
+        if is_best:
+            self.best_val_loss = val_loss
+        self.since_best = 0 if is_best else self.since_best + 1
+        return is_best
+
+    def forget_best(self):
+        """Undo the latest note_evaluation(): its weights could not be saved."""
+        self.best_val_loss, self.since_best = self.previous_best
+
+    def out_of_patience(self, patience: int) -> bool:
+        if not 0 < patience <= self.since_best:
+            return False
+        print0(f'no new best validation loss in {self.since_best} evaluations: stopping here (patience={patience})')
+        return True
+
+    @classmethod
+    def of(cls, state: dict):
+        """Return the progress stored in a checkpoint, with defaults for the fields that it lacks."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: state[name] for name in names if state.get(name) is not None})
 
 
 # -----------------------------------------------------------------------------
 # writing
 
 
-def save(out_dir, state, keep_last_n=0, best=False):
-    """Publishes state as ckpt.pt, and its weights as best.pt if they are the best so far.
+class CheckpointFolder:
+    """The checkpoint files of the run that holds the lock of out_dir.
 
-    keep_last_n  how many older checkpoints stay, as ckpt_00001000.pt by their iter_num; -1 = all of them
-    raises       OSError, a full disk say: ckpt.pt and the older ones are as they were
+    resumed_from, iter_num  the checkpoint that the run was resumed from; '' = it was not
     """
+
+    def __init__(self, out_dir, resumed_from='', iter_num=0):
+        self.out_dir = Path(out_dir)
+        self.newest = self.out_dir / 'ckpt.pt'
+        self.resumed_from, self.resumed_iter = Path(resumed_from), iter_num
+        self.saved_iter = None  # iter_num of ckpt.pt if it is this run's
+        if resumed_from and self.resumed_from.resolve() == self.newest.resolve():
+            self.saved_iter = iter_num
+        self.saved_stat = None  # of ckpt.pt when this process wrote it
+
+    def save_or_warn(self, state, progress, *, keep_last_n: int, is_best: bool, must_succeed: bool):
+        """Save on the first rank. On a full disk the run goes on without this checkpoint, unless
+        must_succeed.
+
+        Nothing is saved while weights or validation loss are not finite: that would push the last good one
+        out.
+        """
+        problem = 'the weights or the validation loss are not finite'
+        try:
+            saves = distributed.on_first_rank(
+                lambda: is_finite(state, progress) and self.save(state, keep_last_n, is_best))
+        except OSError as error:
+            saves, problem = False, f'{error.filename}: {error.strerror}'
+            if 'ckpt.pt' not in Path(error.filename or '').name:  # then best.pt was not written either
+                progress.forget_best()
+            if must_succeed:
+                raise
+        if saves:
+            self.saved_iter = state['iter_num']
+        else:
+            print0(f'NOT SAVED at iteration {state["iter_num"]}, {problem}: {self.what_is_saved()}')
+
+    def what_is_saved(self) -> str:
+        names = [path for path in (self.newest, self.out_dir / 'best.pt') if path.is_file()]
+        if self.saved_iter is not None:
+            return f'the last good checkpoint is {self.newest} of iteration {self.saved_iter}'
+        if names:
+            return f'{names[0]} is from before this start'
+        return 'no checkpoint has been saved yet'
+
+    def too_many_skipped(self, n: int, iter_num: int) -> str:
+        return (f'{n} steps in a row were skipped, up to iteration {iter_num}: {self.what_is_saved()}, '
+                'continue from it with a lower --learning_rate or other data')
+
+    def save(self, state: dict, keep_last_n: int = 0, is_best: bool = False) -> bool:
+        """Publish state as ckpt.pt, and its weights as best.pt if they are the best so far.
+
+        keep_last_n  older checkpoints that stay, as ckpt_00001000.pt by their iter_num; -1 = all
+        raises       OSError, on a full disk for example: ckpt.pt and the older ones are then unchanged
+        """
+        remove_leftovers(self.out_dir)
+        if self.saved_stat is None:
+            self.set_others_aside(state)
+        if keep_last_n and self.saved_iter not in (None, state['iter_num']) and self.newest_is_sound():
+            # a second name for ckpt.pt, because the new state is about to take its first
+            add_name(self.newest, self.out_dir / f'ckpt_{self.saved_iter:08d}.pt')
+        if is_best:
+            weights = {key: value for key, value in state.items() if key not in ('optimizer', 'scaler')}
+            write_atomically(self.out_dir / 'best.pt', lambda f: write_zip(weights, f))
+        write_atomically(self.newest, lambda f: write_zip(state, f))
+        self.saved_iter, self.saved_stat = state['iter_num'], file_stat(self.newest)
+        for old in numbered(self.out_dir)[keep_last_n:] if keep_last_n >= 0 else []:
+            old.unlink(missing_ok=True)
+        return True
+
+    def set_others_aside(self, state):
+        """Before the first save: move files away that are not earlier states of this run."""
+        is_own = self.resumed_from.parent.resolve() == self.out_dir.resolve()
+        others = [path for path in numbered(self.out_dir) if not is_own or number(path) > self.resumed_iter]
+        if self.saved_iter is None and os.path.lexists(self.newest):
+            others.append(self.newest)
+        set_aside(self.out_dir, others)
+
+    def newest_is_sound(self):
+        """Whether ckpt.pt is as it was written. A damaged file must not push a good one out."""
+        if file_stat(self.newest) == self.saved_stat:
+            return True
+        try:
+            read(self.newest)
+            return True
+        except (ValueError, OSError) as error:
+            print0(f'{error}: not kept as an older checkpoint')
+            return False
+
+
+def is_finite(state, progress):
+    finite = all(tensor.isfinite().all() for tensor in state['model'].values())
+    return finite and math.isfinite(progress.val_loss)
+
+
+def set_aside(out_dir, paths):
+    """Move files of another run, or of later states of this one, to a new folder out_dir/old-N."""
+    if not paths:
+        return
+    n = 1
+    while (Path(out_dir) / f'old-{n}').exists():
+        n += 1
+    folder = Path(out_dir) / f'old-{n}'
+    folder.mkdir()
+    for path in paths:
+        os.replace(path, folder / path.name)
+    print0(f'{out_dir}: {", ".join(path.name for path in paths)} moved to {folder}')
+
+
+def run_files(out_dir):
+    """The files that a run writes into out_dir, ckpt.pt last: until it is moved, the folder still holds
+    that run."""
+    names = ('best.pt', 'metrics.jsonl', 'run.json', 'samples.md', 'eval.json', 'report.md')
     out_dir = Path(out_dir)
-    for leftover in out_dir.glob('.*.pt.tmp*'):  # of a process that was killed while it wrote
-        leftover.unlink(missing_ok=True)
-    if keep_last_n or numbered(out_dir):
-        make_way(out_dir, state, keep_last_n != 0)
-    if best:
-        weights = {k: v for k, v in state.items() if k not in ('optimizer', 'scaler')}
-        write_atomically(out_dir / 'best.pt', lambda f: write_zip(weights, f))
-    write_atomically(out_dir / 'ckpt.pt', lambda f: write_zip(state, f))
-    for old in numbered(out_dir)[keep_last_n:] if keep_last_n >= 0 else []:
-        old.unlink(missing_ok=True)
+    paths = [*(out_dir / name for name in names), *reversed(numbered(out_dir)), out_dir / 'ckpt.pt']
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def write_zip(state, f):
-    """torch.save, and the checksum of the whole file at its end, as the zip's comment: the zip's own leave its headers and directory out."""
+    """torch.save(), with a checksum of the whole file as zip comment: the zip's own do not cover its
+    headers."""
     try:
         torch.save(state, f)
-    except RuntimeError as error:  # torch's own words for a file that did not take what was written hide the reason
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
-    ending = seal(f, f.tell() - 2)
-    f.seek(-2, os.SEEK_END)  # the length of a comment, 0 so far
+    except RuntimeError as error:  # torch hides the reason for a failed write
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    ending = checksum_ending(f, f.tell() - 2)
+    f.seek(-2, os.SEEK_END)  # the length of the comment, zero so far
     f.write(ending)
 
 
-def seal(f, size):
-    """What ends a zip file behind its first size bytes: the length of a comment, and the comment."""
+def checksum_ending(f, size):
+    """The end of a checkpoint file after its first `size` bytes: the length of the zip comment, and the
+    comment."""
     crc, step = 0, 1 << 24
     f.seek(0)
     for start in range(0, size, step):
@@ -78,43 +238,8 @@ def seal(f, size):
     return len(comment).to_bytes(2, 'little') + comment
 
 
-def make_way(out_dir, state, keep):
-    """Gives the present ckpt.pt its number as a second name, since its first is about to become the name of state.
-
-    What is not an earlier state of the same run (another run was here, or this one went back) gets .old behind its name: resuming
-    and pruning go by numbers, which say nothing between runs. A damaged file gets no second name, and so pushes no good one out.
-    """
-    newest, before = out_dir / 'ckpt.pt', None
-    for path in candidates(out_dir):  # the first that can be read tells whose they all are
-        try:
-            before = modernize(read(path, mmap=True), path)
-            break
-        except ValueError as error:
-            print0(f'{error}: not kept as an older checkpoint')
-    same_run = before is not None and before.get('run_id') == state.get('run_id')
-    for old in numbered(out_dir):
-        if not same_run or number(old) >= state['iter_num']:
-            aside = old.with_name(old.name + '.old')
-            os.replace(old, aside)
-            print0(f'{old} is no earlier state of this run: renamed to {aside.name}')
-    if keep and before is not None and path == newest and not (same_run and before['iter_num'] == state['iter_num']):
-        earlier = same_run and before['iter_num'] < state['iter_num']
-        add_name(newest, out_dir / f'ckpt_{before["iter_num"]:08d}.pt{"" if earlier else ".old"}')
-
-
-def set_aside(out_dir):
-    """Renames the checkpoints that another run left in out_dir to *.old, so that a run from scratch is never resumed as that one."""
-    out_dir = Path(out_dir)
-    # ckpt.pt is the last: until then the other run is as it was
-    found = [path for path in (out_dir / 'best.pt', *reversed(numbered(out_dir)), out_dir / 'ckpt.pt') if path.is_file()]
-    for path in found:
-        os.replace(path, path.with_name(path.name + '.old'))
-    if found:
-        print0(f'{out_dir}: {", ".join(path.name for path in found)} of the run before renamed to *.old')
-
-
 def add_name(path, name):
-    """A second name for a file: a hard link, or a copy where the file system has none."""
+    """Hard-link a file under a second name; copy it where the file system has no hard links."""
     name.unlink(missing_ok=True)
     try:
         os.link(path, name)
@@ -123,216 +248,189 @@ def add_name(path, name):
             write_atomically(name, lambda f: shutil.copyfileobj(source, f))
 
 
+def file_stat(path):
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def numbered(out_dir):
     """The older checkpoints of a folder, newest first."""
-    return sorted((p for p in Path(out_dir).glob('ckpt_*.pt') if re.fullmatch(r'ckpt_\d{8,}\.pt', p.name)), key=number, reverse=True)
+    paths = [path for path in Path(out_dir).iterdir() if NUMBERED.fullmatch(path.name)]
+    return sorted(paths, key=number, reverse=True)
 
 
 def number(path):
-    return int(path.stem[len('ckpt_'):])
-
-
-def candidates(out_dir):
-    """What resuming may take, in the order in which it tries."""
-    return [p for p in (Path(out_dir) / 'ckpt.pt', *numbered(out_dir)) if p.is_file()]
+    return int(path.stem.removeprefix('ckpt_'))
 
 
 # -----------------------------------------------------------------------------
 # reading
 
 
-def load(path, n_head=None):
-    """The verified checkpoint at path, in today's form; ValueError or FileNotFoundError in one line if it cannot be had.
+class Damaged(ValueError):
+    """A checkpoint file whose bytes are proved not to be what was written."""
+
+
+def load(path, n_head: int | None = None) -> dict:
+    """Return the verified checkpoint at path; those of nanoGPT and other trainers are converted.
 
     n_head  for a file of weights alone that does not say it: the shapes of weights do not show heads
+    raises  ValueError, OSError in one line if it cannot be had; Damaged if the file is
     """
-    return modernize(read(path), path, n_head)
-
-
-def read(path, mmap=False):
-    """What was saved at path, verified.
-
-    mmap    map the tensors instead of reading them, for a look at the rest
-    raises  FileNotFoundError, ValueError for a damaged file or one that holds more than tensors and plain values
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} is a folder, a checkpoint is a file such as ckpt.pt' if path.is_dir() else f'{path} does not exist')
-    with open(path, 'rb') as f:  # an OSError here is not the file's fault
-        try:
-            damage = find_damage(f)
-            state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap) if damage is None else None
-        except MemoryError:
-            raise
-        except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
-            raise ValueError(f'{path} is not a readable checkpoint ({reason(error)})') from None
-    if damage is not None:
-        raise ValueError(f'{path} is damaged: {damage}')
-    return state
-
-
-def find_damage(f):
-    """What is wrong with the bytes of an open checkpoint, or None. torch.load does not look at the checksums of its zip format, so
-    a flipped bit would become a weight. One bit in the directory makes a record a folder, which torch.load reads as nothing at all
-    and leaves the memory of its tensor as it was."""
-    with zipfile.ZipFile(f) as archive:
-        for record in archive.infolist():
-            if record.external_attr:
-                return f'the attributes of {record.filename} are {record.external_attr:#x}, expected 0'
-        size = f.seek(-2 - len(archive.comment), os.SEEK_END)
-        ending = f.read()
-        if ending != b'\0\0':  # no comment at all; a comment that was cut off leaves its length
-            return None if ending == seal(f, size) else 'the checksum of the file does not match'
-        damaged = archive.testzip()  # of another trainer, or an older version
-        return None if damaged is None else f'the checksum of {damaged} does not match'
-
-
-def reason(error):
-    """The part of an error of zipfile or torch.load that tells something, in one line."""
-    words = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2] or type(error).__name__
-    name = re.search(r'GLOBAL (\S+)', words)
-    return f'it asks for {name[1]}, and only tensors and plain values are read' if name else words[:150]
-
-
-def load_newest(out_dir):
-    """(state, path) of the newest readable checkpoint of out_dir, or (None, None) where there is none at all.
-
-    A damaged file is renamed to *.corrupt, said aloud, and the next older one is taken; ValueError if none is left, or if the
-    newest is sound but no checkpoint of ours.
-    """
-    for path in candidates(out_dir):
-        try:
-            state = read(path)
-        except ValueError as error:
-            aside = path.with_name(path.name + '.corrupt')
-            os.replace(path, aside)
-            print0(f'{error}: renamed to {aside.name}, looking for an older one')
-            continue
-        state = modernize(state, path)
-        print0(f'checkpoint: {path} (iteration {state["iter_num"]})')
-        return state, path
-    if any(Path(out_dir).glob('ckpt*.pt.corrupt')):  # also the next time: a run that resumes by itself must not begin again unasked
-        raise ValueError(f'{out_dir} has no readable checkpoint left: see the *.corrupt files there, or start again with another --out_dir')
-    return None, None
-
-
-def strip_prefixes(weights):
-    def bare(name):
-        while name.startswith(PREFIXES):
-            name = name.split('.', 1)[1]
-        return name
-    stripped = {bare(name): tensor for name, tensor in weights.items()}
-    if len(stripped) != len(weights):
-        raise ValueError(f'{len(weights) - len(stripped)} weights stand there twice, with a prefix such as module. and without: keep one of each')
-    return stripped
-
-
-def modernize(state, path, n_head=None):
-    """A checkpoint as this file describes it, from ours, nanoGPT's, or another trainer's."""
+    state = read(path)
     if not isinstance(state, dict):
         raise ValueError(f'{path} holds a {type(state).__name__}, not a checkpoint dict')
     if type(state.get('format', FORMAT)) is not int or state.get('format', FORMAT) != FORMAT:
         raise ValueError(f'{path} has format {state["format"]}, this version reads {FORMAT}: use a newer flatGPT')
     if 'format' not in state:
-        state = of_another_trainer(state, path, n_head)
-    if not is_weights(state.get('model')) or not isinstance(state.get('model_args'), dict):
-        raise ValueError(f'{path} has no model and model_args: it is not a checkpoint of flatGPT or nanoGPT')
-    for name, tensor in state['model'].items():
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise ValueError(f'{path}: {name} is {tensor.dtype}, {tensor.layout}: accepted are dense floating-point weights')
-    for name, value in state['model_args'].items():
-        if not isinstance(value, MODEL_ARGS.get(name, ())):
-            raise ValueError(f'{path}: {name} = {value!r} in its model_args is none that this version knows')
-    for key, kind in (('iter_num', int), ('best_val_loss', float | int | None), ('config', dict | None), ('optimizer', dict | None)):
-        if not isinstance(state.get(key), kind):
-            raise ValueError(f'{path} is not a checkpoint of flatGPT or nanoGPT: {key} is a {type(state.get(key)).__name__}')
+        state = foreign.from_foreign(state, path, n_head)
+    foreign.check_state(state, path)
     return state | dict(config=state.get('config') or {})
 
 
-def of_another_trainer(state, path, n_head):
-    """A checkpoint from nanoGPT's dict, or from weights in any dict, under any prefix: model_state_dict, state_dict, or bare."""
-    weights = next((state[key] for key in ('model', 'model_state_dict', 'state_dict') if isinstance(state.get(key), dict)), state)
-    if not weights or not is_weights(weights):
-        raise ValueError(f'{path} has no weights by name, itself or under model, model_state_dict or state_dict: it is not a checkpoint')
-    weights = {k: v for k, v in strip_prefixes(weights).items() if not re.search(r'\.attn\.(masked_)?bias$', k)}  # causal masks of old files
-    args = state.get('model_args')
-    if 'model' not in state or not isinstance(args, dict):
-        weights, args = adopt(weights, state, path, n_head)
-        return dict(model=weights, model_args=args, iter_num=0, best_val_loss=None, config={})
-    # nanoGPT, which uses the exact GELU
-    known = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
-    args = {k: v for k, v in args.items() if k in known} | dict(arch='gpt2', activation='gelu')
-    loss = state.get('best_val_loss', float('inf'))
-    loss = loss.item() if isinstance(loss, torch.Tensor) and loss.numel() == 1 else loss
-    return dict(iter_num=0, config={}) | state | dict(model=weights, model_args=args, best_val_loss=loss)
+def read(path):
+    """Return what was saved at path, verified. The tensors are mapped from the file, not copied.
 
-
-def adopt(weights, state, path, n_head):
-    """Weights that another trainer saved under GPT-2's names, in our layout, and their model_args, read off the shapes.
-
-    What shapes do not show is said aloud: n_head is taken from a dict in the file, else from the argument.
+    raises  OSError, MemoryError, Damaged; ValueError for a sound file that holds more than plain values
     """
-    if 'wte.weight' in weights:  # as transformers' GPT2Model names them
-        weights = {k if k == 'lm_head.weight' else 'transformer.' + k: v for k, v in weights.items()}
-    wte, wpe, c_attn = (weights.get(f'transformer.{name}.weight') for name in ('wte', 'wpe', 'h.0.attn.c_attn'))
-    wte = weights.get('lm_head.weight') if wte is None else wte
-    if any(tensor is None or tensor.dim() != 2 for tensor in (wte, wpe, c_attn)):
-        raise ValueError(f'{path} does not name its weights as nanoGPT or transformers name a GPT-2\'s (transformer.wte.weight and so on, '
-                         f'found {", ".join(sorted(weights)[:3])}): rename them where it was written')
-    if not torch.equal(wte, weights.get('lm_head.weight', wte)):
-        raise ValueError(f'{path}: lm_head.weight is not transformer.wte.weight: GPT-2 has one matrix for both')
-    C = wte.size(1)
-    weights = {'transformer.wte.weight': wte, 'lm_head.weight': wte, **weights}
-    transposed = c_attn.shape == (C, 3 * C)
-    if transposed:  # transformers' Conv1D
-        weights = {k: v.t() if re.search(r'(c_attn|c_proj|c_fc)\.weight$', k) and v.dim() == 2 else v for k, v in weights.items()}
-    dicts = [v for v in state.values() if isinstance(v, dict)]
-    said = next((d[name] for name in ('n_head', 'n_heads', 'num_heads', 'num_attention_heads') for d in dicts if type(d.get(name)) is int), None)
-    if said is None and n_head is None:
-        raise ValueError(f'{path} does not say its number of heads, and weights do not show it: give --n_head '
-                         f'({max(C // 64, 1)} if its heads are 64 wide, as GPT-2\'s)')
-    args = dict(arch='gpt2', activation='gelu_tanh' if transposed else 'gelu', vocab_size=wte.size(0), block_size=wpe.size(0), n_embd=C,
-                n_head=said or n_head, n_layer=len({k.split('.')[2] for k in weights if k.startswith('transformer.h.')}),
-                bias=any(k.endswith('.bias') for k in weights), dropout=0.0)
-    print0(f'{path}: sizes from its weights, n_head = {args["n_head"]} from {"a setting in it" if said else "--n_head"}, '
-           + ('transposed matrices and tanh GELU, as transformers has them' if transposed else 'exact GELU, as nanoGPT has it'))
-    return weights, args
+    path = Path(path)
+    if not path.is_file():
+        if path.is_symlink():
+            raise FileNotFoundError(f'{path} is a link to {os.readlink(path)}, which does not exist')
+        reason = 'is a folder, a checkpoint is a file such as ckpt.pt' if path.is_dir() else 'does not exist'
+        raise FileNotFoundError(f'{path} {reason}')
+    with open(path, 'rb') as f:
+        check_bytes(f, path)
+    try:
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # pickle and torch each have their own for a file of another kind
+        if 'allocate memory' in str(error):
+            raise MemoryError(f'{path} does not fit into memory') from None
+        raise ValueError(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
 
 
-def is_weights(value):
-    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
+def check_bytes(f, path):
+    """Refuse a file whose bytes are not what was written. torch.load ignores the checksums of its zip format.
+
+    raises  Damaged; ValueError for a file of torch before 1.6; OSError, MemoryError if it cannot be read
+    """
+    head, pickle = f.read(4), b''
+    try:
+        with zipfile.ZipFile(f) as archive:
+            # one bit in the zip directory turns a record into a folder, which torch.load skips without a word
+            for record in archive.infolist():
+                if record.external_attr:
+                    raise Damaged(f'{path} is damaged: the attributes of {record.filename} are set')
+            size = f.seek(-2 - len(archive.comment), os.SEEK_END)
+            ending = f.read()
+            if ending == b'\0\0':  # no comment: nanoGPT's, or another trainer's
+                broken = archive.testzip()
+                if broken is not None:
+                    raise Damaged(f'{path} is damaged: the checksum of {broken} does not match')
+            elif ending != checksum_ending(f, size):
+                raise Damaged(f'{path} is damaged: the checksum of the file does not match')
+            for name in archive.namelist():
+                if name.endswith('data.pkl'):
+                    pickle = archive.read(name)
+    except (OSError, MemoryError, Damaged):
+        raise
+    except Exception as error:  # zipfile raises a dozen kinds
+        if head[:1] == b'\x80':
+            raise ValueError(f'{path} is in the format of torch before 1.6, or a plain pickle, which is not read: '
+                             'load it where it was written and save it anew with torch.save') from None
+        raise Damaged(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
+    foreign.check_pickle(pickle, path)
+
+
+def reason_of(error):
+    """The informative part of an error of zipfile or torch.load, in one line."""
+    words = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2] or type(error).__name__
+    name = re.search(r'GLOBAL (\S+)', words)
+    return f'it asks for {name[1]}, and only tensors and plain values are read' if name else words[:150]
+
+
+def load_newest(out_dir, rename_damaged: bool = False):
+    """Return (state, path) of the newest sound checkpoint of out_dir, or (None, None) if it has none.
+
+    rename_damaged  rename damaged files to *.corrupt: only for the run that owns the folder
+    raises          ValueError if all are damaged, or the newest is sound but no checkpoint; OSError if it
+                    cannot be read
+    """
+    if not os.path.lexists(out_dir):
+        return None, None
+    newest = Path(out_dir) / 'ckpt.pt'
+    paths = [newest, *numbered(out_dir)] if os.path.lexists(newest) else numbered(out_dir)
+    for path in paths:
+        try:
+            state = load(path)
+        except Damaged as error:
+            action = 'trying an older one'
+            if rename_damaged:
+                os.replace(path, path.with_name(path.name + '.corrupt'))
+                action = f'renamed to {path.name}.corrupt, {action}'
+            print0(f'{error}: {action}')
+            continue
+        print0(f'checkpoint: {path} (iteration {state["iter_num"]})')
+        return state, path
+    if paths or any(Path(out_dir).glob('ckpt*.pt.corrupt')):
+        # also at the next start: a run that resumes by itself must not begin anew unasked
+        raise ValueError(f'{out_dir} has no readable checkpoint left: see the *.corrupt files there, '
+                         'or start again with another --out_dir')
+    return None, None
 
 
 # -----------------------------------------------------------------------------
-# model and optimizers <-> plain dicts, the same for one process, DDP and FSDP2
+# model and optimizers <-> plain dicts
 
 
-def gather(model, optimizers):
-    """{'model': …, 'optimizer': …} with whole tensors by parameter name, on the first rank; every rank takes part."""
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+def gather(model, optimizers) -> dict:
+    """Return the model's and the optimizers' whole tensors by name, on the first rank. Every rank takes part.
+
+    returns  {'model': …, 'optimizer': …}
+    """
     fresh = [optimizer for optimizer in optimizers if not optimizer.state]
-    if fresh:  # what has no state yet is given one by a step at rate 0, which must not count as a step
+    if fresh:  # torch gives these their state by a step at rate 0, which must not count as a step
         dcp.get_optimizer_state_dict(model, fresh)
-        for steps in (moments['step'] for optimizer in fresh for moments in optimizer.state.values() if 'step' in moments):
-            steps.zero_()
+        for optimizer in fresh:
+            for moments in optimizer.state.values():
+                if 'step' in moments:
+                    moments['step'].zero_()
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = dcp.get_state_dict(model, optimizers, options=options)
     return dict(model=model_state, optimizer=optimizer_state)
 
 
-def scatter(state, model, optimizers):
-    """Puts what gather() took back in. Rates, decay and betas stay as the optimizers have them now.
+def restore(state, model, optimizers, scaler, loader):
+    """Bring everything that training goes on with to where the checkpoint left it."""
+    if state.get('scaler'):
+        scaler.load_state_dict(state['scaler'])
+    scatter(state, model, optimizers)
+    if state.get('data', loader.fingerprint()) != loader.fingerprint():
+        print0('the dataset is not the one that the checkpoint was trained on: the run continues, but not exactly '
+               'as an unbroken one would')
+    loader.seek(state.get('position'), state['iter_num'])
 
-    raises  ValueError where weights or moments do not fit the model
+
+def scatter(state, model, optimizers):
+    """Load the dict of gather() into a model and its optimizers, which keep their own rates, decay and betas.
+
+    raises  ValueError if weights or moments do not fit the model
     """
     names = {p: name for name, p in model.named_parameters()}
-    groups = [{**group, 'params': [names[p] for p in group['params']]} for optimizer in optimizers for group in optimizer.param_groups]
+    groups = [{**group, 'params': [names[p] for p in group['params']]}
+              for optimizer in optimizers for group in optimizer.param_groups]
     moments = state['optimizer'].get('state', {})
     if 'format' not in state:  # nanoGPT numbers the parameters in the order of its two groups
         order = [name for group in groups for name in group['params']]
-        moments = {order[i]: of_one for i, of_one in moments.items() if i in range(len(order))}
-    check_weights(model, state['model'], 'the checkpoint')
+        moments = {order[i]: moments[i] for i in moments if i in range(len(order))}
+    foreign.check_weights(model, state['model'], 'the checkpoint')
     check_moments(model, moments, groups)
-    dcp.set_state_dict(model, optimizers, model_state_dict=state['model'], optim_state_dict=dict(state=moments, param_groups=groups),
+    moments = {name: {key: value.clone() for key, value in tensors.items()} for name, tensors in moments.items()}
+    optimizer_state = dict(state=moments, param_groups=groups)
+    dcp.set_state_dict(model, optimizers, model_state_dict=state['model'], optim_state_dict=optimizer_state,
                        options=dcp.StateDictOptions(full_state_dict=True))
 
 
@@ -342,32 +440,7 @@ def check_moments(model, moments, groups):
         keys = {'momentum_buffer'} if 'momentum' in group else {'step', 'exp_avg', 'exp_avg_sq'}
         for name in group['params']:
             own = moments.get(name, {})
-            if own.keys() != keys or any(own[key].shape != shapes[name] for key in keys - {'step'}):
-                raise ValueError(f'the checkpoint has no {" and ".join(sorted(keys - {"step"}))} of {name} with shape {tuple(shapes[name])}: '
-                                 'it was written with another optimizer, resume it with that one')
-
-
-def load_weights(model, weights, path, strict=True):
-    """Loads weights by name. ValueError for one of another shape, and for names that are missing or unexpected.
-
-    strict  False: the latter are listed instead, and what is missing stays as it is in the model
-    """
-    missing, unexpected = check_weights(model, weights, path, strict, '; --strict=False takes those that fit')
-    if missing:
-        print0(f'{path}: {len(missing)} weights missing, left as a new model has them: {", ".join(missing)}')
-    if unexpected:
-        print0(f'{path}: {len(unexpected)} weights unexpected, not used: {", ".join(unexpected)}')
-    model.load_state_dict({k: v for k, v in weights.items() if k not in unexpected}, strict=False)
-
-
-def check_weights(model, weights, path, strict=True, remedy=''):
-    """The names that weights lack and those that the model lacks, both none if strict."""
-    own = model.state_dict()
-    for name, tensor in weights.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise ValueError(f'{path}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(own[name].shape)}')
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if (missing or unexpected) and strict:
-        raise ValueError(f'{path} does not fit the model: {len(missing)} weights missing ({", ".join(missing[:3])}), '
-                         f'{len(unexpected)} unexpected ({", ".join(unexpected[:3])}){remedy}')
-    return missing, unexpected
+            fits = own.keys() == keys and all(own[key].shape == shapes[name] for key in keys - {'step'})
+            if not fits:
+                raise ValueError(f'the checkpoint has no {" and ".join(sorted(keys - {"step"}))} of {name} with shape '
+                                 f'{tuple(shapes[name])}: resume it with the optimizer that it was written with')

@@ -31,7 +31,7 @@ from tasks.items import TASKS, evaluate_task, read_benchmarks
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
 from tokens.tokenizer import fingerprint, load_tokenizer
-from weights.load import build_model, find_model, find_tokenizer
+from weights.begin import build_model, find_start
 
 # -----------------------------------------------------------------------------
 # model
@@ -112,19 +112,17 @@ if __name__ == '__main__':
         started_s = time.perf_counter()
         precision = distributed.choose_dtype(dtype, place.device)
         autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
-        state, path = find_model(init_from, out_dir, checkpoint_path, n_head)
-        tokenizer_meta = find_tokenizer(state, path)
-        tokenizer = load_tokenizer(tokenizer_meta)
+        start = find_start(init_from, out_dir, checkpoint_path, n_head)
+        tokenizer = load_tokenizer(start.tokenizer)
         benchmark_names = [name for name in names if name != 'bpb']
         benchmarks = read_benchmarks(benchmark_names, eval_dir, max_examples, tokenizer,
                                      skip_unwritable='tasks' not in explicit)
         bundle = read_core(core, tokenizer, max_examples) if core else []
-        model = build_model(state, path, tokenizer).to(place.device)
+        model = build_model(start, tokenizer).to(place.device)
         block_size = model.config.block_size
         if 'bpb' in names:
-            trained_with = state.get('config', {}) if state else {}
-            text = open_text(dataset, trained_with, block_size, batch_tokens=batch_tokens,
-                             tokenizer_meta=tokenizer_meta)
+            text = open_text(dataset, start.settings, block_size, batch_tokens=batch_tokens,
+                             tokenizer_meta=start.tokenizer)
 
         # evaluate; the benchmarks that were skipped are not among benchmarks
         score = partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast)
@@ -150,10 +148,10 @@ if __name__ == '__main__':
         if results and place.is_master:
             Path(results).parent.mkdir(parents=True, exist_ok=True)
             write_json(results, dict(
-                model=str(path), iter=state['iter_num'] if state else None,
+                model=start.path, iter=start.progress.iter_num if start.weights else None,
                 parameters=model.get_num_params(False), dtype=str(precision).removeprefix('torch.'),
                 device=distributed.device_name(place.device),
-                torch=torch.__version__, tokenizer=fingerprint(tokenizer_meta),
+                torch=torch.__version__, tokenizer=fingerprint(start.tokenizer),
                 seconds=round(time.perf_counter() - started_s, 1), settings=settings, results=numbers))
         if results:
             print0(f'{printable(results)}: written')

@@ -1,98 +1,229 @@
-"""What a run writes about itself while it trains: run.json once, metrics.jsonl line by line, and wandb where it is asked for."""
+"""What a run writes about itself: metrics.jsonl line by line, run.json once a start, samples.md, and wandb
+if asked for."""
 
 import contextlib
 import json
 import math
 import os
+import platform
+import socket
+import sys
+import time
 from pathlib import Path
+
+import torch
 
 import checkpoint
 import distributed
 import files
-from files import print0
-from report import parse
+from files import print0, printable
+from report import environment, read_metrics, write_report, write_samples
+from scoring import table_row
+
+METRICS = ('acc', 'acc_norm', 'perplexity', 'core')  # the numbers of a benchmark that metrics.jsonl gets
 
 
-def open_logs(out_dir, place, iter_num, from_scratch, facts, wandb_id=None, wandb_run=None):
-    """Makes out_dir this run's own, with the facts of the run in run.json.
+class Log:
+    """The files, the lock and the training clock of one run. Only the first rank writes.
 
-    out_dir       None: nothing is written anywhere
-    iter_num      lines of metrics.jsonl at or behind it are dropped, for these iterations are about to be done again
-    from_scratch  whether what another run left in out_dir is set aside
-    facts         of plain values, with the settings under 'settings'
-    wandb_id      of the wandb run to go on with, None = a new one
-    wandb_run     dict(project, name); None = no wandb
-    returns       write_metrics(line), write_table(name, columns, rows, step), and the id of the wandb run
-    raises        ValueError where another trainer has out_dir; OSError where it cannot be written
+    out_dir          None = lines are printed, and nothing is written
+    tokens_per_step  over all ranks
     """
-    if out_dir is None:
-        return lambda line: None, lambda *_: None, wandb_id
-    path, run, lock = Path(out_dir) / 'metrics.jsonl', None, None
 
-    def claim():
-        nonlocal lock
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = files.lock(out_dir)
-        if from_scratch:
-            checkpoint.set_aside(out_dir)
-            for old in filter(Path.exists, (path, path.with_name('samples.md'), path.with_name('eval.json'))):  # of the run that was here before
-                os.replace(old, old.with_name(old.name + '.old'))
-        lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if iter_num and path.exists() else []
-        kept = ''.join(line + '\n' for line in lines if (known := parse(line)) and known['iter'] < iter_num)
-        files.write_atomically(path, lambda f: f.write(kept.encode('utf-8')))
-        files.write_atomically(path.with_name('run.json'), lambda f: f.write(json.dumps(facts, indent=1).encode('utf-8')))
+    def __init__(self, out_dir, place, progress, tokens_per_step: int, max_iters: int):
+        self.out_dir, self.place, self.progress = out_dir, place, progress
+        self.tokens_per_step, self.max_iters = tokens_per_step, max_iters
+        self.writes = out_dir is not None and place.is_master
+        self.path = Path(out_dir or '.') / 'metrics.jsonl'
+        self.lock = self.wandb = None
+        self.peak_flops = None  # of all ranks together; None = unknown
+        self.flops_per_token = 0
+        self.logged_at = progress.iter_num  # updates before this one have a line
+        self.last_line_s = time.perf_counter()  # paused() moves it forward
 
-    distributed.on_first_rank(claim)
-    if not place.is_master:
-        return lambda line: None, lambda *_: None, wandb_id
-    if wandb_run:
-        run = start_wandb(wandb_id, **wandb_run, config=facts['settings'], dir=out_dir)
-        wandb_id = run.id
+    # starting
 
-    def write_metrics(line):
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # JSON has no NaN
+    def open(self, is_new: bool, facts: dict):
+        """Make out_dir this run's own: lock it, set another run aside, drop the metrics that are about to be redone.
+
+        is_new  the run was not resumed
+        facts   plain values about the run for run.json, the settings under 'settings'
+        raises  ValueError if another process trains there; OSError if it cannot be written
+        """
+        peak = distributed.peak_flops(self.place.device)
+        if peak and facts['dtype'] != 'float32':
+            self.peak_flops = peak * self.place.world_size
+        self.flops_per_token = facts['flops_per_token']
+        if self.out_dir is not None:
+            distributed.on_first_rank(lambda: self.claim(is_new, facts))
+
+    def claim(self, is_new, facts):
+        os.makedirs(self.out_dir, exist_ok=True)
+        self.lock = files.lock(self.out_dir)
+        files.remove_leftovers(self.out_dir)
+        if is_new:
+            checkpoint.set_aside(self.out_dir, checkpoint.run_files(self.out_dir))
+        iter_num = self.progress.iter_num
+        lines = read_metrics(self.path) if iter_num and self.path.exists() else []
+        text = ''.join(json.dumps(line) + '\n' for line in lines if line['iter'] < iter_num)
+        files.write_atomically(self.path, lambda f: f.write(text.encode('utf-8')))
+
+        # run.json: the facts of this start, and a record of every start
+        run_file = self.path.with_name('run.json')
+        earlier = files.read_json(run_file) if iter_num and run_file.exists() else {}
+        facts['environment'] = environment() | dict(
+            device=facts.pop('device'), processes=self.place.world_size, dtype=facts.pop('dtype'),
+            compiled=facts.pop('compiled'), python=platform.python_version(), torch=torch.__version__,
+            system=platform.platform())
+        starts = [*earlier.get('starts', []), self.start_record(facts, earlier)]
+        files.write_json(run_file, {**facts, 'starts': starts})
+
+    def start_record(self, facts, earlier):
+        """One entry of `starts` in run.json: what is true of this start of the run, but not of the others."""
+        now, before = facts['settings'], earlier.get('settings', {})
+        changed = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
+        return dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), iter_num=self.progress.iter_num, changed=changed,
+                    git=environment().get('git'), host=socket.gethostname(), argv=sys.argv,
+                    torch=torch.__version__, python=platform.python_version())
+
+    def start_wandb(self, project, name, config):
+        """Start or resume the wandb run: offline if there is no key, because training needs no network."""
+        if not self.writes:
+            return
+        import wandb
+        mode = os.environ.get('WANDB_MODE') or ('online' if wandb.api.api_key else 'offline')
+        if mode == 'offline':
+            print0('wandb: offline, because there is no key or offline was asked for: upload with `wandb sync`')
+        resume = 'allow' if self.progress.wandb_id else None
+        self.wandb = wandb.init(id=self.progress.wandb_id, resume=resume, mode=mode, project=project, name=name,
+                                config=config, dir=self.out_dir)
+        self.progress.wandb_id = self.wandb.id
+
+    # while training
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Keep the time spent inside out of the training clock."""
+        # updates still running on an accelerator count as training
+        distributed.synchronize(self.place.device)
+        begun_s = time.perf_counter()
+        yield
+        self.last_line_s += time.perf_counter() - begun_s
+
+    def step(self, lr: float, loss, grad_norm, judge) -> int:
+        """Log the update that follows iter_num. Return how many steps in a row were skipped, this one included.
+
+        loss, grad_norm  0-d, read from the device together with the numbers of the StepJudge: one wait
+        """
+        numbers = loss, grad_norm, judge.skipped, judge.skipped_in_a_row, judge.smoothed_loss
+        loss, grad_norm, skipped, skipped_in_a_row, smoothed_loss = torch.stack(numbers).tolist()
+        it, now_s = self.progress.iter_num, time.perf_counter()
+        n_steps = it + 1 - self.logged_at
+        dt_s = (now_s - self.last_line_s) / n_steps
+        self.last_line_s, self.logged_at = now_s, it + 1
+        tok_per_s, eta_s = self.tokens_per_step / dt_s, (self.max_iters - it - 1) * dt_s
+        mfu = tok_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
+
+        text = f'iter {it}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.3f}, {dt_s * 1000:.1f}ms, '
+        text += f'{tok_per_s:,.0f} tok/s, '
+        text += f'mfu {mfu:.1%}, ' if mfu else ''
+        text += f'eta {duration(eta_s)}'
+        if skipped_in_a_row:
+            problem = 'SPIKE' if math.isfinite(loss + grad_norm) else 'NOT FINITE'
+            text += f' {problem}, step skipped ({skipped:.0f} so far)'
+        print0(text)
+        self.write(dict(iter=it, loss=loss, loss_smoothed=smoothed_loss, lr=lr, grad_norm=grad_norm,
+                        tok_per_s=tok_per_s, mfu=mfu, eta_s=eta_s, dt_s=dt_s, n_steps=n_steps,
+                        skipped=int(skipped),
+                        peak_memory_bytes=distributed.peak_memory_bytes(self.place.device)))
+        return int(skipped_in_a_row)
+
+    def evaluation(self, losses):
+        """Log the EvalLosses of the state after iter_num updates."""
+        it, bits_per_byte = self.progress.iter_num, losses.val.bits_per_byte
+        train_loss, val_loss = losses.train.nats_per_target, losses.val.nats_per_target
+        bits = f', {bits_per_byte:.4f} bits per byte' if bits_per_byte else ''
+        print0(f'step {it}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{bits}')
+        self.write(dict(iter=it, train_loss=train_loss, val_loss=val_loss, val_bpb=bits_per_byte))
+
+    def benchmark(self, name: str, numbers: dict):
+        """Log the numbers of a benchmark; CORE has a row for each of its tasks."""
+        it = self.progress.iter_num
+        print0(f'step {it}: {table_row(name, numbers)}')
+        metrics = {name if key == name else f'{name}_{key}': numbers[key] for key in METRICS if key in numbers}
+        self.write(dict(iter=it) | metrics)
+        rows = [dict(iter=it, task=task) | row for task, row in numbers.get('tasks', {name: numbers}).items()]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        self.table(f'{name}_table', columns, [[row.get(key) for key in columns] for row in rows])
+
+    def samples(self, samples):
+        if not self.writes:
+            return
+        it = self.progress.iter_num
+        try:
+            write_samples(self.out_dir, it, samples)
+        except OSError as error:
+            print0(f'{error.filename}: {error.strerror}: the samples of iteration {it} are lost')
+        self.table('samples', ['iter', 'prompt', 'text'], [(it, *sample) for sample in samples])
+
+    def table(self, name, columns, rows):
+        if self.wandb is not None:
+            import wandb
+            self.wandb.log({name: wandb.Table(columns=columns, data=rows)}, step=self.progress.iter_num)
+
+    def write(self, line: dict):
+        """Append a line to metrics.jsonl, and send it to wandb. A full disk loses the line, not the run."""
+        if not self.writes:
+            return
+        is_number = {name: not isinstance(value, float) or math.isfinite(value) for name, value in line.items()}
+        line = {name: value if is_number[name] else None for name, value in line.items()}  # JSON has no NaN
+        line['time'] = round(time.time(), 1)
         size = None
         try:
-            with open(path, 'a', encoding='utf-8') as f:
+            with open(self.path, 'a', encoding='utf-8') as f:
                 size = f.tell()
                 f.write(json.dumps(line) + '\n')
-        except OSError as error:  # a full disk need not end the run, nor a file that was moved away
-            print0(f'{path}: {error.strerror}: the line of iteration {line["iter"]} is lost')
+        except OSError as error:
+            print0(f'{self.path}: {error.strerror}: the line of iteration {line["iter"]} is lost')
             if size is not None:
-                with contextlib.suppress(OSError):  # a torn line is passed over when it is read
-                    os.truncate(path, size)
-        if run is not None:
-            run.log(line, step=line['iter'])
+                with contextlib.suppress(OSError):  # readers pass over a torn line
+                    os.truncate(self.path, size)
+        if self.wandb is not None:
+            self.wandb.log(line, step=line['iter'])
 
-    def write_table(name, columns, rows, step):
-        if run is not None:
-            import wandb
-            run.log({name: wandb.Table(columns=columns, data=rows)}, step=step)
+    # at the end
 
-    write_metrics.lock = lock  # held as long as there is something that writes
-    return write_metrics, write_table, wandb_id
+    def report(self):
+        """Write report.md. The run is done and saved: a picture that fails must not make it look otherwise."""
+        if not self.writes:
+            return
+        try:
+            print0(f'report: {write_report([self.out_dir])}')
+        except Exception as error:
+            print0(f'no report: {type(error).__name__}: {error}')
+
+    def close(self, stop: str | None, folder):
+        """Print what is saved and what to do next."""
+        if self.out_dir is None:
+            return
+        progress, out_dir = self.progress, printable(str(self.out_dir))
+        it = progress.iter_num
+        if stop and not progress.advanced:
+            print0(f'stopped by {stop} at iteration {it}, where this run began: nothing new to save')
+        elif progress.advanced and folder.saved_iter != it:
+            print0(f'ended at iteration {it}, which is not saved: {folder.what_is_saved()}')
+        elif stop:
+            print0(f'stopped by {stop}: {out_dir}/ckpt.pt has iteration {it}; '
+                   f'python train.py --init_from=resume --out_dir={out_dir} continues')
+        else:
+            print0(f'done: {out_dir}/ckpt.pt after {it} iterations, best val loss {progress.best_val_loss:.4f}; '
+                   f'python sample.py --out_dir={out_dir}')
 
 
-def start_wandb(wandb_id, **options):
-    """The wandb run, resumed under its id; offline where there is no key, since training needs no network."""
-    import wandb
-    mode = os.environ.get('WANDB_MODE') or ('online' if wandb.api.api_key else 'offline')
-    if mode == 'offline':
-        print0('wandb: no key, or offline asked for: writing to out_dir, upload with `wandb sync`')
-    return wandb.init(id=wandb_id, resume='allow' if wandb_id else None, mode=mode, **options)
-
-
-def farewell(out_dir, stop, iter_num, has_saved, best_val_loss):
-    """The last line of a run: what is saved, and what to do next."""
-    if not stop:
-        return f'done: {out_dir}/ckpt.pt after {iter_num} iterations, best val loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}'
-    if not has_saved:
-        return f'stopped by {stop} at iteration {iter_num}, where this run began: nothing new to save'
-    return f'stopped by {stop}: {out_dir}/ckpt.pt has iteration {iter_num}; python train.py --init_from=resume --out_dir={out_dir} goes on'
-
-
-def clock(seconds):
+def duration(seconds: float) -> str:
     """83.2 -> '1m23s'"""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f'{hours}h{minutes:02}m' if hours else f'{minutes}m{seconds:02}s' if minutes else f'{seconds}s'
+    if hours:
+        return f'{hours}h{minutes:02}m'
+    return f'{minutes}m{seconds:02}s' if minutes else f'{seconds}s'

@@ -112,6 +112,11 @@ def parse(line):
     return line if isinstance(line, dict) and isinstance(line.get('iter'), int) else None
 
 
+def read_metrics(path):
+    lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
+    return [line for line in map(parse, lines) if line]
+
+
 def read_json(path):
     """The dict in the file, {} where there is no file."""
     if not path.exists():

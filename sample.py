@@ -31,7 +31,7 @@ from corpus.conversations import ROLE_TOKENS, STYLES, check_tokenizer, encode, r
 from corpus.readers import read_text
 from files import one_line_errors
 from tokens.tokenizer import load_tokenizer, opening
-from weights.load import build_model, find_model, find_tokenizer
+from weights.begin import build_model, find_start
 
 # -----------------------------------------------------------------------------
 # what to sample from
@@ -68,7 +68,7 @@ def main():
     check_settings()
     place = distributed.start(device).device
     precision = torch.float32 if export and dtype == 'auto' else distributed.choose_dtype(dtype, place)  # exported as it was trained
-    state, path = find_model(init_from, out_dir, checkpoint_path, n_head)
+    start = find_start(init_from, out_dir, checkpoint_path, n_head)
     tokenizer = load_tokenizer(find_tokenizer(state, path))
     # before the model is built: a wrong prompt shows at once
     template = find_style(state, path, tokenizer) if chat or prompts else None

@@ -28,13 +28,16 @@ def small_state(iter_num=10, run_id='a', **more):
                 format=checkpoint.FORMAT, **more)
 
 
-def files(folder):
+def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def save_many(folder, iter_nums, run_id='a', **settings):
+def save_many(folder, iter_nums, run_id='a', resumed_from='', at=0, **settings):
+    """Save as one process does: of a new run, or of one resumed from a file at an iteration."""
+    checkpoints = checkpoint.CheckpointFolder(folder, resumed_from, at)
     for iter_num in iter_nums:
-        checkpoint.save(folder, small_state(iter_num, run_id), **settings)
+        checkpoints.save(small_state(iter_num, run_id), **settings)
+    return checkpoints
 
 
 def error_of(path):
@@ -64,7 +67,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         path.write_bytes(b'old')
         with pytest.raises(type(error)):
             files.write_atomically(path, write)
-        assert files(tmp_path) == ['file'] and path.read_bytes() == b'old'
+        assert names(tmp_path) == ['file'] and path.read_bytes() == b'old'
 
 
 def test_the_order_is_fsync_replace_fsync_of_the_folder(tmp_path, monkeypatch):
@@ -93,19 +96,21 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr(fcntl, 'lockf', none)
     files.lock(tmp_path).close()
-    assert capsys.readouterr().out == f'{tmp_path}/.lock: No locks available: this file system has no locks, see to it that no other trainer writes there\n'
+    assert capsys.readouterr().out == f'{tmp_path}/.lock: No locks available: this file system has no locks, make sure that no other process writes there\n'
 
 
 def test_leftovers_of_a_killed_writer_go_with_the_next_save(tmp_path):
     for name in ('.ckpt.pt.tmp123', '.best.pt.tmp7', '.ckpt_00000010.pt.tmp7', '.other.tmp1'):
         (tmp_path / name).write_bytes(b'half')
+    (tmp_path / '.mine').write_bytes(b'')
     save_many(tmp_path, [10])
-    assert files(tmp_path) == ['.other.tmp1', 'ckpt.pt']
+    assert names(tmp_path) == ['.mine', 'ckpt.pt']
 
 
 def test_best_holds_weights_only(tmp_path):
-    checkpoint.save(tmp_path, small_state(10), best=True)
-    checkpoint.save(tmp_path, small_state(20))
+    checkpoints = checkpoint.CheckpointFolder(tmp_path)
+    checkpoints.save(small_state(10), is_best=True)
+    checkpoints.save(small_state(20))
     best = checkpoint.load(tmp_path / 'best.pt')
     assert best['iter_num'] == 10 and not {'optimizer', 'scaler'} & best.keys()
     assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 20
@@ -118,7 +123,7 @@ def test_best_holds_weights_only(tmp_path):
 @pytest.mark.parametrize('keep_last_n, kept', [(0, []), (1, [40]), (3, [20, 30, 40]), (-1, [10, 20, 30, 40])])
 def test_keep_last_n(tmp_path, keep_last_n, kept):
     save_many(tmp_path, [10, 20, 30, 40, 50], keep_last_n=keep_last_n)
-    assert files(tmp_path) == ['ckpt.pt'] + [f'ckpt_{n:08d}.pt' for n in kept]
+    assert names(tmp_path) == ['ckpt.pt'] + [f'ckpt_{n:08d}.pt' for n in kept]
     for n in kept:
         assert checkpoint.load(tmp_path / f'ckpt_{n:08d}.pt')['iter_num'] == n
     assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 50
@@ -126,20 +131,20 @@ def test_keep_last_n(tmp_path, keep_last_n, kept):
 
 def test_numbers_are_compared_as_numbers(tmp_path):
     save_many(tmp_path, [99_999_999, 100_000_000, 100_000_001], keep_last_n=1)
-    assert files(tmp_path) == ['ckpt.pt', 'ckpt_100000000.pt']
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_100000000.pt']
 
 
 def test_nothing_is_pruned_before_the_new_one_is_there(tmp_path, monkeypatch):
-    save_many(tmp_path, [10, 20, 30], keep_last_n=2)
+    checkpoints = save_many(tmp_path, [10, 20, 30], keep_last_n=2)
 
     def fill_the_disk(state, f):
         f.write(b'half')
         raise OSError('disk full')
     monkeypatch.setattr(torch, 'save', fill_the_disk)
     with pytest.raises(OSError, match='disk full'):
-        checkpoint.save(tmp_path, small_state(40), keep_last_n=1)
-    assert {'ckpt.pt', 'ckpt_00000010.pt', 'ckpt_00000020.pt'} <= set(files(tmp_path))
-    assert not [name for name in files(tmp_path) if 'tmp' in name]
+        checkpoints.save(small_state(40), keep_last_n=1)
+    assert {'ckpt.pt', 'ckpt_00000010.pt', 'ckpt_00000020.pt'} <= set(names(tmp_path))
+    assert not [name for name in names(tmp_path) if 'tmp' in name]
     assert checkpoint.load_newest(tmp_path)[0]['iter_num'] == 30
 
 
@@ -148,15 +153,15 @@ def test_where_there_are_no_hard_links_it_is_a_copy(tmp_path, monkeypatch):
         raise OSError('not supported')
     monkeypatch.setattr(os, 'link', link)
     save_many(tmp_path, [10, 20, 30], keep_last_n=1)
-    assert files(tmp_path) == ['ckpt.pt', 'ckpt_00000020.pt']
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_00000020.pt']
     assert checkpoint.load(tmp_path / 'ckpt_00000020.pt')['iter_num'] == 20
 
 
 def test_a_damaged_checkpoint_does_not_push_a_good_one_out(tmp_path, capsys):
-    save_many(tmp_path, [10, 20], keep_last_n=1)
+    checkpoints = save_many(tmp_path, [10, 20], keep_last_n=1)
     damage(tmp_path / 'ckpt.pt')
-    save_many(tmp_path, [30], keep_last_n=1)
-    assert files(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt']
+    checkpoints.save(small_state(30), keep_last_n=1)
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt']
     assert 'does not match: not kept as an older checkpoint' in capsys.readouterr().out
     damage(tmp_path / 'ckpt.pt')
     assert checkpoint.load_newest(tmp_path)[0]['iter_num'] == 10
@@ -177,36 +182,67 @@ def test_keeping_maps_no_file_that_is_about_to_be_replaced(tmp_path):
 def test_a_new_run_sets_the_checkpoints_of_another_aside(tmp_path, capsys):
     save_many(tmp_path, [1000, 2000, 3000], 'first', keep_last_n=2)
     save_many(tmp_path, [1500], 'second', keep_last_n=2)
-    theirs = [f'ckpt_0000{n}.pt.old' for n in (1000, 2000, 3000)]
-    assert files(tmp_path) == ['ckpt.pt', *theirs]
-    assert f'{tmp_path / "ckpt_00001000.pt"} is no earlier state of this run: renamed to ckpt_00001000.pt.old' in capsys.readouterr().out
-    save_many(tmp_path, [2500, 3500], 'second', keep_last_n=2)
-    assert files(tmp_path) == ['ckpt.pt', theirs[0], 'ckpt_00001500.pt', theirs[1], 'ckpt_00002500.pt', theirs[2]]
+    others = ['ckpt.pt', 'ckpt_00001000.pt', 'ckpt_00002000.pt']
+    assert names(tmp_path) == ['ckpt.pt', 'old-1'] and names(tmp_path / 'old-1') == others
+    assert f'{tmp_path}: ckpt_00002000.pt, ckpt_00001000.pt, ckpt.pt moved to {tmp_path / "old-1"}' in capsys.readouterr().out
+    newest = tmp_path / 'ckpt.pt'
+    save_many(tmp_path, [2500, 3500], 'second', resumed_from=newest, at=1500, keep_last_n=2)
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_00001500.pt', 'ckpt_00002500.pt', 'old-1']
     for expected in (3500, 2500, 1500):
         state, path = checkpoint.load_newest(tmp_path)
         assert (state['iter_num'], state['run_id']) == (expected, 'second')
         path.unlink()
-    assert checkpoint.load(tmp_path / theirs[2])['run_id'] == 'first'
+    assert checkpoint.load(tmp_path / 'old-1/ckpt_00002000.pt')['run_id'] == 'first'
+
+
+def test_files_set_aside_are_never_overwritten(tmp_path):
+    for n, run_id in enumerate(('first', 'second', 'third')):
+        save_many(tmp_path, [10], run_id)
+        assert names(tmp_path) == ['ckpt.pt', *(f'old-{i}' for i in range(1, n + 1))]
+    runs = [checkpoint.load(tmp_path / folder / 'ckpt.pt')['run_id'] for folder in ('old-1', 'old-2', '')]
+    assert runs == ['first', 'second', 'third']
 
 
 def test_a_run_that_went_back_sets_its_later_checkpoints_aside(tmp_path):
     save_many(tmp_path, [10, 20, 30, 40], keep_last_n=-1)
-    save_many(tmp_path, [25, 35], keep_last_n=-1)  # resumed from ckpt_00000020.pt
-    assert files(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt', 'ckpt_00000020.pt', 'ckpt_00000025.pt', 'ckpt_00000030.pt.old', 'ckpt_00000040.pt.old']
+    save_many(tmp_path, [25, 35], keep_last_n=-1, resumed_from=tmp_path / 'ckpt_00000020.pt', at=20)
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt', 'ckpt_00000020.pt', 'ckpt_00000025.pt', 'old-1']
+    assert names(tmp_path / 'old-1') == ['ckpt.pt', 'ckpt_00000030.pt']
+    assert checkpoint.load(tmp_path / 'old-1/ckpt.pt')['iter_num'] == 40
 
 
 def test_a_run_goes_on_where_the_newest_was_damaged(tmp_path):
     save_many(tmp_path, [10, 20, 30], keep_last_n=2)
     damage(tmp_path / 'ckpt.pt')
-    state, _ = checkpoint.load_newest(tmp_path)
-    save_many(tmp_path, [state['iter_num'] + 10], keep_last_n=2)
-    assert files(tmp_path) == ['ckpt.pt', 'ckpt.pt.corrupt', 'ckpt_00000010.pt', 'ckpt_00000020.pt']
+    state, path = checkpoint.load_newest(tmp_path, rename_damaged=True)
+    save_many(tmp_path, [state['iter_num'] + 10], keep_last_n=2, resumed_from=path, at=state['iter_num'])
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt.pt.corrupt', 'ckpt_00000010.pt', 'ckpt_00000020.pt']
 
 
-def test_without_older_ones_another_run_is_simply_replaced(tmp_path):
-    save_many(tmp_path, [3000], 'first')
-    save_many(tmp_path, [1500], 'second')
-    assert files(tmp_path) == ['ckpt.pt'] and checkpoint.load(tmp_path / 'ckpt.pt')['run_id'] == 'second'
+# no space for the best weights, or for the checkpoint after them; nothing at all while the weights are not finite
+def test_what_could_not_be_saved_is_said_and_not_remembered(tmp_path, monkeypatch, capsys):
+    checkpoints, progress = checkpoint.CheckpointFolder(tmp_path / 'my ckpt.pt run'), checkpoint.Progress(iter_num=0)
+    (tmp_path / 'my ckpt.pt run').mkdir()
+    assert checkpoints.what_is_saved() == 'no checkpoint has been saved yet'
+    progress.iter_num = 10
+    progress.note_evaluation(3.0)
+    how = dict(keep_last_n=0, is_best=True, must_succeed=False)
+    checkpoints.save_or_warn(small_state(10), progress, **how)
+    with monkeypatch.context() as patch:
+        def full(path, write):
+            raise OSError(28, 'No space left on device', str(path))
+        patch.setattr(checkpoint, 'write_atomically', full)
+        progress.iter_num = 20
+        assert progress.note_evaluation(2.0) and progress.best_val_loss == 2.0
+        checkpoints.save_or_warn(small_state(20), progress, **how)
+    assert progress.best_val_loss == 3.0
+    newest = tmp_path / 'my ckpt.pt run' / 'ckpt.pt'
+    assert f'No space left on device: the last good checkpoint is {newest} of iteration 10' in capsys.readouterr().out
+    spoilt = small_state(30)
+    spoilt['model']['weight'][7] = float('nan')
+    checkpoints.save_or_warn(spoilt, progress, **how)
+    assert 'NOT SAVED at iteration 30, the weights or the validation loss are not finite' in capsys.readouterr().out
+    assert checkpoint.load(newest)['iter_num'] == 10
 
 
 # -----------------------------------------------------------------------------
@@ -253,7 +289,7 @@ def test_flipped_bits_are_noticed_or_change_nothing(tmp_path, packed):
 
 
 def test_every_flipped_bit_of_a_saved_file_is_noticed(tmp_path):
-    checkpoint.save(tmp_path, small_state())
+    save_many(tmp_path, [10])
     data = (tmp_path / 'ckpt.pt').read_bytes()
     directory = data.index(b'PK\1\2')  # from there to the end, and bits of all the rest
     bits = [*range(0, 8 * directory, 23), *range(8 * directory, 8 * len(data), 3), *range(8 * len(data) - 200, 8 * len(data))]
@@ -321,7 +357,7 @@ def test_a_missing_file_and_one_that_cannot_be_opened_are_no_damage(tmp_path, mo
     with pytest.raises(PermissionError):
         checkpoint.load_newest(tmp_path)
     monkeypatch.undo()
-    assert files(tmp_path) == ['ckpt.pt']
+    assert names(tmp_path) == ['ckpt.pt']
 
 
 def test_the_newest_that_can_be_read_is_taken(tmp_path, capsys):
@@ -329,15 +365,49 @@ def test_the_newest_that_can_be_read_is_taken(tmp_path, capsys):
     save_many(tmp_path, [10, 20, 30], keep_last_n=2)
     for newest, older, n in (('ckpt.pt', 'ckpt_00000020.pt', 20), ('ckpt_00000020.pt', 'ckpt_00000010.pt', 10)):
         damage(tmp_path / newest)
-        state, path = checkpoint.load_newest(tmp_path)
+        state, path = checkpoint.load_newest(tmp_path, rename_damaged=True)
         assert (state['iter_num'], path) == (n, tmp_path / older)
         said = capsys.readouterr().out
         assert said.startswith(f'{tmp_path / newest} is damaged: the checksum of ') and f'renamed to {newest}.corrupt' in said
     damage(tmp_path / 'ckpt_00000010.pt')
     for _ in range(2):  # the second time too: nothing readable is not the same as nothing
         with pytest.raises(ValueError, match='has no readable checkpoint left'):
-            checkpoint.load_newest(tmp_path)
-    assert files(tmp_path) == ['ckpt.pt.corrupt', 'ckpt_00000010.pt.corrupt', 'ckpt_00000020.pt.corrupt']
+            checkpoint.load_newest(tmp_path, rename_damaged=True)
+    assert names(tmp_path) == ['ckpt.pt.corrupt', 'ckpt_00000010.pt.corrupt', 'ckpt_00000020.pt.corrupt']
+
+
+def test_readers_change_nothing(tmp_path, capsys):
+    save_many(tmp_path, [10, 20], keep_last_n=1)
+    damage(tmp_path / 'ckpt.pt')
+    state, _ = checkpoint.load_newest(tmp_path)
+    assert state['iter_num'] == 10 and 'trying an older one' in capsys.readouterr().out
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt']
+
+
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("can't allocate memory: 4 bytes"), OSError(errno.EIO, 'Input/output error'),
+                                   OSError(errno.EMFILE, 'Too many open files')])
+def test_only_proved_damage_renames_a_file(tmp_path, monkeypatch, error):
+    save_many(tmp_path, [10, 20], keep_last_n=1)
+
+    def fail(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(torch, 'load', fail)
+    with pytest.raises((MemoryError, OSError)):
+        checkpoint.load_newest(tmp_path, rename_damaged=True)
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt']
+
+
+def test_a_dangling_link_is_an_error(tmp_path):
+    (tmp_path / 'ckpt.pt').symlink_to(tmp_path / 'unmounted' / 'ckpt.pt')
+    with pytest.raises(FileNotFoundError, match='ckpt.pt is a link to .*unmounted/ckpt.pt, which does not exist'):
+        checkpoint.load_newest(tmp_path, rename_damaged=True)
+
+
+def test_a_file_in_torchs_format_before_1_6_is_left_where_it_is(tmp_path):
+    torch.save(small_state(), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match='is in the format of torch before 1.6'):
+        checkpoint.load_newest(tmp_path, rename_damaged=True)
+    assert names(tmp_path) == ['ckpt.pt']
 
 
 def test_a_sound_file_of_another_kind_is_left_where_it_is(tmp_path):
@@ -345,7 +415,7 @@ def test_a_sound_file_of_another_kind_is_left_where_it_is(tmp_path):
     torch.save(small_state() | {'format': 2}, tmp_path / 'ckpt.pt')
     with pytest.raises(ValueError, match='has format 2, this version reads 1: use a newer flatGPT'):
         checkpoint.load_newest(tmp_path)
-    assert files(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt']
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt']
 
 
 # -----------------------------------------------------------------------------
@@ -374,7 +444,7 @@ def train(model, optimizers, n_steps, seed=0):
 
 
 def through_a_file(folder, state):
-    checkpoint.save(folder, small_state() | state)
+    checkpoint.CheckpointFolder(folder).save(small_state() | state)
     return checkpoint.load(folder / 'ckpt.pt')
 
 
@@ -439,7 +509,7 @@ def test_scatter_names_what_does_not_fit():
     train(model, optimizers, 1)
     state = copy.deepcopy(checkpoint.gather(model, optimizers)) | dict(format=1)
     with pytest.raises(ValueError, match=re.escape(
-            'the checkpoint has no momentum_buffer of transformer.h.0.attn.c_attn.weight with shape (24, 8): it was written with another optimizer')):
+            'the checkpoint has no momentum_buffer of transformer.h.0.attn.c_attn.weight with shape (24, 8): resume it with the optimizer that it was written with')):
         checkpoint.scatter(state, model, new_optimizers(model, 'muon'))
     larger = new_model('gpt2', vocab_size=17)
     with pytest.raises(ValueError, match=re.escape('the checkpoint: transformer.wte.weight has shape (13, 8), the model expects (17, 8)')):
@@ -477,7 +547,7 @@ def test_a_checkpoint_of_nanogpt_goes_on(tmp_path, prefix):
         assert not differences(moments[p], theirs.state[q])
     assert not differences(train(ours, optimizers, 2), train(model, [theirs], 2))
 
-    with pytest.raises(ValueError, match='it was written with another optimizer, resume it with that one'):
+    with pytest.raises(ValueError, match='resume it with the optimizer that it was written with'):
         checkpoint.scatter(state, ours, new_optimizers(ours, 'muon'))
 
 

@@ -34,7 +34,7 @@ for argv, die_at in cases:
         os._exit(0)
     print('ended by', -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 '''
-TIMES = ('tok_per_s', 'eta_s', 'dt_s', 'n_steps', 'peak_memory_bytes')
+TIMES = ('tok_per_s', 'eta_s', 'dt_s', 'n_steps', 'peak_memory_bytes', 'time')
 
 # name: flags of the run, iteration that it dies in (a checkpoint every 5, an epoch ends after 8), flags of the resumption
 CASES = {
@@ -144,7 +144,7 @@ def test_a_stopped_run_resumed_equals_an_unbroken_one(tiny, unbroken, tmp_path, 
         code, stdout, stderr, _ = train_here(*TINY, *flags.split(), f'--dataset={tiny}', out_dir=tmp_path)
     k = comes_at + 1
     assert code == 0, stderr
-    assert stdout.splitlines()[-1] == f'stopped by SIGTERM: {tmp_path}/ckpt.pt has iteration {k}; python train.py --init_from=resume --out_dir={tmp_path} goes on'
+    assert stdout.splitlines()[-1] == f'stopped by SIGTERM: {tmp_path}/ckpt.pt has iteration {k}; python train.py --init_from=resume --out_dir={tmp_path} continues'
     assert read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == k
 
     _, lines = resume(tmp_path)
@@ -297,7 +297,7 @@ def test_what_cannot_change_fails_and_leaves_everything(finished, flag, was):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     code, _, stderr, _ = train_here('--init_from=resume', '--device=cpu', f'--{flag}', out_dir=finished)
     name = flag.split('=')[0]
-    assert (code, stderr) == (2, f'{flag}: the checkpoint in {finished} has {name}={was}, which cannot change: give --{name}={was}, '
+    assert (code, stderr) == (2, f'{flag}: {finished}/ckpt.pt has {name}={was}, which cannot change: give --{name}={was}, '
                                  'or use another --out_dir\n')
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
@@ -308,24 +308,24 @@ def test_another_tokenizer_fails_and_leaves_everything(finished, tmp_path):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     code, _, stderr, _ = train_here('--init_from=resume', '--device=cpu', f'--dataset={data}', '--max_iters=30', out_dir=finished)
     assert code == 2 and stderr.count('\n') == 1
-    assert f'{finished}: the checkpoint was trained with tokenizer ' in stderr and f'{data} was packed with ' in stderr
+    assert f'{finished}/ckpt.pt was trained with tokenizer ' in stderr and f'{data} was packed with ' in stderr
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
 def test_other_data_is_said(finished, tmp_path, tiny):
     text = sentences(2000, 1)
     data = pack_chars(tmp_path / 'other', text, text)
-    assert 'not the data that the checkpoint saw' in resume(finished, f'--dataset={data}', '--max_iters=21')[0]
-    assert 'not the data that the checkpoint saw' in resume(finished, f'--dataset={tiny}', '--max_iters=22')[0]
-    assert 'not the data that the checkpoint saw' not in resume(finished, '--max_iters=23')[0]
+    assert 'not the one that the checkpoint was trained on' in resume(finished, f'--dataset={data}', '--max_iters=21')[0]
+    assert 'not the one that the checkpoint was trained on' in resume(finished, f'--dataset={tiny}', '--max_iters=22')[0]
+    assert 'not the one that the checkpoint was trained on' not in resume(finished, '--max_iters=23')[0]
 
 
 @pytest.mark.parametrize('flags, problem', [
-    (['--init_from=resume', '--checkpoint_path={}/best.pt'], 'the checkpoint holds weights only (best.pt?): resume from ckpt.pt or a numbered one, '
+    (['--init_from=resume', '--checkpoint_path={}/best.pt'], '{}/best.pt holds weights only (best.pt?): resume from ckpt.pt or a numbered one, '
                                                              'or begin with its weights by --init_from=checkpoint --checkpoint_path=FILE\n'),
     (['--init_from=resume', '--checkpoint_path={}/none.pt'], '{}/none.pt does not exist\n'),
     (['--checkpoint_path={}/ckpt.pt'], 'checkpoint_path={}/ckpt.pt is for resuming: add --init_from=resume, or leave it out\n'),
-    (['--init_from=a.pt', '--checkpoint_path={}/ckpt.pt'], 'init_from=a.pt and checkpoint_path={}/ckpt.pt: two files to begin with, give one\n'),
+    (['--init_from=a.pt', '--checkpoint_path={}/ckpt.pt'], 'init_from=a.pt and checkpoint_path={}/ckpt.pt name two files to begin with: give one\n'),
 ])
 def test_checkpoint_path_that_cannot_be_resumed(finished, flags, problem, tmp_path):
     code, _, stderr, _ = train_here(*(flag.format(finished) for flag in flags), '--device=cpu', out_dir=tmp_path / 'new')

@@ -146,7 +146,7 @@ def test_a_run_from_scratch_sets_the_checkpoints_of_another_aside(tiny, tmp_path
     assert notice not in train(*flags, '--max_iters=4', out_dir=tmp_path)[0]
     before = contents(tmp_path)
     with pytest.MonkeyPatch.context() as patch:  # a run that ends before it has saved anything
-        patch.setattr(model_file.GPT, 'forward', lambda *args, **kwargs: pytest.exit('killed'))
+        patch.setattr(model_file.GPT, 'hidden', lambda *args, **kwargs: pytest.exit('killed'))
         with pytest.raises(pytest.exit.Exception):
             train_here(*flags, out_dir=tmp_path)
     after = contents(tmp_path)
@@ -175,17 +175,17 @@ def test_every_architecture_learns_with_every_optimizer(tiny, tmp_path, flags):
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_a_gradient_that_is_not_finite_skips_the_step(tiny, tmp_path, monkeypatch, dtype):
-    forward, calls = GPT.forward, []
+    loss_of, calls = GPT.loss, []
 
     def broken(self, *args, **kwargs):
-        logits, loss = forward(self, *args, **kwargs)
+        loss = loss_of(self, *args, **kwargs)
         if self.training:
             calls.append(loss)
             if len(calls) == 7:  # the first of two micro-steps of iteration 3
                 loss = loss * math.nan
-        return logits, loss
+        return loss
 
-    monkeypatch.setattr(model_file.GPT, 'forward', broken)
+    monkeypatch.setattr(model_file.GPT, 'loss', broken)
     stdout, lines = train(*TINY, '--max_iters=6', '--checkpoint_interval=1', '--keep_last_n_checkpoints=-1', '--log_interval=10', f'--dtype={dtype}',
                           f'--dataset={tiny}', out_dir=tmp_path)
     assert [line for line in stdout.splitlines() if 'NOT FINITE' in line][0].startswith('iter 3: loss nan')
@@ -202,17 +202,17 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny, tmp_path, monkeypatc
 
 def spoil(monkeypatch, from_iter, factor, to_iter=math.inf):
     """Multiplies the training loss of these iterations, of two micro-steps each."""
-    forward, calls = GPT.forward, []
+    loss_of, calls = GPT.loss, []
 
     def spoiled(self, *args, **kwargs):
-        logits, loss = forward(self, *args, **kwargs)
+        loss = loss_of(self, *args, **kwargs)
         if self.training:
             calls.append(loss)
             if from_iter <= (len(calls) - 1) // 2 < to_iter:
                 loss = loss * factor
-        return logits, loss
+        return loss
 
-    monkeypatch.setattr(model_file.GPT, 'forward', spoiled)
+    monkeypatch.setattr(model_file.GPT, 'loss', spoiled)
 
 
 def test_a_spike_is_skipped_where_that_is_asked_for(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,38 @@
+"""Benchmarks in the course of a training run: the tasks of evaluate.py, every so many iterations."""
+
+from functools import partial
+from typing import NamedTuple
+
+from scoring import score_rows
+
+
+class Benchmark(NamedTuple):
+    name: str
+    interval: int  # iterations between scores
+    measure: object  # score_rows() for a model -> dict of numbers, with 'tasks' inside for CORE
+
+    def run(self, model, place, autocast, batch_tokens) -> dict:
+        score = partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast)
+        return self.measure(score)
+
+
+def open_benchmarks(settings: dict, tokenizer) -> list[Benchmark]:
+    """Read the benchmarks that are asked for, so that what is wrong with them shows before the first step.
+
+    tokenizer  None if no benchmark is asked for
+    """
+    intervals = {name: settings[f'{name}_interval'] for name in ('hellaswag', 'lambada', 'core')}
+    if not any(intervals.values()):
+        return []
+    from tasks import core, items  # imported here: most runs need neither
+    names = [name for name in ('hellaswag', 'lambada') if intervals[name]]
+    max_examples, benchmarks = settings['max_examples'], []
+    tasks = items.read_benchmarks(names, settings['eval_dir'], max_examples, tokenizer)
+    for name in names:
+        measure = partial(items.evaluate_task, name=name, benchmark=tasks[name])
+        benchmarks.append(Benchmark(name, intervals[name], measure))
+    if intervals['core']:
+        bundle = core.read_core(settings['core'], tokenizer, max_examples)
+        measure = partial(core.evaluate_core, tokenizer=tokenizer, bundle=bundle, block_size=settings['block_size'])
+        benchmarks.append(Benchmark('core', intervals['core'], measure))
+    return benchmarks

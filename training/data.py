@@ -1,0 +1,126 @@
+"""The data of a training run: batches to train on, and the windows that are evaluated."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import distributed
+from corpus.fetch import cache_folder
+from files import print0, printable
+from scoring import Interrupted, TextLoss, spread_windows, text_loss
+from tokens.dataset import dataset_folders
+from tokens.loader import Loader
+from tokens.stream import open_stream
+from tokens.tokenizer import load_tokenizer
+
+
+class EvalSet(NamedTuple):
+    loader: Loader
+    windows: np.ndarray  # numbers of the loader's windows that are evaluated, the same ones each time
+
+
+class EvalLosses(NamedTuple):
+    train: TextLoss
+    val: TextLoss
+
+
+class TrainingData(NamedTuple):
+    train: Loader
+    eval_train: EvalSet
+    eval_val: EvalSet
+    style: str | None  # template of its conversations
+    name: str  # the dataset setting
+
+    def describe(self, n_tokens: int) -> str:
+        """Return name, size, and how many epochs n_tokens are."""
+        total = self.train.n_tokens
+        if not total:
+            return f'{printable(self.name)}, encoded while training'
+        return f'{printable(self.name)}, {total:,} tokens, {n_tokens / total:.2f} epochs'
+
+
+def open_data(settings: dict, place, grad_accum: int, rows: int, tokenizer) -> TrainingData:
+    """Open the dataset setting: a folder, a mixture of folders, or a stream of raw text.
+
+    grad_accum, rows  micro-steps of this rank in a step, and windows in each
+    tokenizer         meta or name, for streams
+    raises            ValueError, OSError in one line if the data are missing or do not fit
+    """
+    block_size, batch_size, dataset = settings['block_size'], settings['batch_size'], settings['dataset']
+    n_eval = settings['eval_iters'] * batch_size
+    ranks = dict(batch_size=rows, grad_accum=grad_accum, rank=place.rank, world_size=place.world_size,
+                 seed=settings['seed'], prefetch=place.device.type != 'cpu')
+    if dataset.startswith('stream:'):
+        train, *heads = open_stream(
+            dataset, tokenizer, stream_val=settings['stream_val'], fields=settings['field'],
+            errors=settings['errors'], shuffle_window=settings['shuffle_window'], n_eval=n_eval,
+            block_size=block_size, **ranks)
+        eval_train, eval_val = (EvalSet(head, np.arange(head.n_windows)) for head in heads)
+        return TrainingData(train, eval_train, eval_val, style=None, name=dataset)
+
+    folders, weights = dataset_folders(dataset)
+    isolate = settings['isolate_documents']
+    train = Loader(folders, 'train', block_size=block_size, order=settings['sampling'], weights=weights,
+                   isolate=isolate, **ranks)
+    order = 'documents' if settings['sampling'] == 'documents' else 'sequential'
+    evals = []
+    for split in ('train', 'val'):
+        loader = Loader(folders, split, block_size=block_size, batch_size=batch_size, order=order, isolate=isolate)
+        evals.append(EvalSet(loader, spread_windows(loader, n_eval)))
+    describe_origin(train.splits)
+    if settings['verify_data']:
+        for split in (*train.splits, *evals[1].loader.splits):
+            distributed.once_a_node(split.verify, place)
+    return TrainingData(train, *evals, style=style_of(dataset, train.splits), name=dataset)
+
+
+def describe_origin(splits):
+    """Say which rule nanoGPT's datasets, which have no meta.json, are read by."""
+    for split in splits:
+        if split.meta['origin'] != 'meta.json':
+            rule = 'characters from meta.pkl' if split.meta['origin'] == 'meta.pkl' else "GPT-2's ids"
+            print0(f'{split.folder} has no meta.json: reading uint16 shards with {rule}, as nanoGPT does')
+
+
+def style_of(dataset, splits):
+    styles = sorted({split.meta['style'] for split in splits if 'style' in split.meta})
+    if len(styles) > 1:
+        raise ValueError(f'dataset={dataset} has conversations in the styles {styles[0]} and {styles[1]}: '
+                         'pack them in one')
+    return styles[0] if styles else None
+
+
+def check_ids(data: TrainingData, n_rows: int):
+    """Read a few windows of each loader: ids that belong to another tokenizer stop the run here."""
+    for loader in (data.train, data.eval_train.loader, data.eval_val.loader):
+        loader.windows(np.arange(n_rows))
+
+
+def count_bytes(tokenizer_meta: dict, place) -> torch.Tensor | None:
+    """Return the bytes of each token, (V,) int64 on the device, for bits per byte.
+
+    None for GPT-2's tokenizer if vocab.bpe is not in the cache: training downloads nothing for it.
+    """
+    table = distributed.on_first_rank(lambda: read_byte_counts(tokenizer_meta))
+    return table if table is None else table.to(place.device)
+
+
+def read_byte_counts(tokenizer_meta):
+    if tokenizer_meta['kind'] == 'gpt2' and not (cache_folder() / 'vocab.bpe').is_file():
+        print0(f"no bits per byte: the bytes of GPT-2's tokens come from {cache_folder() / 'vocab.bpe'}, "
+               'which a prepare script downloads')
+        return None
+    return torch.from_numpy(load_tokenizer(tokenizer_meta).token_bytes())
+
+
+def evaluate(model, data: TrainingData, token_bytes, place, autocast) -> EvalLosses | None:
+    """Measure the losses on the windows to evaluate. None if a signal to stop arrives meanwhile."""
+    losses = []
+    try:
+        for loader, windows in (data.eval_train, data.eval_val):
+            losses.append(text_loss(model, loader, windows, token_bytes=token_bytes, place=place,
+                                    autocast=autocast, stop=distributed.signal_to_stop))
+    except Interrupted:
+        return None
+    return EvalLosses(*losses)

@@ -1,0 +1,47 @@
+"""Samples from the same prompts in the course of a training run."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kernels import IGNORE
+
+N_TOKENS = 100
+
+
+class Sample(NamedTuple):
+    prompt: str
+    text: str
+
+
+def read_prompts(generate_prompts: str, tokenizer, loader) -> list[list[int]]:
+    """The prompts as ids: the lines of generate_prompts, or the beginnings of four windows of the loader.
+
+    A beginning is 16 tokens; of a conversation, everything before the first target.
+    """
+    if generate_prompts:
+        return [tokenizer.encode(line) for line in generate_prompts.splitlines() if line]
+    batch = loader.windows(np.arange(4) * loader.n_windows // 4)
+    prompts = []
+    for x, y in zip(batch.x, batch.y, strict=True):
+        first_target = int((y != IGNORE).int().argmax())
+        prompts.append(x[:first_target + 1 if first_target else 16].tolist())
+    return prompts
+
+
+def generate(model, tokenizer, prompts, *, seed: int, place, autocast) -> list[Sample]:
+    """Continue each prompt up to the end of its document. Every rank draws the same."""
+    samples = []
+    torch.manual_seed(seed)
+    model.eval()
+    for prompt in prompts:
+        idx = torch.tensor([prompt], device=place.device)
+        with autocast, torch.compiler.set_stance('force_eager'):  # each length would be compiled anew
+            drawn = list(model.stream(idx, N_TOKENS, temperature=0.8, top_k=200, vocab_size=tokenizer.vocab_size))
+        ids = torch.cat(drawn).tolist()
+        if tokenizer.eot in ids:
+            ids = ids[:ids.index(tokenizer.eot)]
+        samples.append(Sample(tokenizer.decode(prompt), tokenizer.decode(ids)))
+    model.train()
+    return samples

@@ -1,0 +1,280 @@
+"""What a run or a script starts from: nothing, a checkpoint of a run, or a model from elsewhere.
+
+    start = begin(settings, explicit)                       # train.py: scratch, resume, or weights
+    start = find_start('resume', 'out-quickstart')          # sample.py and others: a trained model
+    tokenizer = load_tokenizer(start.tokenizer)
+    model = build_model(start, tokenizer)
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import checkpoint
+import distributed
+from checkpoint import Progress
+from configurator import checked
+from files import print0, printable
+from model import GPT, GPTConfig
+from tokens.dataset import dataset_folders, read_meta, read_meta_pkl
+from tokens.tokenizer import GPT2_META, fingerprint, vocab_size_of
+from weights import foreign, pretrained
+
+# settings that define the model or the optimizer's state: they cannot change on resume
+FIXED_ON_RESUME = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'optimizer')
+# settings of one start of a run, which a checkpoint does not bring back
+PER_START = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'verify_data',
+             'device', 'backend', 'timeout_s')
+# settings that decide which windows the validation loss is measured on
+EVALUATION = ('dataset', 'batch_size', 'block_size', 'eval_iters', 'sampling', 'isolate_documents', 'stream_val')
+
+
+@dataclass
+class Start:
+    """Where a run or a script starts. A new run has the defaults."""
+
+    path: str = ''  # the file, folder or name that the model was read from
+    model_args: dict | None = None  # of GPTConfig; None = a new model
+    weights: dict | None = None  # by name; None = read them from path with GPT.from_pretrained()
+    tokenizer: dict | None = None  # meta() of the tokenizer, None = not known
+    style: str | None = None  # template of the conversations that the model was tuned on
+    settings: dict = field(default_factory=dict)  # of the run that wrote the checkpoint
+    progress: Progress = field(default_factory=Progress)
+    state: dict | None = None  # the checkpoint of a run to resume, until restore() has used it
+
+    @property
+    def resumed_from(self) -> str:
+        return self.path if self.state is not None else ''
+
+    @property
+    def history(self) -> list[float]:
+        """The state of optim.StepJudge. The count of steps skipped in a row begins again."""
+        skipped, _, *rest = (self.state or {}).get('history') or [0.0] * 5
+        return [skipped, 0.0, *rest]
+
+    @classmethod
+    def of_checkpoint(cls, state, path):
+        return cls(str(path), state['model_args'], state['model'], state.get('tokenizer'), state.get('style'),
+                   state['config'], Progress.of(state))
+
+
+# -----------------------------------------------------------------------------
+# a training run
+
+
+def begin(settings: dict, explicit: set) -> Start:
+    """Find what a training run starts from. The first rank chooses for all.
+
+    settings  all settings of train.py
+    explicit  names of the settings that the user gave
+    raises    ValueError, OSError in one line
+    """
+    out_dir, init_from = settings['out_dir'], settings['init_from']
+    path = settings['checkpoint_path']
+    if settings['auto_resume'] or init_from == 'resume':
+        start = find_run(out_dir, path if init_from in ('resume', 'scratch') else '', settings['auto_resume'])
+        if start is not None:
+            return start
+        if not settings['auto_resume']:
+            raise FileNotFoundError(f'{out_dir} has no checkpoint to resume: use --init_from=scratch, '
+                                    'or another --out_dir')
+    elif (Path(out_dir) / 'ckpt.pt').exists() and not settings['eval_only']:
+        print0(f'{out_dir} holds the checkpoint of another run, which is moved aside: to continue that run instead, '
+               'stop this one and use --init_from=resume')
+    if init_from in ('scratch', 'resume'):
+        return Start()
+    if init_from != 'checkpoint' and not init_from.endswith('.pt'):
+        folder = pretrained.find(init_from, also=['scratch', 'resume', 'checkpoint'])
+        return Start(init_from, pretrained.read_model_args(folder), tokenizer=pretrained.read_tokenizer(init_from))
+
+    # the weights of a checkpoint, and nothing else of it
+    if init_from.endswith('.pt') and path:
+        raise ValueError(f'init_from={init_from} and checkpoint_path={path} name two files to begin with: give one')
+    path = path or init_from
+    if path == 'checkpoint':
+        raise ValueError('init_from=checkpoint: name the file with --checkpoint_path')
+    state = checkpoint.load(path, settings['n_head'] if 'n_head' in explicit else None)
+    return Start(path, state['model_args'], state['model'], state.get('tokenizer'))
+
+
+def find_run(out_dir, checkpoint_path, auto_resume):
+    """The run to resume, or None: the newest checkpoint of out_dir, or the one at checkpoint_path.
+
+    With auto_resume, checkpoint_path is used only until out_dir has a checkpoint of its own.
+    """
+    path = checkpoint_path
+    if auto_resume or not path:
+        path = distributed.on_first_rank(lambda: checkpoint.load_newest(out_dir, rename_damaged=True)[1]) or path
+    if not path:
+        return None
+    state = checkpoint.load(path)
+    if 'optimizer' not in state:
+        raise ValueError(f'{path} holds weights only (best.pt?): resume from ckpt.pt or a numbered one, '
+                         'or begin with its weights by --init_from=checkpoint --checkpoint_path=FILE')
+    start = Start.of_checkpoint(state, path)
+    start.state = state
+    return start
+
+
+def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict) -> dict:
+    """The settings that a run takes over from what it starts from; flags given now win, and are printed.
+
+    accepted  what each setting of train.py accepts
+    raises    ValueError for a flag that contradicts the model or the optimizer's state, or a stored value
+            that is none
+    """
+    stored = {}
+    if start.state is not None:
+        stored = {'optimizer': 'adamw'}
+        if 'format' in start.state:  # nanoGPT's settings mean other things
+            stored.update((name, value) for name, value in start.settings.items() if name not in PER_START)
+    if start.model_args is not None:
+        stored.update((name, value) for name, value in start.model_args.items() if name in FIXED_ON_RESUME)
+    stored = {name: checked(value, accepted[name], f'{start.path}: {name} = {value!r}')
+              for name, value in stored.items() if name in settings}
+
+    for name in sorted(explicit & stored.keys()):
+        now, before = settings[name], stored[name]
+        if now == before or (start.state is None and name == 'block_size' and now < before):
+            continue
+        if name in FIXED_ON_RESUME:
+            remedy = 'use that or less' if name == 'block_size' and not start.state else f'give --{name}={before}'
+            raise ValueError(f'{name}={now}: {printable(start.path)} has {name}={before}, which cannot change: {remedy}'
+                             + (', or use another --out_dir' if start.state else ''))
+        print0(f'{name} = {now!r} from now on, was {before!r}')
+    if start.state is not None:
+        forget_best_loss(start.progress, settings, stored, explicit)
+    return {name: value for name, value in stored.items() if name not in explicit}
+
+
+def forget_best_loss(progress, settings, stored, explicit):
+    """Begin anew with the best validation loss where it was measured on other windows than those to come."""
+    changed = [name for name in EVALUATION if name in explicit & stored.keys() and settings[name] != stored[name]]
+    if changed and progress.best_val_loss < float('inf'):
+        print0(f'{", ".join(changed)} changed: the best validation loss of {progress.best_val_loss:.4f} was measured '
+               'on other windows, a new best is kept from here on')
+        progress.best_val_loss, progress.since_best = float('inf'), 0
+
+
+def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: dict) -> GPT:
+    """The model to train: new, with the weights to start from, or of the shape that restore() fills.
+
+    vocab_size, tokenizer_meta  of the dataset; the model's must fit
+    """
+    dropout = settings['dropout']
+    if start.model_args is None:
+        # GPT-2's 50257 become 50304: multiples of 64 suit the matrix kernels, but cost a small vocabulary
+        # too much
+        padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
+        names = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'arch')
+        return GPT(GPTConfig(vocab_size=padded, **{name: settings[name] for name in names}))
+    check_vocabulary(start, settings['dataset'], vocab_size, tokenizer_meta)
+    if start.weights is None:
+        return GPT.from_pretrained(start.path, dropout, settings['block_size'])
+    model = GPT(GPTConfig(**{**start.model_args, 'dropout': dropout}))
+    if start.state is None:
+        foreign.load_weights(model, start.weights, start.path, settings['strict'])
+        model.crop_block_size(settings['block_size'])
+    return model
+
+
+def check_vocabulary(start, dataset, vocab_size, tokenizer_meta):
+    if start.tokenizer and fingerprint(start.tokenizer) != fingerprint(tokenizer_meta):
+        raise ValueError(
+            f'{start.path} was trained with tokenizer {fingerprint(start.tokenizer)} of '
+            f'{vocab_size_of(start.tokenizer)} tokens, dataset {dataset} was packed with '
+            f'{fingerprint(tokenizer_meta)} of {vocab_size}: use the dataset it was trained on, '
+            'or pack with its tokenizer')
+    if vocab_size > start.model_args['vocab_size']:
+        raise ValueError(f'{start.path} knows {start.model_args["vocab_size"]} tokens, dataset {dataset} has '
+                         f'{vocab_size}: use the dataset it was trained on')
+    if not start.tokenizer and start.state is None:
+        print0(f'{start.path} does not say its tokenizer: taking that of {dataset}')
+
+
+# -----------------------------------------------------------------------------
+# a trained model for sampling, chat and evaluation
+
+
+def find_start(init_from='resume', out_dir='out', checkpoint_path='', n_head=None) -> Start:
+    """Find a trained model: checkpoint_path, else the checkpoint of out_dir; for any other init_from, that
+    model.
+
+    n_head   of a checkpoint_path that does not say it
+    returns  Start with a tokenizer
+    """
+    if init_from != 'resume':
+        pretrained.find(init_from, also=['resume'])
+        tokenizer = pretrained.read_tokenizer(init_from)
+        if tokenizer is None:
+            print0(f"{init_from} has no tokenizer.json: using GPT-2's tokenizer")
+        return Start(init_from, tokenizer=tokenizer or GPT2_META)
+    if checkpoint_path:
+        start = Start.of_checkpoint(checkpoint.load(checkpoint_path, n_head), checkpoint_path)
+    else:
+        start = find_checkpoint(out_dir)
+    start.tokenizer = start.tokenizer or nanogpt_tokenizer(start.settings.get('dataset', ''))
+    return start
+
+
+def find_checkpoint(out_dir):
+    """The newest checkpoint of out_dir; its best one if the run asked for that by
+    always_save_checkpoint=False.
+
+    raises  ValueError if the run, still training, has replaced the file before every rank has read it
+    """
+    path, iter_num = distributed.on_first_rank(lambda: choose_checkpoint(out_dir))
+    state = checkpoint.load(path)
+    if state['iter_num'] != iter_num:
+        raise ValueError(f'{path} was of iteration {iter_num} and is now of {state["iter_num"]}, the run is still '
+                         'training: copy it, and name the copy with --checkpoint_path')
+    return Start.of_checkpoint(state, path)
+
+
+def choose_checkpoint(out_dir):
+    state, path = checkpoint.load_newest(out_dir)
+    best = Path(out_dir) / 'best.pt'
+    wants_best = state is None or not state['config'].get('always_save_checkpoint', True)
+    if wants_best and best.exists():
+        state, path = checkpoint.load(best), best
+    if state is None:
+        raise FileNotFoundError(f'{out_dir} has no checkpoint: train one with python train.py --out_dir={out_dir}, '
+                                'or name another --out_dir')
+    return path, state['iter_num']
+
+
+def nanogpt_tokenizer(dataset):
+    """The tokenizer of a checkpoint that holds none: its dataset's if data/ has that, else GPT-2's, as in
+    nanoGPT."""
+    is_name = isinstance(dataset, str) and dataset and not re.search(r'[/\\]|\.\.', dataset)
+    # a file from elsewhere opens no other folder
+    for folder in dataset_folders(dataset)[0] if is_name else []:
+        if (folder / 'meta.pkl').exists():  # nanoGPT's rule, whether or not the tokens are there too
+            print0(f'no tokenizer in the checkpoint: using the characters in {folder / "meta.pkl"}')
+            return read_meta_pkl(folder / 'meta.pkl')
+        if (folder / 'meta.json').exists():
+            print0(f'no tokenizer in the checkpoint: using that of {folder / "meta.json"}')
+            return read_meta(folder)['tokenizer']
+    print0(f"no tokenizer in the checkpoint: using GPT-2's, as nanoGPT does. If it was trained on characters, "
+           f'copy the meta.pkl of {printable(repr(dataset))} into data/NAME/')
+    return GPT2_META
+
+
+def build_model(start: Start, tokenizer, dtype=None, strict: bool = True) -> GPT:
+    """Build a trained model on the CPU, ready for inference. Its vocabulary must hold the tokenizer's.
+
+    dtype   of the parameters of a model that is no checkpoint; None = torch.float32
+    strict  False: a checkpoint may lack weights or have others, which are listed
+    """
+    iteration = ''
+    if start.weights is None:
+        model = GPT.from_pretrained(start.path, dtype=dtype)
+    else:
+        model = GPT(GPTConfig(**start.model_args))
+        foreign.load_weights(model, start.weights, start.path, strict)
+        iteration = f'iteration {start.progress.iter_num:,}, '
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f'{start.path} has a vocabulary of {model.config.vocab_size}, its tokenizer '
+                         f'{tokenizer.vocab_size} tokens: one belongs to another model')
+    print0(f'{start.path}: {iteration}{model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.kind} tokenizer')
+    return model.eval()
