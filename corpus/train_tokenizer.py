@@ -1,6 +1,6 @@
 """Train a byte-level BPE on text, or compare how well tokenizers compress a text.
 
-    python -m corpus.train_tokenizer train --input novels/ wiki.txt --vocab_size=16384 --out=data/tokenizers/zh
+    python -m corpus.train_tokenizer train --input novels/ --vocab_size=16384 --out=data/tokenizers/zh
     python -m corpus.train_tokenizer compare --input wiki.txt --tokenizers gpt2 byte data/tokenizers/zh
 
 The same text gives the same tokenizer, whatever the order of its files and the number of threads.
@@ -43,20 +43,21 @@ def train_bpe(texts, vocab_size, max_bytes=SAMPLE_BYTES):
     smallest = 256 + len(SPECIAL_TOKENS) + 1
     n_merges = vocab_size - smallest + 1
     if n_merges < 1:
-        raise ValueError(f'vocab_size={vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens are there '
-                         f'already, so {smallest} or more is accepted')
+        raise ValueError(f'vocab_size={vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens are '
+                         f'there already, so {smallest} or more is accepted')
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex(BPE_PATTERN), 'isolated')
     engine = Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    trainer = trainers.BpeTrainer(vocab_size=256 + n_merges, min_frequency=2, initial_alphabet=list(byte_characters()),
-                                  show_progress=sys.stderr.isatty())
+    trainer = trainers.BpeTrainer(vocab_size=256 + n_merges, min_frequency=2,
+                                  initial_alphabet=list(byte_characters()), show_progress=sys.stderr.isatty())
     sample = sample_pieces(texts, max_bytes)
     engine.train_from_iterator(sample, trainer, length=len(sample))
     merges = [' '.join(pair) for pair in json.loads(engine.to_str())['model']['merges']]
-    if len(merges) < n_merges:
-        raise ValueError(f'the text has too few pairs that occur twice for --vocab_size={vocab_size}: give more text, or '
-                         f'--vocab_size={vocab_size - n_merges + len(merges)} or less')
+    most = vocab_size - n_merges + len(merges)
+    if most < vocab_size:
+        raise ValueError(f'the text has too few pairs that occur twice for --vocab_size={vocab_size}: '
+                         f'give more text, or --vocab_size={most} or less')
     return BPETokenizer(merges)
 
 
@@ -68,7 +69,7 @@ def sample_pieces(texts, max_bytes):
     kept, n_bytes = [], 0
     for text in texts:
         for start in range(0, len(text), PIECE_CHARS):
-            data = text[start:start + PIECE_CHARS].encode('utf-8', 'replace')  # JSON can hold half a surrogate pair
+            data = text[start:start + PIECE_CHARS].encode('utf-8')
             key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big')
             heapq.heappush(kept, (-key, data))
             n_bytes += len(data)
@@ -78,7 +79,7 @@ def sample_pieces(texts, max_bytes):
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write the files that transformers and this project read. tokenizer.json, which counts, is last. Return the paths."""
+    """Write the files that transformers and this project read, tokenizer.json last. Return the paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = tokenizer.tokenizer_json()
@@ -94,39 +95,35 @@ def save_tokenizer(tokenizer, folder):
 # the commands
 
 
-def read_texts(inputs, *, format='auto', fields=('text',), errors='strict', encoding='utf-8'):
-    """Yield the documents of files and folders, with a progress bar."""
+def read_texts(args):
+    """Yield the documents of args.input, with a progress bar."""
     from tqdm import tqdm
-    files = readers.find_files(inputs, format)
+    files = readers.find_files(args.input, args.format)
     if any(file.format == 'blocks' for file in files):
-        raise ValueError(f'{" ".join(inputs)}: blocks hold token ids, not text')
+        raise ValueError(f'{" ".join(args.input)}: blocks hold token ids, not text')
     n_bytes = sum(readers.n_bytes_of(file.path) for file in files)
-    documents = readers.read_documents(files, fields=fields, errors=errors, encoding=encoding)
+    fields = args.field.split(',')
+    documents = readers.read_documents(files, fields=fields, errors=args.errors, encoding=args.encoding)
     with tqdm(total=n_bytes, unit='B', unit_scale=True, desc='reading', disable=None) as bar:
         for document in documents:
             yield document.text
             bar.update(document.n_read - bar.n)
 
 
-def texts_of(args):
-    fields = args.field.split(',')
-    return read_texts(args.input, format=args.format, fields=fields, errors=args.errors, encoding=args.encoding)
-
-
 def train(args):
     began = time.perf_counter()
-    tokenizer = train_bpe(texts_of(args), args.vocab_size, args.max_bytes)
+    tokenizer = train_bpe(read_texts(args), args.vocab_size, args.max_bytes)
     names = ', '.join(path.name for path in save_tokenizer(tokenizer, args.out))
     print(f'{args.out}: {names}; {tokenizer.vocab_size:,} tokens, of which {len(tokenizer.special)} special, '
           f'fingerprint {fingerprint(tokenizer.meta())}, in {time.perf_counter() - began:.0f} s')
-    words = ['python', '-m', 'corpus.train_tokenizer', 'compare', '--input', *args.input, '--tokenizers', 'gpt2', args.out]
-    print('next:', shlex.join(map(str, words)))
+    words = ['--input', *args.input, '--tokenizers', 'gpt2', str(args.out)]
+    print('next: python -m corpus.train_tokenizer compare', shlex.join(words))
 
 
 def compare(args):
     tokenizers = {name: load_tokenizer(tokenizer_meta(name, eot=args.eot)) for name in args.tokenizers}
     texts, n_bytes = [], 0
-    for text in texts_of(args):
+    for text in read_texts(args):
         texts.append(text)
         n_bytes += len(text.encode('utf-8', 'replace'))
         if n_bytes >= args.max_bytes:
@@ -145,18 +142,19 @@ def compare(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True, metavar='train | compare')
     trainer = commands.add_parser('train', help='train a byte-level BPE on text')
     comparer = commands.add_parser('compare', help='compare how well tokenizers compress a text')
     for command in (trainer, comparer):
-        command.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files, and folders of them')
+        command.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files and folders')
         command.add_argument('--format', choices=['auto', *readers.FORMATS], default='auto')
         command.add_argument('--field', default='text', help='the fields of a document, as in title,text')
         command.add_argument('--errors', choices=readers.ERRORS, default='strict')
         command.add_argument('--encoding', default='utf-8', help='such as gb18030, big5, utf-16')
-    trainer.add_argument('--vocab_size', type=int, default=16384, help='tokens, the special ones included')
-    trainer.add_argument('--out', type=Path, required=True, help='folder to write, such as data/tokenizers/mine')
+    trainer.add_argument('--vocab_size', type=int, default=16384, help='number of tokens, special ones too')
+    trainer.add_argument('--out', type=Path, required=True, help='folder, such as data/tokenizers/mine')
     trainer.add_argument('--max_bytes', type=int, default=SAMPLE_BYTES, help='size of the sample to train on')
     comparer.add_argument('--tokenizers', nargs='+', default=['gpt2', 'byte'], metavar='NAME',
                           help='gpt2, byte, or folders with tokenizer.json')

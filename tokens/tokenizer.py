@@ -51,7 +51,7 @@ GPT2_MERGES_SOURCES = [
 
 
 class Tokenizer:
-    """The parts that all tokenizers share. `pieces` holds the bytes that each id adds to a text that has begun."""
+    """The parts that all tokenizers share. `pieces` holds the bytes that each id adds to a text."""
 
     eot = None
     special = {}
@@ -69,7 +69,7 @@ class Tokenizer:
         return [self.encode_array(text) for text in texts]
 
     def decode_bytes(self, ids):
-        """Return the bytes of the ids. The bytes of a list are those of its parts, so that text can be streamed."""
+        """Return the bytes of the ids. They can be asked for id by id, to stream a text."""
         return b''.join([self.pieces[i] for i in checked_ids(ids, self.vocab_size)])
 
     def decode(self, ids):
@@ -79,9 +79,9 @@ class Tokenizer:
     def token_bytes(self):
         """Return the (V,) int64 number of bytes of each id, 0 for special tokens.
 
-        Summed over a text's ids, they are its UTF-8 bytes for characters, bytes and byte-level BPE. Metaspace
-        counts one byte more for a document that begins without a space. WordPiece and tokenizers that normalize
-        lose spaces, case or characters, so that the sum and bits per byte are approximate.
+        Over a text's ids they sum to its UTF-8 bytes for characters, bytes and byte-level BPE. Metaspace has
+        one byte more for a document that begins without a space. WordPiece and normalizing tokenizers lose
+        spaces, case or characters: their sum, and with it bits per byte, is approximate.
         """
         counts = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
         counts[list(self.special.values())] = 0
@@ -98,7 +98,7 @@ def checked_ids(ids, vocab_size):
 
 
 def replace_surrogates(text):
-    """Return the text with U+FFFD for each half of a surrogate pair. JSON can hold such halves, UTF-8 cannot."""
+    """Return the text with U+FFFD for each half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
     return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
 
 
@@ -114,11 +114,12 @@ class CharTokenizer(Tokenizer):
     def __init__(self, tokens):
         fits = isinstance(tokens, self.container) and all(isinstance(token, str) for token in tokens)
         if not fits or not tokens or len(set(tokens)) != len(tokens):
-            raise ValueError(f'{self.key} must be a {self.container.__name__}, not empty and without repetition')
+            raise ValueError(f'{self.key} must be a {self.container.__name__} of distinct strings, not empty')
         self.tokens, self.vocab_size = tokens, len(tokens)
         self.pieces = [token.encode('utf-8') for token in tokens]
         id_of = {ord(token): i for i, token in enumerate(tokens) if len(token) == 1}
-        self.id_of = np.full(max(id_of, default=0) + 2, -1, dtype=np.int32)  # last entry: all higher code points
+        # by code point; the last entry stands for all higher ones
+        self.id_of = np.full(max(id_of, default=0) + 2, -1, dtype=np.int32)
         self.id_of[list(id_of)] = list(id_of.values())
 
     def encode_array(self, text):
@@ -158,7 +159,8 @@ class IdTokenizer(Tokenizer):
         self.vocab_size = vocab_size
 
     def refuse(self, *args, **kwargs):
-        raise ValueError(f'the dataset names {self.vocab_size} ids but no tokenizer: text needs itos in meta.pkl')
+        raise ValueError(f'the dataset names {self.vocab_size} ids but no tokenizer: '
+                         'reading and writing text needs itos in its meta.pkl')
 
     encode = decode = decode_bytes = tokenizer_json = refuse
 
@@ -213,18 +215,19 @@ class BPETokenizer(Tokenizer):
         try:
             import tiktoken
         except ImportError as error:
-            raise ValueError(f'the {self.kind} tokenizer needs tiktoken ({error}): pip install tiktoken') from None
+            raise ValueError(f'{self.kind} needs tiktoken ({error}): pip install tiktoken') from None
         check_pattern(pattern)
         byte_of = byte_characters()
         self.merges, self.pattern, self.tokens = merges, pattern, bpe_tokens(merges)
         if END not in special or len({*special, *self.tokens}) != len(special) + len(self.tokens):
-            raise ValueError(f'special must hold different names, {END!r} among them, and no ordinary token')
+            raise ValueError(f'special must hold distinct names with {END!r}, none an ordinary token')
         self.pieces = [bytes([byte_of[char] for char in token]) for token in self.tokens]
         ranks = {piece: i for i, piece in enumerate(self.pieces)}
         self.special = {name: len(ranks) + i for i, name in enumerate(special)}
         self.pieces += [name.encode() for name in special]
         self.vocab_size, self.eot = len(self.pieces), self.special[END]
-        self.bpe = tiktoken.Encoding(self.kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        self.bpe = tiktoken.Encoding(
+            self.kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
 
     def encode(self, text, allowed_special=()):
         allowed = self.special.keys() & set(allowed_special)
@@ -266,7 +269,7 @@ CLEAN_UP = {' .': '.', ' ?': '?', ' !': '!', ' ,': ',', " ' ": "'", " n't": "n't
 
 
 class JsonTokenizer(Tokenizer):
-    """Any tokenizer.json, run by the `tokenizers` library: AutoTokenizer's ids with add_special_tokens=False.
+    """Any tokenizer.json, run by the `tokenizers` library. The ids are AutoTokenizer's.
 
     text    the content of tokenizer.json
     eot     the token that ends a document, or None
@@ -283,7 +286,9 @@ class JsonTokenizer(Tokenizer):
         self.added = {token['id'] for token in added}
         self.special = {token['content']: token['id'] for token in added if token['special']}
         self.decoders = set(re.findall(r'"type": "(\w+)"', json.dumps(content['decoder'])))
-        self.clean_up = self.config.get('clean_up_tokenization_spaces') and content['model']['type'] != 'BPE'
+        is_bpe = content['model']['type'] == 'BPE'
+        # transformers never cleans up after BPE
+        self.clean_up = self.config.get('clean_up_tokenization_spaces') and not is_bpe
         self.vocab_size, self.eot = len(ids), None if eot is None else ids[eot]
         self.engines = {}  # by the set of special tokens that a text may hold
 
@@ -292,7 +297,7 @@ class JsonTokenizer(Tokenizer):
         return self.special.get(self.config.get('pad_token'), self.eot)
 
     def engine(self, allowed=()):
-        """Return the library's tokenizer that takes these names for special tokens, all others for plain text."""
+        """Return the library's tokenizer for texts in which these names are special tokens, and no others."""
         allowed = frozenset(self.special.keys() & set(allowed))
         if allowed not in self.engines:
             content = parse(self.text)
@@ -352,13 +357,19 @@ class JsonTokenizer(Tokenizer):
 # any tokenizer, by its meta() or by name
 
 # kind -> class, and the entries of meta() that it is made of
-KINDS = {'char': (CharTokenizer, 'chars'), 'itos': (ItosTokenizer, 'itos'), 'ids': (IdTokenizer, 'vocab_size'),
-         'byte': (ByteTokenizer,), 'gpt2': (GPT2Tokenizer,), 'bpe': (BPETokenizer, 'merges', 'pattern', 'special'),
-         'json': (JsonTokenizer, 'tokenizer_json', 'eot', 'config')}
+KINDS = {
+    'char': (CharTokenizer, 'chars'),
+    'itos': (ItosTokenizer, 'itos'),
+    'ids': (IdTokenizer, 'vocab_size'),
+    'byte': (ByteTokenizer,),
+    'gpt2': (GPT2Tokenizer,),
+    'bpe': (BPETokenizer, 'merges', 'pattern', 'special'),
+    'json': (JsonTokenizer, 'tokenizer_json', 'eot', 'config'),
+}
 
 
 def load_tokenizer(meta):
-    """Return the tokenizer that meta() describes. Raises ValueError for a description that fits no tokenizer."""
+    """Return the tokenizer that meta() describes. Raises ValueError if it describes none."""
     kind = meta.get('kind') if isinstance(meta, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f'tokenizer kind is {kind!r}, accepted are {", ".join(KINDS)}')
@@ -374,7 +385,7 @@ def load_tokenizer(meta):
 
 
 def vocab_size_of(meta):
-    """Return V of the tokenizer that meta() describes, without a download. ValueError if it describes none."""
+    """Return V of the tokenizer that meta() describes, without a download. Raises ValueError as above."""
     if not isinstance(meta, dict) or meta.get('kind') != 'gpt2':
         return load_tokenizer(meta).vocab_size
     if meta.get('sha256') != GPT2_MERGES_SHA256:
@@ -393,7 +404,7 @@ def fingerprint(meta):
 
 
 def tokenizer_meta(name, also=(), eot=''):
-    """Return meta() of the tokenizer that a setting names: 'gpt2', 'byte', a folder with tokenizer.json, or its file.
+    """Return meta() of the tokenizer that a setting names: 'gpt2', 'byte', or a path.
 
     also    other names that the caller accepts, for the error
     eot     the token that ends a document, instead of the one that the folder names
@@ -406,12 +417,13 @@ def tokenizer_meta(name, also=(), eot=''):
     meta = read_tokenizer_json(name, eot) if name else None
     if meta is None:
         accepted = ', '.join([*also, 'gpt2', 'byte'])
-        raise FileNotFoundError(f'tokenizer {name}: accepted are {accepted}, and a folder with tokenizer.json: '
-                                'python -m corpus.train_tokenizer train --input TEXT --out FOLDER makes one')
+        raise FileNotFoundError(
+            f'tokenizer {name}: accepted are {accepted}, and a folder with tokenizer.json: '
+            'python -m corpus.train_tokenizer train --input TEXT --out FOLDER makes one')
     if meta['kind'] == 'json' and meta['eot'] is None:
         special = ', '.join(list(load_tokenizer(meta).special)[:20]) or 'none'
-        raise ValueError(f'tokenizer {name} does not say which token ends a document: name one by --eot=TOKEN; '
-                         f'its special tokens: {special}')
+        raise ValueError(f'tokenizer {name} does not say which token ends a document: '
+                         f'name one by --eot=TOKEN; its special tokens: {special}')
     return meta
 
 

@@ -1,8 +1,8 @@
-"""tokenizer.json and the files beside it, as transformers and the `tokenizers` library have them: read, checked, written.
+"""Read, check and write tokenizer.json and the files beside it, the format of transformers.
 
-    read_tokenizer_json('SmolLM2-135M')    # meta() of the tokenizer in a folder, for tokens.tokenizer.load_tokenizer
+    meta = read_tokenizer_json('SmolLM2-135M')    # for load_tokenizer(meta)
 
-The files come from strangers. Ids, types and regular expressions are checked before the library runs them.
+The files come from strangers: ids and regular expressions are checked before the `tokenizers` library runs.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ from pathlib import Path
 
 from files import read_json
 
-GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # the one tiktoken expects
+GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # as in tiktoken
 GPT2_META = {'kind': 'gpt2', 'sha256': GPT2_MERGES_SHA256}
 # GPT-2's pre-tokenization. The possessive ++ avoids walking a run of letters or spaces twice.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # Pre-tokenization of the BPE trained here. Chinese has no spaces, so a run of Han characters is cut after 16
-# (0.05% more tokens), a run of other letters after 32. Digits are grouped by three, as in GPT-4, so that years
-# do not become tokens.
+# (0.05% more tokens), a run of other letters after 32. Digits go by three, as in GPT-4, so that years do not
+# become tokens.
 BPE_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{Han}{1,16}| ?[\p{L}&&[^\p{Han}]]{1,32}| ?\p{N}{1,3}"""
                r"""| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""")
 END = '<|endoftext|>'
-# Special tokens of bytes and of the BPE trained here. <|bos|> and <|unk|> only keep the ids of older tokenizers.
+# Special tokens of bytes and of the BPE trained here. <|bos|> and <|unk|> are unused: they keep older ids.
 SPECIAL_TOKENS = [END, '<|pad|>', '<|bos|>', '<|unk|>', '<|system|>', '<|user|>', '<|assistant|>']
 
 PLAIN = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
@@ -32,7 +32,8 @@ FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': F
 ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
 KEPT = (*ROLES, 'additional_special_tokens', 'clean_up_tokenization_spaces', 'add_bos_token', 'add_eos_token',
         'chat_template')
-OTHER_FORMATS = ('vocab.txt', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'vocab.json', 'merges.txt')
+OTHER_FORMATS = ('vocab.txt', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'vocab.json',
+                 'merges.txt')
 
 
 # -----------------------------------------------------------------------------
@@ -50,7 +51,10 @@ def byte_characters():
 
 
 def bpe_tokens(merges):
-    """Return the ordinary tokens by id, as vocab.json writes them. ValueError at a merge that makes no new token."""
+    """Return the ordinary tokens by id, as vocab.json writes them.
+
+    raises  ValueError at a merge that makes no new token
+    """
     tokens = dict.fromkeys(byte_characters())
     for merge in merges:
         left, _, right = merge.partition(' ')
@@ -69,9 +73,9 @@ def bpe_json(tokens, merges, pattern, special):
     vocab = {token: i for i, token in enumerate([*tokens, *special])}
     model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '',
              'end_of_word_suffix': '', 'fuse_unk': False, 'vocab': vocab, 'merges': merges}
-    return {**PLAIN, 'added_tokens': [{'id': vocab[name], 'content': name, **FLAGS} for name in special],
-            'pre_tokenizer': byte_level if is_gpt2s else sequence, 'decoder': {**byte_level, 'use_regex': True},
-            'model': model}
+    added = [{'id': vocab[name], 'content': name, **FLAGS} for name in special]
+    return {**PLAIN, 'added_tokens': added, 'pre_tokenizer': byte_level if is_gpt2s else sequence,
+            'decoder': {**byte_level, 'use_regex': True}, 'model': model}
 
 
 def byte_json():
@@ -80,7 +84,7 @@ def byte_json():
 
 
 def char_json(tokens):
-    """Return the content of a tokenizer.json with one token per character. An unknown one is an error there, too."""
+    """Return the content of a tokenizer.json with one token per character, for which others are an error."""
     split = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
     vocab = {token: i for i, token in enumerate(tokens)}
     return {**PLAIN, 'pre_tokenizer': split, 'decoder': {'type': 'Fuse'},
@@ -88,7 +92,7 @@ def char_json(tokens):
 
 
 def tokenizer_config(tokenizer):
-    """Return the content of tokenizer_config.json. One token begins and ends documents, unless the config says else."""
+    """Return the content of tokenizer_config.json. In ours, END begins, ends and separates documents."""
     config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
     if tokenizer.kind == 'json':
         config.update(tokenizer.config)
@@ -113,7 +117,7 @@ def tokenizer_config(tokenizer):
 
 @contextlib.contextmanager
 def one_line(where):
-    """Turn the errors of damaged content, and panics of the `tokenizers` library, into a ValueError that says where."""
+    """Turn the errors of damaged content, and panics of the library, into a ValueError that says where."""
     try:
         yield
     except BaseException as error:
@@ -144,11 +148,12 @@ def regular_expressions(part):
 
 
 def check_pattern(pattern):
-    """Raise ValueError if the pattern repeats a group, as (a+)+ does: matching could take exponential time."""
+    """Raise ValueError if the pattern repeats a group, as (a+)+ does: a match could take exponential time."""
     plain = re.sub(r'\\[pPx]\{[^}]*\}|\\.', 'x', pattern, flags=re.DOTALL)
     plain = re.sub(r'\[(?:[^][]|\[[^][]*\])*\]', 'x', plain)  # classes may hold classes: [\p{L}&&[^\p{Han}]]
     if re.search(r'\)(?:[*+](?!\+)|\{)|\}[*+{]|[*+]\{', plain):
-        raise ValueError(f'the regular expression {pattern!r} repeats a group, which can take exponential time: refused')
+        raise ValueError(f'the regular expression {pattern!r} repeats a group, which can take exponential '
+                         'time: a tokenizer with such a pattern is not used')
 
 
 def vocabulary(content):
@@ -168,7 +173,7 @@ def load_engine(content):
     try:
         from tokenizers import Tokenizer as Engine
     except ImportError as error:
-        raise ValueError(f'tokenizer.json needs the tokenizers library ({error}): pip install tokenizers') from None
+        raise ValueError(f'tokenizer.json needs tokenizers ({error}): pip install tokenizers') from None
     engine = Engine.from_str(json.dumps(content))
     engine.no_truncation()
     engine.no_padding()
@@ -180,7 +185,7 @@ def load_engine(content):
 
 
 def read_tokenizer_json(path, eot=''):
-    """Return meta() of the tokenizer in a transformers folder or of a tokenizer.json file, None if there is none.
+    """Return meta() of the tokenizer in a folder of transformers or a tokenizer.json, None if there is none.
 
     eot     the token that ends a document, instead of the one that the folder names
     raises  ValueError for a damaged file, or a tokenizer in another format
@@ -200,7 +205,8 @@ def read_tokenizer_json(path, eot=''):
         return short
     config = {key: stored[key] for key in KEPT if stored.get(key)}
     eot = eot or end_token(file.parent, config.get('eos_token'), ids)
-    return {'kind': 'json', 'tokenizer_json': json.dumps(content, ensure_ascii=False), 'eot': eot, 'config': config}
+    text = json.dumps(content, ensure_ascii=False)
+    return {'kind': 'json', 'tokenizer_json': text, 'eot': eot, 'config': config}
 
 
 def read_other_formats(folder):
@@ -210,8 +216,9 @@ def read_other_formats(folder):
         return dict(GPT2_META)
     for name in OTHER_FORMATS:
         if (folder / name).is_file():
-            raise ValueError(f'{folder / name} is a tokenizer in a format that is not read: save it as tokenizer.json '
-                             "with transformers' AutoTokenizer, or name the tokenizer with --tokenizer")
+            raise ValueError(f'{folder / name} is a tokenizer in a format that is not read: save it as '
+                             "tokenizer.json with transformers' AutoTokenizer, or name the tokenizer with "
+                             '--tokenizer')
     return None
 
 
@@ -226,7 +233,7 @@ def are_gpt2s(merges):
 
 
 def read_config(folder):
-    """Return the entries of tokenizer_config.json and of the older special_tokens_map.json; tokens by their names."""
+    """Return the entries of tokenizer_config.json and the older special_tokens_map.json, tokens by name."""
     stored = read_object(folder / 'special_tokens_map.json') | read_object(folder / 'tokenizer_config.json')
     stored.update({role: token_name(stored[role]) for role in ROLES if role in stored})
     others = stored.get('additional_special_tokens') or []
@@ -250,23 +257,21 @@ def token_name(value):
 
 
 def with_named_tokens(content, stored):
-    """Return the content as the library writes it, with the tokens that AutoTokenizer adds by tokenizer_config.json."""
+    """Return the content as the library writes it, with the tokens that only tokenizer_config.json names."""
     from tokenizers import AddedToken
     engine, tokens = load_engine(content), []
-    for _, entry in sorted((stored.get('added_tokens_decoder') or {}).items(), key=lambda item: int(item[0])):
+    entries = stored.get('added_tokens_decoder') or {}
+    for entry in [entries[i] for i in sorted(entries, key=int)]:
         tokens.append(AddedToken(entry['content'], **{flag: entry[flag] for flag in FLAGS if flag in entry}))
     names = [stored.get(role) for role in ROLES] + stored['additional_special_tokens']
     tokens += [AddedToken(name, special=True, normalized=False) for name in names if name]
     present = {token.content for token in engine.get_added_tokens_decoder().values()}
-    for token in tokens:
-        if token.content not in present:
-            engine.add_tokens([token])
-            present.add(token.content)
+    engine.add_tokens([token for token in tokens if token.content not in present])
     return json.loads(engine.to_str())
 
 
 def end_token(folder, eos_token, ids):
-    """Return the token that ends a document: eos_token, else the eos_token_id of the model's files, else None."""
+    """Return the token that ends a document: eos_token, else eos_token_id of the model's files, else None."""
     if eos_token in ids:
         return eos_token
     name_of = {i: name for name, i in ids.items()}
@@ -279,7 +284,7 @@ def end_token(folder, eos_token, ids):
 
 
 def short_meta(content, ids):
-    """Return meta() without the file for characters, bytes, GPT-2's BPE and the BPE trained here, else None."""
+    """Return a short meta() for characters, bytes, GPT-2's BPE and the BPE trained here, None for others."""
     special = sorted((token['content'] for token in content['added_tokens']), key=ids.get)
     meta = expected = None
     if content['model']['type'] == 'WordLevel' and all(len(token) == 1 for token in ids):
@@ -304,8 +309,10 @@ def short_meta(content, ids):
 def are_trained(content):
     """Whether merging makes every token out of its own text, as training does.
 
-    Only then are the ids the same by the rank of the token (tiktoken) and by the rank of the pair (tokenizers).
+    Only then does merging by the rank of the token (tiktoken) give the ids of merging by the rank of the pair
+    (tokenizers).
     """
     model = load_engine(content).model
     special = {token['content'] for token in content['added_tokens']}
-    return all(len(model.tokenize(token)) == 1 for token in content['model']['vocab'] if token not in special)
+    ordinary = content['model']['vocab'].keys() - special
+    return all(len(model.tokenize(token)) == 1 for token in ordinary)

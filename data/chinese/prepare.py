@@ -92,9 +92,7 @@ def main():
         tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer))
     else:
         folder = HERE.parent / 'tokenizers' / args.out.resolve().name
-        texts = read_texts(args.input, format=args.format, fields=args.field.split(','), errors=args.errors,
-                           encoding=args.encoding)
-        tokenizer = train_bpe(texts, args.vocab_size, SAMPLE_BYTES)
+        tokenizer = train_bpe(read_texts(args), args.vocab_size, SAMPLE_BYTES)
         save_tokenizer(tokenizer, folder)
         print(f'{folder}: {tokenizer.vocab_size:,} tokens', flush=True)
     pack_files(args.out, files, tokenizer, ', '.join(name_source([path]) for path in args.input), args)
