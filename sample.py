@@ -27,8 +27,9 @@ import torch
 import distributed
 import files
 from configurator import configure
-from corpus.conversations import ROLE_TOKENS, STYLES, check_tokenizer, encode, read_conversations
+from corpus.dialogue import read_conversations
 from corpus.readers import read_text
+from corpus.template import ROLE_TOKENS, STYLES, check_tokenizer, encode
 from files import one_line_errors
 from tokens.tokenizer import load_tokenizer, opening
 from weights.begin import build_model, find_start
@@ -146,7 +147,7 @@ def prompt_of(turns, tokenizer, template, block_size):
     fitted = encode(turns, tokenizer, template, block_size - min(max_new_tokens, max(1, block_size // 4)))
     if fitted is None:
         raise ValueError(f'a context of {block_size} tokens has no room for a prompt in style {template}')
-    ids, _, n_left_out, n_cut = fitted
+    ids, _, n_left_out, n_cut, _ = fitted
     return ids.tolist(), n_left_out, n_cut
 
 

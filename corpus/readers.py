@@ -35,8 +35,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from corpus.blocks import Row, check_blocks, read_rows
+from corpus.columns import read_arrow, read_parquet
 from corpus.jsonfile import JsonEvents, find_layout, read_values
-from corpus.textfile import MAX_RECORD_CHARS, TextFile, naming, too_long
+from corpus.textfile import MAX_RECORD_CHARS, TextFile, naming, no_field, too_long
 from corpus.wiki import plain_text, read_pages
 from files import json_lines, print0, read_json
 
@@ -213,7 +214,10 @@ class Reading:
             self.tell = file.raw.tell
             yield file
             file.report_replaced()
-            self.tell = functools.partial(int, file.raw.tell())
+            self.set_progress(file.raw.tell())
+
+    def set_progress(self, n_bytes):
+        self.tell = functools.partial(int, n_bytes)
 
 
 def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict', encoding: str = 'utf-8',
@@ -328,15 +332,6 @@ def excerpt(value):
     return json.dumps(value, default=str, ensure_ascii=False)[:40]
 
 
-def no_field(where, field, names):
-    names = [str(name) for name in names]
-    shown = ', '.join(names[:20]) or 'none at all'
-    if len(names) > 20:
-        shown += f' and {len(names) - 20:,} more'
-    return ValueError(f'{where}: no field {field!r} with text, only {shown}: '
-                      'name the field to take with --field')
-
-
 def whole_characters(text, where, errors):
     r"""Refuse or replace half a surrogate pair, which JSON can express as "\ud83d" without its other half."""
     try:
@@ -396,72 +391,6 @@ def read_json_file(path, reading):
 
 
 # -----------------------------------------------------------------------------
-# Parquet and Arrow
-
-
-def read_parquet(path, reading):
-    """Read rows a few at a time. Row groups to pass over are not read, which matters on the hub."""
-    import pyarrow.parquet
-    file = open(path, 'rb') if not path.startswith('hf://') else open_on_hub(path)
-    with file:  # without pre_buffer, a row group of any size is read in pieces
-        parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False,
-                                              page_checksum_verification=True)
-        check_columns(parquet.schema_arrow, reading.fields, path)
-        n_bytes, n_rows = file.seek(0, os.SEEK_END), parquet.metadata.num_rows
-        row, largest, groups = 0, 1, []
-        for number in range(parquet.num_row_groups):
-            group = parquet.metadata.row_group(number)
-            if not groups and reading.to_skip >= group.num_rows:
-                reading.to_skip -= group.num_rows
-                row += group.num_rows
-            else:
-                groups.append(number)
-                largest = max(largest, group.total_byte_size // max(group.num_rows, 1))
-        batch_size = min(max((1 << 20) // largest, 1), 256)
-        for batch in parquet.iter_batches(batch_size=batch_size, row_groups=groups, columns=reading.fields):
-            for record in rows_of_batch(batch):
-                row += 1
-                reading.tell = functools.partial(int, n_bytes * row // n_rows)
-                yield record, f'{path}, row {row}'
-        reading.tell = functools.partial(int, n_bytes)
-
-
-def open_on_hub(path):
-    from huggingface_hub import HfFileSystem
-    return HfFileSystem().open(path, block_size=32 << 20)  # the bytes of one request
-
-
-def read_arrow(path, reading):
-    import pyarrow
-    with pyarrow.OSFile(path) as file:  # not mapped, because mapped pages count as memory of this process
-        is_stream = file.read(6) != b'ARROW1'  # datasets writes the stream format, others the file format
-        file.seek(0)
-        reader = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
-        check_columns(reader.schema, reading.fields, path)
-        batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
-        row = 0
-        for batch in batches:
-            reading.tell = functools.partial(int, file.tell())
-            for record in rows_of_batch(batch):
-                row += 1
-                yield record, f'{path}, row {row}'
-        reading.tell = functools.partial(int, file.size())
-
-
-def rows_of_batch(batch):
-    for begin in range(0, batch.num_rows, 16):  # as Python's objects they take memory once more
-        yield from batch.slice(begin, 16).to_pylist()
-
-
-def check_columns(schema, fields, path):
-    for field in fields or ():
-        if field not in schema.names:
-            raise no_field(path, field, schema.names)
-        if 'string' not in str(schema.field(field).type):
-            raise ValueError(f'{path}: field {field!r} holds {schema.field(field).type}, which is not text')
-
-
-# -----------------------------------------------------------------------------
 # Wikipedia and blocks
 
 
@@ -485,7 +414,7 @@ def text_of_page(page, where, reading):
 def read_blocks(path, reading):
     n_bytes = n_bytes_of(path)
     for row, share, where in read_rows(path):
-        reading.tell = functools.partial(int, n_bytes * share)
+        reading.set_progress(int(n_bytes * share))
         yield row, where
 
 

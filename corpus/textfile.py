@@ -112,6 +112,15 @@ def too_long(what):
     return ValueError(f'{what} of more than {MAX_RECORD_CHARS >> 20} Mi characters: is the --format right?')
 
 
+def no_field(where, field, names):
+    names = [str(name) for name in names]
+    shown = ', '.join(names[:20]) or 'none at all'
+    if len(names) > 20:
+        shown += f' and {len(names) - 20:,} more'
+    return ValueError(f'{where}: no field {field!r} with text, only {shown}: '
+                      'name the field to take with --field')
+
+
 # -----------------------------------------------------------------------------
 # the encoding of a file
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from corpus import blocks, jsonfile, readers, textfile, wiki
+from corpus import blocks, columns, jsonfile, readers, textfile, wiki
 from corpus.readers import find_files, read_documents, read_text
 
 SHARED = ROOT.parent / 'shared' / 'data' / 'chinese'
@@ -140,8 +140,8 @@ def test_rows_as_long_as_books_are_read_few_at_a_time(tmp_path, monkeypatch):
     pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     texts = [f'{n}' + '书' * 300_000 for n in range(40)]
     pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet', write_batch_size=1)
-    rows, rows_of_batch = [], readers.rows_of_batch
-    monkeypatch.setattr(readers, 'rows_of_batch', lambda batch: rows.append(batch.num_rows) or rows_of_batch(batch))
+    rows, rows_of_batch = [], columns.rows_of_batch
+    monkeypatch.setattr(columns, "rows_of_batch", lambda batch: rows.append(batch.num_rows) or rows_of_batch(batch))
     assert texts_of(tmp_path) == texts and sum(rows) == 40 and max(rows) <= 2
 
 

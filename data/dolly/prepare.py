@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from corpus.conversations import prepare
+from corpus.conversations import build_command
 from corpus.fetch import fetch
 from files import one_line_errors
 
@@ -25,4 +25,4 @@ ADDRESS = f'{HUB}/datasets/databricks/databricks-dolly-15k/resolve/{REVISION}/{F
 
 if __name__ == '__main__':
     with one_line_errors():
-        prepare(HERE, __doc__, lambda: fetch(FILE, [ADDRESS], SHA256), style='alpaca')
+        build_command(None, __doc__, HERE, lambda: fetch(FILE, [ADDRESS], SHA256), 'alpaca')

@@ -12,9 +12,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from corpus.conversations import prepare
+from corpus.conversations import build_command
 from files import one_line_errors
 
 if __name__ == '__main__':
     with one_line_errors():
-        prepare(HERE, __doc__)
+        build_command(None, __doc__, HERE)
