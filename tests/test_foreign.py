@@ -5,6 +5,7 @@ import pickle
 import re
 import zipfile
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,3 +251,42 @@ def test_load_weights_names_what_does_not_fit():
 def test_a_weight_that_stands_there_twice_is_refused():
     with pytest.raises(ValueError, match='1 weights stand there twice'):
         foreign.strip_prefixes({'x': 0, 'module.x': 1, 'module.y': 2})
+
+
+# -----------------------------------------------------------------------------
+# whole files, through checkpoint.load()
+
+
+def test_numbers_of_numpy_in_a_file_are_read(tmp_path):
+    """np.float64 was refused, and the file renamed to .corrupt."""
+    path = tmp_path / 'ckpt.pt'
+    torch.save(nanogpt(new_model(), best_val_loss=np.float64(1.5), config=dict(learning_rate=np.float32(0.5))), path)
+    state = checkpoint.load(path)
+    assert (state['best_val_loss'], type(state['best_val_loss'])) == (1.5, float)
+    assert (state['config'], type(state['config']['learning_rate'])) == (dict(learning_rate=0.5), float)
+
+
+@pytest.mark.parametrize('value, name', [
+    (Path('x'), r'pathlib\S*\.PosixPath'), (Namespace(x=1), r'argparse\.Namespace'),
+    (np.arange(3), r'numpy\S*')])
+def test_objects_in_a_file_are_refused_with_the_reason(tmp_path, value, name):
+    torch.save(nanogpt(new_model(), config=dict(x=value)), tmp_path / 'ckpt.pt')
+    message = error_of(checkpoint.load, tmp_path / 'ckpt.pt')
+    assert re.search(rf'it asks for {name}, and only tensors and plain values are read', message), message
+    with pytest.raises(ValueError, match='it asks for'):
+        checkpoint.load_newest(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt'], 'a sound file keeps its name'
+
+
+def test_files_of_torch_before_1_6_are_refused_with_the_reason(tmp_path):
+    torch.save(nanogpt(new_model()), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=False)
+    message = error_of(checkpoint.load, tmp_path / 'ckpt.pt')
+    assert 'is in the format of torch before 1.6' in message and message.endswith('save it anew with torch.save')
+    with pytest.raises(ValueError, match='before 1.6'):
+        checkpoint.load_newest(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt'], 'a sound file keeps its name'
+
+
+def test_a_file_whose_tuples_never_end_is_refused(tmp_path):
+    torch.save(nanogpt(new_model(), config=[nested(60)]), tmp_path / 'ckpt.pt')
+    assert 'tuples of more than 10,000 values' in error_of(checkpoint.load, tmp_path / 'ckpt.pt')
