@@ -1,75 +1,93 @@
-"""Shows what training did, in words, tables and curves: one run, or several overlaid.
+"""Show the course of training in words, tables and curves: of one run, or of several in the same pictures.
 
-    python report.py out-quickstart                  # out-quickstart/report.md, with loss.png, bpb.png and training.png beside it
-    python report.py out-a out-b --out=comparison    # both runs in each curve, and the settings in which they differ
+    python report.py out-quickstart                  # report.md and its pictures in out-quickstart
+    python report.py out-a out-b --out=comparison    # both runs in each picture, and settings that differ
 
-It reads what a run writes as it goes, so an unfinished run has a report too: metrics.jsonl, run.json (settings, environment), and where
-they are there eval.json (evaluate.py) and samples.md. train.py calls it at its end.
+It reads the files that a run writes while it trains, so an unfinished run has a report too: metrics.jsonl,
+and if they exist run.json, samples.md and eval.json (evaluate.py). train.py calls it at the end.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import shlex
 import subprocess
 import textwrap
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from files import one_line_errors, write_atomically
+from files import one_line_errors, printable, read_json, write_atomically
 
-# Okabe and Ito's palette, told apart by colour-blind eyes too (https://jfly.uni-koeln.de/color/); its yellow is too faint on white
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
-CHINESE_FONTS = {'Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'WenQuanYi Micro Hei', 'WenQuanYi Zen Hei', 'Droid Sans Fallback',
-                 'PingFang SC', 'Hiragino Sans GB', 'Arial Unicode MS', 'Microsoft YaHei', 'SimHei'}
-PICTURES = {  # file -> panels: what is on the x axis, its scale, the words on the y axis, its scale, and the curves
-    'loss.png': [('tokens', 'log', 'loss (nats per token)', 'log', ('loss', 'loss_smoothed', 'val_loss')),
-                 ('time', 'linear', 'loss (nats per token)', 'log', ('loss', 'loss_smoothed', 'val_loss'))],
-    'bpb.png': [('tokens', 'log', 'validation loss (bits per byte)', 'log', ('val_bpb',)),
-                ('time', 'linear', 'validation loss (bits per byte)', 'log', ('val_bpb',))],
-    'training.png': [('tokens', 'linear', 'learning rate', 'linear', ('lr',)),
-                     ('tokens', 'linear', 'gradient norm', 'log', ('grad_norm',)),
-                     ('tokens', 'linear', 'tokens per second', 'linear', ('tok_per_s',))],
-}
-STYLES = {  # curve -> what it is called, and how it is drawn
-    'loss': ('training, each logged step', dict(alpha=0.3, linewidth=0.8)),
-    'loss_smoothed': ('training, smoothed', dict(linewidth=1.8)),
-    'val_loss': ('validation', dict(linewidth=1.2, linestyle='--', marker='o', markersize=5)),
-    'val_bpb': ('validation', dict(linewidth=1.2, linestyle='--', marker='o', markersize=5)),
-}
+FACTS = dict(settings=dict, defaults=dict, environment=dict, starts=list)  # parts of run.json
+
+
+@dataclass
+class Columns:
+    """Lines of metrics.jsonl as columns of floats, nan for null, and where each line stands in training."""
+
+    values: dict[str, np.ndarray]  # by the names in the lines, (n,) each
+    tokens: np.ndarray  # (n,)
+    seconds: np.ndarray  # (n,) in training, without evaluation and saving
+
+    def __getitem__(self, name):
+        return self.values.get(name, np.full(len(self.tokens), np.nan))
+
+
+@dataclass
+class Curves:
+    steps: Columns
+    evaluations: Columns
+    benchmarks: Columns
+    n_updates: int
+    tokens: float
+    seconds: float
+
+
+@dataclass
+class Run:
+    name: str
+    curves: Curves
+    facts: dict  # run.json
+    evals: dict  # eval.json
+    samples: list[tuple[int, str]]  # iteration, Markdown
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
     parser.add_argument('runs', nargs='+', metavar='OUT_DIR')
     parser.add_argument('--out', help='folder for the report (default: the first OUT_DIR)')
     args = parser.parse_args()
-    print(f'{write_report(args.runs, args.out)}: {len(args.runs)} run{"s" * (len(args.runs) > 1)}')
+    path = write_report(args.runs, args.out)
+    print(f'{printable(str(path))}: {len(args.runs)} run{"s" * (len(args.runs) > 1)}')
 
 
-def write_report(folders, out=None):
-    """Writes report.md and its pictures, without pictures where matplotlib is missing.
+def write_report(folders: list, out=None) -> Path:
+    """Write report.md and its pictures; without matplotlib, report.md alone.
 
-    folders  out_dirs of train.py, the curves' colours in their order
-    out      folder to write to; None = the first of them
+    folders  out_dirs of train.py
+    out      folder to write to; None = the first of folders
     returns  the path of report.md
-    raises   FileNotFoundError, ValueError for a folder that holds no run
+    raises   OSError, ValueError in one line for a folder without a run, or with files of another form
     """
     runs, out = [read_run(folder) for folder in folders], Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(name for run in runs for name in run['benchmarks'] if name not in ('iter', 'tokens', 'time')))
-    benchmarks = [('tokens', 'log', name, 'linear', (name,)) for name in names[:4]]  # more would be too small to read
     pictures = []
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         print(f'the report has no curves: matplotlib cannot be imported ({error}): pip install matplotlib')
     else:
-        every = PICTURES | ({'benchmarks.png': benchmarks} if benchmarks else {})
-        pictures = [name for name, panels in every.items() if draw(runs, panels, out / name)]
-    sections = [summary(runs), *(f'![{Path(name).stem}]({name})' for name in pictures), evaluations(runs), samples(runs), settings(runs), environments(runs)]
-    text = '# ' + ' and '.join(code(run['name']) for run in runs) + '\n\n' + '\n\n'.join(filter(None, sections)) + '\n'
+        from pictures import draw_all
+        pictures = draw_all(runs, out)
+    title = '# ' + ' and '.join(code(run.name) for run in runs)
+    links = [f'![{Path(name).stem}]({name})' for name in pictures]
+    sections = [title, summary(runs), *links, evaluations(runs), samples(runs), starts(runs), settings(runs),
+                environments(runs)]
+    text = '\n\n'.join(filter(None, sections)) + '\n'
     write_atomically(out / 'report.md', lambda f: f.write(text.encode('utf-8')))
     return out / 'report.md'
 
@@ -78,201 +96,293 @@ def write_report(folders, out=None):
 # what a run leaves in its folder
 
 
-def environment():
-    """What a run.json says of the code that wrote it: the git commit, with -dirty behind it where files were changed; None without git."""
+def environment() -> dict:
+    """Describe the code: its git commit, with -dirty if files were changed; None without git."""
     command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    folder = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, encoding='utf-8', timeout=10)
+        done = subprocess.run(command, cwd=folder, capture_output=True, encoding='utf-8', timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return dict(git=None)
     return dict(git=done.stdout.strip() or None)
 
 
-def read_run(folder):
-    """Everything that the report says of a run: the lines of metrics.jsonl as curves, and its other files as they are."""
+def read_run(folder) -> Run:
+    """Read all files of a run that the report uses."""
     folder = Path(folder)
     path = folder / 'metrics.jsonl'
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f'{path} does not exist: name the out_dir of a run that has begun to train')
-    lines = list(filter(None, map(parse, path.read_text(encoding='utf-8', errors='replace').splitlines())))
+    lines = read_metrics(path)
     if not lines:
         raise ValueError(f'{path} has no line yet: wait until the run has logged a step')
-    run, evals = (read_json(folder / name) for name in ('run.json', 'eval.json'))
-    text = folder / 'samples.md'
-    return dict(name=str(folder), **curves(lines), run=run, evals=evals, samples=split_samples(text.read_bytes().decode('utf-8', 'replace'))
-                if text.exists() else [])
+    facts = read_dict(folder / 'run.json', FACTS)
+    evals = read_dict(folder / 'eval.json', dict(results=dict))
+    check_types(evals.get('results', {}), dict.fromkeys(evals.get('results', {}), dict), folder / 'eval.json')
+    return Run(str(folder), curves(lines), facts, evals, read_samples(folder / 'samples.md'))
 
 
-def parse(line):
-    """A line of metrics.jsonl, or None for one that a crash has torn."""
-    try:
-        line = json.loads(line)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get('iter'), int) else None
+def read_metrics(path) -> list[dict]:
+    """Read metrics.jsonl. Lines without an iteration, such as one torn by a crash, are passed over."""
+    check_regular(path)
+    lines = []
+    for text in Path(path).read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and type(line.get('iter')) is int and 0 <= line['iter'] < 2**53:
+                lines.append(line)
+    return lines
 
 
-def read_metrics(path):
-    lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
-    return [line for line in map(parse, lines) if line]
-
-
-def read_json(path):
-    """The dict in the file, {} where there is no file."""
+def read_dict(path, types) -> dict:
+    """Read a JSON file that holds a dict; {} if there is no file."""
     if not path.exists():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{path} is no JSON ({error}): delete it, or write it anew') from None
-    if not isinstance(value, dict):
-        raise ValueError(f'{path} holds a {type(value).__name__}, expected is a dict: delete it, or write it anew')
+    check_regular(path)
+    value = read_json(path)
+    check_types({path.name: value}, {path.name: dict}, path)
+    check_types(value, types, path)
     return value
 
 
-def curves(lines):
-    """The columns of metrics.jsonl, over tokens and over seconds in training, which do not count evaluation and saving.
+def check_regular(path):
+    if not Path(path).is_file():  # a pipe would be waited for without end
+        raise ValueError(f'{path} is not a regular file: remove it')
 
-    returns  dict(steps, evaluations, benchmarks, iters, tokens, seconds): the first three are columns by name, each (n,) float64 with nan
-             for null; benchmarks are the lines without a loss; iters = updates done
 
-    A logged step carries the mean rate and time of n_steps steps, those since the one before it, so both add up. Steps before it that are
-    not among them were done by a process that ended before it logged them: they count as the line before says, whatever the new one costs.
+def check_types(values, types, path):
+    for name, kind in types.items():
+        value = values.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f'{path}: {name} is of type {type(value).__name__}, expected is '
+                             f'{kind.__name__}: delete the file, or write it anew')
+
+
+def curves(lines: list[dict]) -> Curves:
+    """Place the lines of metrics.jsonl over tokens and over seconds in training.
+
+    A logged step carries the mean rate and time of the n_steps updates since the previous line. Other updates
+    between two lines were done by a process that ended before it logged them: they count as the previous line
+    says, whatever the first update of the new process cost. Before the first line no time is known.
     """
-    steps, evaluations = ([line for line in lines if key in line] for key in ('loss', 'val_loss'))
+    steps = [line for line in lines if 'loss' in line]
+    points = [(0, 0.0, 0.0)]  # updates done, tokens, seconds
+    tokens_per_step = dt_s = 0.0
+    for line in steps:
+        done, tokens, seconds = points[-1]
+        n_new = line['iter'] + 1 - done
+        n_timed = n_new if len(points) > 1 else 1
+        n_timed = number(line.get('n_steps')) or n_timed
+        last_dt_s, dt_s = dt_s, number(line.get('dt_s')) or 0.0
+        last_tokens_per_step, tokens_per_step = tokens_per_step, (number(line.get('tok_per_s')) or 0.0) * dt_s
+        if len(points) == 1:
+            last_tokens_per_step = tokens_per_step
+        tokens += n_timed * tokens_per_step + (n_new - n_timed) * last_tokens_per_step
+        seconds += n_timed * dt_s + (n_new - n_timed) * last_dt_s
+        points.append((done + n_new, tokens, seconds))
+
+    # updates after the last logged step cost what it cost
+    done, tokens, seconds = points[-1]
+    n_updates = max(line['iter'] + ('loss' in line) for line in lines)
+    if n_updates > done:
+        n_new = n_updates - done if steps else 0
+        points.append((n_updates, tokens + n_new * tokens_per_step, seconds + n_new * dt_s))
+    evaluations = [line for line in lines if 'val_loss' in line]
     benchmarks = [line for line in lines if 'loss' not in line and 'val_loss' not in line]
-    steps, evaluations, benchmarks = (
-        {name: column(rows, name) for name in sorted({k for row in rows for k in row})} for rows in (steps, evaluations, benchmarks))
-    iters = np.array([line['iter'] + ('loss' in line) for line in lines]).max()
-    done, tokens, seconds = np.zeros(1), np.zeros(1), np.zeros(1)  # after so many updates, from the start
-    if steps:
-        done = np.append(0, steps['iter'] + 1)
-        dt_s, per_step = steps['dt_s'], steps['tok_per_s'] * steps['dt_s']
-        timed = steps.get('n_steps', np.append(1, np.diff(done)[1:]))
-        before = np.diff(done) - timed
-        tokens = np.append(0, np.cumsum(timed * per_step + before * np.append(per_step[0], per_step[:-1])))
-        # of a run that goes on with another folder's checkpoint, the time before is not known
-        seconds = np.append(0, np.cumsum(timed * dt_s + before * np.append(0, dt_s[:-1])))
-        more = max(iters - done[-1], 0)  # updates since the last logged one
-        done, tokens, seconds = np.append(done, done[-1] + more), np.append(tokens, tokens[-1] + more * per_step[-1]), np.append(seconds, seconds[-1] + more * dt_s[-1])
-    for part, logged in ((steps, 1), (evaluations, 0), (benchmarks, 0)):  # a step is logged under the number of updates before it
-        at = part.get('iter', np.zeros(0)) + logged
-        part['tokens'], part['time'] = np.interp(at, done, tokens), np.interp(at, done, seconds)
-    return dict(steps=steps, evaluations=evaluations, benchmarks=benchmarks, iters=int(iters), tokens=float(tokens[-1]), seconds=float(seconds[-1]))
+    columns = (columns_of(part, points) for part in (steps, evaluations, benchmarks))
+    return Curves(*columns, n_updates, points[-1][1], points[-1][2])
 
 
-def column(rows, name):
-    values = [row.get(name) for row in rows]
-    return np.array([value if isinstance(value, (int, float)) else math.nan for value in values], dtype=float)
+def columns_of(lines, points) -> Columns:
+    names = {name for line in lines for name in line} - {'time'}  # the clock's time, not that of training
+    values = {}
+    for name in sorted(names):
+        values[name] = np.array([number(line.get(name), math.nan) for line in lines], dtype=float)
+    # a step is logged under the number of updates before it
+    done = np.array([line['iter'] + ('loss' in line) for line in lines], dtype=float)
+    updates, tokens, seconds = zip(*points, strict=True)
+    return Columns(values, np.interp(done, updates, tokens), np.interp(done, updates, seconds))
+
+
+def number(value, otherwise=None):
+    """The value if it is a number that fits a float, else the other value."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 1e300 else otherwise
 
 
 # -----------------------------------------------------------------------------
-# samples.md: a heading for each iteration, below it the prompts and what the model makes of them, indented
+# samples.md: a heading for each iteration; below it, indented, the prompts and the model's continuations
 
 
-def write_samples(folder, iter_num, samples):
-    """Adds what the model wrote after iter_num updates to folder/samples.md, in place of what it held of this iteration and later ones.
+def write_samples(folder, iter_num: int, samples: list[tuple[str, str]]):
+    """Add the samples after iter_num updates to samples.md, in place of those of this and later iterations.
 
     samples  [(prompt, text)]
     """
     path = Path(folder) / 'samples.md'
-    sections = split_samples(path.read_bytes().decode('utf-8', 'replace')) if iter_num and path.exists() else []
-    new = '\n\n'.join('\n'.join((f'**{i + 1}.** after the prompt', '', indented(prompt), '', 'comes', '', indented(text)))
-                      for i, (prompt, text) in enumerate(samples))
-    sections = [(at, body) for at, body in sections if at < iter_num] + [(iter_num, new)]
-    text = '\n\n'.join(f'## Iteration {at}\n\n{body}' for at, body in sections) + '\n'
-    write_atomically(path, lambda f: f.write(text.encode('utf-8')))
+    earlier = read_samples(path) if iter_num else []
+    parts = []
+    for i, (prompt, text) in enumerate(samples, 1):
+        parts.append(f'**{i}.** after the prompt\n\n{indented(prompt)}\n\ncomes\n\n{indented(text)}')
+    sections = [section for section in earlier if section[0] < iter_num] + [(iter_num, '\n\n'.join(parts))]
+    page = '\n\n'.join(f'## Iteration {at}\n\n{body}' for at, body in sections) + '\n'
+    write_atomically(path, lambda f: f.write(page.encode('utf-8')))
 
 
-def split_samples(text):
-    """samples.md -> [(iteration, what stands below it)]"""
-    parts = ('\n' + text).split('\n## Iteration ')[1:]
-    return [(int(part.partition('\n')[0]), part.partition('\n')[2].strip('\n')) for part in parts if part.partition('\n')[0].isdecimal()]
+def read_samples(path) -> list[tuple[int, str]]:
+    """Read samples.md as [(iteration, the Markdown below its heading)]; [] if there is no file."""
+    if not path.exists():
+        return []
+    check_regular(path)
+    sections = []
+    for part in ('\n' + path.read_bytes().decode('utf-8', 'replace')).split('\n## Iteration ')[1:]:
+        at, _, body = part.partition('\n')
+        if at.isdecimal():
+            sections.append((int(at), body.strip('\n')))
+    return sections
 
 
 def indented(text):
-    """As a block of code in Markdown, which nothing in the text can end."""
-    return textwrap.indent(text, '    ', lambda line: True)
+    """A block of code in Markdown, which nothing in the text can end."""
+    return textwrap.indent(printable(text), '    ', lambda line: True)
 
 
 # -----------------------------------------------------------------------------
-# the sections of report.md, each a string, '' where there is nothing to say
+# the sections of report.md, each a string; '' if there is nothing to say
 
 
-def summary(runs):
-    rows = {'updates': [], 'tokens': [], 'time in training': [], 'parameters': [], 'last training loss, smoothed': [], 'best validation loss': [],
-            'bits per byte then': [], 'tokens per second (median)': [], 'model FLOPs utilisation (median)': [], 'cost in training': [], 'peak memory': []}
-    for run in runs:
-        steps, at, facts = run['steps'], run['evaluations'], run['run']
-        limit = facts.get('settings', {}).get('max_iters')
-        best = int(np.nanargmin(at['val_loss'])) if np.isfinite(at.get('val_loss', [math.nan])).any() else None
-        flops = facts.get('flops_per_token')
-        values = (
-            f'{run["iters"]:,}' + (f' of {limit:,}' + ', unfinished' * (run['iters'] < limit) if limit else ''),
-            f'{run["tokens"]:,.0f}' + (f' ({run["tokens"] / facts["dataset_tokens"]:.2f} epochs)' if facts.get('dataset_tokens') else ''),
-            duration(run['seconds']), f'{facts["parameters"]:,}' if 'parameters' in facts else '',
-            shown(last(steps.get('loss_smoothed', []))), f'{at["val_loss"][best]:.4f} (after {at["iter"][best]:,.0f} updates)' if best is not None else '',
-            shown(at['val_bpb'][best]) if best is not None and 'val_bpb' in at else '',
-            shown(middle(steps.get('tok_per_s', [])), ',.0f'), shown(middle(steps.get('mfu', [])), '.1%'),
-            f'{run["tokens"] * flops:.3g} FLOPs ({flops:.3g} a token, forward and backward)' if flops else '',
-            shown(last(steps.get('peak_memory_bytes', [])) / 1e9, '.2f', ' GB'))
-        for name, value in zip(rows, values, strict=True):
-            rows[name].append(value)
-    return table(['', *(code(run['name']) for run in runs)], [[name, *values] for name, values in rows.items() if any(values)])
+def summary(runs) -> str:
+    columns = [summary_of(run) for run in runs]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return table(['', *(code(run.name) for run in runs)], [row for row in rows if any(row[1:])])
 
 
-def evaluations(runs):
-    """The table of evaluate.py: a row for each measure of each task, with its standard error where there is one."""
+def summary_of(run) -> dict[str, str]:
+    steps, evaluations, facts = run.curves.steps, run.curves.evaluations, run.facts
+    updates, tokens = f'{run.curves.n_updates:,}', f'{run.curves.tokens:,.0f}'
+    max_iters = number(facts.get('settings', {}).get('max_iters'))
+    if max_iters:
+        updates += f' of {max_iters:,}' + ', unfinished' * (run.curves.n_updates < max_iters)
+    if number(facts.get('dataset_tokens')):
+        tokens += f' ({run.curves.tokens / facts["dataset_tokens"]:.2f} epochs)'
+    best_loss = best_bpb = cost = ''
+    if np.isfinite(evaluations['val_loss']).any():
+        best = int(np.nanargmin(evaluations['val_loss']))
+        best_loss = f'{evaluations["val_loss"][best]:.4f} (after {evaluations["iter"][best]:,.0f} updates)'
+        best_bpb = shown(evaluations['val_bpb'][best])
+    flops = number(facts.get('flops_per_token'))
+    if flops:
+        cost = f'{run.curves.tokens * flops:.3g} FLOPs ({flops:.3g} a token, forward and backward)'
+    parameters = number(facts.get('parameters'))
+    return {
+        'updates': updates, 'tokens': tokens, 'time in training': duration(run.curves.seconds),
+        'parameters': f'{parameters:,}' if parameters else '',
+        'last training loss, smoothed': shown(last(steps['loss_smoothed'])),
+        'best validation loss': best_loss, 'bits per byte then': best_bpb,
+        'tokens per second (median)': shown(median(steps['tok_per_s']), ',.0f'),
+        'model FLOPs utilisation (median)': shown(median(steps['mfu']), '.1%'), 'cost in training': cost,
+        'peak memory': shown(last(steps['peak_memory_bytes']) / 1e9, '.2f', ' GB')}
+
+
+def evaluations(runs) -> str:
+    """The results of evaluate.py: a row for each measure of each task."""
     cells = {}
     for i, run in enumerate(runs):
-        for task, measures in run['evals'].get('results', {}).items():
+        for task, measures in run.evals.get('results', {}).items():
             for name, value in measures.items():
-                if isinstance(value, (int, float)) and not name.endswith('stderr'):
-                    error = measures.get(f'{name}_stderr')
-                    said = f'{value:,}' if isinstance(value, int) else f'{value:.4f}' + (f' ± {error:.4f}' if error is not None else '')
-                    cells.setdefault((task, name), [''] * len(runs))[i] = said
+                if number(value) is None or name.endswith('stderr'):
+                    continue
+                cell = f'{value:,}' if isinstance(value, int) else f'{value:.4f}'
+                error = number(measures.get(f'{name}_stderr'))
+                if error is not None:
+                    cell += f' ± {error:.4f}'
+                cells.setdefault((task, name), [''] * len(runs))[i] = cell
+    if not cells:
+        return ''
+    at = [f'{code(run.name)} after {run.evals["iter"]:,} updates' for run in runs
+          if number(run.evals.get('iter')) is not None]
     rows = [[code(task), code(name), *values] for (task, name), values in cells.items()]
-    at = ', '.join(f'{code(run["name"])} after {run["evals"]["iter"]:,} updates' for run in runs if run['evals'].get('iter') is not None)
-    return f'## Evaluation\n\n{at}\n\n' + table(['task', 'measure', *(code(run['name']) for run in runs)], rows) if rows else ''
+    heads = ['task', 'measure', *(code(run.name) for run in runs)]
+    return f'## Evaluation\n\n{", ".join(at)}\n\n{table(heads, rows)}'
 
 
-def samples(runs):
-    """What each run wrote last."""
-    parts = [f'### {code(run["name"])}, after {run["samples"][-1][0]:,} updates\n\n{run["samples"][-1][1]}' for run in runs if run['samples']]
+def samples(runs) -> str:
+    """The last samples of each run."""
+    parts = []
+    for run in runs:
+        if run.samples:
+            at, body = run.samples[-1]
+            parts.append(f'### {code(run.name)}, after {at:,} updates\n\n{printable(body)}')
     return '\n\n'.join(['## Samples', *parts]) if parts else ''
 
 
-def settings(runs):
-    """The settings in which the runs differ, and those that are not the defaults."""
-    known = [run['run'].get('settings', {}) for run in runs]
-    defaults = next((run['run']['defaults'] for run in runs if run['run'].get('defaults')), {})
-    names = [name for name in dict.fromkeys(name for each in known for name in each) if name != 'out_dir']
-    said = {name: [repr(each[name]) if name in each else '' for each in known] for name in names}
-    differ = [name for name in names if len(set(said[name])) > 1]
-    changed = [name for name in names if name not in differ and said[name][0] != repr(defaults.get(name))]
-    heads, parts = [code(run['name']) for run in runs], []
+def starts(runs) -> str:
+    """When, where and how each run was started, and the settings that a resumed run changed."""
+    rows = []
+    for run in runs:
+        for start in run.facts.get('starts', []):
+            if isinstance(start, dict):
+                rows.append([code(run.name), *start_cells(start)])
+    heads = ['run', 'time', 'iteration', 'changed settings', 'git', 'host', 'torch', 'python', 'command']
+    return '## Starts\n\n' + table(heads, rows) if rows else ''
+
+
+def start_cells(start):
+    changed, argv = start.get('changed'), start.get('argv')
+    changes = []
+    if isinstance(changed, dict):
+        changes = [f'{name}: {values[0]!r} -> {values[1]!r}' for name, values in changed.items()
+                   if isinstance(values, list) and len(values) == 2]
+    command = shlex.join(map(str, argv)) if isinstance(argv, list) else ''
+    facts = [str(start.get(name, '')) for name in ('git', 'host', 'torch', 'python')]
+    return [str(start.get('time', '')), str(start.get('iter_num', '')), code(', '.join(changes)), *facts,
+            code(command)]
+
+
+def settings(runs) -> str:
+    """The settings of the last start that differ between the runs, and those that are not the defaults."""
+    of_runs = [run.facts.get('settings', {}) for run in runs]
+    defaults = next((run.facts['defaults'] for run in runs if run.facts.get('defaults')), {})
+    differ, changed = [], []
+    for name in dict.fromkeys(name for each in of_runs for name in each):
+        values = [repr(each[name]) if name in each else '' for each in of_runs]
+        default = repr(defaults.get(name))
+        if name == 'out_dir':
+            continue
+        if len(set(values)) > 1:
+            differ.append([code(name), *map(code, values), code(default)])
+        elif values[0] != default:
+            changed.append([code(name), code(values[0]), code(default)])
+    parts = []
     if differ:
-        parts += ['## Settings that differ', table(['setting', *heads, 'default'], [[code(n), *map(code, said[n]), code(repr(defaults.get(n)))] for n in differ])]
+        heads = ['setting', *(code(run.name) for run in runs), 'default']
+        parts += ['## Settings that differ', table(heads, differ)]
     if changed:
         parts += ['## Settings other than the defaults' + ', the same in all runs' * (len(runs) > 1),
-                  table(['setting', 'value', 'default'], [[code(n), code(said[n][0]), code(repr(defaults.get(n)))] for n in changed])]
+                  table(['setting', 'value', 'default'], changed)]
     return '\n\n'.join(parts)
 
 
-def environments(runs):
-    names = list(dict.fromkeys(name for run in runs for name in run['run'].get('environment', {})))
-    rows = [[name, *(str(run['run'].get('environment', {}).get(name, '')) for run in runs)] for name in names]
-    return '## Environment\n\n' + table(['', *(code(run['name']) for run in runs)], rows) if rows else ''
+def environments(runs) -> str:
+    of_runs = [run.facts.get('environment', {}) for run in runs]
+    names = dict.fromkeys(name for each in of_runs for name in each)
+    rows = [[name, *(str(each.get(name, '')) for each in of_runs)] for name in names]
+    return '## Environment\n\n' + table(['', *(code(run.name) for run in runs)], rows) if rows else ''
 
 
-def table(head, rows):
-    lines = [head, ['---'] * len(head), *rows]
-    return '\n'.join('| ' + ' | '.join(cell.replace('|', '\\|').replace('\n', ' ') for cell in line) + ' |' for line in lines)
+def table(heads, rows):
+    lines = []
+    for cells in (heads, ['---'] * len(heads), *rows):
+        cells = [printable(cell).replace('|', '\\|').replace('\n', ' ') for cell in cells]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
 
 
 def code(text):
-    mark, space = ('``', ' ') if '`' in text else ('`', '')
-    return f'{mark}{space}{text}{space}{mark}' if text else ''
+    text = printable(text)
+    if '`' in text:
+        return f'`` {text} ``'
+    return f'`{text}`' if text else ''
 
 
 def shown(value, form='.4f', unit=''):
@@ -283,93 +393,15 @@ def last(values):
     return values[-1] if len(values) else math.nan
 
 
-def middle(values):
-    values = np.asarray(values)[np.isfinite(values)]
+def median(values):
+    values = values[np.isfinite(values)]
     return float(np.median(values)) if len(values) else math.nan
 
 
 def duration(seconds):
-    return f'{seconds:.1f} s' if seconds < 120 else f'{seconds / 60:.1f} min' if seconds < 7200 else f'{seconds / 3600:.2f} h'
-
-
-# -----------------------------------------------------------------------------
-# pictures
-
-
-def draw(runs, panels, path):
-    """Writes the panels side by side as a PNG; False where no run has anything to show in them."""
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import get_font_names
-    from matplotlib.lines import Line2D
-
-    figure = Figure(figsize=(11, 4.4), dpi=100, layout='constrained')
-    unit_s, unit = next((u for u in ((3600, 'h'), (60, 'min')) if max(run['seconds'] for run in runs) >= 2 * u[0]), (1, 's'))
-    drawn = set()
-    for axes, (x, x_scale, words, y_scale, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        heights = []
-        for i, run in enumerate(runs):
-            for name in names:
-                part = next((run[kind] for kind in ('steps', 'evaluations', 'benchmarks') if name in run[kind]), None)
-                if part is None:
-                    continue
-                xs, ys = part[x] / (unit_s if x == 'time' else 1), part[name]
-                visible = np.isfinite(ys) & ((ys > 0) | (y_scale == 'linear')) & ((xs > 0) | (x_scale == 'linear'))
-                if visible.any():
-                    style = STYLES[name][1] if name in STYLES else {}
-                    points = dict(marker='o', markersize=5) if visible.sum() == 1 or part is run['benchmarks'] else {}  # one point makes no line
-                    axes.plot(xs[visible], ys[visible], color=COLOURS[i % len(COLOURS)], **points | style)
-                    heights.extend(ys[visible])
-                    drawn.add(name)
-        axes.set(xlabel='training tokens' if x == 'tokens' else f'training time ({unit})', ylabel=words)
-        axes.grid(alpha=0.25)
-        set_scales(axes, x, x_scale, y_scale, heights)
-    if not drawn:
-        return False
-    names = [run['name'] if len(run['name']) <= 120 else '…' + run['name'][-119:] for run in runs]  # 120 are as wide as the picture
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=name) for i, name in enumerate(names)]
-    styles = dict(STYLES[name] for name in STYLES if name in drawn)  # by what they are called
-    handles += [Line2D([], [], color='#555555', label=label, **style) for label, style in styles.items()]
-    widest = max(len(handle.get_label()) for handle in handles)
-    legend = figure.legend(handles=handles, loc='outside upper center', ncols=min(4, max(1, 135 // (widest + 7))), frameon=False)
-    fonts = ['DejaVu Sans', *sorted(CHINESE_FONTS & set(get_font_names()))]  # each character from the first that has it
-    for text in legend.get_texts():
-        text.set(parse_math=False, fontfamily=fonts)  # a $ in a folder's name is a $
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # the page itself has the names
-        write_atomically(path, lambda f: figure.savefig(f, format='png', pil_kwargs=dict(optimize=True)))
-    return True
-
-
-def set_scales(axes, x, x_scale, y_scale, heights):
-    """Scales, with ticks that read as plain numbers where a logarithmic axis spans little more than a decade."""
-    from matplotlib.ticker import (
-        EngFormatter,
-        LogLocator,
-        MaxNLocator,
-        NullFormatter,
-        NullLocator,
-        ScalarFormatter,
-    )
-
-    axes.set_xscale(x_scale)
-    if x_scale == 'log':
-        low, high = axes.get_xlim()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    if x == 'tokens':
-        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
-    if y_scale == 'linear':
-        low, high = min(heights, default=0), max(heights, default=0)
-        if low or high:
-            axes.set_ylim(1.05 * min(low, 0), 1.05 * max(high, 0))  # with zero, and room for a marker; CORE may be below it
-        if high >= 1000:
-            axes.yaxis.set_major_formatter(EngFormatter(sep=''))
-    elif heights:
-        axes.set_yscale('log')
-        if max(heights) < 20 * min(heights):
-            axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-            axes.yaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_minor_locator(NullLocator())
+    if seconds < 120:
+        return f'{seconds:.1f} s'
+    return f'{seconds / 60:.1f} min' if seconds < 7200 else f'{seconds / 3600:.2f} h'
 
 
 if __name__ == '__main__':

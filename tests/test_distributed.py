@@ -153,7 +153,7 @@ def test_ranks_share_what_muon_orthogonalises(runs):
 
 
 def test_two_ranks_write_the_samples_that_one_writes(runs):
-    one, two = (read_run(runs / name)['samples'] for name in (f'one {CASES[0][0]}', 'two 0'))
+    one, two = (read_run(runs / name).samples for name in (f'one {CASES[0][0]}', 'two 0'))
     assert [at for at, _ in two] == [0, 8] and one[0] == two[0]  # before rounding errors of 8 steps
 
 

@@ -1,6 +1,7 @@
 """report.py, and what training writes for it: run.json, samples.md, and the report at its end."""
 
 import json
+import os
 import runpy
 
 import numpy as np
@@ -9,9 +10,9 @@ from conftest import ROOT, TINY, differences, read_checkpoint, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train as train_file
-from report import code, curves, read_run, split_samples, write_report, write_samples
+from report import code, curves, read_metrics, read_run, read_samples, write_report, write_samples
 from tokens.loader import Loader
+from training.samples import read_prompts
 
 
 def train(*flags, out_dir):
@@ -44,24 +45,24 @@ def test_tokens_and_time_add_up_over_steps_that_are_not_logged_and_over_a_change
     # step 0 alone took 5 s; steps 1 to 10 took 1 s and 100 tokens each; then, resumed with twice the batch, steps 11 to 20 took 2 s
     lines = [evaluation(0, 4.0), step(0, 100, 5.0), step(10, 100, 1.0), evaluation(10, 3.5), step(20, 200, 2.0), evaluation(25, 3.0)]
     run = curves(lines)
-    assert run['steps']['tokens'].tolist() == pytest.approx([100, 1100, 3100])
-    assert run['steps']['time'].tolist() == pytest.approx([5, 15, 35])
-    assert run['evaluations']['tokens'].tolist() == pytest.approx([0, 1000, 3900])  # after 25 updates: 4 more of 200 tokens
-    assert run['evaluations']['time'].tolist() == pytest.approx([0, 14, 43])
-    assert (run['iters'], run['tokens'], run['seconds']) == (25, pytest.approx(3900), pytest.approx(43))
+    assert run.steps.tokens.tolist() == pytest.approx([100, 1100, 3100])
+    assert run.steps.seconds.tolist() == pytest.approx([5, 15, 35])
+    assert run.evaluations.tokens.tolist() == pytest.approx([0, 1000, 3900])  # after 25 updates: 4 more of 200 tokens
+    assert run.evaluations.seconds.tolist() == pytest.approx([0, 14, 43])
+    assert (run.n_updates, run.tokens, run.seconds) == (25, pytest.approx(3900), pytest.approx(43))
 
 
 def test_a_run_that_goes_on_from_another_folder_counts_its_tokens_but_only_its_own_time():
     run = curves([evaluation(100, 2.0), step(100, 10, 60.0), step(101, 10, 1.0)])
-    assert run['steps']['tokens'].tolist() == pytest.approx([1010, 1020]) and run['steps']['time'].tolist() == pytest.approx([60, 61])
+    assert run.steps.tokens.tolist() == pytest.approx([1010, 1020]) and run.steps.seconds.tolist() == pytest.approx([60, 61])
 
 
 def test_the_slow_first_step_of_a_resumed_run_counts_once():
     # steps 1 to 10 took 1 s each; 11 to 14 were done, saved, and not logged; resumed, step 15 took 60 s, with twice the batch
     lines = [step(0, 100, 5.0, n_steps=1), step(10, 100, 1.0, n_steps=10), step(15, 200, 60.0, n_steps=1), step(20, 200, 2.0, n_steps=5)]
     run = curves(lines)
-    assert run['steps']['time'].tolist() == pytest.approx([5, 15, 15 + 4 + 60, 15 + 4 + 60 + 10])
-    assert run['steps']['tokens'].tolist() == pytest.approx([100, 1100, 1100 + 400 + 200, 1700 + 1000])
+    assert run.steps.seconds.tolist() == pytest.approx([5, 15, 15 + 4 + 60, 15 + 4 + 60 + 10])
+    assert run.steps.tokens.tolist() == pytest.approx([100, 1100, 1100 + 400 + 200, 1700 + 1000])
 
 
 # -----------------------------------------------------------------------------
@@ -143,6 +144,74 @@ def test_a_folder_without_a_run_gets_one_line(tmp_path, monkeypatch, capsys, con
     assert capsys.readouterr() == ('', f'{tmp_path}/{message}\n') and not (tmp_path / 'new').exists()
 
 
+def broken(folder, **files):
+    """A run with the given content of some of its files."""
+    write_run(folder, [step(0, 100, 1.0)])
+    for name, content in files.items():
+        (folder / name.replace('_', '.')).write_text(content, encoding='utf-8')
+    return folder
+
+
+@pytest.mark.parametrize('files, message', [
+    (dict(run_json='{"settings": 7}'), 'run.json: settings is of type int, expected is dict: delete the file, or write it anew'),
+    (dict(run_json='{"starts": {"a": 1}}'), 'run.json: starts is of type dict, expected is list'),
+    (dict(run_json='[]'), 'run.json: run.json is of type list, expected is dict'),
+    (dict(run_json='[' * 200_000), 'run.json: not JSON in UTF-8'),
+    (dict(eval_json='{"results": 3}'), 'eval.json: results is of type int, expected is dict'),
+    (dict(eval_json='{"results": {"piqa": 3}}'), 'eval.json: piqa is of type int, expected is dict'),
+])
+def test_a_file_of_another_form_gets_one_line(tmp_path, files, message):
+    with pytest.raises(ValueError) as error:
+        write_report([broken(tmp_path / 'out', **files)])
+    assert str(error.value).startswith(f'{tmp_path / "out"}/{message}')
+
+
+def test_values_of_another_form_are_left_out(tmp_path):
+    evals = dict(iter={}, results=dict(piqa=dict(acc={}, n=5, f=0.5, f_stderr={}), core=dict(tasks={})))
+    facts = dict(settings=dict(max_iters='x', seed=10**400), parameters=[], flops_per_token=10**400, dataset_tokens={},
+                 starts=[3, dict(changed=7, argv={}, git={})])
+    folder = broken(tmp_path / 'out', eval_json=json.dumps(evals), run_json=json.dumps(facts))
+    page = write_report([folder]).read_text(encoding='utf-8')
+    assert '| `piqa` | `f` | 0.5000 |' in page and '`acc`' not in page and '| updates | 1 |' in page
+
+
+def test_lines_that_are_no_metrics_are_passed_over(tmp_path):
+    bad = ['[' * 200_000, '{"iter": true, "loss": 1}', '{"iter": -1}', '{"iter": 1e3}', '5', '{"iter": 1' + '0' * 400 + '}', '{"iter": 1, "lo']
+    odd = dict(step(1, 100, 1.0), loss={}, tok_per_s='x', time=1e9, lr=10**400)
+    folder = write_run(tmp_path / 'out', [step(0, 100, 1.0), odd, dict(iter=2, loss=1.0)], torn='\n'.join(bad) + '\n\udce9'.encode('utf-8', 'replace').decode())
+    assert [line['iter'] for line in read_metrics(folder / 'metrics.jsonl')] == [0, 1, 2]
+    assert '| updates | 3 |' in write_report([folder]).read_text(encoding='utf-8')
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'run.json', 'eval.json', 'samples.md'])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    folder = write_run(tmp_path / 'out', [step(0, 100, 1.0)])
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f'{name} is not a regular file: remove it'):
+        write_report([folder])
+
+
+def test_each_start_of_a_run_is_shown(tmp_path):
+    first = dict(time='2026-11-25T10:00:00+0000', iter_num=0, changed={}, git='abc', host='one', argv=['train.py'], torch='2.13.0', python='3.11.2')
+    second = dict(first, iter_num=500, changed=dict(learning_rate=[0.001, 0.0005]), git='def-dirty', host='two', argv=['train.py', '--out_dir=a b'])
+    folder = write_run(tmp_path / 'out', [step(0, 100, 1.0)], settings={}, starts=[first, second])
+    page = write_report([folder]).read_text(encoding='utf-8')
+    assert '| 2026-11-25T10:00:00+0000 | 0 |  | abc | one | 2.13.0 | 3.11.2 | `train.py` |' in page
+    assert "| 500 | `learning_rate: 0.001 -> 0.0005` | def-dirty | two | 2.13.0 | 3.11.2 | `train.py '--out_dir=a b'` |" in page
+
+
+def test_nothing_of_a_run_can_steer_the_terminal(tmp_path):
+    folder = write_run(tmp_path / 'o\x1b[2Jut', [step(0, 100, 1.0)], settings=dict(dataset='\x1b[1m'), environment={'\x9b': '\x1b]0;x\x07'})
+    (folder / 'eval.json').write_text(json.dumps(dict(results={'\x1btask': {'\x1bacc': 0.5}})), encoding='utf-8')
+    (folder / 'samples.md').write_text('## Iteration 3\n\n    \x1b[2J\n', encoding='utf-8')
+    page = write_report([folder]).read_text(encoding='utf-8')
+    assert '\x1b' not in page and '\x9b' not in page and 'o\\x1b[2Jut' in page
+    write_samples(folder, 5, [('a\tb\n', '\x1b[2J')])
+    assert '    a\tb\n' in (folder / 'samples.md').read_text(encoding='utf-8') and read_samples(folder / 'samples.md')[1][1].endswith('    \\x1b[2J')
+
+
 # -----------------------------------------------------------------------------
 # samples.md
 
@@ -152,11 +221,11 @@ def test_a_folder_without_a_run_gets_one_line(tmp_path, monkeypatch, capsys, con
 def test_no_text_of_a_model_is_taken_for_a_heading(tmp_path_factory, pairs):
     folder = tmp_path_factory.mktemp('samples')
     write_samples(folder, 0, pairs)
-    first = split_samples((folder / 'samples.md').read_bytes().decode())
+    first = read_samples(folder / 'samples.md')
     write_samples(folder, 5, pairs)
     write_samples(folder, 9, pairs)
     write_samples(folder, 5, [('again', 'and again')])  # a run that was resumed does it anew
-    sections = split_samples((folder / 'samples.md').read_bytes().decode())
+    sections = read_samples(folder / 'samples.md')
     assert [at for at, _ in sections] == [0, 5] and sections[:1] == first
     assert 'and again' in sections[1][1]
 
@@ -168,7 +237,7 @@ def test_samples_move_nothing_in_training(tiny, tmp_path):
     a, b = (read_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('without', 'with'))
     assert not differences(a['model'], b['model']) and not differences(a['optimizer'], b['optimizer'])
     assert not (tmp_path / 'without' / 'samples.md').exists()
-    sections = read_run(tmp_path / 'with')['samples']
+    sections = read_run(tmp_path / 'with').samples
     assert [at for at, _ in sections] == [0, 2, 4, 6]
     prompts = [[part.partition('comes')[0] for part in body.split('after the prompt')] for _, body in sections]
     assert len(prompts[0]) == 5 and all(each == prompts[0] for each in prompts[1:]) and len({body for _, body in sections}) == 4  # the weights change
@@ -176,13 +245,12 @@ def test_samples_move_nothing_in_training(tiny, tmp_path):
 
 def test_prompts_end_with_the_last_token_before_the_answer_where_a_mask_says_where(tiny, tmp_path):
     loader = Loader(tiny, 'val', block_size=32, batch_size=4, order='sequential')
-    meta = loader.splits[0].tokenizer
-    assert list(map(len, train_file.read_prompts(meta, loader))) == [16] * 4
-    x, y, _ = loader.windows([0, 1, 2, 3])
-    y[:, :20] = -100
-    y[3] = -100  # a window without any target
-    loader.windows = lambda g: (x, y)
-    assert [len(prompt) for prompt in train_file.read_prompts(meta, loader)] == [21, 21, 21, 16]
+    assert list(map(len, read_prompts('', None, loader))) == [16] * 4
+    batch = loader.windows([0, 1, 2, 3])
+    batch.y[:, :20] = -100
+    batch.y[3] = -100  # a window without any target
+    loader.windows = lambda g: batch
+    assert [len(prompt) for prompt in read_prompts('', None, loader)] == [21, 21, 21, 16]
 
 
 # -----------------------------------------------------------------------------
@@ -206,11 +274,11 @@ def test_the_report_of_a_new_run_shows_nothing_of_the_one_before_it_in_the_folde
     train(*TINY, '--max_iters=2', '--report=True', f'--dataset={tiny}', out_dir=tmp_path)
     page = (tmp_path / 'report.md').read_text(encoding='utf-8')
     assert '## Evaluation' not in page and '## Samples' not in page
-    assert all((tmp_path / f'{name}.old').exists() for name in ('metrics.jsonl', 'eval.json', 'samples.md'))
+    assert all((tmp_path / 'old-1' / name).exists() for name in ('metrics.jsonl', 'eval.json', 'samples.md'))
 
 
 def test_a_report_that_cannot_be_written_leaves_the_run_as_it_was(tiny, tmp_path):
-    (tmp_path / 'report.md').mkdir()
+    (tmp_path / 'loss.png').mkdir()
     stdout = train(*TINY, '--max_iters=2', '--report=True', f'--dataset={tiny}', out_dir=tmp_path)
     assert 'no report: IsADirectoryError: ' in stdout and stdout.splitlines()[-1].startswith('done: ')
     assert read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == 2
