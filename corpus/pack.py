@@ -115,6 +115,7 @@ def build(argv):
     parser.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files, and folders of them')
     parser.add_argument('--tokenizer', required=True, metavar='NAME',
                         help='char, gpt2, byte, or a folder with tokenizer.json')
+    parser.add_argument('--eot', default='', metavar='TOKEN', help='end of text, if the folder names none')
     parser.add_argument('--out', type=Path, required=True, help='dataset folder')
     add_build_options(parser)
     args = parser.parse_args(argv)
@@ -122,7 +123,7 @@ def build(argv):
     files = readers.find_files(args.input, args.format)
     tokenizer = 'char'
     if args.tokenizer != 'char':
-        tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer, also=['char']))
+        tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer, also=['char'], eot=args.eot))
     elif any(format == 'blocks' for _, format in files):
         raise ValueError('blocks hold ids, not characters: name the tokenizer that made them')
     pack_files(args.out, files, tokenizer, name_source(args.input), args)

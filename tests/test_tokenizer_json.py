@@ -170,8 +170,8 @@ def test_the_end_of_text_is_found_or_asked_for(folders, tmp_path):
     for name in (tmp_path, path):
         with pytest.raises(ValueError) as caught:
             tokenizer_meta(name)
-        assert str(caught.value) == (f'tokenizer {name} does not say which token ends a document: name one by --eot=TOKEN; '
-                                     'its special tokens: [UNK], [CLS], [SEP], [PAD], [MASK]')
+        assert str(caught.value) == (f'tokenizer {name} does not say which token ends a document: name one by --eot=TOKEN, '
+                                     'or as eos_token in its tokenizer_config.json; its special tokens: [UNK], [CLS], [SEP], [PAD], [MASK]')
     assert tokenizer_meta(path, eot='[SEP]')['eot'] == '[SEP]' and load_tokenizer(read_tokenizer_json(tmp_path)).eot is None
     with pytest.raises(ValueError, match=r'--eot=\[END\]: .*tokenizer.json has no such token'):
         tokenizer_meta(path, eot='[END]')

@@ -149,7 +149,7 @@ class ItosTokenizer(CharTokenizer):
 
 
 class IdTokenizer(Tokenizer):
-    """Ids without text, for a meta.pkl that holds only vocab_size."""
+    """Ids without text, for datasets of nanoGPT and llm.c that tell only the size of their vocabulary."""
 
     kind = 'ids'
 
@@ -159,8 +159,7 @@ class IdTokenizer(Tokenizer):
         self.vocab_size = vocab_size
 
     def refuse(self, *args, **kwargs):
-        raise ValueError(f'the dataset names {self.vocab_size} ids but no tokenizer: '
-                         'reading and writing text needs itos in its meta.pkl')
+        raise ValueError(f'the dataset names {self.vocab_size} ids but no tokenizer: they cannot be text')
 
     encode = decode = decode_bytes = tokenizer_json = refuse
 
@@ -422,8 +421,8 @@ def tokenizer_meta(name, also=(), eot=''):
             'python -m corpus.train_tokenizer train --input TEXT --out FOLDER makes one')
     if meta['kind'] == 'json' and meta['eot'] is None:
         special = ', '.join(list(load_tokenizer(meta).special)[:20]) or 'none'
-        raise ValueError(f'tokenizer {name} does not say which token ends a document: '
-                         f'name one by --eot=TOKEN; its special tokens: {special}')
+        raise ValueError(f'tokenizer {name} does not say which token ends a document: name one by --eot=TOKEN, '
+                         f'or as eos_token in its tokenizer_config.json; its special tokens: {special}')
     return meta
 
 
