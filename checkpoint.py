@@ -83,7 +83,8 @@ class Progress:
     def out_of_patience(self, patience: int) -> bool:
         if not 0 < patience <= self.since_best:
             return False
-        print0(f'no new best validation loss in {self.since_best} evaluations: stopping here (patience={patience})')
+        print0(f'no new best validation loss in {self.since_best} evaluations: '
+               f'stopping here (patience={patience})')
         return True
 
     @classmethod
@@ -281,7 +282,8 @@ def load(path, n_head: int | None = None) -> dict:
     if not isinstance(state, dict):
         raise ValueError(f'{path} holds a {type(state).__name__}, not a checkpoint dict')
     if type(state.get('format', FORMAT)) is not int or state.get('format', FORMAT) != FORMAT:
-        raise ValueError(f'{path} has format {state["format"]}, this version reads {FORMAT}: use a newer flatGPT')
+        raise ValueError(f'{path} has format {state["format"]}, this version reads {FORMAT}: '
+                         'use a newer flatGPT')
     if 'format' not in state:
         state = foreign.from_foreign(state, path, n_head)
     foreign.check_state(state, path)
@@ -339,8 +341,8 @@ def check_bytes(f, path):
         raise
     except Exception as error:  # zipfile raises a dozen kinds
         if head[:1] == b'\x80':
-            raise ValueError(f'{path} is in the format of torch before 1.6, or a plain pickle, which is not read: '
-                             'load it where it was written and save it anew with torch.save') from None
+            raise ValueError(f'{path} is in the format of torch before 1.6, or a plain pickle: neither is read, '
+                             'save it anew with torch.save where it was written') from None
         raise Damaged(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
     foreign.check_pickle(pickle, path)
 
@@ -409,8 +411,8 @@ def restore(state, model, optimizers, scaler, loader):
         scaler.load_state_dict(state['scaler'])
     scatter(state, model, optimizers)
     if state.get('data', loader.fingerprint()) != loader.fingerprint():
-        print0('the dataset is not the one that the checkpoint was trained on: the run continues, but not exactly '
-               'as an unbroken one would')
+        print0('the dataset is not the one that the checkpoint was trained on: the run continues, '
+               'but not exactly as an unbroken one would')
     loader.seek(state.get('position'), state['iter_num'])
 
 
@@ -428,8 +430,11 @@ def scatter(state, model, optimizers):
         moments = {order[i]: moments[i] for i in moments if i in range(len(order))}
     foreign.check_weights(model, state['model'], 'the checkpoint')
     check_moments(model, moments, groups)
-    moments = {name: {key: value.clone() for key, value in tensors.items()} for name, tensors in moments.items()}
-    optimizer_state = dict(state=moments, param_groups=groups)
+    # the optimizer keeps these tensors: copies, because the originals are mapped from the file
+    copies = {}
+    for name, tensors in moments.items():
+        copies[name] = {key: value.clone() for key, value in tensors.items()}
+    optimizer_state = dict(state=copies, param_groups=groups)
     dcp.set_state_dict(model, optimizers, model_state_dict=state['model'], optim_state_dict=optimizer_state,
                        options=dcp.StateDictOptions(full_state_dict=True))
 
@@ -442,5 +447,7 @@ def check_moments(model, moments, groups):
             own = moments.get(name, {})
             fits = own.keys() == keys and all(own[key].shape == shapes[name] for key in keys - {'step'})
             if not fits:
-                raise ValueError(f'the checkpoint has no {" and ".join(sorted(keys - {"step"}))} of {name} with shape '
-                                 f'{tuple(shapes[name])}: resume it with the optimizer that it was written with')
+                missing = ' and '.join(sorted(keys - {'step'}))
+                shape = tuple(shapes[name])
+                raise ValueError(f'the checkpoint has no {missing} of {name} with shape {shape}: '
+                                 'resume it with the optimizer that it was written with')

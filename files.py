@@ -1,7 +1,7 @@
 """Files and messages, shared by all rooms: atomic writes, locks, JSON lines, one-line errors.
 
     write_atomically('out/run.json', lambda f: f.write(data))    # the whole file or none of it
-    with one_line_errors():                                      # a user's mistake: one line on stderr, exit code 2
+    with one_line_errors():                                      # a user's mistake: one line, exit code 2
         main()
 """
 
@@ -36,7 +36,8 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # a failed write does not name its file
+        # a failed write does not name its file
+        if isinstance(error, OSError) and error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     sync_folder(path.parent)
@@ -58,7 +59,7 @@ def sync_folder(folder):
 
 
 def remove_leftovers(folder):
-    """Delete temporary files of write_atomically() whose process was killed. Only for the folder's owner, under its lock."""
+    """Delete temporary files of killed processes. Only for the owner of the folder, under its lock."""
     for path in Path(folder).glob('.*.tmp*'):
         if re.fullmatch(r'\..+\.tmp\d+', path.name):
             path.unlink(missing_ok=True)
@@ -81,7 +82,8 @@ def lock(folder):
             msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
         if not isinstance(error, (BlockingIOError, PermissionError)):
-            print0(f'{path}: {error.strerror}: this file system has no locks, make sure that no other process writes there')
+            print0(f'{path}: {error.strerror}: this file system has no locks, make sure that no other '
+                   'process writes there')
             return f
         f.seek(0)
         holder = f.read().strip()
@@ -99,7 +101,7 @@ def lock(folder):
 
 
 def read_json(path):
-    """The JSON value in a UTF-8 file (a byte order mark is allowed). ValueError that names the file if there is none."""
+    """Return the JSON value in a UTF-8 file. ValueError that names the file if there is none."""
     try:
         return json.loads(Path(path).read_bytes().decode('utf-8-sig'))
     except (ValueError, RecursionError) as error:
@@ -140,15 +142,16 @@ def print0(*args, **kwargs):
 
 
 def printable(text):
-    """The text with control characters escaped, so that a name or generated text cannot steer the terminal."""
+    """Escape control characters, so that a name or generated text cannot steer the terminal."""
     return CONTROL.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn a user's mistake into one line on stderr and exit code 2. FLATGPT_TRACEBACK=1 shows the traceback instead."""
+    """Turn a user's mistake into one line and exit code 2. FLATGPT_TRACEBACK=1 shows a traceback instead."""
     if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')  # a character that the terminal lacks must not end a run
+        # a character that the terminal lacks must not end a run
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         yield
         if sys.stdout is not None:
@@ -180,7 +183,8 @@ def one_line(error):
     # torch's out-of-memory error is a RuntimeError: known by its words on a CPU, by its name on a GPU
     out_of_memory = "can't allocate memory" in str(error) or type(error).__name__ == 'OutOfMemoryError'
     if isinstance(error, MemoryError) or out_of_memory:
-        return f'not enough memory: use a smaller model, batch or block_size ({str(error)[-150:] or "MemoryError"})'
+        reason = str(error)[-150:] or 'MemoryError'
+        return f'not enough memory: use a smaller model, batch or block_size ({reason})'
     return None
 
 

@@ -44,7 +44,7 @@ class Log:
     # starting
 
     def open(self, is_new: bool, facts: dict):
-        """Make out_dir this run's own: lock it, set another run aside, drop the metrics that are about to be redone.
+        """Make out_dir this run's own: lock it, set another run aside, drop metrics that will be redone.
 
         is_new  the run was not resumed
         facts   plain values about the run for run.json, the settings under 'settings'
@@ -81,9 +81,10 @@ class Log:
     def start_record(self, facts, earlier):
         """One entry of `starts` in run.json: what is true of this start of the run, but not of the others."""
         now, before = facts['settings'], earlier.get('settings', {})
-        changed = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
-        return dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), iter_num=self.progress.iter_num, changed=changed,
-                    git=environment().get('git'), host=socket.gethostname(), argv=sys.argv,
+        names = [name for name in now.keys() & before.keys() if now[name] != before[name]]
+        changed = {name: [before[name], now[name]] for name in sorted(names)}
+        return dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), iter_num=self.progress.iter_num,
+                    changed=changed, git=environment().get('git'), host=socket.gethostname(), argv=sys.argv,
                     torch=torch.__version__, python=platform.python_version())
 
     def start_wandb(self, project, name, config):
@@ -93,10 +94,10 @@ class Log:
         import wandb
         mode = os.environ.get('WANDB_MODE') or ('online' if wandb.api.api_key else 'offline')
         if mode == 'offline':
-            print0('wandb: offline, because there is no key or offline was asked for: upload with `wandb sync`')
+            print0('wandb: offline, for lack of a key or by WANDB_MODE: upload with `wandb sync`')
         resume = 'allow' if self.progress.wandb_id else None
-        self.wandb = wandb.init(id=self.progress.wandb_id, resume=resume, mode=mode, project=project, name=name,
-                                config=config, dir=self.out_dir)
+        self.wandb = wandb.init(id=self.progress.wandb_id, resume=resume, mode=mode, project=project,
+                                name=name, config=config, dir=self.out_dir)
         self.progress.wandb_id = self.wandb.id
 
     # while training
@@ -111,7 +112,7 @@ class Log:
         self.last_line_s += time.perf_counter() - begun_s
 
     def step(self, lr: float, loss, grad_norm, judge) -> int:
-        """Log the update that follows iter_num. Return how many steps in a row were skipped, this one included.
+        """Log the update after iter_num. Return how many steps in a row were skipped, this one included.
 
         loss, grad_norm  0-d, read from the device together with the numbers of the StepJudge: one wait
         """
@@ -150,8 +151,11 @@ class Log:
         """Log the numbers of a benchmark; CORE has a row for each of its tasks."""
         it = self.progress.iter_num
         print0(f'step {it}: {table_row(name, numbers)}')
-        metrics = {name if key == name else f'{name}_{key}': numbers[key] for key in METRICS if key in numbers}
-        self.write(dict(iter=it) | metrics)
+        line = dict(iter=it)
+        for key in METRICS:
+            if key in numbers:
+                line[name if key == name else f'{name}_{key}'] = numbers[key]
+        self.write(line)
         rows = [dict(iter=it, task=task) | row for task, row in numbers.get('tasks', {name: numbers}).items()]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         self.table(f'{name}_table', columns, [[row.get(key) for key in columns] for row in rows])
@@ -175,9 +179,10 @@ class Log:
         """Append a line to metrics.jsonl, and send it to wandb. A full disk loses the line, not the run."""
         if not self.writes:
             return
-        is_number = {name: not isinstance(value, float) or math.isfinite(value) for name, value in line.items()}
-        line = {name: value if is_number[name] else None for name, value in line.items()}  # JSON has no NaN
         line['time'] = round(time.time(), 1)
+        for name, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name] = None  # JSON has no NaN
         size = None
         try:
             with open(self.path, 'a', encoding='utf-8') as f:
@@ -194,7 +199,7 @@ class Log:
     # at the end
 
     def report(self):
-        """Write report.md. The run is done and saved: a picture that fails must not make it look otherwise."""
+        """Write report.md. The run is saved: a picture that fails must not make it look otherwise."""
         if not self.writes:
             return
         try:
@@ -216,7 +221,8 @@ class Log:
             print0(f'stopped by {stop}: {out_dir}/ckpt.pt has iteration {it}; '
                    f'python train.py --init_from=resume --out_dir={out_dir} continues')
         else:
-            print0(f'done: {out_dir}/ckpt.pt after {it} iterations, best val loss {progress.best_val_loss:.4f}; '
+            best = f'best val loss {progress.best_val_loss:.4f}'
+            print0(f'done: {out_dir}/ckpt.pt after {it} iterations, {best}; '
                    f'python sample.py --out_dir={out_dir}')
 
 

@@ -198,11 +198,12 @@ with one_line_errors(), distributed.signals_noted():
         log.start_wandb(wandb_project, wandb_run_name, settings)
     save_interval = checkpoint_interval or eval_interval
     # the part of each checkpoint that stays the same
-    facts = dict(model_args=vars(model.config), config=settings, tokenizer=tokenizer_meta, vocab_size=vocab_size,
-                 style=data.style, data=data.train.fingerprint(), format=checkpoint.FORMAT)
+    facts = dict(model_args=vars(model.config), config=settings, tokenizer=tokenizer_meta,
+                 vocab_size=vocab_size, style=data.style, data=data.train.fingerprint(),
+                 format=checkpoint.FORMAT)
     if progress.iter_num >= max_iters and not eval_only:
-        print0(f'nothing to train: the checkpoint is at iteration {progress.iter_num}, max_iters is {max_iters}, '
-               'use a larger --max_iters')
+        print0(f'nothing to train: the checkpoint is at iteration {progress.iter_num}, '
+               f'max_iters is {max_iters}, give a larger --max_iters')
 
     model.train()
     while True:
@@ -213,7 +214,7 @@ with one_line_errors(), distributed.signals_noted():
             evaluation_due = finished or eval_only or progress.iter_num % eval_interval == 0
             losses = None
             if evaluation_due and not stop:
-                losses = evaluate(model, data, token_bytes, place, autocast)  # None if a signal arrives meanwhile
+                losses = evaluate(model, data, token_bytes, place, autocast)  # None after a signal
                 stop = distributed.signal_to_stop()
             if losses is not None:
                 log.evaluation(losses)
@@ -234,9 +235,11 @@ with one_line_errors(), distributed.signals_noted():
             last = finished or eval_only
             for benchmark in benchmarks if not stop else []:
                 if last or progress.iter_num % benchmark.interval == 0:
-                    log.benchmark(benchmark.name, benchmark.run(model, place, autocast, batch_size * block_size))
+                    numbers = benchmark.run(model, place, autocast, batch_size * block_size)
+                    log.benchmark(benchmark.name, numbers)
             if prompts and not stop and (finished or progress.iter_num % generate_interval == 0):
-                log.samples(generate(model, text_tokenizer, prompts, seed=seed, place=place, autocast=autocast))
+                log.samples(generate(model, text_tokenizer, prompts, seed=seed, place=place,
+                                     autocast=autocast))
         if last or stop:
             break
 

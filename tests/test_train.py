@@ -29,6 +29,7 @@ import checkpoint
 import files
 import model as model_file
 import scoring
+from training import data
 from model import GPT, GPTConfig
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
@@ -77,7 +78,7 @@ def test_lines_of_the_log_and_of_metrics(tiny, tmp_path):
     by_loss = [line for line in lines if 'loss' in line]
     assert [line['iter'] for line in by_loss] == [0, 1, 2, 3]
     assert {*by_loss[0]} == {'iter', 'loss', 'loss_smoothed', 'lr', 'grad_norm', 'tok_per_s', 'mfu', 'eta_s', 'dt_s', 'n_steps', 'skipped',
-                             'peak_memory_bytes'}
+                             'peak_memory_bytes', 'time'}
     assert by_loss[0]['mfu'] is None and by_loss[0]['loss_smoothed'] == pytest.approx(by_loss[0]['loss'])
     assert [line['lr'] for line in by_loss[:3]] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
     assert by_loss[-1]['eta_s'] == 0
@@ -141,7 +142,7 @@ def test_eval_only_evaluates_once_and_writes_nothing(tiny, tmp_path):
 
 
 def test_a_run_from_scratch_sets_the_checkpoints_of_another_aside(tiny, tmp_path):
-    notice = f'{tmp_path} holds a checkpoint, which this run from scratch does not go on with: for that, stop it and use --init_from=resume'
+    notice = f'{tmp_path} holds the checkpoint of another run, which is moved aside: to continue that run, stop this one and use --init_from=resume'
     flags = *TINY, '--eval_interval=2', f'--dataset={tiny}'
     assert notice not in train(*flags, '--max_iters=4', out_dir=tmp_path)[0]
     before = contents(tmp_path)
@@ -149,12 +150,12 @@ def test_a_run_from_scratch_sets_the_checkpoints_of_another_aside(tiny, tmp_path
         patch.setattr(model_file.GPT, 'hidden', lambda *args, **kwargs: pytest.exit('killed'))
         with pytest.raises(pytest.exit.Exception):
             train_here(*flags, out_dir=tmp_path)
-    after = contents(tmp_path)
-    assert [after[f'{name}.old'] for name in ('ckpt.pt', 'ckpt_00000002.pt', 'best.pt')] == [before[name] for name in ('ckpt.pt', 'ckpt_00000002.pt', 'best.pt')]
+    aside = contents(tmp_path / 'old-1')
+    assert [aside[name] for name in ('ckpt.pt', 'ckpt_00000002.pt', 'best.pt')] == [before[name] for name in ('ckpt.pt', 'ckpt_00000002.pt', 'best.pt')]
     assert refused('--init_from=resume', '--device=cpu', out_dir=tmp_path).startswith(f'{tmp_path} has no checkpoint to resume')
-    (tmp_path / 'ckpt.pt.old').rename(tmp_path / 'ckpt.pt')
+    (tmp_path / 'old-1' / 'ckpt.pt').rename(tmp_path / 'ckpt.pt')
     stdout, lines = train(*flags, '--max_iters=2', out_dir=tmp_path)
-    assert notice in stdout and f'{tmp_path}: ckpt.pt of the run before renamed to *.old' in stdout
+    assert notice in stdout and f'{tmp_path}: metrics.jsonl, run.json, ckpt.pt moved to {tmp_path / "old-2"}' in stdout
     assert [line['iter'] for line in lines] == [0, 0, 1, 2]
 
 
@@ -232,7 +233,7 @@ def test_too_many_skipped_steps_end_the_run_and_leave_the_checkpoint(tiny, tmp_p
         spoil(patch, 7, math.nan)
         code, stdout, stderr, lines = train_here(*flags, out_dir=tmp_path)
     assert (code, stderr) == (2, f'3 steps in a row were skipped, up to iteration 9: the last good checkpoint is {tmp_path}/ckpt.pt of iteration 5, '
-                                 'go on from it with a lower --learning_rate or other data\n')
+                                 'continue from it with a lower --learning_rate or other data\n')
     assert [line['skipped'] for line in lines if line['iter'] > 5] == [1, 2, 3]
     state = read_checkpoint(tmp_path / 'ckpt.pt')
     assert state['iter_num'] == 5 and all(tensor.isfinite().all() for tensor in state['model'].values())
@@ -273,7 +274,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny, tmp_path, monkeypa
         stdout, lines = train(*TINY, '--dropout=0.1', '--checkpoint_interval=5', '--eval_interval=10', f'--dataset={tiny}', out_dir=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f'NOT SAVED, {tmp_path}/best.pt: File too large: the checkpoint of iteration 5 is still there, training goes on and tries again' in stdout
+    assert f'NOT SAVED at iteration 10, {tmp_path}/best.pt: File too large: the last good checkpoint is {tmp_path}/ckpt.pt of iteration 5' in stdout
     assert stdout.count('metrics.jsonl: File too large: the line of iteration') == 6  # 6 to 10 and an evaluation; 11 is whole again
     assert [line['iter'] for line in lines if 'loss' in line] == [*range(6), *range(11, 20)]
     assert sorted(contents(tmp_path)) == ['.lock', 'best.pt', 'ckpt.pt', 'ckpt_00000015.pt', 'metrics.jsonl', 'run.json']
@@ -291,7 +292,7 @@ def test_the_best_weights_stay_where_only_the_newest_checkpoint_found_no_room(ti
         write(path, fill)
 
     monkeypatch.setattr(checkpoint, 'write_atomically', full)
-    monkeypatch.setattr(scoring, 'text_loss', lambda _, loader, *rest, **settings: (losses.pop(0) if loader.splits[0].split == 'val' else 9.0, None, 1, 1))
+    monkeypatch.setattr(data, 'text_loss', lambda _, loader, *rest, **settings: scoring.TextLoss(losses.pop(0) if loader.splits[0].split == 'val' else 9.0, None, 1, 1))
     stdout, _ = train(*TINY, f'--dataset={tiny}', out_dir=tmp_path)
     assert stdout.count('NOT SAVED') == 1 and losses == []
     assert read_checkpoint(tmp_path / 'best.pt')['best_val_loss'] == read_checkpoint(tmp_path / 'ckpt.pt')['best_val_loss'] == 1.0
@@ -339,8 +340,8 @@ def test_two_trainers_in_one_folder(tiny, tmp_path):
     while not (tmp_path / 'ready').exists():
         time.sleep(0.01)
     flags = *TINY, '--max_iters=1', f'--dataset={tiny}'
-    assert refused(*flags, out_dir=tmp_path / 'out') == (f'{tmp_path / "out"}: another trainer writes there, process {child} on {socket.gethostname()}: '
-                                                         'wait for it, stop it, or use another --out_dir')
+    assert refused(*flags, out_dir=tmp_path / 'out') == (f'{tmp_path / "out"}: another process is writing there, process {child} on {socket.gethostname()}: '
+                                                         'wait for it, stop it, or use another folder')
     train(*flags, '--eval_only=True', out_dir=tmp_path / 'out')  # which writes nothing
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -443,7 +444,7 @@ def nanogpt_data(tmp_path):
 def test_a_data_folder_of_nanogpt_is_understood(nanogpt_data, tmp_path):
     folder, tokenizer = nanogpt_data
     stdout, lines = train(*TINY, '--max_iters=3', f'--dataset={folder}', out_dir=tmp_path / 'out')
-    assert f'{folder} has no meta.json: taking its shards for uint16, characters from meta.pkl, as nanoGPT does' in stdout
+    assert f'{folder} has no meta.json: reading uint16 shards with characters from meta.pkl, as nanoGPT does' in stdout
     state = read_checkpoint(tmp_path / 'out' / 'ckpt.pt')
     assert (state['tokenizer'], state['vocab_size']) == (tokenizer.meta(), tokenizer.vocab_size)
 
@@ -457,7 +458,7 @@ def test_a_data_folder_of_gpt2_tokens_needs_no_tokenizer(tmp_path, monkeypatch):
     for split in ('train', 'val'):
         np.arange(50257 - 2000, 50257, dtype=np.uint16).tofile(folder / f'{split}.bin')
     stdout, lines = train(*TINY, '--max_iters=1', f'--dataset={folder}', out_dir=tmp_path / 'out')
-    assert "taking its shards for uint16, GPT-2's ids, as nanoGPT does" in stdout and 'vocabulary 50,304' in stdout
+    assert "reading uint16 shards with GPT-2's ids, as nanoGPT does" in stdout and 'vocabulary 50,304' in stdout
     assert lines[-1]['val_bpb'] is None and 'no bits per byte: the bytes of GPT-2' in stdout
 
 
@@ -528,7 +529,7 @@ def wandb(tmp_path, monkeypatch):
 def test_wandb_gets_every_line_and_is_resumed_under_its_id(tiny, tmp_path, wandb):
     flags = *TINY, '--wandb_log=True', '--wandb_project=my', '--wandb_run_name=42', f'--dataset={tiny}'
     stdout, lines = train(*flags, '--max_iters=2', out_dir=tmp_path / 'out')
-    assert 'wandb: no key, or offline asked for' in stdout
+    assert 'wandb: offline, for lack of a key' in stdout
     (init, *logged), wandb().calls[:] = wandb().calls, []
     config = init.pop('config')
     assert init == dict(project='my', name='42', id=None, resume=None, mode='offline', dir=str(tmp_path / 'out'))
@@ -581,18 +582,18 @@ def refused(*flags, out_dir):
     ('--warmup_iters=-1', 'warmup_iters=-1: accepted is 0 or more'),
     ('--learning_rate=-1', 'learning_rate=-1.0: accepted is 0 or more'),
     ('--learning_rate=inf', 'learning_rate=inf: accepted is 0 or more, below inf'),
-    ('--learning_rate=0', 'min_lr=0.001 is above learning_rate=0.0, which falls to it: use --min_lr=0, or --decay_lr=False'),
-    ('--min_lr=1', 'min_lr=1.0 is above learning_rate=0.01, which falls to it: use --min_lr=0.001, or --decay_lr=False'),
+    ('--learning_rate=0', 'min_lr=0.001 is above learning_rate=0.0, which decays to it: use --min_lr=0, or --decay_lr=False'),
+    ('--min_lr=1', 'min_lr=1.0 is above learning_rate=0.01, which decays to it: use --min_lr=0.001, or --decay_lr=False'),
     ('--grad_clip=-1', 'grad_clip=-1.0: accepted is 0 or more'),
-    ('--skip_spikes=0.5', 'skip_spikes=0.5 would skip steps that are below the running mean: accepted is 0 (off) or more than 1, such as 3'),
+    ('--skip_spikes=0.5', 'skip_spikes=0.5 would skip steps below the running mean: accepted is 0 (off) or more than 1, such as 3'),
     ('--max_skipped_steps=0', 'max_skipped_steps=0: accepted is 1 or more'),
     ('--timeout_s=0', 'timeout_s=0: accepted is 1 or more, below 2147483648'),
-    ('--shard_ranks=2', 'shard_ranks=2 is for --parallel=fsdp: add it, or give --shard_ranks=0'),
+    ('--shard_ranks=2', 'shard_ranks=2 is for --parallel=fsdp: add it, or use --shard_ranks=0'),
     ('--beta2=1', 'beta2=1.0: accepted is 0 or more, below 1'),
     ('--seed=-1', 'seed=-1: accepted is 0 or more, below 9223372036854775808'),
-    ('--dropout=1.5', 'dropout=1.5: accepted is 0.0 up to, not including, 1.0'),
+    ('--dropout=1.5', 'dropout=1.5: accepted is 0.0 or more, below 1.0'),
     ('--n_embd=15', 'n_embd=15 is not divisible by n_head=2: use n_embd=14 or 16'),
-    ('--n_layer=0', 'n_layer=0: accepted is 1 or more'),
+    ('--n_layer=0', 'n_layer=0: accepted is 1 or more, below 2**31'),
     ('--arch=modern --bias=True', 'bias=True: arch=modern has no biases, use bias=False or arch=gpt2'),
     ('--device=cudda', 'device=cudda: accepted are auto, cpu, cuda, cuda:N, mps'),
     ('--dtype=float64', "--dtype=float64: accepted are auto, float32, bfloat16, float16; did you mean float16?"),

@@ -33,6 +33,7 @@ def open_benchmarks(settings: dict, tokenizer) -> list[Benchmark]:
         benchmarks.append(Benchmark(name, intervals[name], measure))
     if intervals['core']:
         bundle = core.read_core(settings['core'], tokenizer, max_examples)
-        measure = partial(core.evaluate_core, tokenizer=tokenizer, bundle=bundle, block_size=settings['block_size'])
+        measure = partial(core.evaluate_core, tokenizer=tokenizer, bundle=bundle,
+                          block_size=settings['block_size'])
         benchmarks.append(Benchmark('core', intervals['core'], measure))
     return benchmarks

@@ -8,9 +8,10 @@ LIMITS = (
     (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters'),
     (1, math.inf, 'restart_iters restart_mult shuffle_window max_skipped_steps'),
     (1, 2**31, 'timeout_s'),
-    (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters muon_warmup_iters lr_decay_iters'),
+    (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters muon_warmup_iters'),
     (0, math.inf, 'learning_rate matrix_lr embedding_lr head_lr min_lr weight_decay grad_clip skip_spikes'),
-    (0, math.inf, 'shard_ranks patience hellaswag_interval lambada_interval core_interval max_examples'),
+    (0, math.inf, 'lr_decay_iters shard_ranks patience hellaswag_interval lambada_interval core_interval'),
+    (0, math.inf, 'max_examples'),
     (0, 1, 'beta1 beta2'),
     (0, 2**63, 'seed'),
     (-1, math.inf, 'keep_last_n_checkpoints'),
@@ -35,15 +36,16 @@ def check_settings(settings: dict):
     dataset, shard_ranks = settings['dataset'], settings['shard_ranks']
     is_stream = dataset.startswith('stream:')
     if settings['isolate_documents'] and is_stream:
-        raise ValueError('isolate_documents=True is for packed datasets: a stream does not keep its documents apart. '
-                         'Pack the text, or leave isolate_documents out')
+        raise ValueError('isolate_documents=True is for packed datasets, a stream does not keep documents '
+                         'apart: pack the text, or leave isolate_documents out')
     if shard_ranks and settings['parallel'] != 'fsdp':
         raise ValueError(f'shard_ranks={shard_ranks} is for --parallel=fsdp: add it, or use --shard_ranks=0')
     if bool(settings['core_interval']) != bool(settings['core']):
-        raise ValueError(f'core_interval={settings["core_interval"]} and core={settings["core"]!r} go together: '
-                         'the interval, and the folder of the CORE bundle')
+        raise ValueError(f'core_interval={settings["core_interval"]} and core={settings["core"]!r} '
+                         'go together: the interval, and the folder of the CORE bundle')
     if settings['wandb_log'] and importlib.util.find_spec('wandb') is None:
-        raise ValueError('wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False')
+        raise ValueError('wandb_log=True: wandb is not installed: pip install wandb, '
+                         'or use --wandb_log=False')
 
 
 def check_optimization(settings):
@@ -56,7 +58,8 @@ def check_optimization(settings):
     if loss_chunks != 'auto' and loss_chunks < 0:
         raise ValueError(f'loss_chunks={loss_chunks}: accepted is 0 or more, or auto')
     if not 0 <= settings['decay_fraction'] <= 1:
-        raise ValueError(f'decay_fraction={settings["decay_fraction"]}: accepted is 0 to 1, the part of max_iters')
+        raise ValueError(f'decay_fraction={settings["decay_fraction"]}: accepted is 0 to 1, '
+                         'the part of max_iters')
     if 0 < settings['skip_spikes'] <= 1:
         raise ValueError(f'skip_spikes={settings["skip_spikes"]} would skip steps below the running mean: '
                          'accepted is 0 (off) or more than 1, such as 3')
@@ -80,4 +83,5 @@ def check_unused(settings: dict, explicit: set):
     if unused:
         name = sorted(unused)[0]
         kind = 'a packed dataset' if is_stream else 'dataset=stream:PATH'
-        raise ValueError(f'{name}={settings[name]!r} is for {kind}, the dataset is {settings["dataset"]}: leave it out')
+        raise ValueError(f'{name}={settings[name]!r} is for {kind}, the dataset is {settings["dataset"]}: '
+                         'leave it out')

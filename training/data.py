@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 import distributed
-from corpus.fetch import cache_folder
 from files import print0, printable
 from scoring import Interrupted, TextLoss, spread_windows, text_loss
 from tokens.dataset import dataset_folders
@@ -66,7 +65,8 @@ def open_data(settings: dict, place, grad_accum: int, rows: int, tokenizer) -> T
     order = 'documents' if settings['sampling'] == 'documents' else 'sequential'
     evals = []
     for split in ('train', 'val'):
-        loader = Loader(folders, split, block_size=block_size, batch_size=batch_size, order=order, isolate=isolate)
+        loader = Loader(folders, split, block_size=block_size, batch_size=batch_size, order=order,
+                        isolate=isolate)
         evals.append(EvalSet(loader, spread_windows(loader, n_eval)))
     describe_origin(train.splits)
     if settings['verify_data']:
@@ -107,9 +107,11 @@ def count_bytes(tokenizer_meta: dict, place) -> torch.Tensor | None:
 
 
 def read_byte_counts(tokenizer_meta):
-    if tokenizer_meta['kind'] == 'gpt2' and not (cache_folder() / 'vocab.bpe').is_file():
-        print0(f"no bits per byte: the bytes of GPT-2's tokens come from {cache_folder() / 'vocab.bpe'}, "
-               'which a prepare script downloads')
+    from corpus.fetch import cache_folder
+    vocabulary = cache_folder() / 'vocab.bpe'
+    if tokenizer_meta['kind'] == 'gpt2' and not vocabulary.is_file():
+        print0(f"no bits per byte: the bytes of GPT-2's tokens come from {vocabulary}, which a prepare script "
+               'downloads')
         return None
     return torch.from_numpy(load_tokenizer(tokenizer_meta).token_bytes())
 

@@ -26,7 +26,8 @@ FIXED_ON_RESUME = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 
 PER_START = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'verify_data',
              'device', 'backend', 'timeout_s')
 # settings that decide which windows the validation loss is measured on
-EVALUATION = ('dataset', 'batch_size', 'block_size', 'eval_iters', 'sampling', 'isolate_documents', 'stream_val')
+EVALUATION = ('dataset', 'batch_size', 'block_size', 'eval_iters', 'sampling', 'isolate_documents',
+              'stream_val')
 
 
 @dataclass
@@ -79,17 +80,19 @@ def begin(settings: dict, explicit: set) -> Start:
             raise FileNotFoundError(f'{out_dir} has no checkpoint to resume: use --init_from=scratch, '
                                     'or another --out_dir')
     elif (Path(out_dir) / 'ckpt.pt').exists() and not settings['eval_only']:
-        print0(f'{out_dir} holds the checkpoint of another run, which is moved aside: to continue that run instead, '
+        print0(f'{out_dir} holds the checkpoint of another run, which is moved aside: to continue that run, '
                'stop this one and use --init_from=resume')
     if init_from in ('scratch', 'resume'):
         return Start()
     if init_from != 'checkpoint' and not init_from.endswith('.pt'):
         folder = pretrained.find(init_from, also=['scratch', 'resume', 'checkpoint'])
-        return Start(init_from, pretrained.read_model_args(folder), tokenizer=pretrained.read_tokenizer(init_from))
+        tokenizer = pretrained.read_tokenizer(init_from)
+        return Start(init_from, pretrained.read_model_args(folder), tokenizer=tokenizer)
 
     # the weights of a checkpoint, and nothing else of it
     if init_from.endswith('.pt') and path:
-        raise ValueError(f'init_from={init_from} and checkpoint_path={path} name two files to begin with: give one')
+        raise ValueError(f'init_from={init_from} and checkpoint_path={path} name two files to begin with: '
+                         'give one')
     path = path or init_from
     if path == 'checkpoint':
         raise ValueError('init_from=checkpoint: name the file with --checkpoint_path')
@@ -104,7 +107,8 @@ def find_run(out_dir, checkpoint_path, auto_resume):
     """
     path = checkpoint_path
     if auto_resume or not path:
-        path = distributed.on_first_rank(lambda: checkpoint.load_newest(out_dir, rename_damaged=True)[1]) or path
+        newest = distributed.on_first_rank(lambda: checkpoint.load_newest(out_dir, rename_damaged=True)[1])
+        path = newest or path
     if not path:
         return None
     state = checkpoint.load(path)
@@ -138,9 +142,13 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
         if now == before or (start.state is None and name == 'block_size' and now < before):
             continue
         if name in FIXED_ON_RESUME:
-            remedy = 'use that or less' if name == 'block_size' and not start.state else f'give --{name}={before}'
-            raise ValueError(f'{name}={now}: {printable(start.path)} has {name}={before}, which cannot change: {remedy}'
-                             + (', or use another --out_dir' if start.state else ''))
+            remedy = f'give --{name}={before}'
+            if start.state is not None:
+                remedy += ', or use another --out_dir'
+            elif name == 'block_size':
+                remedy = 'use that or less'
+            raise ValueError(f'{name}={now}: {printable(start.path)} has {name}={before}, which cannot '
+                             f'change: {remedy}')
         print0(f'{name} = {now!r} from now on, was {before!r}')
     if start.state is not None:
         forget_best_loss(start.progress, settings, stored, explicit)
@@ -149,10 +157,11 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
 
 def forget_best_loss(progress, settings, stored, explicit):
     """Begin anew with the best validation loss where it was measured on other windows than those to come."""
-    changed = [name for name in EVALUATION if name in explicit & stored.keys() and settings[name] != stored[name]]
+    given = explicit & stored.keys()
+    changed = [name for name in EVALUATION if name in given and settings[name] != stored[name]]
     if changed and progress.best_val_loss < float('inf'):
-        print0(f'{", ".join(changed)} changed: the best validation loss of {progress.best_val_loss:.4f} was measured '
-               'on other windows, a new best is kept from here on')
+        print0(f'{", ".join(changed)} changed: the best validation loss of {progress.best_val_loss:.4f} was '
+               'measured on other windows, a new best is kept from here on')
         progress.best_val_loss, progress.since_best = float('inf'), 0
 
 
@@ -226,8 +235,8 @@ def find_checkpoint(out_dir):
     path, iter_num = distributed.on_first_rank(lambda: choose_checkpoint(out_dir))
     state = checkpoint.load(path)
     if state['iter_num'] != iter_num:
-        raise ValueError(f'{path} was of iteration {iter_num} and is now of {state["iter_num"]}, the run is still '
-                         'training: copy it, and name the copy with --checkpoint_path')
+        raise ValueError(f'{path} was of iteration {iter_num} and is now of {state["iter_num"]}, the run is '
+                         'still training: copy it, and name the copy with --checkpoint_path')
     return Start.of_checkpoint(state, path)
 
 
@@ -238,8 +247,8 @@ def choose_checkpoint(out_dir):
     if wants_best and best.exists():
         state, path = checkpoint.load(best), best
     if state is None:
-        raise FileNotFoundError(f'{out_dir} has no checkpoint: train one with python train.py --out_dir={out_dir}, '
-                                'or name another --out_dir')
+        raise FileNotFoundError(f'{out_dir} has no checkpoint: train one with python train.py '
+                                f'--out_dir={out_dir}, or name another --out_dir')
     return path, state['iter_num']
 
 
@@ -255,8 +264,8 @@ def nanogpt_tokenizer(dataset):
         if (folder / 'meta.json').exists():
             print0(f'no tokenizer in the checkpoint: using that of {folder / "meta.json"}')
             return read_meta(folder)['tokenizer']
-    print0(f"no tokenizer in the checkpoint: using GPT-2's, as nanoGPT does. If it was trained on characters, "
-           f'copy the meta.pkl of {printable(repr(dataset))} into data/NAME/')
+    print0("no tokenizer in the checkpoint: using GPT-2's, as nanoGPT does. If it was trained on characters, "
+           f'copy the meta.pkl of dataset {printable(repr(dataset))} into data/NAME/')
     return GPT2_META
 
 
@@ -276,5 +285,6 @@ def build_model(start: Start, tokenizer, dtype=None, strict: bool = True) -> GPT
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f'{start.path} has a vocabulary of {model.config.vocab_size}, its tokenizer '
                          f'{tokenizer.vocab_size} tokens: one belongs to another model')
-    print0(f'{start.path}: {iteration}{model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.kind} tokenizer')
+    size = f'{model.get_num_params() / 1e6:.2f}M parameters'
+    print0(f'{start.path}: {iteration}{size}, {tokenizer.kind} tokenizer')
     return model.eval()
