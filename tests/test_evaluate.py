@@ -257,7 +257,7 @@ def run_folder(tmp_path_factory, small):
     data = pack_chars(folder / 'data', sentences(2000, 1), sentences(1500, 2), CHARS)
     state = dict(model=small.state_dict(), optimizer={}, model_args=vars(small.config), iter_num=7, config=dict(dataset=str(data)),
                  tokenizer=CharTokenizer(CHARS).meta(), vocab_size=len(CHARS), format=checkpoint.FORMAT)
-    checkpoint.save(folder, state)
+    checkpoint.CheckpointFolder(folder).save(state)
     (folder / 'items').mkdir()
     piqa = [dict(goal=f'goal {i}', sol1='do ' * (i + 1), sol2='not at all', label=i % 2) for i in range(9)]
     (folder / 'items/piqa.jsonl').write_text(''.join(json.dumps(item) + '\n' for item in piqa), encoding='utf-8')
