@@ -167,7 +167,7 @@ def write_dataset(folder, tokenizer, splits, *, style, size, source):
 
 def write_rows(work, name, encoded, tokenizer, *, size):
     """Write the .bin, .mask and .idx (of conversations) of a split; returns its entry in meta.json."""
-    pad = tokenizer.special.get('<|pad|>', tokenizer.eot)
+    pad = tokenizer.pad
     token_bytes = tokenizer.token_bytes()
     files = SplitFiles(work, name, id_dtype(tokenizer.vocab_size), masked=True)
     for row in best_fit([len(ids) for ids, _ in encoded], size):

@@ -147,7 +147,7 @@ def test_a_tokenizer_keeps_its_fingerprint_and_goes_back_to_transformers(folders
             (tmp_path / 'out' / file).write_text(json.dumps(content), encoding='utf-8')
         reference = auto(tmp_path / 'out')
         assert reference.encode(TEXTS[2], add_special_tokens=False) == ours.encode(TEXTS[2])
-        assert (reference.eos_token_id, reference.pad_token_id) == (ours.eot, ours.pad)
+        assert (reference.eos_token_id, reference.pad_token_id) == (ours.eot, ours.pad) and ours.bos == ours.eot
     assert len(prints) == len(ENGINES)
 
 

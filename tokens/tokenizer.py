@@ -7,7 +7,7 @@ Characters and bytes are ours. tiktoken runs GPT-2's BPE and the BPE trained her
 11.1 MB/s on one thread, the `tokenizers` library at 2.4 MB/s. `tokenizers` runs every other tokenizer.json.
 
 Every tokenizer has
-    kind, vocab_size, special ({name: id}), eot (the id that ends a document, or None), pad (an id, or None)
+    kind, vocab_size, special ({name: id}), eot (the id that ends a document, or None), bos and pad (likewise)
     encode(text, allowed_special=()): special tokens are plain text unless allowed_special holds their names
     encode_array, encode_batch, decode, decode_bytes, token_bytes, tokenizer_json
     meta(): plain values for meta.json and checkpoints, from which load_tokenizer(meta) rebuilds the tokenizer
@@ -55,6 +55,10 @@ class Tokenizer:
 
     eot = None
     special = {}
+
+    @property
+    def bos(self):
+        return self.eot
 
     @property
     def pad(self):
@@ -290,6 +294,10 @@ class JsonTokenizer(Tokenizer):
         self.clean_up = self.config.get('clean_up_tokenization_spaces') and not is_bpe
         self.vocab_size, self.eot = len(ids), None if eot is None else ids[eot]
         self.engines = {}  # by the set of special tokens that a text may hold
+
+    @property
+    def bos(self):
+        return self.special.get(self.config.get('bos_token'), self.eot)
 
     @property
     def pad(self):

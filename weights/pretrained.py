@@ -218,13 +218,12 @@ def save(model, path, tokenizer=None) -> list[Path]:
 
 def text_files(config, dtype, tokenizer):
     """Return the JSON files beside the weights, {name: content}; last config.json, for which find() looks."""
-    files, n_tokens, eot, pad = {}, config.vocab_size, None, None
+    files, n_tokens, ids = {}, config.vocab_size, dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     if tokenizer is not None:
-        n_tokens, eot = tokenizer.vocab_size, tokenizer.eot
-        pad = tokenizer.special.get('<|pad|>', eot)
+        n_tokens = tokenizer.vocab_size
+        ids = dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.pad)
         files['tokenizer.json'] = tokenizer.tokenizer_json()
         files['tokenizer_config.json'] = dict(tokenizer_config(tokenizer), model_max_length=config.block_size)
-    ids = dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=pad)
     padding = list(range(n_tokens, config.vocab_size))
     files['generation_config.json'] = dict(ids, suppress_tokens=padding or None)
     model_type = model_type_of(config)
