@@ -100,6 +100,15 @@ def test_what_was_seen_stays_seen_with_another_batch_size(shards):
     assert rows(new, 1000) == rows(first, 0)
 
 
+def test_a_position_of_the_first_edition_reads_the_same_windows(shards):
+    # recorded by the first edition on the same kind of files: epoch; file, bytes, lines, documents; tokens
+    unbroken, resumed = stream(shards[0]), stream(shards[0])
+    for step in range(9):
+        unbroken.batch(step)
+    resumed.seek({**unbroken.position(9), 'start': [0, 1, 4096, 0, 3, 17]}, 9)
+    assert rows(resumed, 9) == rows(unbroken, 9)
+
+
 def test_head_is_the_beginning_in_order_and_ends_with_the_text(shards):
     folder, row = shards
     head = Head(text_of(folder), 16, 10)
@@ -156,7 +165,7 @@ def test_a_run_on_raw_text_that_was_stopped_ends_with_the_same_weights(shards, t
     code, _, err, _ = train_here('--init_from=resume', '--max_iters=30', '--shuffle_window=11', out_dir=tmp_path / 'two')
     assert (code, err) == (2, 'shuffle_window=11: the checkpoint has shuffle_window=10, which cannot change\n')
     code, _, err, _ = train_here('--init_from=resume', '--max_iters=30', f'--dataset=stream:{shards[0]}/a.tyt', out_dir=tmp_path / 'two')
-    assert code == 2 and err == f'{shards[0]}/a.tyt: there is no such file or folder\n'
+    assert code == 2 and err == f'{shards[0]}/a.tyt: no such file or folder\n'
 
 
 @pytest.mark.full

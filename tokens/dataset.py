@@ -1,40 +1,55 @@
-"""A dataset on disk: its metadata, its shards of token ids, and the folders that a dataset setting names."""
+"""A dataset on disk: its metadata, its shards of token ids, and the folders that the setting `dataset` names.
 
-import json
+    folder/meta.json    what read_meta returns; datasets of nanoGPT have meta.pkl, those of llm.c nothing
+    train.bin, or train_000000.bin and so on    little-endian ids, also with llm.c's header; the same for val
+    train.mask          one uint8 per token, 0 = not a target; optional
+    train.idx           (offset, length) of each document, in tokens of the split, int64; optional
+"""
+
+import difflib
+import io
+import os
 import pickle
+import pickletools
 import re
+import threading
 import zlib
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from tokens.tokenizer import GPT2_META, CharTokenizer, fingerprint, vocab_size_of
+from files import print0, read_json
+from tokens.tokenizer import GPT2_META, fingerprint, vocab_size_of
 
-# -----------------------------------------------------------------------------
-# what a data folder holds
-
-DTYPE_LIMIT = {'uint16': 2 ** 16, 'uint32': 2 ** 32}
-LLMC_MAGIC = (20240520).to_bytes(4, 'little')  # opens a header of 1024 bytes in a shard of llm.c
+DTYPE_LIMIT = {'uint16': 2**16, 'uint32': 2**32}
 LLMC_HEADER_BYTES = 1024
+LLMC_DTYPES = {(20240520, 1): 'uint16', (20240801, 7): 'uint32'}  # by magic number and version
+LLAMA3_VOCAB_SIZE = 128256  # llm.c writes uint32 for Llama 3 only
+REMEDY = 'it was cut short or altered, prepare the dataset again'
 
 
-def id_dtype(vocab_size):
-    """The little-endian dtype in which ids below vocab_size are stored."""
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Return the little-endian dtype in which ids below vocab_size are stored."""
     return np.dtype('<u2' if vocab_size <= DTYPE_LIMIT['uint16'] else '<u4')
 
 
-def read_meta(folder):
-    """What a data folder says about itself, checked.
+# -----------------------------------------------------------------------------
+# metadata
 
-    Without meta.json nanoGPT's rules hold: uint16 ids, of the characters in meta.pkl if there is one, else of GPT-2.
 
-    folder    holds train.bin, or train_000000.bin and so on, and the like for val
-    returns   {'format': 1, 'dtype': 'uint16' | 'uint32', 'vocab_size': V, 'tokenizer': its meta(), 'source': str | None,
-               'splits': {'train': {'tokens', 'bytes', 'documents', 'shards': [{'file', 'tokens', 'crc32'}, ...]}, 'val': ...},
-               'origin': 'meta.json' | 'meta.pkl' | 'none'}; bytes, documents and crc32 are None where unknown. A dataset of
-               conversations has 'row_tokens', the tokens of a row, and 'style', their template, besides
-    raises    FileNotFoundError if nothing was prepared here, ValueError for contents that do not fit
+def read_meta(folder) -> dict:
+    """Read and check what a data folder says about itself.
+
+    A folder without meta.json is read as nanoGPT does: uint16 ids, of the tokens in meta.pkl or else of GPT-2.
+
+    returns   {'format': 1, 'dtype': 'uint16' | 'uint32', 'vocab_size': V, 'tokenizer': its meta(),
+              'source': str | None, 'origin': 'meta.json' | 'meta.pkl' | 'none', 'splits': {'train':
+              {'tokens', 'bytes', 'documents', 'shards': [{'file', 'tokens', 'crc32'}, ...]}, 'val': ...}};
+              bytes, documents and crc32 may be None. Conversations also have 'row_tokens', the tokens of a
+              row, and 'style', their template
+    raises    FileNotFoundError if nothing was prepared, ValueError for contents that do not fit
     """
     folder = Path(folder)
     meta = read_meta_json(folder) if (folder / 'meta.json').exists() else meta_of_nanogpt(folder)
@@ -43,17 +58,23 @@ def read_meta(folder):
     if missing and (folder / 'prepare.py').is_file():
         raise FileNotFoundError(f'{folder} is not prepared: run python {folder / "prepare.py"}')
     if missing:
-        raise FileNotFoundError(f'{folder / missing[0]} is missing: a dataset is a folder with train.bin and val.bin')
+        message = f'{folder / missing[0]} is missing: a dataset is a folder with train.bin and val.bin'
+        raise FileNotFoundError(message + similar_folder(folder))
     return meta
 
 
+def similar_folder(folder):
+    if folder.exists() or not folder.parent.is_dir():
+        return ''
+    names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    close = difflib.get_close_matches(folder.name, names, 1)
+    return f', did you mean {folder.parent / close[0]}?' if close else ''
+
+
 def read_meta_json(folder):
-    """meta.json as pack.write_dataset wrote it. Anybody may have edited it since, so every value is looked at."""
+    """Read meta.json. Every value is checked, because the file may have been edited."""
     path = folder / 'meta.json'
-    try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path}: not JSON: {error}') from None
+    meta = read_json(path)
     need(isinstance(meta, dict), path, 'an object')
     if meta.get('unfinished'):
         raise ValueError(f'{path}: packing this dataset was interrupted: prepare it again')
@@ -66,17 +87,19 @@ def read_meta_json(folder):
     need(meta.get('vocab_size') == vocab_size, f'{path}: vocab_size', f'{vocab_size}, the size of its tokenizer')
     need(vocab_size <= DTYPE_LIMIT[meta['dtype']], f'{path}: dtype', f"'uint32' for a vocabulary of {vocab_size}")
     need(isinstance(meta.get('source'), str | None), f'{path}: source', 'a string')
+    need(isinstance(meta.get('style'), str | None), f'{path}: style', 'a string')
     splits = meta.get('splits')
     need(isinstance(splits, dict) and {'train'} <= set(splits) <= {'train', 'val'}, f'{path}: splits',
          "an object with 'train' and 'val'")
     splits = {name: checked_split(split, f'{path}: splits.{name}') for name, split in splits.items()}
-    row, style = meta.get('row_tokens'), meta.get('style')
-    whole_rows = is_count(row) and row > 1 and not any(shard['tokens'] % row for split in splits.values() for shard in split['shards'])
+
+    row = meta.get('row_tokens')
+    sizes = [shard['tokens'] for split in splits.values() for shard in split['shards']]
+    whole_rows = is_count(row) and row > 1 and not any(size % row for size in sizes)
     need(row is None or whole_rows, f'{path}: row_tokens', 'a count of 2 or more that divides the tokens of each shard')
-    need(isinstance(style, str | None), f'{path}: style', 'a string')
+    optional = {key: meta[key] for key in ('row_tokens', 'style') if meta.get(key) is not None}
     return {'format': 1, 'dtype': meta['dtype'], 'vocab_size': vocab_size, 'tokenizer': meta['tokenizer'],
-            'source': meta.get('source'), 'origin': 'meta.json', 'splits': splits,
-            **{key: meta[key] for key in ('row_tokens', 'style') if meta.get(key) is not None}}
+            'source': meta.get('source'), 'origin': 'meta.json', 'splits': splits, **optional}
 
 
 def checked_split(split, where):
@@ -89,18 +112,23 @@ def checked_split(split, where):
         need(isinstance(file, str) and re.fullmatch(r'[\w-]+\.bin', file), f'{where}.shards[{i}].file',
              'the name of a .bin file in this folder')
         need(is_count(shard.get('tokens')), f'{where}.shards[{i}].tokens', 'a count')
-        need(crc32 is None or is_count(crc32) and crc32 < 2 ** 32, f'{where}.shards[{i}].crc32', 'below 2**32')
+        need(crc32 is None or is_count(crc32) and crc32 < 2**32, f'{where}.shards[{i}].crc32', 'below 2**32')
     for key in ('bytes', 'documents'):
         need(split.get(key) is None or is_count(split[key]), f'{where}.{key}', 'a count')
-    tokens = sum(shard['tokens'] for shard in shards)
-    need(split.get('tokens') == tokens, f'{where}.tokens', f'{tokens}, the sum of its shards')
-    return {'tokens': tokens, 'bytes': split.get('bytes'), 'documents': split.get('documents'),
-            'shards': [{key: shard.get(key) for key in ('file', 'tokens', 'crc32')} for shard in shards]}
+    shards = [{key: shard.get(key) for key in ('file', 'tokens', 'crc32')} for shard in shards]
+    entry = split_entry(shards, split.get('bytes'), split.get('documents'))
+    need(split.get('tokens') == entry['tokens'], f'{where}.tokens', f'{entry["tokens"]}, the sum of its shards')
+    return entry
 
 
-def need(condition, where, what):
+def split_entry(shards, n_bytes=None, n_documents=None):
+    n_tokens = sum(shard['tokens'] for shard in shards)
+    return {'tokens': n_tokens, 'bytes': n_bytes, 'documents': n_documents, 'shards': shards}
+
+
+def need(condition, where, requirement):
     if not condition:
-        raise ValueError(f'{where} must be {what}')
+        raise ValueError(f'{where} must be {requirement}')
 
 
 def is_count(value):
@@ -108,191 +136,373 @@ def is_count(value):
 
 
 def meta_of_nanogpt(folder):
-    """The same for a folder that nanoGPT or llm.c wrote, where file sizes say all there is to know."""
-    with_chars = (folder / 'meta.pkl').exists()
-    tokenizer = read_meta_pkl(folder / 'meta.pkl') if with_chars else GPT2_META
-    splits = {}
+    """Return the meta of a folder of nanoGPT or llm.c, where only file sizes and headers say what it holds."""
+    splits, dtypes = {}, {}
     for name in ('train', 'val'):
         # train.bin; train_000000.bin; as llm.c names them: fineweb_train_000001.bin, TinyStories_train.bin
         patterns = [f'{name}.bin', f'{name}_*.bin', f'*_{name}_*.bin', f'*_{name}.bin']
         paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
-        shards = [{'file': path.name, 'tokens': count_uint16(path), 'crc32': None} for path in paths]
+        shards = []
+        for path in paths:
+            dtypes[path], n_tokens = inspect_shard(path)
+            shards.append({'file': path.name, 'tokens': n_tokens, 'crc32': None})
         if shards or name == 'train':
-            tokens = sum(shard['tokens'] for shard in shards)
-            splits[name] = {'tokens': tokens, 'bytes': None, 'documents': None, 'shards': shards}
-    return {'format': 1, 'dtype': 'uint16', 'vocab_size': vocab_size_of(tokenizer), 'tokenizer': tokenizer,
-            'source': None, 'origin': 'meta.pkl' if with_chars else 'none', 'splits': splits}
+            splits[name] = split_entry(shards)
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f'{folder} holds shards of uint16 and of uint32: keep one kind in a folder')
+    dtype = next(iter(dtypes.values()), 'uint16')
+
+    tokenizer, origin = GPT2_META, 'none'
+    if dtype == 'uint32':
+        tokenizer = {'kind': 'ids', 'vocab_size': LLAMA3_VOCAB_SIZE}
+    if (folder / 'meta.pkl').exists():
+        tokenizer, origin = read_meta_pkl(folder / 'meta.pkl'), 'meta.pkl'
+    return {'format': 1, 'dtype': dtype, 'vocab_size': vocab_size_of(tokenizer), 'tokenizer': tokenizer,
+            'source': None, 'origin': origin, 'splits': splits}
 
 
-def count_uint16(path):
+def inspect_shard(path):
+    """Return (dtype, number of tokens) of a shard without meta.json: llm.c's header tells, or else it is uint16."""
     n_bytes = path.stat().st_size
-    with open(path, 'rb') as file:
-        if file.read(len(LLMC_MAGIC)) == LLMC_MAGIC:
-            n_bytes -= LLMC_HEADER_BYTES
-    if n_bytes < 0 or n_bytes % 2:
-        raise ValueError(f'{path}: {path.stat().st_size} bytes is no whole number of uint16 tokens')
-    return n_bytes // 2
+    header = read_header(path)
+    if header is not None:
+        magic, version, n_tokens = header
+        dtype = LLMC_DTYPES.get((magic, version))
+        if dtype is None:
+            raise ValueError(f'{path} has an unknown header (magic number {magic}, version {version}): '
+                             'supported are 20240520 version 1 and 20240801 version 7 of llm.c')
+        if n_bytes != LLMC_HEADER_BYTES + n_tokens * np.dtype(dtype).itemsize:
+            raise ValueError(f'{path} has {n_bytes} bytes, which does not fit {n_tokens} tokens of {dtype} '
+                             f'after a header of llm.c: {REMEDY}')
+        return dtype, n_tokens
+    if n_bytes % 2:
+        raise ValueError(f'{path}: {n_bytes} bytes is no whole number of uint16 tokens')
+    ids = np.fromfile(path, '<u2', 4096)
+    low, high = ids[::2], ids[1::2]
+    if len(ids) >= 16 and low.any() and (not high.any() or low.max() > 255 and high.max() < 4):
+        raise ValueError(f'{path}: every second number is zero or next to it, so these are ids of 4 or 8 bytes: '
+                         'save them as uint16, or prepare the dataset with a meta.json')
+    return 'uint16', n_bytes // 2
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dict, list, str and numbers. A pickle runs code only through a name that it imports, and none is."""
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'it asks for {f"{module}.{name}"!r}, and only plain values are read')
+def read_header(path):
+    """Return (magic, version, n_tokens) of a shard that begins like one of llm.c, whose magic is a date; or None."""
+    header = np.fromfile(path, '<i4', 256)
+    if len(header) < 256 or not 20230000 < header[0] < 20400000 or header[3:].any():
+        return None
+    return tuple(header[:3].tolist())
 
 
-def read_meta_pkl(path):
-    """nanoGPT's meta.pkl, {'vocab_size', 'itos', 'stoi'}, as the meta() of a CharTokenizer."""
+# -----------------------------------------------------------------------------
+# nanoGPT's meta.pkl
+
+
+def read_meta_pkl(path) -> dict:
+    """Return the tokenizer meta of nanoGPT's meta.pkl: {'vocab_size'} and perhaps 'itos' and 'stoi'."""
     try:
-        with open(path, 'rb') as file:
-            meta = PlainUnpickler(file).load()
+        data = Path(path).read_bytes()
+        check_opcodes(data)
+        meta = PlainUnpickler(io.BytesIO(data)).load()
     except OSError:
         raise
     except Exception as error:  # broken bytes raise nearly any exception in there
         raise ValueError(f'{path}: not a meta.pkl of nanoGPT: {error or type(error).__name__}') from None
-    itos = meta.get('itos') if type(meta) is dict else None
-    need(type(itos) is dict and set(map(type, itos)) == {int} and sorted(itos) == list(range(len(itos))),
-         f'{path}: itos', 'a dict from the ids 0, 1, 2 and so on to characters')
-    chars = [itos[i] for i in range(len(itos))]
-    need(all(type(char) is str and len(char) == 1 for char in chars), f'{path}: itos', 'a dict from ids to one character each')
-    need(meta.get('stoi') == {char: i for i, char in enumerate(chars)}, f'{path}: stoi', 'the inverse of itos')
+    need(type(meta) is dict, f'{path}: its value', 'a dict')
+    vocab_size, itos, stoi = meta.get('vocab_size'), meta.get('itos'), meta.get('stoi')
+    need('vocab_size' not in meta or is_count(vocab_size) and 0 < vocab_size <= 2**32, f'{path}: vocab_size',
+         'a number from 1 to 2**32')
+    need(itos is not None or vocab_size, f'{path}: itos or vocab_size', 'there')
+    if itos is None:
+        return {'kind': 'ids', 'vocab_size': vocab_size}
+
+    if type(itos) is dict:
+        need(set(map(type, itos)) == {int} and sorted(itos) == list(range(len(itos))), f'{path}: itos',
+             'a dict from the ids 0, 1, 2 and so on to strings')
+        itos = [itos[i] for i in range(len(itos))]
+    need(type(itos) is list and itos and all(type(token) is str for token in itos), f'{path}: itos',
+         'a dict or a list of strings')
+    id_of = {token: i for i, token in enumerate(itos)}
+    need(stoi in (None, id_of) and len(id_of) == len(itos), f'{path}: stoi', 'the inverse of itos')
+    need(vocab_size in (None, len(itos)), f'{path}: vocab_size', f'{len(itos)}, the number of strings in itos')
+    if all(len(token) == 1 for token in itos):
+        tokenizer = {'kind': 'char', 'chars': ''.join(itos)}
+    else:
+        tokenizer = {'kind': 'itos', 'itos': itos}
     try:
-        return CharTokenizer(''.join(chars)).meta()
+        vocab_size_of(tokenizer)
     except ValueError as error:
         raise ValueError(f'{path}: itos: {error}') from None
+    return tokenizer
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Read dict, list, str, numbers and NumPy integers. A pickle runs code only through names that it imports."""
+
+    def find_class(self, module, name):
+        if (module, name) == ('numpy', 'dtype'):
+            return IntegerDtype
+        if (module, name) in (('numpy._core.multiarray', 'scalar'), ('numpy.core.multiarray', 'scalar')):
+            return read_integer
+        raise pickle.UnpicklingError(f'it asks for {f"{module}.{name}"!r}, and only plain values are read')
+
+
+class IntegerDtype:
+    """Stand in for numpy.dtype. Arguments and state hold no tuples, as check_opcodes relies on."""
+
+    def __init__(self, code, *flags):
+        if type(code) is not str or not re.fullmatch('[iu][1248]', code) or not set(map(type, flags)) <= {bool}:
+            raise pickle.UnpicklingError('only integers of NumPy are read')
+        self.code, self.order = code, '<'
+
+    def __setstate__(self, state):
+        if any(type(value) is tuple for value in state) or state[1] not in ('<', '>', '|'):
+            raise pickle.UnpicklingError('only integers of NumPy are read')
+        self.order = state[1]
+
+
+def read_integer(dtype, data):
+    """Stand in for numpy._core.multiarray.scalar."""
+    if type(dtype) is not IntegerDtype or type(data) is not bytes:
+        raise pickle.UnpicklingError('only integers of NumPy are read')
+    return int(np.frombuffer(data, dtype.order + dtype.code)[0])
+
+
+def check_opcodes(data):
+    """Refuse a pickle that takes forever to read.
+
+    Hashing a dict key made of tuples nested 60 deep visits 2**60 leaves. Here a tuple is only an argument of one of
+    the classes above. A memo index beyond the file's length makes the unpickler allocate that much memory.
+    """
+    names = []
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
+            if argument is not None and int(argument) > len(data):
+                raise ValueError(f'memo index {argument}')
+        else:
+            names.append(opcode.name)
+    for name, following in pairwise(names):
+        if 'TUPLE' in name and following not in ('REDUCE', 'BUILD'):
+            raise ValueError('it holds tuples, and only plain values are read')
 
 
 # -----------------------------------------------------------------------------
-# shards on disk
+# shards
+
+
+class DiskArray:
+    """A one-dimensional array in a file, read slice by slice: array[start:end].
+
+    Reads end in an error if the file is cut short meanwhile. A memory map would end in SIGBUS, which kills the process.
+    """
+
+    def __init__(self, path, dtype, size, header_bytes=0):
+        self.path, self.dtype, self.size, self.header_bytes = path, np.dtype(dtype), size, header_bytes
+        self.itemsize, self.identity = self.dtype.itemsize, identify(os.stat(path))
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, part):
+        self.check()
+        start, end, _ = part.indices(self.size)
+        return self.read(start, max(end - start, 0))
+
+    def __array__(self, dtype=None, copy=None):
+        return np.fromfile(self.path, self.dtype, self.size, offset=self.header_bytes)
+
+    def read(self, start: int, size: int) -> np.ndarray:
+        """Return `size` elements from `start` on, which must be inside the array."""
+        return np.frombuffer(self.read_bytes(start, size), self.dtype)
+
+    def read_bytes(self, start: int, size: int) -> bytes:
+        n_bytes = size * self.itemsize
+        file = open_array(self)  # held, because another thread's read may drop it from the cache
+        data = pread(file.fileno(), n_bytes, self.header_bytes + start * self.itemsize)
+        if len(data) < n_bytes:
+            self.check()
+        return data
+
+    def check(self):
+        """Raise ValueError if the file is not the one that was there when the dataset was opened."""
+        self.check_file(open_array(self))
+
+    def check_file(self, file):
+        if identify(os.fstat(file.fileno())) != self.identity:
+            raise ValueError(f'{self.path} was replaced or changed since the dataset was opened: restore it and '
+                             'resume, or start a new run')
+
+
+@lru_cache(maxsize=128)  # macOS allows a process 256 open files
+def open_array(array):
+    file = open(array.path, 'rb', buffering=0)
+    array.check_file(file)
+    return file
+
+
+def identify(stat):
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def read_after_seek(descriptor, n_bytes, offset):
+    with SEEK_LOCK:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, n_bytes)
+
+
+SEEK_LOCK = threading.Lock()
+pread = getattr(os, 'pread', read_after_seek)  # Windows has no pread
 
 
 class Shard:
-    """One .bin file of token ids, mapped when used.
+    """One .bin file.
 
-    first  where in its split it begins, in tokens
-    mask   (n_tokens,) uint8, 0 = not a target; None = all are
+    first   where in its split it begins, in tokens
+    split   the Split that it belongs to
+    raises  ValueError if size or header do not fit n_tokens
     """
 
-    def __init__(self, path, dtype, n_tokens, first, mask):
-        self.path, self.dtype, self.n_tokens, self.first, self.mask = path, dtype, n_tokens, first, mask
-        # a map of a file that is too short would end in SIGBUS, which Python cannot catch
-        size = path.stat().st_size
-        self.header = size - n_tokens * dtype.itemsize
-        if self.header not in (0, LLMC_HEADER_BYTES):
-            raise ValueError(f'{path} has {size} bytes, expected {n_tokens} tokens of {dtype.itemsize} bytes: it was cut short '
-                             'or altered, prepare the dataset again')
-        if self.header:
-            with open(path, 'rb') as f:
-                magic, version, count = (f.read(4) for _ in range(3))
-            expected = 1 if dtype.itemsize == 2 else 7  # llm.c's numbers for uint16 and uint32
-            version, count = int.from_bytes(version, 'little'), int.from_bytes(count, 'little')
-            if magic != LLMC_MAGIC or (version, count) != (expected, n_tokens):
-                raise ValueError(f'{path} begins with 1024 bytes that are no header of llm.c for {n_tokens} tokens of {dtype.itemsize} '
-                                 f'bytes (it says version {version}, {count} tokens): it was cut short or altered, prepare the dataset again')
+    def __init__(self, path, dtype, n_tokens, first, split):
+        self.path, self.n_tokens, self.first, self.split = path, n_tokens, first, split
+        n_bytes = path.stat().st_size
+        header_bytes = n_bytes - n_tokens * dtype.itemsize
+        if header_bytes not in (0, LLMC_HEADER_BYTES):
+            raise ValueError(f'{path} has {n_bytes} bytes, expected {n_tokens} tokens of {dtype.itemsize} bytes: {REMEDY}')
+        if header_bytes:
+            header = read_header(path)
+            if header is None or LLMC_DTYPES.get(header[:2]) != dtype.name or header[2] != n_tokens:
+                raise ValueError(f'{path} begins with 1024 bytes that are no header of llm.c for {n_tokens} tokens '
+                                 f'of {dtype.itemsize} bytes: {REMEDY}')
+        self.tokens = DiskArray(path, dtype, n_tokens, header_bytes)
 
-    @property
-    def tokens(self):
-        return map_tokens(self)
-
-
-@lru_cache(maxsize=256)  # every map holds a file open, and many systems allow a process 1024
-def map_tokens(shard):
-    """The ids of a shard, (n_tokens,) of its dtype."""
-    if not shard.n_tokens:
-        return np.empty(0, shard.dtype)
-    return np.asarray(np.memmap(shard.path, shard.dtype, 'r', shard.header, (shard.n_tokens,)))
+    def is_target(self, start: int, length: int):
+        """Tell which tokens are targets: (length,) bool, or True for all."""
+        if self.split.mask is None:
+            return True
+        return self.split.mask.read(self.first + start, length).astype(bool)
 
 
 class Split:
-    """One split of one dataset: its shards, the .mask and .idx beside them, and what meta.json says of it."""
+    """One split of one dataset: its shards, and the .mask and .idx beside them.
 
-    def __init__(self, folder, split):
+    raises  FileNotFoundError, ValueError if the files are not what meta.json says
+    """
+
+    def __init__(self, folder, split: str):
         self.folder, self.split, self.meta = Path(folder), split, read_meta(folder)
         self.vocab_size, self.tokenizer = self.meta['vocab_size'], self.meta['tokenizer']
-        known = self.meta['splits'].get(split)
-        if known is None:
+        entry = self.meta['splits'].get(split)
+        if entry is None:
             raise ValueError(f'{folder} has no {split} split, only {", ".join(self.meta["splits"])}: prepare it with one')
-        dtype, first = np.dtype(self.meta['dtype']).newbyteorder('<'), 0
-        self.n_tokens = known['tokens']
+        self.n_tokens = entry['tokens']
         self.mask = self.beside('.mask', np.uint8, (self.n_tokens,))
         if self.mask is None and self.meta.get('row_tokens'):
-            raise FileNotFoundError(f'{self.folder / split}.mask is missing: it tells answers from questions and padding, prepare the dataset again')
-        self.checksums = [shard['crc32'] for shard in known['shards']]
+            raise FileNotFoundError(f'{self.folder / split}.mask is missing: it tells answers from questions and '
+                                    'padding, prepare the dataset again')
+        self.checksums = [shard['crc32'] for shard in entry['shards']]
+        dtype, first = np.dtype(self.meta['dtype']).newbyteorder('<'), 0
         self.shards = []
-        for shard in known['shards']:
-            end = first + shard['tokens']
-            mask = None if self.mask is None else self.mask[first:end]
-            self.shards.append(Shard(self.folder / shard['file'], dtype, shard['tokens'], first, mask))
-            first = end
+        for shard in entry['shards']:
+            self.shards.append(Shard(self.folder / shard['file'], dtype, shard['tokens'], first, self))
+            first += shard['tokens']
 
-    def beside(self, suffix, dtype, shape):
-        """The array in train.mask or train.idx, or None where there is no such file. One dimension may be -1."""
+    def beside(self, suffix: str, dtype, shape):
+        """Return the array in train.mask or train.idx, or None if there is no such file. One dimension may be -1."""
         path, dtype = self.folder / f'{self.split}{suffix}', np.dtype(dtype)
         if not path.exists():
             return None
-        size, unit = path.stat().st_size, abs(int(np.prod(shape))) * dtype.itemsize
-        if size % unit if -1 in shape else size != unit:
-            raise ValueError(f'{path} has {size} bytes, which does not fit the {self.n_tokens} tokens of the {self.split} split: '
-                             'it was cut short or altered, prepare the dataset again')
-        return np.asarray(np.memmap(path, dtype, 'r')).reshape(shape) if size else np.empty(0, dtype).reshape(shape)
+        n_bytes = path.stat().st_size
+        unit = abs(int(np.prod(shape))) * dtype.itemsize
+        if n_bytes != unit and (-1 not in shape or n_bytes % unit):
+            raise ValueError(f'{path} has {n_bytes} bytes, which does not fit the {self.n_tokens} tokens of the '
+                             f'{self.split} split: {REMEDY}')
+        array = DiskArray(path, dtype, n_bytes // dtype.itemsize)
+        return array if len(shape) == 1 else np.asarray(array).reshape(shape)
 
     def documents(self):
-        """Where each document lies in the split: offset and length in tokens, (M,) int64 each.
+        """Return offset and length of each document in tokens of the split, (M,) int64 each.
 
-        The one token that parts a document from the next (end-of-text) ends it, so that a model learns where to stop.
+        The end-of-text token between two documents belongs to the first, so that a model learns where to stop.
         """
-        table, path = self.beside('.idx', '<i8', (-1, 2)), self.folder / f'{self.split}.idx'
+        path, table = self.folder / f'{self.split}.idx', self.beside('.idx', '<i8', (-1, 2))
         if table is None:
-            raise FileNotFoundError(f'{path} is missing: rows that begin with documents need it, prepare the dataset with one')
+            raise FileNotFoundError(f'{path} is missing: rows that begin with documents need it, '
+                                    'prepare the dataset with one')
         offset, length = table.T
         outside = (offset < 0) | (length < 0) | (offset > self.n_tokens - length)
         if outside.any():
-            at = int(np.argmax(outside))
-            raise ValueError(f'{path}: document {at} has offset {offset[at]} and length {length[at]}, the split has {self.n_tokens} tokens: '
+            i = int(np.argmax(outside))
+            raise ValueError(f'{path}: document {i} has offset {offset[i]} and length {length[i]}, the split has '
+                             f'{self.n_tokens} tokens: it was altered, prepare the dataset again')
+        order = np.lexsort((length, offset))
+        overlaps = (offset + length)[order[:-1]] > offset[order[1:]]
+        if overlaps.any():
+            i = int(np.argmax(overlaps))
+            raise ValueError(f'{path}: documents {order[i]} and {order[i + 1]} overlap at token {offset[order[i + 1]]}: '
                              'it was altered, prepare the dataset again')
         return offset, length + np.append(offset[1:] == (offset + length)[:-1] + 1, False)
 
-    def fingerprint(self):
-        """What a checkpoint remembers of its data: sizes, checksums and tokenizer, as plain values."""
-        return dict(tokens=[shard.n_tokens for shard in self.shards], crc32=list(self.checksums), vocab_size=self.vocab_size,
-                    tokenizer=fingerprint(self.tokenizer))
+    @cached_property
+    def begins(self) -> np.ndarray:
+        """The first tokens of all documents in ascending order, (M,) int64."""
+        return np.sort(self.documents()[0])
+
+    def fingerprint(self) -> dict:
+        """Return what a checkpoint remembers of its data, as plain values: sizes, checksums and tokenizer."""
+        return dict(tokens=[shard.n_tokens for shard in self.shards], crc32=list(self.checksums),
+                    vocab_size=self.vocab_size, tokenizer=fingerprint(self.tokenizer))
 
     def verify(self):
-        """Reads every shard against its checksum; ValueError names the one that was altered."""
-        for shard, known in zip(self.shards, self.checksums):
-            if known is None:
-                continue
+        """Read every shard against its checksum and print how many have one. ValueError names an altered shard."""
+        known = [(shard, crc) for shard, crc in zip(self.shards, self.checksums, strict=True) if crc is not None]
+        if not known:
+            print0(f'{self.folder}, {self.split}: no checksums are known, so nothing is verified: '
+                   'prepare the dataset with corpus.pack, which writes them to meta.json')
+        else:
+            print0(f'{self.folder}, {self.split}: reading {self.n_tokens:,} tokens, '
+                   f'{len(known)} of {len(self.shards)} shards have a checksum')
+        for shard, expected in known:
             crc = 0
             for start in range(0, shard.n_tokens, 1 << 22):
                 crc = zlib.crc32(shard.tokens[start:start + (1 << 22)], crc)
-            if crc != known:
-                raise ValueError(f'{shard.path} does not match its checksum in meta.json: it was altered, prepare the dataset again')
+            if crc != expected:
+                raise ValueError(f'{shard.path} does not match its checksum in meta.json: it was altered, '
+                                 'prepare the dataset again')
 
 
 # -----------------------------------------------------------------------------
 # the dataset setting
 
 
-def parse_mixture(dataset):
-    """'a:0.7,b:0.3' -> (['a', 'b'], [0.7, 0.3]); a weight left out is 1, and all are scaled to sum to 1."""
+def parse_mixture(dataset: str):
+    """Split 'a:0.7,b:0.3' into names and shares. A missing weight is 1; all are scaled to sum to 1."""
     names, weights = [], []
     for part in dataset.split(','):
-        name, weight = re.fullmatch(r'(.*?)(?::([^:/\\]*))?', part.strip(), re.DOTALL).groups()  # C:\texts is a name
+        # C:\texts is a name without a weight
+        name, weight = re.fullmatch(r'(.*?)(?::([^:/\\]*))?', part.strip(), re.DOTALL).groups('1')
         try:
-            weight = 1.0 if weight is None else float(weight)
+            weight = float(weight)
         except ValueError:
             weight = 0.0
         if not name or not 0 < weight < float('inf'):
-            raise ValueError(f'dataset={dataset}: {part.strip()!r} is no NAME or NAME:WEIGHT with a weight above 0, such as zhwiki:0.7')
+            raise ValueError(f'dataset={dataset}: {part.strip()!r} is no NAME or NAME:WEIGHT with a weight above 0, '
+                             'such as zhwiki:0.7')
         names.append(name)
         weights.append(weight)
     return names, [weight / sum(weights) for weight in weights]
 
 
-def dataset_folders(dataset):
-    """Folder and share of each part of a dataset setting: data/NAME beside this file, else the folder NAME as it stands."""
+def dataset_folders(dataset: str):
+    """Return the folder and the share of each part of a dataset setting.
+
+    NAME is data/NAME beside this program if that exists, else the folder NAME. data/NAME means the same.
+    """
     names, weights = parse_mixture(dataset)
-    here, folders = Path(__file__).resolve().parents[1] / 'data', []
+    data, folders = Path(__file__).resolve().parents[1] / 'data', []
     for name in names:
-        folder = Path(name) if Path(name).is_dir() and not (here / name).is_dir() else here / name
-        folders.append(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)  # shorter in messages
+        folder = data / name
+        if not folder.is_dir():
+            parts = Path(name).parts
+            folder = Path(name) if Path(name).is_dir() else data.joinpath(*parts[parts[0] == 'data':])
+        in_cwd = folder.is_relative_to(Path.cwd())
+        folders.append(folder.relative_to(Path.cwd()) if in_cwd else folder)  # shorter in messages
     return folders, weights

@@ -1,20 +1,21 @@
-"""Memory-mapped token shards -> batches, as a pure function of the step.
+"""Token shards -> batches, as a pure function of the step.
 
     loader = Loader('data/shakespeare_char', 'train', block_size=64, batch_size=12)
-    x, y, documents = loader.batch(step=1000, micro_step=0)     # (12, 64) int64 each, the same whoever asks and whenever
+    x, y, documents = loader.batch(step=1000, micro_step=0)     # (12, 64) int64, whoever asks and whenever
 
-A run needs no loader state to resume: the step says it all. Windows are numbered without end; window g of the run belongs
-to row g % G of step g // G, where G is the global batch. Each pass over the data (an epoch) cuts it into windows of
-block_size from a phase of its own and visits each once in an order of its own; phase and order are functions of (seed,
-epoch). With two ranks, each takes every other micro-batch of the same global batch.
+A run needs no loader state to resume. Windows are numbered without end: window g of the run is row g % G of step
+g // G, where G is the global batch. Each epoch cuts the data into windows of block_size, beginning at a random phase,
+and visits each once in a random order. Phase and order are functions of (seed, epoch). Ranks take turns at the
+micro-batches of one global batch.
 
-Example: 10 tokens, block_size 3, epoch of phase 1. The windows start at 1 and 4 (x = tokens 1-3, y = tokens 2-4; then 4-6 and
-5-7); the order visits them as 4, 1.
+Example: 10 tokens, block_size 3, an epoch of phase 1. The windows start at 1 and 4 (x = tokens 1-3, y = tokens 2-4;
+then 4-6 and 5-7); the order may visit them as 4, 1.
 
 B rows, T block_size, K any number of windows
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,36 +28,35 @@ from tokens.tokenizer import fingerprint
 
 ORDERS = ('shuffle', 'random', 'sequential', 'documents')
 
-
 # -----------------------------------------------------------------------------
 # orders
 
 
-def mix(x):
-    """Scrambles the bits of each uint64 (the finaliser of splitmix64, Steele, Lea and Flood 2014); products wrap, as they should."""
+def scramble(x):
+    """Scramble the bits of uint64 numbers with the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 @lru_cache(maxsize=64)
-def draws(seed, count, high=1 << 63):
-    """`count` seeded random integers below high (one bound, or a tuple of count bounds): (count,) uint64."""
+def draws(seed, count: int, high=1 << 63) -> np.ndarray:
+    """Draw `count` seeded random integers below high, a bound or a tuple of `count` bounds: (count,) uint64."""
     return np.random.default_rng(seed).integers(high, size=count, dtype=np.uint64)
 
 
-def permute(index, n, keys):
-    """Where the permutation of range(n) that keys stand for puts each index: (K,) int64 -> (K,) int64, without holding it.
+def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Map indexes by a pseudorandom permutation of range(n), without holding it: (K,) int64 -> (K,) int64.
 
-    Adding, multiplying by an odd number and folding the upper half onto the lower all permute the numbers of so many bits.
-    What lands at n or past it is sent through again (cycle walking, Black and Rogaway 2002): one image below n for each index.
+    Adding, multiplying by an odd number, and folding the upper half onto the lower permute the numbers of a given
+    number of bits. A result of n or more is mapped again (cycle walking, Black and Rogaway 2002).
     """
     bits = max(1, (n - 1).bit_length())
     low, half = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
     result, todo = index.astype(np.uint64), np.arange(index.size)
     while todo.size:
         x = result[todo]
-        for add, factor in zip(keys[::2], keys[1::2]):
+        for add, factor in zip(keys[::2], keys[1::2], strict=True):
             x = (x + add) * (factor | np.uint64(1)) & low
             x ^= x >> half
         result[todo] = x
@@ -64,120 +64,152 @@ def permute(index, n, keys):
     return result.astype(np.int64)
 
 
-def spread(counts):
-    """Lists (i, 0), (i, 1) ... (i, counts[i] - 1) for every i: two arrays. spread([2, 0, 1]) = [0, 0, 2], [0, 1, 0]"""
-    i = np.repeat(np.arange(len(counts)), counts)
-    return i, np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
+def count_of_each(weights, g: np.ndarray) -> np.ndarray:
+    """Count the windows of each source among the first g of a mixture: (K,) int64 -> (n_sources, K) int64.
+
+    One source after another takes its share of what is left, rounded to the nearest. So every count is within two
+    windows of its exact share at any g, never decreases with g, and needs no table.
+    """
+    counts, left = [], g
+    for i, weight in enumerate(weights[:-1]):
+        count = np.floor(left * (weight / sum(weights[i:])) + 0.5).astype(np.int64)
+        counts.append(count)
+        left = left - count
+    return np.stack([*counts, left])
+
+
+# -----------------------------------------------------------------------------
+# windows
+
+SPAN = np.dtype([('shard', np.int64), ('start', np.int64), ('length', np.int64)])  # where a window lies, in tokens
+
+
+def make_spans(shard, start, length) -> np.ndarray:
+    spans = np.empty(len(shard), SPAN)
+    spans['shard'], spans['start'], spans['length'] = shard, start, length
+    return spans
 
 
 class Windows:
-    """The windows of one split, or of several as if they were one: which tokens window g shows, g counted over all epochs.
+    """The windows of some splits, which count as one: where window g lies, with g counted over all epochs.
 
-    order  'shuffle': each epoch in a seeded order, from a seeded phase; 'sequential': from the first token, in order, the last
-           window short where need be, for evaluation; 'random': nanoGPT's draws with replacement; 'documents': as 'shuffle', but
-           each window begins where a document begins (or a multiple of T after that), and what a document leaves of its row is
-           no target. Where a dataset was packed in rows (of conversations), these are its windows, in any order
+    order  'shuffle'     each epoch in a random order, from a random phase
+           'sequential'  from the first token on, the last window of a shard short if need be; for evaluation
+           'random'      nanoGPT's draws with replacement
+           'documents'   as 'shuffle', but each window begins with a document, or T, 2T ... tokens after its beginning;
+                         the rest of a row after a document's end is no target
+    Datasets of conversations are packed in rows; these are their windows in any order.
     """
 
     def __init__(self, splits, block_size, order, seed):
-        assert order in ORDERS, order
+        if order not in ORDERS:
+            raise ValueError(f'sampling={order}: accepted are {", ".join(ORDERS)}')
         self.block_size, self.order, self.seed = block_size, order, seed
         self.shards = [shard for split in splits for shard in split.shards]
         self.sizes = np.array([shard.n_tokens for shard in self.shards], dtype=np.int64)
-        where = f'{", ".join(str(split.folder) for split in splits)}: the {splits[0].split} split'
-        T, most, self.table = block_size, int(self.sizes.max(initial=0)), None
-        in_rows = any(split.meta.get('row_tokens') for split in splits)
-        if order == 'documents' or in_rows:
-            pieces = [cut_rows(split, T) if split.meta.get('row_tokens') or order != 'documents' else cut_documents(split, T) for split in splits]
-            before = np.cumsum([0] + [len(split.shards) for split in splits])  # shards of the splits before each
-            self.table = np.concatenate([piece + [[n], [0], [0]] for piece, n in zip(pieces, before)], axis=1)  # (3, n)
-            self.n = self.table.shape[1]
+        self.table = None  # (n,) SPAN where a rule does not say them
+        name = f'{", ".join(str(split.folder) for split in splits)}: the {splits[0].split} split'
+        if order == 'documents' or any(split.meta.get('row_tokens') for split in splits):
+            self.table = self.cut(splits)
+            self.n = len(self.table)
             if not self.n:
-                raise ValueError(f'{where} has no document of 2 tokens or more, so there is nothing to predict: add text')
+                raise ValueError(f'{name} has no document of 2 tokens or more, so there is nothing to predict: add text')
             return
-        if most < T + 1:
-            longest = ' in its longest shard' if len(self.shards) > 1 else ''
-            raise ValueError(f'{where} has {most} tokens{longest}, too few for one window of block_size {T} and the token after it: '
-                             f'use {f"--block_size={most - 1} or less, or " if most > 1 else ""}more text')
+
+        T, longest = block_size, int(self.sizes.max(initial=0))
+        if longest < T + 1:
+            size = f'{longest} tokens in its longest shard' if len(self.shards) > 1 else f'{longest} tokens'
+            remedy = f'--block_size={longest - 1} or less, or more text' if longest > 1 else 'more text'
+            raise ValueError(f'{name} has {size}, too few for one window of block_size {T} and the token after it: '
+                             f'use {remedy}')
         if order == 'random':
             per_shard = np.maximum(self.sizes - T, 0)  # every start, as in nanoGPT
         elif order == 'sequential':
             per_shard = -(-np.maximum(self.sizes - 1, 0) // T)
         else:
-            # one window less than fits from phase 0: so many fit from every phase, and each epoch has the same number
+            # One window less than fits at phase 0. It fits at every phase, so each epoch has the same number.
             per_shard = np.where(self.sizes > T, np.maximum(self.sizes // T - 1, 1), 0)
-            self.n_phases = tuple(np.maximum(self.sizes - per_shard * T, 1).tolist())  # the last one reaches the last token
+            self.n_phases = tuple(np.maximum(self.sizes - per_shard * T, 1).tolist())  # the last reaches the end
         self.firsts = np.concatenate(([0], np.cumsum(per_shard)))  # number of the first window of each shard
         self.n = int(self.firsts[-1])
 
-    def locate(self, g):
-        """Shard number, start in the shard and length in tokens of the windows numbered g: (K,) int64 -> three (K,) int64."""
-        T = self.block_size
+    def cut(self, splits):
+        """Return the spans of all splits, one after another."""
+        tables, n_shards = [], 0
+        for split in splits:
+            in_rows = split.meta.get('row_tokens') or self.order != 'documents'
+            table = (cut_rows if in_rows else cut_documents)(split, self.block_size)
+            table['shard'] += n_shards
+            n_shards += len(split.shards)
+            tables.append(table)
+        return np.concatenate(tables)
+
+    def locate(self, g: np.ndarray) -> np.ndarray:
+        """Return where the windows numbered g lie: (K,) int64 -> (K,) SPAN."""
         if self.order == 'random':
-            n = (mix(g.astype(np.uint64) + draws(self.seed, 1)) % np.uint64(self.n)).astype(np.int64)
-            if self.table is not None:
-                return self.table[:, n]
-            shard = np.searchsorted(self.firsts, n, side='right') - 1
-            return shard, n - self.firsts[shard], np.full_like(n, T + 1)
-        epoch, n = np.divmod(g, self.n)
-        epochs = [(e, epoch == e) for e in set(epoch.tolist())]  # mostly one
-        if self.order != 'sequential':
-            for e, rows in epochs:
-                n[rows] = permute(n[rows], self.n, draws((*self.seed, e), 12))
+            n = scramble(g.astype(np.uint64) + draws(self.seed, 1)) % np.uint64(self.n)
+            return self.spans(n.astype(np.int64), epoch=None)
+        epochs, n = np.divmod(g, self.n)
+        spans = np.empty(len(g), SPAN)
+        for epoch in set(epochs.tolist()):  # mostly one
+            rows = epochs == epoch
+            index = n[rows]
+            if self.order != 'sequential':
+                index = permute(index, self.n, draws((*self.seed, epoch), 12))
+            spans[rows] = self.spans(index, epoch)
+        return spans
+
+    def spans(self, n, epoch):
+        """Return where the windows lie that are numbered n from the first token on."""
         if self.table is not None:
-            return self.table[:, n]
+            return self.table[n]
         shard = np.searchsorted(self.firsts, n, side='right') - 1
-        start = (n - self.firsts[shard]) * T
-        if self.order == 'sequential':
-            return shard, start, np.minimum(T + 1, self.sizes[shard] - start)
-        for e, rows in epochs:
-            phases = draws((*self.seed, e, 1), len(self.n_phases), self.n_phases).astype(np.int64)  # one a shard
-            start[rows] += phases[shard[rows]]
-        return shard, start, np.full_like(start, T + 1)
+        start = n - self.firsts[shard]
+        if self.order != 'random':
+            start *= self.block_size
+        if self.order == 'shuffle':
+            phases = draws((*self.seed, epoch, 1), len(self.n_phases), self.n_phases).astype(np.int64)
+            start += phases[shard]
+        return make_spans(shard, start, np.minimum(self.block_size + 1, self.sizes[shard] - start))
 
 
-def cut_documents(split, T):
-    """The windows of 2 to T + 1 tokens into which the documents of a split fall: shard number, start and length, (3, n) int64.
+def enumerate_parts(counts):
+    """Return the pairs (i, 0) ... (i, counts[i] - 1) of every i as two arrays. [2, 0, 1] gives [0, 0, 2], [0, 1, 0]."""
+    i = np.repeat(np.arange(len(counts)), counts)
+    return i, np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
 
-    A window begins at the last token of the one before, so that every token but a document's first is a target once. No window
-    goes from one shard to the next.
+
+def cut_documents(split: Split, T: int) -> np.ndarray:
+    """Cut the documents of a split into windows of 2 to T + 1 tokens: (n,) SPAN.
+
+    A window begins with the last token of the one before, so that every token except a document's first is a target
+    once. A document that continues in the next shard is cut there.
     """
     offset, length = split.documents()
     border = np.array([shard.first for shard in split.shards] + [split.n_tokens])
-    home = np.searchsorted(border[:-1], offset, side='right') - 1
-    end_home = np.searchsorted(border[:-1], offset + length - 1, side='right') - 1
-    document, part = spread(np.where(length > 0, end_home - home + 1, 0))
-    shard = home[document] + part
+    first_shard = np.searchsorted(border[:-1], offset, side='right') - 1
+    last_shard = np.searchsorted(border[:-1], offset + length - 1, side='right') - 1
+    document, part = enumerate_parts(np.where(length > 0, last_shard - first_shard + 1, 0))
+    shard = first_shard[document] + part
     start = np.maximum(offset[document], border[shard])
     end = np.minimum((offset + length)[document], border[shard + 1])
-    stretch, piece = spread(np.maximum(-(-(end - start - 1) // T), 0))  # one token alone has no target
+    stretch, piece = enumerate_parts(np.maximum(-(-(end - start - 1) // T), 0))  # one token alone has no target
     begin = start[stretch] + piece * T
-    return np.stack((shard[stretch], begin - border[shard[stretch]], np.minimum(end[stretch] - begin, T + 1)))
+    return make_spans(shard[stretch], begin - border[shard[stretch]], np.minimum(end[stretch] - begin, T + 1))
 
 
-def cut_rows(split, T):
-    """The rows in which a split was packed; or the windows of T + 1 tokens of another split, in order, the last of each shard short:
-    shard number, start and length, (3, n) int64."""
+def cut_rows(split: Split, T: int) -> np.ndarray:
+    """Return the rows in which a split was packed; of another split, its windows in order: (n,) SPAN."""
     row = split.meta.get('row_tokens')
     if row not in (None, T + 1):
         raise ValueError(f'{split.folder} was packed in rows for block_size {row - 1}: use --block_size={row - 1}, '
                          f'or pack it again with --block_size {T}')
-    step, sizes = row or T, np.array([shard.n_tokens for shard in split.shards], dtype=np.int64)
-    shard, nth = spread(sizes // step if row else -(-np.maximum(sizes - 1, 0) // T))
-    return np.stack((shard, nth * step, np.minimum(T + 1, sizes[shard] - nth * step)))
-
-
-def interleave(weights, slots):
-    """Which source each of `slots` consecutive windows comes from, as evenly as the weights allow: (slots,) int64.
-
-    Each slot goes to the source furthest behind its share, so any run of windows holds each source's share to within one or two.
-    """
-    weights = np.asarray(weights)
-    pattern, count = np.empty(slots, dtype=np.int64), np.zeros(len(weights))
-    for i in range(slots):
-        k = int(np.argmax(weights * (i + 1) - count))
-        pattern[i], count[k] = k, count[k] + 1
-    return pattern
+    sizes = np.array([shard.n_tokens for shard in split.shards], dtype=np.int64)
+    stride, per_shard = T, -(-np.maximum(sizes - 1, 0) // T)
+    if row:
+        stride, per_shard = row, sizes // row
+    shard, nth = enumerate_parts(per_shard)
+    return make_spans(shard, nth * stride, np.minimum(T + 1, sizes[shard] - nth * stride))
 
 
 # -----------------------------------------------------------------------------
@@ -191,132 +223,154 @@ class Batch(NamedTuple):
     documents: torch.Tensor | None = None
 
     def to(self, device):
-        """The batch on a device. A copy to CUDA comes from pinned memory and does not wait."""
-        if torch.device(device).type != 'cuda':
-            return Batch(*(None if each is None else each.to(device) for each in self))
-        return Batch(*(None if each is None else each.pin_memory().to(device, non_blocking=True) for each in self))
+        """Copy the batch to a device. A copy to CUDA comes from pinned memory and does not wait."""
+        tensors = [tensor for tensor in self if tensor is not None]
+        if torch.device(device).type == 'cuda':
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
-class Loader:
-    """Batches of one split of a dataset (or a mixture of several), by step.
+@dataclass(eq=False, kw_only=True)
+class Batches:
+    """What the batches of packed data and of a stream share. A subclass defines windows(g).
+
+    batch_size   rows of one micro-batch of one rank
+    grad_accum   micro-steps of one rank; the global batch is batch_size * grad_accum * world_size rows
+    prefetch     whether a thread makes the batch after the requested one
+    """
+    block_size: int
+    batch_size: int
+    grad_accum: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    prefetch: bool = False
+
+    def __post_init__(self):
+        self.rows_per_step = self.batch_size * self.grad_accum * self.world_size
+        self.shift = 0  # windows numbered from here on belong to step 0; see Stream.seek
+        self.worker = ThreadPoolExecutor(1, 'loader') if self.prefetch else None
+        self.ahead = {}  # (step, micro_step) -> future batch; may be dropped at any time
+
+    def batch(self, step: int, micro_step: int = 0) -> Batch:
+        """Return the batch of one micro-step of this rank, (B, T) each. y is -100 where there is no target."""
+        if self.worker is None:
+            return self.make(step, micro_step)
+        future = self.ahead.pop((step, micro_step), None)
+        following = (step, micro_step + 1) if micro_step + 1 < self.grad_accum else (step + 1, 0)
+        self.ahead = {following: self.worker.submit(self.make, *following)}
+        return future.result() if future is not None else self.make(step, micro_step)
+
+    def make(self, step, micro_step):
+        first = ((step * self.grad_accum + micro_step) * self.world_size + self.rank) * self.batch_size + self.shift
+        return self.windows(np.arange(first, first + self.batch_size))
+
+    def count_targets(self, step: int) -> int:
+        """Count the targets in the global batch of a step, of all ranks and micro-steps."""
+        return self.rows_per_step * self.block_size
+
+
+@dataclass(eq=False)
+class Loader(Batches):
+    """Batches of one split of a dataset, or of a mixture of several, by step.
 
     folders      one folder or several
     split        'train' | 'val'
-    batch_size   rows of one micro-batch of one rank
-    grad_accum   micro-steps of one rank; the global batch is batch_size * grad_accum * world_size rows
-    order        as in Windows; 'sequential' goes through all folders one after another, whatever their weights
-    weights      share of each folder, summing to 1; None = all as one dataset
-    isolate      batches hold a third tensor, (B, T) int64: the number of the document that each token of x belongs to
-    prefetch     whether a thread makes the batch after the one asked for
-    raises       ValueError, FileNotFoundError where the data do not fit
+    order        as in Windows; 'sequential' reads all folders one after another, whatever their weights
+    weights      share of each folder, summing to 1; None = all count as one dataset
+    isolate      whether batches hold the number of each token's document
+    raises       ValueError, FileNotFoundError if the data do not fit
     """
+    folders: list
+    split: str
+    _: KW_ONLY
+    order: str = 'shuffle'
+    weights: list | None = None
+    isolate: bool = False
 
-    SLOTS = 1000  # a mixture repeats its pattern of sources after so many windows
-
-    def __init__(self, folders, split, *, block_size, batch_size, grad_accum=1, rank=0, world_size=1, order='shuffle', seed=0,
-                 weights=None, prefetch=False, isolate=False):
-        assert block_size > 0 and batch_size > 0 and seed >= 0 and rank < world_size
-        folders = folders if isinstance(folders, list) else [folders]
-        self.splits = [Split(folder, split) for folder in folders]
+    def __post_init__(self):
+        super().__post_init__()
+        folders = self.folders if isinstance(self.folders, list) else [self.folders]
+        self.splits = [Split(folder, self.split) for folder in folders]
         first = self.splits[0]
         for other in self.splits[1:]:
             if fingerprint(other.tokenizer) != fingerprint(first.tokenizer):
-                raise ValueError(f'{other.folder} and {first.folder} were packed with different tokenizers: pack them with one')
-        self.block_size, self.batch_size, self.grad_accum = block_size, batch_size, grad_accum
-        self.rank, self.world_size = rank, world_size
-        self.vocab_size = first.vocab_size  # an id beyond it stops the batch, naming shard and offset
-        self.n_tokens = sum(s.n_tokens for s in self.splits)
-        # where the documents of each shard's split begin; what parts two of them belongs to the first
-        self.begins = {} if isolate else None
-        for split in self.splits if isolate else ():
-            self.begins.update(dict.fromkeys(split.shards, np.sort(split.documents()[0])))
-        self.all_targets = order in ('shuffle', 'random') and all(s.mask is None for s in self.splits)
-
-        separate = weights is not None and order != 'sequential'
-        groups = [[s] for s in self.splits] if separate else [self.splits]
-        self.sources = [Windows(group, block_size, order, (seed, k)) for k, group in enumerate(groups)]
-        self.pattern = interleave(weights if separate else [1.0], self.SLOTS if len(groups) > 1 else 1)
-        is_from = self.pattern == np.arange(len(groups))[:, None]  # (sources, slots)
-        self.before = np.cumsum(is_from, axis=1) - is_from  # windows of each source before each slot
-        self.per_period = is_from.sum(axis=1)
-        if not self.per_period.all():
-            k = int(np.argmin(self.per_period))
-            raise ValueError(f'the share {weights[k]:.6f} of {self.splits[k].folder} is less than one window in {self.SLOTS}: '
-                             'give it a larger weight or leave it out')
-        self.worker = ThreadPoolExecutor(1, 'loader') if prefetch else None
-        self.ahead = {}  # (step, micro_step) -> the batch being made; may be dropped at any time, nothing depends on it
+                raise ValueError(f'{other.folder} and {first.folder} were packed with different tokenizers: '
+                                 'pack them with one')
+            if other.meta['dtype'] != first.meta['dtype']:
+                raise ValueError(f'{other.folder} holds {other.meta["dtype"]}, {first.folder} {first.meta["dtype"]}: '
+                                 'pack them alike')
+        self.vocab_size, self.dtype = first.vocab_size, first.shards[0].tokens.dtype
+        self.n_tokens = sum(split.n_tokens for split in self.splits)
+        self.all_are_targets = self.order in ('shuffle', 'random') and all(s.mask is None for s in self.splits)
+        groups, self.shares = [self.splits], [1.0]
+        if self.weights is not None and self.order != 'sequential':
+            groups, self.shares = [[split] for split in self.splits], self.weights
+        self.sources = [Windows(group, self.block_size, self.order, (self.seed, k)) for k, group in enumerate(groups)]
+        for split in self.splits if self.isolate else ():
+            assert split.begins is not None  # a missing or broken .idx ends the run here
 
     @property
-    def n_windows(self):
-        """Windows in one pass over everything."""
+    def n_windows(self) -> int:
+        """The number of windows in one pass over everything."""
         return sum(source.n for source in self.sources)
 
-    def batch(self, step, micro_step=0):
-        """The Batch of one micro-step of this rank, (B, T) each. y is -100 where there is nothing to predict."""
-        if self.worker is None:
-            return self._make(step, micro_step)
-        future = self.ahead.pop((step, micro_step), None)
-        following = (step, micro_step + 1) if micro_step + 1 < self.grad_accum else (step + 1, 0)
-        self.ahead = {following: self.worker.submit(self._make, *following)}
-        return future.result() if future is not None else self._make(step, micro_step)
+    def locate(self, g):
+        """Yield (row, shard, start, length) of each window numbered g, (K,) int64."""
+        counts = count_of_each(self.shares, np.asarray(g))
+        is_from = count_of_each(self.shares, np.asarray(g) + 1) > counts  # (n_sources, K)
+        for source, count, is_row in zip(self.sources, counts, is_from, strict=True):
+            rows = np.flatnonzero(is_row)
+            for row, (shard, start, length) in zip(rows.tolist(), source.locate(count[rows]).tolist(), strict=True):
+                yield row, source.shards[shard], start, length
 
-    def _make(self, step, micro_step):
-        first = ((step * self.grad_accum + micro_step) * self.world_size + self.rank) * self.batch_size
-        return self.windows(np.arange(first, first + self.batch_size))
-
-    def windows(self, g):
-        """The Batch of the windows numbered g, (K,) int64, counted over the whole run."""
-        tokens = np.zeros((len(g), self.block_size + 1), dtype=np.int64)
-        documents = None if self.begins is None else np.zeros_like(tokens[:, 1:])
-        target = None if self.all_targets else np.zeros(tokens.shape, dtype=bool)
-        for row, shard, start, length in self._locate(g):
-            tokens[row, :length] = shard.tokens[start:start + length]
-            if target is not None:
-                target[row, :length] = True if shard.mask is None else shard.mask[start:start + length]
+    def windows(self, g) -> Batch:
+        """Return the windows numbered g, (K,) int64, counted over the whole run."""
+        T = self.block_size
+        rows = [b''] * len(g)  # converting all at once is faster than row by row
+        n_bytes = (T + 1) * self.dtype.itemsize
+        is_target = None if self.all_are_targets else np.zeros((len(g), T + 1), dtype=bool)
+        documents = np.zeros((len(g), T), dtype=np.int64) if self.isolate else None
+        for row, shard, start, length in self.locate(g):
+            rows[row] = shard.tokens.read_bytes(start, length).ljust(n_bytes, b'\0')
+            if is_target is not None:
+                is_target[row, :length] = shard.is_target(start, length)
             if documents is not None:
-                documents[row] = np.searchsorted(self.begins[shard], shard.first + start + np.arange(self.block_size), side='right')
+                positions = shard.first + start + np.arange(T)
+                documents[row] = np.searchsorted(shard.split.begins, positions, side='right')
+        tokens = np.frombuffer(b''.join(rows), self.dtype).reshape(len(g), T + 1).astype(np.int64)
         if tokens.max() >= self.vocab_size:
-            self._name_foreign_id(g)
+            self.name_foreign_id(g)
         x, y = tokens[:, :-1], tokens[:, 1:]
-        if target is not None:
-            y = np.where(target[:, 1:], y, IGNORE)
-        return Batch(*(None if each is None else torch.from_numpy(np.ascontiguousarray(each)) for each in (x, y, documents)))
+        if is_target is not None:
+            y = np.where(is_target[:, 1:], y, IGNORE)
+        arrays = [array for array in (x, y, documents) if array is not None]
+        return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
-    def count_targets(self, step):
-        """Targets in the global batch of a step, all ranks and micro-steps counted: no rank needs to ask another."""
-        G = self.batch_size * self.grad_accum * self.world_size
-        if self.all_targets:
-            return G * self.block_size
+    def count_targets(self, step: int) -> int:
+        if self.all_are_targets:
+            return super().count_targets(step)
         n = 0
-        for _, shard, start, length in self._locate(np.arange(step * G, (step + 1) * G)):
-            n += length - 1 if shard.mask is None else int(np.count_nonzero(shard.mask[start + 1:start + length]))
-        return n
+        for _, shard, start, length in self.locate(np.arange(step, step + 1) * self.rows_per_step
+                                                   + np.arange(self.rows_per_step)):
+            n += np.sum(np.broadcast_to(shard.is_target(start + 1, length - 1), length - 1))
+        return int(n)
 
-    def _locate(self, g):
-        """(row, shard, start, length) of each window numbered g."""
-        period, slot = np.divmod(g, len(self.pattern))
-        source = self.pattern[slot]
-        for k, windows in enumerate(self.sources):
-            rows = np.flatnonzero(source == k)
-            if rows.size:
-                nth = period[rows] * self.per_period[k] + self.before[k, slot[rows]]
-                shard, start, length = windows.locate(nth)
-                for row, s, first, n in zip(rows.tolist(), shard.tolist(), start.tolist(), length.tolist()):
-                    yield row, windows.shards[s], first, n
-
-    def _name_foreign_id(self, g):
-        for _, shard, start, length in self._locate(g):
-            beyond = np.flatnonzero(shard.tokens[start:start + length] >= self.vocab_size)
+    def name_foreign_id(self, g):
+        for _, shard, start, length in self.locate(g):
+            ids = shard.tokens.read(start, length)
+            beyond = np.flatnonzero(ids >= self.vocab_size)
             if beyond.size:
-                at = start + int(beyond[0])
-                raise ValueError(f'{shard.path} offset {at}: token id {int(shard.tokens[at])} is beyond vocab_size {self.vocab_size}: '
-                                 'the shard was made with another tokenizer or altered, prepare the dataset again')
+                i = int(beyond[0])
+                raise ValueError(f'{shard.path} offset {start + i}: token id {ids[i]} is beyond vocab_size '
+                                 f'{self.vocab_size}: the shard was made with another tokenizer or altered, '
+                                 'prepare the dataset again')
 
-    def fingerprint(self):
+    def fingerprint(self) -> list[dict]:
         return [split.fingerprint() for split in self.splits]
 
-    def position(self, step):
-        """What a checkpoint holds besides the step, so that seek() goes on there: nothing. It differs in tokens/stream.py."""
+    def position(self, step: int):
+        """Return what a checkpoint needs besides the step: nothing. Streams need more."""
 
-    def seek(self, position, step):
-        pass
+    def seek(self, position, step: int):
+        """Do nothing: the step says it all."""

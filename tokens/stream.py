@@ -1,37 +1,40 @@
-"""Raw text -> batches, tokenized while the model trains: nothing is packed first, and nothing is written.
+"""Raw text -> batches, encoded while the model trains. Nothing is packed first, and nothing is written.
 
     python train.py config/train_gpt2.py --dataset=stream:shards/ --tokenizer=gpt2 --stream_val=held_out.jsonl
     python train.py config/quickstart.py --dataset=stream:a.txt,b.parquet,more/ --tokenizer=data/tokenizers/bytebpe_zh
 
-The documents of all files (text, JSONL, Parquet and whatever else corpus/readers.py reads) stand in a row, an end-of-text before each,
-and begin again behind the last. Window w shows the tokens w * T to (w + 1) * T of that row. Windows come in groups of shuffle_window: the
-groups in order, those of one group in a seeded order of their own. Thus the same global batch follows at any world size; each
-rank takes its rows of it.
+The documents of all files (whatever corpus/readers.py reads) form one row of tokens, with an end-of-text before each;
+after the last document the row continues with the first. Window w shows the tokens w * T to (w + 1) * T of the row.
+Windows come in groups of shuffle_window: the groups in order, the windows of a group in a random order. So the global
+batch of a step is the same for any number of ranks, and each rank takes its rows of it.
 
-A checkpoint holds where the group began that the next step needs: epoch, position in the files, and how many tokens of the document
-there are past. A resumed run reads on from that point and sees the batches that an unbroken one would.
-
-Every rank tokenizes the whole row, in threads, since only the tokens tell where a window begins.
+A checkpoint holds where the group begins that the next step needs: epoch, file, document, and token in the document.
+A resumed run reads on from there and sees the batches of an unbroken run. Every rank encodes the whole row, in
+threads, because only the tokens tell where a window begins.
 
 T block_size
 """
 
 import os
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from corpus.old_readers import documents, find_files, n_bytes_of
+from corpus.readers import find_files, n_bytes_of, read_documents
+from files import print0
 from kernels import IGNORE
-from tokens.loader import Batch, Loader, draws, permute
+from tokens.loader import Batch, Batches, draws, permute
 from tokens.tokenizer import fingerprint, load_tokenizer, tokenizer_meta
 
-ENCODERS = 2  # threads that tokenize, at some 10 MB/s each: GPT-2 (124M) eats 2 MB/s on one H100
-BATCH_CHARS = 1 << 19  # what they are given at a time
-BEGINNING = (0, 0, 0, 0, 0, 0)  # epoch; file, place, lines, documents: a position of corpus.readers; tokens of that document
+N_THREADS = 2  # each encodes about 10 MB/s; GPT-2 (124M) trains on 2 MB/s on one H100
+CHUNK_CHARS = 1 << 18  # text that a thread encodes at a time
+BEGINNING = (0, 0, 0, 0)  # epoch, file, document in the file, token in the document
+FIRST_EDITION = 6  # numbers in its positions, which counted bytes of a file
 
 
 class Text:
@@ -42,158 +45,192 @@ class Text:
     fields, errors   as in corpus.readers
     """
 
-    def __init__(self, files, tokenizer, fields=('text',), errors='strict'):
-        rows = [path for path, format in files if format == 'blocks']
-        if rows:
-            raise ValueError(f'{rows[0]} holds token ids, not text: pack it with python -m corpus.pack build, and name the dataset')
-        self.paths, self.tokenizer, self.fields, self.errors = [path for path, _ in files], tokenizer, tuple(fields), errors
+    def __init__(self, files, tokenizer, fields=('text',), errors: str = 'strict'):
+        for path, format in files:
+            if format == 'blocks':
+                raise ValueError(f'{path} holds token ids, not text: pack it with python -m corpus.pack build, '
+                                 'and name the dataset')
+        self.files, self.tokenizer, self.fields, self.errors = files, tokenizer, tuple(fields), errors
+        self.paths = [path for path, _ in files]
 
-    def encoded(self, epoch, *position):
-        """(ids, where it begins) of every document from a position on; the last one of an epoch is followed by the first."""
-        with ThreadPoolExecutor(ENCODERS, 'tokenizer') as pool:
-            while True:
-                texts, begins, size, beginning, any_text = [], [], 0, position, False
-                for text, after in documents(self.paths, fields=self.fields, errors=self.errors, start=position):
-                    texts.append(text)
-                    begins.append((epoch, *position))
-                    position, size, any_text = after, size + len(text), True
-                    if size > BATCH_CHARS:
-                        yield from zip(pool.map(self.encode, texts), begins)
-                        texts, begins, size = [], [], 0
-                yield from zip(pool.map(self.encode, texts), begins)
-                if not any_text and beginning == BEGINNING[1:5]:
-                    raise ValueError(f'{", ".join(self.paths)}: no text in there')
-                epoch, position = epoch + 1, BEGINNING[1:5]
+    def chunks(self, epoch, file, document):
+        """Yield (texts, beginning of each) from a document on, epoch after epoch."""
+        texts, begins, n_chars = [], [], 0
+        any_text = (file, document) != (0, 0)
+        while True:
+            for number in range(file, len(self.files)):
+                reader = read_documents(self.files[number:number + 1], fields=self.fields, errors=self.errors,
+                                        start=document)
+                for text, *_ in reader:
+                    if text:
+                        texts.append(text)
+                        begins.append((epoch, number, document))
+                        n_chars += len(text)
+                    document += 1
+                    if n_chars > CHUNK_CHARS:
+                        yield texts, begins
+                        texts, begins, n_chars, any_text = [], [], 0, True
+                document = 0
+            if not texts and not any_text:
+                raise ValueError(f'{", ".join(self.paths)}: no text in there')
+            epoch, file = epoch + 1, 0
+            if texts:
+                yield texts, begins
+                texts, begins, n_chars, any_text = [], [], 0, True
 
-    def encode(self, text):
-        return np.concatenate(([self.tokenizer.eot], self.tokenizer.encode_array(text)), dtype=np.int32)
+    def encoded(self, epoch, file, document):
+        """Yield (ids, beginning) of every document from one on."""
+        with ThreadPoolExecutor(N_THREADS, 'tokenizer') as pool:
+            pending = deque()
+            for texts, begins in self.chunks(epoch, file, document):
+                pending.append((pool.submit(self.encode, texts), begins))
+                if len(pending) > N_THREADS:
+                    future, begins = pending.popleft()
+                    yield from zip(future.result(), begins, strict=True)
+
+    def encode(self, texts):
+        return [np.concatenate(([self.tokenizer.eot], ids), dtype=np.int32) for ids in self.tokenizer.encode_batch(texts)]
 
     def pieces(self, start, size):
-        """(size + 1 tokens, where the next piece begins) over and over; a piece begins with the last token of the one before."""
+        """Yield (size + 1 tokens, start of the next piece). A piece begins with the last token of the one before."""
         *position, skip = start
-        held, n_held = [], 0  # documents that are not all past, the tokens in them
+        documents, n_tokens = deque(), 0  # documents not used up, and their tokens
         for ids, begin in self.encoded(*position):
-            held.append((ids, begin))
-            n_held += len(ids)
-            while n_held - skip > size:
-                piece = np.concatenate([ids for ids, _ in held])[skip:skip + size + 1]
+            documents.append((ids, begin))
+            n_tokens += len(ids)
+            while n_tokens - skip > size:
+                piece = np.concatenate([ids for ids, _ in documents])[skip:skip + size + 1]
                 skip += size
-                while skip >= len(held[0][0]):
-                    past = len(held.pop(0)[0])
-                    skip, n_held = skip - past, n_held - past
-                yield piece, (*held[0][1], skip)
+                while skip >= len(documents[0][0]):
+                    n_used = len(documents.popleft()[0])
+                    skip, n_tokens = skip - n_used, n_tokens - n_used
+                yield piece, (*documents[0][1], skip)
 
-    def fingerprint(self):
-        """What a checkpoint remembers of its data, as plain values."""
+    def fingerprint(self) -> dict:
+        """Return what a checkpoint remembers of its data, as plain values."""
         sizes = [None if path.startswith('hf://') else n_bytes_of(path) for path in self.paths]
         return dict(files=[os.path.basename(path) for path in self.paths], bytes=sizes, fields=list(self.fields),
                     vocab_size=self.tokenizer.vocab_size, tokenizer=fingerprint(self.tokenizer.meta()))
 
 
-class Stream(Loader):
+@dataclass(eq=False)
+class Stream(Batches):
     """Batches of a Text, by step, as Loader gives those of a packed dataset.
 
-    shuffle_window   how many windows change places with each other; 1 = none
-    the rest         as in Loader
+    shuffle_window   shuffle windows within consecutive groups of this size; 1 = do not shuffle
     """
+    text: Text
+    _: KW_ONLY
+    shuffle_window: int = 1024
+    n_tokens = None  # unknown before everything is read
 
-    def __init__(self, text, *, block_size, batch_size, grad_accum=1, rank=0, world_size=1, seed=0, shuffle_window=1024, prefetch=False):
-        assert block_size > 0 and batch_size > 0 and seed >= 0 and rank < world_size
-        self.text, self.block_size, self.batch_size, self.grad_accum, self.seed = text, block_size, batch_size, grad_accum, seed
-        self.rank, self.world_size, self.shuffle_window = rank, world_size, shuffle_window
-        self.vocab_size, self.n_tokens, self.all_targets = text.tokenizer.vocab_size, None, True
-        self.splits = [SimpleNamespace(tokenizer=text.tokenizer.meta(), vocab_size=self.vocab_size, meta={})]
-        self.starts, self.groups = {0: BEGINNING}, {}  # by number: where a group begins; (shuffle_window, T + 1) tokens of the last two
-        self.next, self.shift = None, 0  # (number, iterator, future) of the group in the making; see seek()
+    def __post_init__(self):
+        super().__post_init__()
+        tokenizer = self.text.tokenizer
+        self.vocab_size = tokenizer.vocab_size
+        self.splits = [SimpleNamespace(tokenizer=tokenizer.meta(), vocab_size=self.vocab_size, meta={})]
+        self.starts = {0: BEGINNING}  # where groups begin, by number
+        self.groups = {}  # (shuffle_window, T + 1) tokens of the last two groups, by number
+        self.following = None  # number, iterator and future of the group that is being made
         self.lock, self.reader = threading.Lock(), ThreadPoolExecutor(1, 'stream')
-        self.worker, self.ahead = ThreadPoolExecutor(1, 'loader') if prefetch else None, {}
 
-    def _make(self, step, micro_step):
-        first = ((step * self.grad_accum + micro_step) * self.world_size + self.rank) * self.batch_size + self.shift
-        return self.windows(np.arange(first, first + self.batch_size))
-
-    def windows(self, g):
-        """The windows numbered g, (K,) int64, counted over the whole run: x, y (K, T) int64."""
+    def windows(self, g) -> Batch:
+        """Return the windows numbered g, (K,) int64, counted over the whole run."""
         tokens = np.empty((len(g), self.block_size + 1), dtype=np.int64)
-        number, place = np.divmod(g, self.shuffle_window)
-        with self.lock:  # the prefetching thread comes here too
-            for k in sorted(set(number.tolist())):
-                rows = number == k
-                tokens[rows] = self._group(k)[permute(place[rows], self.shuffle_window, draws((self.seed, k), 12))]
+        numbers, index = np.divmod(g, self.shuffle_window)
+        with self.lock:  # against the prefetching thread
+            for number in sorted(set(numbers.tolist())):
+                rows = numbers == number
+                order = permute(index[rows], self.shuffle_window, draws((self.seed, number), 12))
+                tokens[rows] = self.group(number)[order]
         tokens = torch.from_numpy(tokens)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
-    def _group(self, k):
-        """The tokens of group k; from now on the one after it is in the making."""
-        while k not in self.groups:
-            known = max(n for n in self.starts if n <= k)
-            if self.next is None or not known <= self.next[0] <= k:
-                iterator = self.text.pieces(self.starts[known], self.shuffle_window * self.block_size)
-                self.next = known, iterator, self.reader.submit(next, iterator)
-            n, iterator, future = self.next
-            self.next = None
+    def group(self, number):
+        """Return the tokens of a group, and start to make the next one in a thread."""
+        shape, size = (self.shuffle_window, self.block_size + 1), self.shuffle_window * self.block_size
+        while number not in self.groups:
+            nearest = max(n for n in self.starts if n <= number)
+            if self.following is None or not nearest <= self.following[0] <= number:
+                iterator = self.text.pieces(self.starts[nearest], size)
+                self.following = nearest, iterator, self.reader.submit(next, iterator)
+            n, iterator, future = self.following
+            self.following = None
             piece, self.starts[n + 1] = future.result()
-            self.next = n + 1, iterator, self.reader.submit(next, iterator)
-            self.groups = {m: group for m, group in self.groups.items() if m == n - 1}
-            self.groups[n] = np.lib.stride_tricks.as_strided(piece, (self.shuffle_window, self.block_size + 1),
-                                                             (piece.itemsize * self.block_size, piece.itemsize), writeable=False)
+            self.following = n + 1, iterator, self.reader.submit(next, iterator)
+            strides = piece.itemsize * self.block_size, piece.itemsize
+            windows = np.lib.stride_tricks.as_strided(piece, shape, strides, writeable=False)
+            self.groups = {m: tokens for m, tokens in self.groups.items() if m == n - 1} | {n: windows}
             for old in sorted(self.starts)[1:-100]:
                 del self.starts[old]
-        return self.groups[k]
+        return self.groups[number]
 
-    def position(self, step):
-        """What seek() needs to go on with this step, as plain values."""
-        window = step * self.batch_size * self.grad_accum * self.world_size + self.shift
+    def position(self, step: int) -> dict:
+        """Return what seek() needs to continue with this step, as plain values."""
+        window = step * self.rows_per_step + self.shift
         with self.lock:
-            known = max(n for n in self.starts if n * self.shuffle_window <= window)
-            return dict(window=window, shuffle_window=self.shuffle_window, group=known, start=list(self.starts[known]))
+            group = max(n for n in self.starts if n * self.shuffle_window <= window)
+            return dict(window=window, shuffle_window=self.shuffle_window, group=group, start=list(self.starts[group]))
 
-    def seek(self, position, step):
-        """Go on from a position at this step. The global batch may have another size than before: what was seen stays seen."""
-        position = position or dict(window=0, shuffle_window=self.shuffle_window, group=0, start=BEGINNING)  # the data were others before
+    def seek(self, position, step: int):
+        """Continue from a position at this step. Windows that were seen stay seen, whatever the global batch is now.
+
+        position  None begins with the first window, for a run that was on other data before
+        """
+        if position is None:
+            position = dict(window=0, shuffle_window=self.shuffle_window, group=0, start=BEGINNING)
         if position['shuffle_window'] != self.shuffle_window:
-            raise ValueError(f'shuffle_window={self.shuffle_window}: the checkpoint has shuffle_window={position["shuffle_window"]}, which cannot change')
-        self.starts[position['group']] = tuple(position['start'])
-        self.shift = position['window'] - step * self.batch_size * self.grad_accum * self.world_size
+            raise ValueError(f'shuffle_window={self.shuffle_window}: the checkpoint has '
+                             f'shuffle_window={position["shuffle_window"]}, which cannot change')
+        if len(position['start']) == FIRST_EDITION:
+            print0('the checkpoint is of the first edition: reading the stream again from its first file')
+        else:
+            self.starts[position['group']] = tuple(position['start'])
+        self.shift = position['window'] - step * self.rows_per_step
 
-    def fingerprint(self):
+    def fingerprint(self) -> list[dict]:
         return [self.text.fingerprint()]
 
 
 class Head:
-    """The first windows of a Text in their order, held in memory, for evaluation.
+    """The first windows of a Text in order, held in memory, for evaluation.
 
-    n_windows   so many of them, or what the files hold if that is less; None: all
+    batch_size  windows that an evaluation takes at a time
+    n_windows   the number of windows, fewer if the text ends before; None = all
     """
 
-    def __init__(self, text, block_size, n_windows=None):
-        parts, size, wanted = [], 0, np.inf if n_windows is None else n_windows * block_size + 1
-        for ids, (epoch, *_) in text.encoded(*BEGINNING[:5]):
-            if epoch or size >= wanted:
+    def __init__(self, text: Text, block_size: int, n_windows: int | None = None, *, batch_size: int = 1):
+        self.block_size, self.batch_size = block_size, batch_size
+        n_wanted = np.inf if n_windows is None else n_windows * block_size + 1
+        documents, n_tokens = [], 0
+        for ids, (epoch, *_) in text.encoded(*BEGINNING[:3]):
+            if epoch or n_tokens >= n_wanted:
                 break
-            parts.append(ids)
-            size += len(ids)
-        self.block_size, self.tokens = block_size, np.concatenate(parts)[:None if n_windows is None else wanted]
+            documents.append(ids)
+            n_tokens += len(ids)
+        self.tokens = np.concatenate(documents)[:None if n_windows is None else n_wanted]
         self.n_windows = -(-(len(self.tokens) - 1) // block_size)
 
-    def windows(self, g):
-        """The windows numbered g, (K,) int64: x, y (K, T) int64; what the last one lacks is no target."""
+    def windows(self, g) -> Batch:
+        """Return the windows numbered g, (K,) int64. What the last one lacks is no target."""
         tokens = np.zeros((len(g), self.block_size + 1), dtype=np.int64)
-        target = np.zeros(tokens.shape, dtype=bool)
+        is_target = np.zeros(tokens.shape, dtype=bool)
         for row, n in enumerate(g.tolist()):
-            found = self.tokens[n * self.block_size:(n + 1) * self.block_size + 1]
-            tokens[row, :len(found)], target[row, :len(found)] = found, True
-        return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(np.where(target[:, 1:], tokens[:, 1:], IGNORE)))
+            window = self.tokens[n * self.block_size:(n + 1) * self.block_size + 1]
+            tokens[row, :len(window)], is_target[row, :len(window)] = window, True
+        y = np.where(is_target[:, 1:], tokens[:, 1:], IGNORE)
+        return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(y))
 
 
-def open_stream(dataset, tokenizer, *, stream_val, fields, errors, n_eval, block_size, **settings):
-    """(Stream of the training text, Head of it, Head of the validation text) of a dataset 'stream:PATH,PATH...'.
+def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors: str, n_eval: int, **settings):
+    """Return the Stream of the training text, a Head of it, and a Head of the validation text.
 
+    dataset      'stream:PATH,PATH...'
     tokenizer    its meta(), or the name that tokenizer_meta takes
-    stream_val   files and folders for validation, by commas; '' = the first file of the stream, which is then not trained on
-    fields       of corpus.readers, by commas
-    n_eval       windows in each Head; 0 = all of the validation text, and as many of the other
-    the rest     as in Stream
+    stream_val   files and folders for validation, separated by commas; '' holds out the first file of the stream
+    fields       of corpus.readers, separated by commas
+    n_eval       windows in each Head; 0 = the whole validation text, and as many of the other
+    settings     of Stream
     raises       FileNotFoundError, ValueError
     """
     tokenizer = load_tokenizer(tokenizer if isinstance(tokenizer, dict) else tokenizer_meta(tokenizer))
@@ -201,8 +238,12 @@ def open_stream(dataset, tokenizer, *, stream_val, fields, errors, n_eval, block
         raise ValueError(f'a {tokenizer.kind} tokenizer has no end-of-text to put between the documents of a stream')
     files = find_files(dataset.removeprefix('stream:').split(','))
     held_out = find_files(stream_val.split(',')) if stream_val else files[:1]
-    if not stream_val and len(files) < 2:
-        raise ValueError(f'dataset={dataset} is one file, which leaves none for validation: name text for that with --stream_val=PATH')
-    train, val = (Text(part, tokenizer, fields.split(','), errors) for part in (files if stream_val else files[1:], held_out))
-    val_head = Head(val, block_size, n_eval or None)
-    return Stream(train, block_size=block_size, **settings), Head(train, block_size, n_eval or val_head.n_windows), val_head
+    if not stream_val:
+        files = files[1:]
+    if not files:
+        raise ValueError(f'dataset={dataset} is one file, which leaves none for validation: '
+                         'name text for that with --stream_val=PATH')
+    train, val = (Text(part, tokenizer, fields.split(','), errors) for part in (files, held_out))
+    size = dict(block_size=settings['block_size'], batch_size=settings['batch_size'])
+    val_head = Head(val, n_windows=n_eval or None, **size)
+    return Stream(train, **settings), Head(train, n_windows=n_eval or val_head.n_windows, **size), val_head
