@@ -156,7 +156,7 @@ def test_a_run_on_raw_text_that_was_stopped_ends_with_the_same_weights(shards, t
     flags = (*TINY, f'--dataset=stream:{shards[0]}', '--tokenizer=byte', '--shuffle_window=10', '--dropout=0.1')
     code, out, err, metrics = train_here(*flags, out_dir=tmp_path / 'whole')
     assert code == 0, err
-    assert 'tokens made on the way, 128 a step' in out and metrics[-1]['val_bpb'] < metrics[0]['val_bpb']
+    assert 'encoded while training' in out and metrics[-1]['val_bpb'] < metrics[0]['val_bpb']
     assert train_here(*flags, '--max_iters=13', '--eval_interval=13', out_dir=tmp_path / 'two')[0] == 0
     code, out, err, _ = train_here('--init_from=resume', '--max_iters=20', '--eval_interval=5', '--device=cpu', out_dir=tmp_path / 'two')
     assert code == 0 and 'not the data that' not in out, err

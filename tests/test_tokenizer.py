@@ -1,19 +1,14 @@
 """tokens/tokenizer.py against tiktoken's own GPT-2, and what read_meta makes of honest and hostile folders."""
 import hashlib
 import json
-import os
-import pickle
-import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train_tokenizer import corpus
 
 from corpus.train_tokenizer import save_tokenizer, train_bpe
-from tokens.dataset import read_meta
 from tokens.tokenizer import (
     GPT2_META,
     SPECIAL_TOKENS,
@@ -235,148 +230,6 @@ def test_bpe_meta_of_the_least():
 def test_meta_that_describes_no_tokenizer(meta):
     with pytest.raises(ValueError):
         load_tokenizer(meta)
-
-
-def write_meta(folder, **changes):
-    meta = {'format': 1, 'dtype': 'uint16', 'vocab_size': 3, 'tokenizer': {'kind': 'char', 'chars': 'abc'}, 'source': 'test',
-            'splits': {'train': {'tokens': 4, 'bytes': 4, 'documents': 1,
-                                 'shards': [{'file': 'train.bin', 'tokens': 4, 'crc32': 7}]}}}
-    (folder / 'train.bin').write_bytes(bytes(8))
-    (folder / 'meta.json').write_text(json.dumps(meta | changes), encoding='utf-8')
-    return meta
-
-
-def test_meta_json_is_read_as_written(tmp_path):
-    meta = write_meta(tmp_path)
-    assert read_meta(tmp_path) == meta | {'origin': 'meta.json'}
-
-
-def split(**changes):
-    return {'train': {'tokens': 4, 'bytes': 4, 'documents': 1, 'shards': [{'file': 'train.bin', 'tokens': 4}]} | changes}
-
-
-def shard(**changes):
-    return split(shards=[{'file': 'train.bin', 'tokens': 4, 'crc32': 7} | changes])
-
-
-@pytest.mark.parametrize('key, changes', [
-    ('packing this dataset was interrupted', {'unfinished': True}),
-    ('format must be 1', {'format': 2}),
-    ('dtype must be', {'dtype': 'int8'}),
-    ('dtype must be', {'dtype': ['uint16']}),
-    ('vocab_size must be 3', {'vocab_size': 4}),
-    ('tokenizer: ', {'tokenizer': {'kind': 'char', 'chars': 'aab'}}),
-    ('tokenizer: ', {'tokenizer': None}),
-    ("dtype must be 'uint32' for", {'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(70000, 140000)))},
-                                    'vocab_size': 70000}),
-    ('source must be', {'source': 1}),
-    ('splits must be', {'splits': {}}),
-    ('splits must be', {'splits': split() | {'te\nst': {}}}),
-    ('splits.train.shards must be', {'splits': split(shards=[])}),
-    ('splits.train.shards[0].file must be', {'splits': shard(file='../train.bin')}),
-    ('splits.train.shards[0].file must be', {'splits': shard(file='/etc/passwd')}),
-    ('splits.train.shards[0].file must be', {'splits': shard(file='a\\b.bin')}),
-    ('splits.train.shards[0].tokens must be', {'splits': shard(tokens=4.0)}),
-    ('splits.train.shards[0].crc32 must be', {'splits': shard(crc32=2 ** 32)}),
-    ('splits.train.bytes must be', {'splits': split(bytes=-1)}),
-    ('splits.train.tokens must be 4', {'splits': split(tokens=5)}),
-])
-def test_meta_json_that_does_not_fit_is_one_line_with_file_and_key(tmp_path, key, changes):
-    write_meta(tmp_path, **changes)
-    with pytest.raises(ValueError, match=re.escape(f'{tmp_path / "meta.json"}: {key}')) as caught:
-        read_meta(tmp_path)
-    assert '\n' not in str(caught.value)
-
-
-@pytest.mark.parametrize('text', ['', '[1]', '{"format": 1', '[' * 100_000, '\xff'])
-def test_meta_json_that_is_no_object(tmp_path, text):
-    write_meta(tmp_path)
-    (tmp_path / 'meta.json').write_text(text, encoding='latin-1')
-    with pytest.raises(ValueError, match='meta.json'):
-        read_meta(tmp_path)
-
-# -----------------------------------------------------------------------------
-# folders of nanoGPT and llm.c
-
-def nanogpt_folder(folder, meta=None):
-    np.array([0, 1, 2, 1], dtype=np.uint16).tofile(folder / 'train.bin')
-    np.array([2, 2], dtype=np.uint16).tofile(folder / 'val.bin')
-    if meta is not None:
-        (folder / 'meta.pkl').write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
-
-
-@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
-def test_honest_meta_pkl(tmp_path, protocol):
-    chars = '\n \u00e9'
-    meta = {'vocab_size': 3, 'itos': dict(enumerate(chars)), 'stoi': {char: i for i, char in enumerate(chars)}}
-    nanogpt_folder(tmp_path, pickle.dumps(meta, protocol))
-    found = read_meta(tmp_path)
-    assert found['tokenizer'] == {'kind': 'char', 'chars': chars} and found['vocab_size'] == 3 and found['origin'] == 'meta.pkl'
-    assert found['splits']['train'] == {'tokens': 4, 'bytes': None, 'documents': None,
-                                        'shards': [{'file': 'train.bin', 'tokens': 4, 'crc32': None}]}
-    assert found['splits']['val']['tokens'] == 2
-
-
-class Hostile:
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
-def test_hostile_meta_pkl_runs_nothing(tmp_path, protocol):
-    nanogpt_folder(tmp_path, pickle.dumps({'itos': Hostile(os.system, (f'touch {tmp_path}/ran',))}, protocol))
-    with pytest.raises(ValueError, match=r"meta.pkl: not a meta.pkl of nanoGPT: it asks for '\w+.system', and only plain values"):
-        read_meta(tmp_path)
-    assert not (tmp_path / 'ran').exists()
-
-
-@pytest.mark.parametrize('meta', [
-    b'', b'garbage', b'\x80\x05K\x01', [], {'itos': {}}, {'itos': {0: 'a', 2: 'b'}}, {'itos': {0: 'ab'}, 'stoi': {'ab': 0}},
-    {'itos': {0: 'a', 1: 'a'}, 'stoi': {'a': 1}}, {'itos': {0: 'a'}, 'stoi': {'b': 0}}, {'itos': {False: 'a'}, 'stoi': {'a': 0}},
-    {'itos': {0: '\ud800'}, 'stoi': {'\ud800': 0}}, {'itos': {0: Hostile(bytearray, (10 ** 12,))}},
-], ids=repr)
-def test_unfit_meta_pkl_is_one_line(tmp_path, meta):
-    nanogpt_folder(tmp_path, meta)
-    with pytest.raises(ValueError, match='meta.pkl: ') as caught:
-        read_meta(tmp_path)
-    assert '\n' not in str(caught.value)
-
-
-def test_without_any_meta_the_ids_are_gpt2s(tmp_path):
-    nanogpt_folder(tmp_path)
-    found = read_meta(tmp_path)
-    assert found['origin'] == 'none' and found['tokenizer']['kind'] == 'gpt2' and found['vocab_size'] == 50257
-
-
-def test_shards_of_llmc_are_counted_without_their_header(tmp_path):
-    for i in (1, 0):
-        header = np.zeros(256, dtype=np.int32)
-        header[:3] = 20240520, 1, 5
-        (tmp_path / f'train_{i:06d}.bin').write_bytes(header.tobytes() + np.arange(5, dtype=np.uint16).tobytes())
-    train = read_meta(tmp_path)['splits']['train']
-    assert train['tokens'] == 10 and [shard['file'] for shard in train['shards']] == ['train_000000.bin', 'train_000001.bin']
-
-
-def test_odd_number_of_bytes(tmp_path):
-    (tmp_path / 'train.bin').write_bytes(b'abc')
-    with pytest.raises(ValueError, match='train.bin: 3 bytes is no whole number of uint16 tokens'):
-        read_meta(tmp_path)
-
-
-def test_dataset_that_is_not_prepared(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError) as caught:
-        read_meta('data/absent')
-    assert str(caught.value) == 'data/absent/train.bin is missing: a dataset is a folder with train.bin and val.bin'
-    folder = tmp_path / 'data/shakespeare_char'
-    folder.mkdir(parents=True)
-    (folder / 'prepare.py').touch()
-    with pytest.raises(FileNotFoundError) as caught:
-        read_meta('data/shakespeare_char')
-    assert str(caught.value) == 'data/shakespeare_char is not prepared: run python data/shakespeare_char/prepare.py'
 
 # -----------------------------------------------------------------------------
 # tokenizer.json

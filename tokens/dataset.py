@@ -7,20 +7,17 @@
 """
 
 import difflib
-import io
 import os
-import pickle
-import pickletools
 import re
 import threading
 import zlib
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from files import print0, read_json
+from files import read_json
+from tokens.metapkl import is_count, need, read_meta_pkl
 from tokens.tokenizer import GPT2_META, fingerprint, vocab_size_of
 
 DTYPE_LIMIT = {'uint16': 2**16, 'uint32': 2**32}
@@ -126,15 +123,6 @@ def split_entry(shards, n_bytes=None, n_documents=None):
     return {'tokens': n_tokens, 'bytes': n_bytes, 'documents': n_documents, 'shards': shards}
 
 
-def need(condition, where, requirement):
-    if not condition:
-        raise ValueError(f'{where} must be {requirement}')
-
-
-def is_count(value):
-    return type(value) is int and value >= 0
-
-
 def meta_of_nanogpt(folder):
     """Return the meta of a folder of nanoGPT or llm.c, where only file sizes and headers say what it holds."""
     splits, dtypes = {}, {}
@@ -191,98 +179,6 @@ def read_header(path):
     if len(header) < 256 or not 20230000 < header[0] < 20400000 or header[3:].any():
         return None
     return tuple(header[:3].tolist())
-
-
-# -----------------------------------------------------------------------------
-# nanoGPT's meta.pkl
-
-
-def read_meta_pkl(path) -> dict:
-    """Return the tokenizer meta of nanoGPT's meta.pkl: {'vocab_size'} and perhaps 'itos' and 'stoi'."""
-    try:
-        data = Path(path).read_bytes()
-        check_opcodes(data)
-        meta = PlainUnpickler(io.BytesIO(data)).load()
-    except OSError:
-        raise
-    except Exception as error:  # broken bytes raise nearly any exception in there
-        raise ValueError(f'{path}: not a meta.pkl of nanoGPT: {error or type(error).__name__}') from None
-    need(type(meta) is dict, f'{path}: its value', 'a dict')
-    vocab_size, itos, stoi = meta.get('vocab_size'), meta.get('itos'), meta.get('stoi')
-    need('vocab_size' not in meta or is_count(vocab_size) and 0 < vocab_size <= 2**32, f'{path}: vocab_size',
-         'a number from 1 to 2**32')
-    need(itos is not None or vocab_size, f'{path}: itos or vocab_size', 'there')
-    if itos is None:
-        return {'kind': 'ids', 'vocab_size': vocab_size}
-
-    if type(itos) is dict:
-        need(set(map(type, itos)) == {int} and sorted(itos) == list(range(len(itos))), f'{path}: itos',
-             'a dict from the ids 0, 1, 2 and so on to strings')
-        itos = [itos[i] for i in range(len(itos))]
-    need(type(itos) is list and itos and all(type(token) is str for token in itos), f'{path}: itos',
-         'a dict or a list of strings')
-    id_of = {token: i for i, token in enumerate(itos)}
-    need(stoi in (None, id_of) and len(id_of) == len(itos), f'{path}: stoi', 'the inverse of itos')
-    need(vocab_size in (None, len(itos)), f'{path}: vocab_size', f'{len(itos)}, the number of strings in itos')
-    if all(len(token) == 1 for token in itos):
-        tokenizer = {'kind': 'char', 'chars': ''.join(itos)}
-    else:
-        tokenizer = {'kind': 'itos', 'itos': itos}
-    try:
-        vocab_size_of(tokenizer)
-    except ValueError as error:
-        raise ValueError(f'{path}: itos: {error}') from None
-    return tokenizer
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Read dict, list, str, numbers and NumPy integers. A pickle runs code only through names that it imports."""
-
-    def find_class(self, module, name):
-        if (module, name) == ('numpy', 'dtype'):
-            return IntegerDtype
-        if (module, name) in (('numpy._core.multiarray', 'scalar'), ('numpy.core.multiarray', 'scalar')):
-            return read_integer
-        raise pickle.UnpicklingError(f'it asks for {f"{module}.{name}"!r}, and only plain values are read')
-
-
-class IntegerDtype:
-    """Stand in for numpy.dtype. Arguments and state hold no tuples, as check_opcodes relies on."""
-
-    def __init__(self, code, *flags):
-        if type(code) is not str or not re.fullmatch('[iu][1248]', code) or not set(map(type, flags)) <= {bool}:
-            raise pickle.UnpicklingError('only integers of NumPy are read')
-        self.code, self.order = code, '<'
-
-    def __setstate__(self, state):
-        if any(type(value) is tuple for value in state) or state[1] not in ('<', '>', '|'):
-            raise pickle.UnpicklingError('only integers of NumPy are read')
-        self.order = state[1]
-
-
-def read_integer(dtype, data):
-    """Stand in for numpy._core.multiarray.scalar."""
-    if type(dtype) is not IntegerDtype or type(data) is not bytes:
-        raise pickle.UnpicklingError('only integers of NumPy are read')
-    return int(np.frombuffer(data, dtype.order + dtype.code)[0])
-
-
-def check_opcodes(data):
-    """Refuse a pickle that takes forever to read.
-
-    Hashing a dict key made of tuples nested 60 deep visits 2**60 leaves. Here a tuple is only an argument of one of
-    the classes above. A memo index beyond the file's length makes the unpickler allocate that much memory.
-    """
-    names = []
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
-            if argument is not None and int(argument) > len(data):
-                raise ValueError(f'memo index {argument}')
-        else:
-            names.append(opcode.name)
-    for name, following in pairwise(names):
-        if 'TUPLE' in name and following not in ('REDUCE', 'BUILD'):
-            raise ValueError('it holds tuples, and only plain values are read')
 
 
 # -----------------------------------------------------------------------------
@@ -451,16 +347,20 @@ class Split:
         return dict(tokens=[shard.n_tokens for shard in self.shards], crc32=list(self.checksums),
                     vocab_size=self.vocab_size, tokenizer=fingerprint(self.tokenizer))
 
+    def describe_checksums(self) -> str:
+        """Say how many shards verify() can check."""
+        n_known = sum(crc is not None for crc in self.checksums)
+        if not n_known:
+            return (f'{self.folder}, {self.split}: no checksums are known, so nothing is verified: '
+                    'prepare the dataset with corpus.pack, which writes them to meta.json')
+        return (f'{self.folder}, {self.split}: verifying {self.n_tokens:,} tokens, '
+                f'{n_known} of {len(self.shards)} shards have a checksum')
+
     def verify(self):
-        """Read every shard against its checksum and print how many have one. ValueError names an altered shard."""
-        known = [(shard, crc) for shard, crc in zip(self.shards, self.checksums, strict=True) if crc is not None]
-        if not known:
-            print0(f'{self.folder}, {self.split}: no checksums are known, so nothing is verified: '
-                   'prepare the dataset with corpus.pack, which writes them to meta.json')
-        else:
-            print0(f'{self.folder}, {self.split}: reading {self.n_tokens:,} tokens, '
-                   f'{len(known)} of {len(self.shards)} shards have a checksum')
-        for shard, expected in known:
+        """Read every shard against its checksum. ValueError names an altered shard."""
+        for shard, expected in zip(self.shards, self.checksums, strict=True):
+            if expected is None:
+                continue
             crc = 0
             for start in range(0, shard.n_tokens, 1 << 22):
                 crc = zlib.crc32(shard.tokens[start:start + (1 << 22)], crc)

@@ -71,6 +71,7 @@ def open_data(settings: dict, place, grad_accum: int, rows: int, tokenizer) -> T
     describe_origin(train.splits)
     if settings['verify_data']:
         for split in (*train.splits, *evals[1].loader.splits):
+            print0(split.describe_checksums())
             distributed.once_a_node(split.verify, place)
     return TrainingData(train, *evals, style=style_of(dataset, train.splits), name=dataset)
 
