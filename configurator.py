@@ -8,19 +8,20 @@ A script calls this under its __main__ guard, before it binds other plain names 
     with one_line_errors():
         explicit = configure(globals())
 
-A setting is a module-level name, without leading underscore and not ALL_CAPS, that holds a bool, int, float or str.
-The default's type is what it accepts, unless an annotation says more; None needs one:
+A setting is a module-level name, lower case and without leading underscore, that holds a bool, int, float or
+str. It accepts the type of its default, or what an annotation says; None needs one:
 
     top_k: int | None = 200
     compile: bool | Literal['auto'] = 'auto'
 
-A config file whose settings follow from others has a function for that, which is called once the flags are known:
+A config file whose settings follow from others defines a function, which is called once the flags are known:
 
     def derive(depth: int = 12, head_dim: int = 128, max_iters=None):
         return dict(n_layer=depth, n_head=depth * 64 // head_dim, ...)
 
-Its parameters are settings of the script, or with an annotation settings of the file's own that flags may give as well. Each gets what a
-flag or a file says, else its default here, else the script's. What it returns wins over the files so far, and flags win over that.
+A parameter with an annotation is a setting of the file's own, which flags may give as well; any other is a
+setting of the script. Its value is the flag's or file's, else its default here, else the script's. The
+settings that derive() returns override the files, and flags override them.
 """
 
 import ast
@@ -43,12 +44,12 @@ WORDS = {bool: 'True, False', int: 'a whole number', float: 'a number', str: 'te
 BOOLS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
 
 
-def configure(settings, argv=None):
-    """Override settings from the command line, by its config files in their order and then by its flags; print what changed.
+def configure(settings: dict, argv: list[str] | None = None) -> set[str]:
+    """Override settings by config files, in their order, and then by flags. Print the changes.
 
-    settings  the script's globals(), changed in place, and only if all of argv is right
+    settings  the script's globals(), changed in place, and only if all arguments are right
     argv      the arguments, sys.argv[1:] if None
-    returns   set of the names that a file or flag gave, even where it gave the default
+    returns   names of the settings that a file or flag gave, even if it gave the default
     raises    ValueError, FileNotFoundError: one line with source, name, value and what is accepted
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -56,12 +57,13 @@ def configure(settings, argv=None):
         print(help_text(settings), flush=True)
         raise SystemExit(0)
     accepted, defaults, given = accepted_by(settings), config_of(settings), {}
-    known = dict(accepted)  # and what the files add for their own use
+    known = dict(accepted)  # with the settings of the files' own
     for file in parse(argv, known, strict=False)[0]:
         values, derive = read_config(file, settings.get('__file__', ''), {**defaults, **given}, accepted)
         given.update(values)
         known = {**own_settings(derive), **known}
-        given.update(call_derive(file, derive, given, parse(argv, known, strict=False)[1], defaults, accepted))
+        _, flags = parse(argv, known, strict=False)
+        given.update(call_derive(file, derive, given, flags, defaults, accepted))
     _, flags = parse(argv, known)
     given.update((name, value) for name, value in flags.items() if name in accepted)
     settings.update(given)
@@ -71,24 +73,24 @@ def configure(settings, argv=None):
     return set(given)
 
 
-def config_of(settings):
-    """The plain name -> value dict of all settings, to print or to store."""
+def config_of(settings: dict) -> dict:
+    """Return the values of all settings by name."""
     return {name: settings[name] for name in accepted_by(settings)}
 
 
 # -----------------------------------------------------------------------------
-# what a setting accepts
+# accepted values
 
 
-def accepted_by(settings):
-    """name -> list of the types and literal strings that it accepts, for every setting in a script's globals()."""
+def accepted_by(settings: dict) -> dict[str, list]:
+    """Return the types and literal strings that each setting in a script's globals() accepts."""
     annotated = types.SimpleNamespace(__annotations__=settings.get('__annotations__', {}))
-    hints = typing.get_type_hints(annotated, settings)  # they are strings under `from __future__ import annotations`
+    hints = typing.get_type_hints(annotated, settings)  # resolves `from __future__ import annotations`
     accepted = {}
     for name, value in settings.items():
-        if name.startswith('_') or name.isupper() or type(value) not in WORDS or (value is None and name not in hints):
-            continue
-        accepted[name] = options_of(hints.get(name, type(value)))
+        is_setting = type(value) in WORDS and (value is not None or name in hints)
+        if is_setting and not name.startswith('_') and not name.isupper():
+            accepted[name] = options_of(hints.get(name, type(value)))
     return accepted
 
 
@@ -105,7 +107,7 @@ def phrase(options):
 
 
 def from_text(text, options):
-    """The value that a flag's text stands for; the text itself where it stands for no other."""
+    """Return the value that the text of a flag stands for, or the text itself."""
     if bool in options and text in BOOLS:
         return BOOLS[text]
     if types.NoneType in options and text == 'None':
@@ -117,10 +119,10 @@ def from_text(text, options):
     return text
 
 
-def checked(value, options, source):
-    """The value as the setting holds it, a plain one: 1 as 1.0 where a float is due, 1e3 as 1000 where an int is.
+def checked(value, options: list, source: str):
+    """Return the value in the type of the setting: 1 as 1.0 for a float, 1e3 as 1000 for an int.
 
-    source  names it in the error: '--dtype=bf16' or "config/x.py: dtype = 'bf16'"
+    source  the value's origin for the error: '--dtype=bf16' or "config/x.py: dtype = 'bf16'"
     """
     if isinstance(value, str) and (str in options or value in options):
         return str(value)
@@ -133,24 +135,26 @@ def checked(value, options, source):
         if float in options and value == value:  # nan is not
             with contextlib.suppress(OverflowError):
                 return float(value)
-    near = nearest(str(value), [option for option in options if isinstance(option, str)], '; did you mean {}?')
+    words = [option for option in options if isinstance(option, str)]
+    near = nearest(str(value), words, '; did you mean {}?')
     raise ValueError(f'{source}: accepted {phrase(options)}{near}')
 
 
 def nearest(word, choices, remedy, otherwise=''):
-    """The remedy with the choice that looks most like the word in it."""
+    """Return the remedy with the choice that is spelled most like the word; `otherwise` if none is close."""
     near = difflib.get_close_matches(word, choices, n=1)
     return remedy.format(near[0]) if near else otherwise
 
 
 # -----------------------------------------------------------------------------
-# where settings are given
+# flags and config files
 
 
 def parse(argv, accepted, strict=True):
-    """The command line -> (config files in order, name -> value of each flag, the last of several winning).
+    """Split the command line into config files, in order, and flags by name. The last of several equal
+    flags wins.
 
-    strict  False passes over flags that are not accepted: the files may add to what is
+    strict  False: skip unknown flags, which may belong to the files
     """
     files, flags, rest = [], {}, list(argv)
     while rest:
@@ -165,12 +169,13 @@ def parse(argv, accepted, strict=True):
                 rest.pop(0)
             continue
         if not key.startswith('--') or name not in accepted:
-            raise ValueError(f'{key}: unknown setting' + nearest(name, accepted, ', did you mean --{}?', ', --help lists all'))
+            near = nearest(name, accepted, ', did you mean --{}?', ', --help lists all')
+            raise ValueError(f'{key}: unknown setting{near}')
         options = accepted[name]
         if not equals:
             following = rest[0] if rest and not rest[0].startswith('--') else None
             if bool in options and following not in (*BOOLS, 'None', *options):
-                text = 'True'  # a bare --flag, and what follows may be a config file
+                text = 'True'  # a bare --flag; the next word may be a config file
             elif following is None:
                 raise ValueError(f'{key}: no value, write {key}=VALUE: accepted {phrase(options)}')
             else:
@@ -180,47 +185,58 @@ def parse(argv, accepted, strict=True):
 
 
 def read_config(file, script, current, accepted):
-    """Run a config file with the current settings in sight; returns name -> value of those that it gives, and its derive() or None.
+    """Run a config file that sees the current settings. Return the values that it gives by name, and its
+    derive().
 
-    Its imports, functions, classes and names that begin with an underscore are its own; any other unknown name is an error.
+    Imports, functions, classes and names with a leading underscore are the file's own. Any other unknown
+    name is an error.
     """
     folder = os.path.dirname(script)
     path = next(filter(os.path.isfile, (file, os.path.join(folder, file))), None)
     if path is None:
         stems = [p.stem for base in ('', folder) for p in Path(base, 'config').glob('*.py')]
-        raise FileNotFoundError(f'{file}: no such config file' + nearest(Path(file).stem, stems, ', did you mean config/{}.py?'))
+        near = nearest(Path(file).stem, stems, ', did you mean config/{}.py?')
+        raise FileNotFoundError(f'{file}: no such config file{near}')
     source = Path(path).read_bytes()
     try:
         symbols = symtable.symtable(source, path, 'exec').get_symbols()
         result = runpy.run_path(path, init_globals=current)
     except (Exception, SystemExit) as e:
         raise ValueError(where(file, path, e)) from e
-    # Given is what it assigns, be it the default, and what an `import *` changed.
+    # a file gives the settings that it assigns, even the default, and those that an `import *` changed
     assigned = [symbol.get_name() for symbol in symbols if symbol.is_assigned()]
     for name in assigned:
-        own = name.startswith('_') or name not in result or callable(result[name]) or isinstance(result[name], types.ModuleType)
-        if name not in accepted and not own:
+        value = result.get(name)
+        is_own = name.startswith('_') or name not in result or callable(value) or inspect.ismodule(value)
+        if name not in accepted and not is_own:
             near = nearest(name, accepted, ', did you mean {}?', ' (a name of its own begins with _)')
             raise ValueError(f'{file}: unknown setting {name}{near}')
-    values = {name: checked(result[name], accepted[name], f'{file}: {name} = {result[name]!r}')
-              for name in current if name in result and (name in assigned or result[name] is not current[name])}
-    return values, result.get('derive') if inspect.isfunction(result.get('derive')) else None
+    values = {}
+    for name in current.keys() & result.keys():
+        value = result[name]
+        if name in assigned or value is not current[name]:
+            values[name] = checked(value, accepted[name], f'{file}: {name} = {value!r}')
+    derive = result.get('derive')
+    return values, derive if inspect.isfunction(derive) else None
 
 
 def where(file, path, error):
-    """'config/x.py:3: ZeroDivisionError: division by zero', with the last line of the file that had a part in it."""
+    """'config/x.py:3: ZeroDivisionError: division by zero', with the last line of the file in the
+    traceback.
+    """
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    line = lines[-1] if lines else getattr(error, 'lineno', None)  # the latter of a SyntaxError
+    line = lines[-1] if lines else getattr(error, 'lineno', None)  # of a SyntaxError
     return f'{file}:{line or 1}: {type(error).__name__}: {getattr(error, "msg", error)}'
 
 
 def own_settings(derive):
-    """name -> what it accepts, of the annotated parameters of a file's derive()."""
-    return {name: options_of(hint) for name, hint in typing.get_type_hints(derive).items()} if derive else {}
+    """Return the accepted values of the annotated parameters of a file's derive()."""
+    hints = typing.get_type_hints(derive) if derive else {}
+    return {name: options_of(hint) for name, hint in hints.items()}
 
 
 def call_derive(file, derive, given, flags, defaults, accepted):
-    """name -> value of the settings that follow from the others."""
+    """Return the settings that follow from the others, by name."""
     if derive is None:
         return {}
     arguments = {}
@@ -234,16 +250,20 @@ def call_derive(file, derive, given, flags, defaults, accepted):
         raise ValueError(where(file, derive.__code__.co_filename, e)) from e
     for name in values:
         if name not in accepted:
-            raise ValueError(f'{file}: derive() gives {name}, an unknown setting{nearest(name, accepted, ", did you mean {}?")}')
-    return {name: checked(value, accepted[name], f'{file}: {name} = {value!r}') for name, value in values.items()}
+            near = nearest(name, accepted, ', did you mean {}?')
+            raise ValueError(f'{file}: derive() gives {name}, an unknown setting{near}')
+    return {name: checked(value, accepted[name], f'{file}: {name} = {value!r}')
+            for name, value in values.items()}
 
 
 # -----------------------------------------------------------------------------
-# what the user sees
+# --help
 
 
 def help_text(settings):
-    """The script's docstring, then its settings with default, comment and what they accept, under the comments above them."""
+    """Return the script's docstring and its settings: default, remark and accepted values, under their
+    headings.
+    """
     remarks = read_remarks(settings['__file__']) if '__file__' in settings else {}
     lines = [(settings.get('__doc__') or '').strip(), '', 'Settings, as flags or in a config file:']
     for name, options in accepted_by(settings).items():
@@ -256,11 +276,16 @@ def help_text(settings):
 
 
 def read_remarks(script):
-    """name -> (lines of the comment above it, the comment behind it) for every top-level assignment of a script."""
+    """Return the comment lines above, and the comment after, each top-level assignment of a script, by
+    name.
+    """
     with tokenize.open(script) as f:
         source = f.read()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip('#').strip() for token in tokens if token.type == tokenize.COMMENT}
+    comments = {}
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip('#').strip()
     lines, remarks = source.split('\n'), {}
     for node in ast.parse(source).body:
         start = node.lineno

@@ -90,8 +90,8 @@ def document_mask(documents, T, dtype):
 class KVCache:
     """Keys and values of the tokens seen so far: two (B, H, max_tokens, D) a layer, allocated once.
 
-    static  attend to all max_tokens slots, the empty ones masked, whenever one token is added: every token then
-            has the same shapes, and a compiled block serves them all
+    static  for one new token, attend to all max_tokens slots, the empty ones masked: every token then has the
+            same shapes, and one compiled block serves them all
     """
 
     def __init__(self, config, batch_size, max_tokens, device, dtype, static=False):
@@ -99,7 +99,8 @@ class KVCache:
         self.max_tokens = -(-max_tokens // 64) * 64 if static else max_tokens  # a multiple suits GPU kernels
         shape = batch_size, config.n_head, self.max_tokens, config.n_embd // config.n_head
         # zeros: a masked slot must not hold a NaN
-        self.kv = [[torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)] for _ in range(config.n_layer)]
+        kv = torch.zeros(config.n_layer, 2, *shape, device=device, dtype=dtype)
+        self.kv = [layer.unbind(0) for layer in kv]
         self.n_tokens = 0  # tokens stored; GPT.hidden() advances it after the last layer
         self.documents = torch.empty(batch_size, 0, dtype=torch.int64, device=device)  # of those tokens
 
@@ -107,28 +108,36 @@ class KVCache:
         """Return for each layer (keys, values, positions), where the next T tokens are stored and attend to.
 
         keys, values  (B, H, S, D)
-        positions     (T,) int64 of those tokens in them. Tensors only: a number would be compiled into the graph
+        positions     (T,) int64 of those tokens. A tensor: a number would be compiled into the graph
         """
         end = self.n_tokens + T
         S = self.max_tokens if self.static and T == 1 else end
         positions = torch.arange(self.n_tokens, end, device=self.documents.device)
         return [(keys[:, :, :S], values[:, :, :S], positions) for keys, values in self.kv]
 
-    def mask_empty(self, mask, dtype):
-        """Extend the mask of one token, (..., 1, n_tokens + 1) or None, over the empty slots of a static cache."""
-        device = self.documents.device
+    def mask_empty(self, mask, T, dtype):
+        """Return the mask for T tokens; with a static cache, extended over its empty slots for one token."""
+        if not self.static or T > 1:
+            return mask
         if mask is None:
-            mask = torch.zeros(1, self.n_tokens + 1, device=device, dtype=dtype)
+            mask = torch.zeros(1, self.n_tokens + 1, device=self.documents.device, dtype=dtype)
         return F.pad(mask, (0, self.max_tokens - mask.size(-1)), value=-math.inf)
 
 
-def sdpa_backends(device):
-    """Return a context in which cached decoding on CUDA uses no cuDNN attention, which would spend 23 to 37 ms on a
-    plan for each new length.
+@contextlib.contextmanager
+def decoding(context, cache):
+    """Settings under which the context, (B, T), is read in generation.
+
+    Prompts run eagerly, because each length would be compiled anew. On CUDA attention is never cuDNN's, which
+    spends 23 to 37 ms on a plan for each new length.
     """
-    if device.type != 'cuda':
-        return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    is_prompt = cache is not None and context.size(1) > 1
+    stance = torch.compiler.set_stance('force_eager') if is_prompt else contextlib.nullcontext()
+    backends = contextlib.nullcontext()
+    if context.device.type == 'cuda':
+        backends = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    with stance, backends:
+        yield
 
 
 # -----------------------------------------------------------------------------

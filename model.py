@@ -12,7 +12,6 @@ modern  rotary positions, query-key norm, ReLU squared, RMSNorm without weights 
 B batch, T tokens in a row, S tokens seen so far, C n_embd, H n_head, D = C / H, V vocab_size, L n_layer.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: keep each block's input only, recompute the rest
-        self.compiled = False  # whether compile_blocks() has been called
+        self.compiled = False  # by compile_blocks()
         self.loss_chunks = 'auto'  # how many chunks loss() computes the logits in; 'auto' = by their size
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.arch == 'gpt2':
@@ -230,9 +229,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         slots = [None] * self.config.n_layer
         if cache is not None:
-            slots = cache.slots(T)
-            if cache.static and T == 1:
-                mask = cache.mask_empty(mask, dtype)
+            slots, mask = cache.slots(T), cache.mask_empty(mask, T, dtype)
         for block, layer_slots in zip(self.transformer.h, slots, strict=True):
             if self.activation_checkpointing and self.training:
                 x = recompute(block, x, rotary, mask, layer_slots, use_reentrant=False)
@@ -248,9 +245,7 @@ class GPT(nn.Module):
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def forward(self, idx, targets=None, cache=None, documents=None):
-        """Return (logits, loss) as nanoGPT does: (B, T, V) and the mean cross entropy in nats, or without
-        targets the (B, 1, V) logits of the last position and None. Targets of -100 do not count.
-        """
+        """Return (logits, loss) as nanoGPT does: (B, T, V), or without targets (B, 1, V) and no loss."""
         x = self.hidden(idx, cache, documents)
         if targets is None:
             return self.head(x[:, -1:]), None
@@ -258,10 +253,7 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=kernels.IGNORE)
 
     def loss(self, idx, targets, documents=None):
-        """Return the sum of the cross entropies over all targets in nats, 0-d float32. For training.
-
-        The logits, the largest tensor of a step, are computed in chunks of rows and never returned.
-        """
+        """Return the summed cross entropy of all targets, 0-d float32, without keeping the logits."""
         x, targets = self.hidden(idx, documents=documents).flatten(0, 1), targets.flatten()
         n_rows = kernels.loss_chunk_rows(len(targets), self.loss_chunks, self.lm_head.weight)
         if n_rows < len(targets):
@@ -271,7 +263,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def score(self, idx, targets, documents=None) -> Scores:
-        """Return the cross entropy of each target, and whether its logit is the largest. For evaluation."""
+        """Return the cross entropy of each target, and whether its logit is the largest, for evaluation."""
         is_target = targets != kernels.IGNORE  # (B, T)
         x, wanted = self.hidden(idx, documents=documents)[is_target], targets[is_target]  # (N, C), (N,)
         n_rows = kernels.loss_chunk_rows(len(wanted), self.loss_chunks, self.lm_head.weight)
@@ -287,15 +279,12 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Count the parameters; without the position embedding by default, as nanoGPT counts them."""
         n = sum(p.numel() for p in self.parameters())
-        if non_embedding and self.config.arch == 'gpt2':
-            n -= self.transformer.wpe.weight.numel()
-        return n
+        has_wpe = self.config.arch == 'gpt2'
+        return n - self.transformer.wpe.weight.numel() if non_embedding and has_wpe else n
 
     def flops_per_token(self, T: int | None = None) -> int:
-        """Floating-point operations of a forward and backward pass, per token of a row of T tokens.
-
-        A weight of a matrix costs a multiplication and an addition forward and twice that backward. So does
-        each of the T x C products of scores and of values in a layer, causal or not (arXiv:2204.02311).
+        """Floating-point operations of a training step per token of a row of T: 6 for each weight of a
+        matrix, 12 for each of the T x C products of attention in a layer (arXiv:2204.02311).
         """
         n_weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * n_weights + 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
@@ -317,10 +306,9 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder, dropout=0.0, block_size=None, dtype=None):
         """Load one of GPT-2's four sizes, a folder in transformers' format, or an .npz file, on the CPU.
 
-        name_or_folder  gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path
-        block_size      keep the first positions only; None = all
-        dtype           of the parameters, converted one by one as they are read; None = torch.float32
-        raises          ValueError, OSError for a model that is missing, damaged or of another architecture
+        block_size  keep the first positions only; None = all
+        dtype       of the parameters, converted one by one as they are read; None = torch.float32
+        raises      ValueError, OSError for a model that is missing, damaged or of another architecture
         """
         from weights import pretrained  # imported here: model.py and kernels.py suffice to train
         path = pretrained.find(name_or_folder)
@@ -342,15 +330,12 @@ class GPT(nn.Module):
         return pretrained.save(self, folder, tokenizer)
 
     def pack(self, quantize: str | None = None):
-        """Lay the matrices out for fast generation on a CPU. The model can then be neither trained nor saved.
-
-        quantize  None: bfloat16 weights in oneDNN's layout. 'int8': one byte a weight, one scale an output
-        """
+        """Lay the matrices out for fast generation on a CPU, in bfloat16 or in 'int8': for inference only."""
         kernels.pack_linears(self, quantize)
         return self
 
     def compile_blocks(self):
-        """Compile the blocks for generation: one graph for all of them and for every token after the prompt."""
+        """Compile the blocks for generation: one graph for all of them, and for every token."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self.compiled = True
@@ -377,13 +362,13 @@ class GPT(nn.Module):
         if idx.size(1) < limit:
             n_tokens = min(limit, idx.size(1) + max_new_tokens)
             dtype = kernels.compute_dtype(self.transformer.wte.weight)
-            cache = kernels.KVCache(self.config, idx.size(0), n_tokens, idx.device, dtype, static=self.compiled)
+            cache = kernels.KVCache(self.config, idx.size(0), n_tokens, idx.device, dtype, self.compiled)
         for _ in range(max_new_tokens):
             if cache is not None and cache.n_tokens + new.size(1) > limit:
                 cache = None
             context = new if cache is not None else idx[:, -limit:]  # (B, T)
             context_documents = None if documents is None else documents[:, -context.size(1):]
-            with decoding_context(context, cache):
+            with kernels.decoding(context, cache):
                 logits, _ = self(context, cache=cache, documents=context_documents)
             next_id = draw(logits[:, -1, :vocab_size], temperature, top_k, top_p)  # (B,)
             new = next_id[:, None]
@@ -397,15 +382,6 @@ class GPT(nn.Module):
         new = self.stream(idx, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                           vocab_size=vocab_size)
         return torch.cat([idx, *(next_id[:, None] for next_id in new)], dim=1)
-
-
-@contextlib.contextmanager
-def decoding_context(context, cache):
-    """Pin the attention kernels of cached decoding, and read prompts eagerly: each length would be compiled anew."""
-    is_prompt = cache is not None and context.size(1) > 1
-    stance = torch.compiler.set_stance('force_eager') if is_prompt else contextlib.nullcontext()
-    with stance, kernels.sdpa_backends(context.device):
-        yield
 
 
 def draw(logits, temperature, top_k, top_p):

@@ -423,7 +423,7 @@ def test_one_line_errors_passes_results_through():
 def test_memory_that_is_not_there_is_one_line(error, capsys):
     with pytest.raises(SystemExit) as end, one_line_errors():
         raise error
-    assert end.value.code == 2 and capsys.readouterr().err.startswith('not enough memory for this: use a smaller model, batch or row')
+    assert end.value.code == 2 and capsys.readouterr().err.startswith('not enough memory: use a smaller model, batch or block_size')
 
 
 def test_other_errors_of_ours_keep_their_traceback():
