@@ -281,7 +281,7 @@ def test_objects_in_a_file_are_refused_with_the_reason(tmp_path, value, name):
 def test_files_of_torch_before_1_6_are_refused_with_the_reason(tmp_path):
     torch.save(nanogpt(new_model()), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=False)
     message = error_of(checkpoint.load, tmp_path / 'ckpt.pt')
-    assert 'is in the format of torch before 1.6' in message and message.endswith('save it anew with torch.save')
+    assert 'is in the format of torch before 1.6' in message and 'save it anew with torch.save' in message
     with pytest.raises(ValueError, match='before 1.6'):
         checkpoint.load_newest(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt'], 'a sound file keeps its name'
