@@ -237,7 +237,7 @@ def open_tokenizer(name):
     if path.suffix != '.pt':
         return load_tokenizer(tokenizer_meta(name))
     import checkpoint
-    meta = checkpoint.read(path, mmap=True).get('tokenizer')
+    meta = checkpoint.read(path).get('tokenizer')
     if meta is None:
         raise ValueError(f'{path} does not name its tokenizer: use --tokenizer=gpt2 if its model is GPT-2')
     return load_tokenizer(meta)
