@@ -10,9 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, pack_chars, run_here, sentences
+from conftest import (
+    ROOT,
+    TINY,
+    differences,
+    pack_chars,
+    read_checkpoint,
+    run_here,
+    sentences,
+    train_here,
+)
 
 import bench
+from configurator import config_of, configure
+from dev import compare
+from model import GPT, GPTConfig
+from optim import OptimizerSettings
+from tokens.loader import Loader
 
 SMALL = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=65', '--batch_size=2', '--device=cpu', '--dtype=float32')
 STEP = (*SMALL, '--warmup_steps=1', '--steps=3')
@@ -37,8 +51,8 @@ def test_step(arch, optimizer):
     assert result['flops_per_token'] == 6 * (2 * 12 * 16 * 16 + 65 * 16) + 12 * 2 * 16 * 16
     assert result['loss'] == pytest.approx(math.log(65), abs=0.5)
     assert result['mfu'] is None  # nobody knows a processor's peak
-    assert result['settings']['arch'] == arch and result['machine']['torch'] and result['dtype'] == 'float32'
-    for word in ('tok/s', 'TFLOP/s', ' ms (median of 3', 'loss', 'peak memory', 'step 1 of 4'):
+    assert result['settings']['arch'] == arch and result['machine']['torch'] == torch.__version__ and result['dtype'] == 'float32'
+    for word in ('tok/s', 'TFLOP/s', ' ms (median of 3', 'loss', 'peak memory', 'step 1 of 4', f'torch {torch.__version__}'):
         assert word in stdout
 
 
@@ -47,6 +61,7 @@ def test_profile_names_the_five_operations_that_cost_most():
     ms, shares = [cost[1] for cost in result['top_costs']], [cost[2] for cost in result['top_costs']]
     assert code == 0 and len(ms) == 5 and ms == sorted(ms, reverse=True) and 0 < sum(shares) < 1
     assert all(f'{share:.1%}' in stdout and name in stdout for name, _, share in result['top_costs'])
+    assert not [name for name, *_ in result['top_costs'] if '#' in name], 'Optimizer.step#AdamW.step encloses operations, and is none'
 
 
 @pytest.mark.full
@@ -79,13 +94,7 @@ def test_decode(arch):
 
 def test_memory_limit(monkeypatch, capsys):
     monkeypatch.setattr(bench, 'CACHE_BYTES', 0)
-    monkeypatch.setattr(sys, 'argv', ['bench.py', *DECODE])
-    for name in bench.config_of(vars(bench)):
-        monkeypatch.setattr(bench, name, getattr(bench, name))  # so that they are put back
-    bench.configure(vars(bench))
-    bench.main()
-    *words, last = capsys.readouterr().out.splitlines()
-    result = json.loads(last)
+    words, result = run_main(monkeypatch, capsys, bench, *DECODE)
     limit_s = (result['weight_bytes'] + result['cache_bytes']) / result['read_bytes_per_s']
     assert result['memory_limit_ms'] == pytest.approx(limit_s * 1000)
     assert any(line.startswith('memory limit: ') for line in words)
@@ -99,27 +108,32 @@ def test_data(tiny):
 
 
 def test_reference_computes_what_the_model_does(tiny):
-    model = bench.GPT(bench.GPTConfig(16, 65, 2, 2, 16, activation='gelu')).eval()
-    loader = bench.Loader(tiny, 'train', block_size=16, batch_size=3)
+    model = GPT(GPTConfig(16, 65, 2, 2, 16, activation='gelu')).eval()
+    loader = Loader(tiny, 'train', block_size=16, batch_size=3)
     x, y, _ = loader.batch(5)
-    for ours, theirs in zip((x, y), bench.plain_batch(loader, 5)):
+    for ours, theirs in zip((x, y), compare.plain_batch(loader, 5)):
         assert torch.equal(ours, theirs)
-    torch.testing.assert_close(bench.plain_logits(model, x), model(x, y)[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(bench.plain_logits(model, x, [-1]), model(x)[0], atol=1e-5, rtol=0)
-    assert bench.plain_next(model, x[:1], top_k=1)[0, -1] == model.generate(x[:1], 1, temperature=0)[0, -1]
+    torch.testing.assert_close(compare.plain_logits(model, x), model(x, y)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(compare.plain_logits(model, x, [-1]), model(x)[0], atol=1e-5, rtol=0)
+    assert compare.plain_next(model, x[:1], top_k=1)[0, -1] == model.generate(x[:1], 1, temperature=0)[0, -1]
+
+
+def run_main(monkeypatch, capsys, module, *flags):
+    """(lines before the last, the last line's object) of a script's main(), run as a function here."""
+    for name in config_of(vars(module)):
+        monkeypatch.setattr(module, name, getattr(module, name))  # so that they are put back
+    configure(vars(module), list(flags))
+    module.main()
+    *words, last = capsys.readouterr().out.splitlines()
+    return words, json.loads(last)
 
 
 def test_compare(tiny, monkeypatch, capsys):
     shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=16)
-    monkeypatch.setattr(bench, 'COMPARED', dict(training={'tiny': (shape, 3, 2)}, decoding=dict(shape, vocab_size=300)))
-    monkeypatch.setattr(sys, 'argv', ['bench.py', '--mode=compare', f'--dataset={tiny}', '--steps=5', '--warmup_steps=1', '--prompt_tokens=8',
-                                      '--max_new_tokens=4', '--rounds=1', '--device=cpu', '--dtype=float32'])
-    for name in bench.config_of(vars(bench)):
-        monkeypatch.setattr(bench, name, getattr(bench, name))
-    bench.configure(vars(bench))
-    bench.main()
-    *words, last = capsys.readouterr().out.splitlines()
-    result = json.loads(last)
+    monkeypatch.setattr(compare, 'TRAINING', {'tiny': (shape, 3, 2)})
+    monkeypatch.setattr(compare, 'DECODING', dict(shape, vocab_size=300))
+    words, result = run_main(monkeypatch, capsys, compare, f'--dataset={tiny}', '--steps=5', '--warmup_steps=1', '--prompt_tokens=8',
+                             '--max_new_tokens=4', '--rounds=1', '--device=cpu', '--dtype=float32')
     training = result['training']['tiny']
     assert training['ms']['n'] == training['reference_ms']['n'] == training['plain_ms']['n'] == 4
     assert training['ratio'] == pytest.approx(training['reference_ms']['median'] / training['ms']['median'])
@@ -128,6 +142,22 @@ def test_compare(tiny, monkeypatch, capsys):
     assert training['deviation'] < 1e-3 and plain == reference and training['plain_deviation'] == 0  # the same code in two processes
     assert set(result['decoding']['tok_per_s']) == {'float32, 1 row', 'float32, 8 rows', 'int8, 1 row'}
     assert sum(line.startswith('| ') for line in words) == 2 + 3 + 3
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_the_update_is_that_of_train(tiny, tmp_path, optimizer):
+    flags = f'--optimizer={optimizer}', '--gradient_accumulation_steps=1', '--max_iters=3', '--eval_interval=3', '--decay_lr=False'
+    code, _, err, _ = train_here(*TINY, *flags, '--learning_rate=1e-3', '--weight_decay=0.01', f'--dataset={tiny}', out_dir=tmp_path)
+    assert code == 0, err
+    trained = read_checkpoint(tmp_path / 'ckpt.pt')
+    loader = Loader(tiny, 'train', block_size=16, batch_size=4, seed=1337)
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(**trained['model_args']))
+    step = bench.TrainingStep(model, torch.device('cpu'), torch.float32, False,
+                              settings=OptimizerSettings(optimizer, learning_rate=1e-3, weight_decay=0.01))
+    for i in range(3):
+        step(loader.batch(i), loader.count_targets(i))
+    assert differences(model.state_dict(), trained['model']) == []
 
 
 def test_json_leaves_out_the_words():
@@ -150,10 +180,11 @@ def test_windows_of_a_dataset(tiny):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--mode=decod'], '--mode=decod: accepted are step, decode, data, compare; did you mean decode?'),
+    (['--mode=decod'], '--mode=decod: accepted are step, decode, data; did you mean decode?'),
     (['--steps=0'], '--steps=0: accepted is 1 or more'),
     (['--mode=decode', '--max_new_tokens=1'], '--max_new_tokens=1: accepted is 2 or more'),
     (['--mode=decode', '--prompt_tokens=1000'], 'prompt_tokens=1000 and max_new_tokens=128 do not fit into block_size=1024: use --block_size=1128 or more'),
+    (['--mode=data', '--profile'], '--profile=True is for mode=step and mode=decode, not mode=data'),
     (['--loss_chunks=-1'], '--loss_chunks=-1: accepted is 0 or more, or auto'),
     (['--n_embd=10', '--n_head=3'], 'n_embd=10 is not divisible by n_head=3: use n_embd=9 or 12'),
 ])

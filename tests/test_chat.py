@@ -6,9 +6,11 @@ import json
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, read_checkpoint, train_here
 from test_conversations import BYTES, other, write  # noqa: F401 (other is a fixture)
 
@@ -67,7 +69,7 @@ def test_settings_that_would_train_on_something_else(tuned, tmp_path):
     folder, _ = tuned
     conversations.build(tmp_path / 'alpaca', BYTES, [folder / 'x.jsonl'], block_size=64, style='alpaca', val=0.5)
     for flags, text in (([f'--dataset={folder / "chat"},{tmp_path / "alpaca"}'], ' has conversations in the styles alpaca and chat: pack them in one\n'),
-                        (['--dataset=stream:x', '--isolate_documents=True'], 'isolate_documents=True is for packed datasets, a stream does not ')):
+                        (['--dataset=stream:x', '--isolate_documents=True'], 'isolate_documents=True is for packed datasets: a stream does not ')):
         code, _, error, _ = train_here(f'--init_from={folder / "base/ckpt.pt"}', *flags, '--device=cpu', out_dir=tmp_path / 'out')
         assert code == 2 and text in error and not (tmp_path / 'out').exists(), error
 
@@ -85,7 +87,7 @@ def test_a_pipe_of_questions_is_answered_line_by_line(tuned):
     path = write(folder / 'saved.jsonl', '{"messages": []}')  # without a line end
     code, out, error = ask(folder, '--chat', stdin=f'cow?\n\n/reset\n羊?\n/save {path}\n/what\n/reset\n/save {path}\n/quit\ncow?\n')
     assert (code, out) == (0, 'moo\n咩\n')
-    assert error == f'{path}: turns: 2\n/what is none of /reset, /save FILE, /quit\n{path}: turns: 0\n'
+    assert error == f'{path}: 2 turns saved\n/what: accepted are /reset, /save FILE, /quit\n{path}: 0 turns saved\n'
     saved = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
     assert saved == [{'messages': []}, {'messages': [{'role': 'user', 'content': '羊?'}, {'role': 'assistant', 'content': '咩'}]}, {'messages': []}]
 
@@ -94,8 +96,8 @@ def test_the_oldest_turns_leave_a_full_context_and_that_is_said_once(tuned):
     folder, _ = tuned
     code, out, error = ask(folder, '--chat', '--max_new_tokens=8', stdin='dog?\n' * 12)
     assert code == 0 and len(out.splitlines()) == 12 and out.startswith('woof\n')
-    left_out, cut = ('(the oldest turns no longer fit into the context of 64 tokens, and are left out)\n',
-                     '(this is too long for the context of 64 tokens: its beginning is cut off)\n')
+    left_out, cut = ('(the oldest turns no longer fit into the context of 64 tokens and are left out)\n',
+                     '(the question is too long for the context of 64 tokens: its beginning is cut off)\n')
     assert error == left_out
     assert ask(folder, '--chat', '--max_new_tokens=8', stdin=('q' * 99 + '\n') * 3)[2] == cut + left_out
 
@@ -108,7 +110,7 @@ def test_answers_in_batches_are_those_of_one_at_a_time(tuned):
     for n in (1, 16):
         code, out, error = ask(folder, f'--prompts={file}', f'--answers={folder / "answers.jsonl"}', f'--batch_size={n}')
         assert (code, out) == (0, '2 of 11 questions are too long for the context of 64 tokens: their beginnings are cut off\n'
-                               f'{folder / "answers.jsonl"}: 11 answers, 7 of 7 (100.0%) exactly as {file} has them\n'), error
+                               f'{folder / "answers.jsonl"}: 11 answers, 7 of 7 (100.0%) exactly as in {file}\n'), error
         files.append((folder / 'answers.jsonl').read_text(encoding='utf-8'))
     assert files[0] == files[1]
     lines = [json.loads(line) for line in files[0].splitlines()]
@@ -116,17 +118,43 @@ def test_answers_in_batches_are_those_of_one_at_a_time(tuned):
     assert [line['question'] for line in lines] == [q['prompt'] for q in questions] and 'exact' not in lines[-1]
 
 
+def test_lines_of_a_text_file_are_questions(tuned):
+    folder, _ = tuned
+    file, answers = folder / 'lines.txt', folder / 'lines.jsonl'
+    file.write_bytes('\ufeffcow?\r\n\r\n羊?\r\n'.encode())
+    assert ask(folder, f'--prompts={file}', f'--answers={answers}')[:2] == (0, f'{answers}: 2 answers\n')
+    assert [json.loads(line) for line in answers.read_text(encoding='utf-8').splitlines()] == [
+        {'question': 'cow?', 'answer': 'moo'}, {'question': '羊?', 'answer': '咩'}]
+
+
+def test_chat_is_a_script_of_its_own_and_needs_stdin(tuned):
+    folder, _ = tuned
+    flags = sys.executable, str(ROOT / 'chat.py'), f'--out_dir={folder / "tuned"}', '--device=cpu', '--dtype=float32', '--temperature=0'
+    done = subprocess.run(flags, input='cow?\n', capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith(' tokenizer\nmoo\n') and done.stderr == ''
+    done = subprocess.run(['sh', '-c', 'exec "$@" <&-', '-', *flags], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, 'a chat reads stdin and writes to stdout: one of them is closed\n')
+
+
+def test_control_characters_of_an_answer_are_escaped_on_the_terminal_and_saved_as_they_are(tuned, monkeypatch):
+    folder, _ = tuned
+    monkeypatch.setattr(GPT, 'stream', lambda *arguments, **settings: (torch.tensor([token]) for token in b'a\x1b[2J\x07'))
+    saved = folder / 'escapes.jsonl'
+    assert ask(folder, '--chat', stdin=f'cow?\n/save {saved}\n')[1] == 'a\\x1b[2J\\x07\n'
+    assert json.loads(saved.read_text(encoding='utf-8'))['messages'][1]['content'] == 'a\x1b[2J\x07'
+
+
 def test_questions_that_cannot_be_asked(tuned):
     folder, _ = tuned
     empty = write(folder / 'empty.jsonl', '')
     for flags, text in ((['--prompts=x'], '--prompts=FILE and --answers=FILE go together, and without --chat'),
-                        ([f'--prompts={empty}', '--answers=no/y'], '--answers=no/y: accepted is a file in a folder that is there'),
+                        ([f'--prompts={empty}', '--answers=no/y'], '--answers=no/y: accepted is a file in an existing folder'),
                         ([f'--prompts={empty}', '--answers=y'], f'{empty}: there is no question')):
         assert ask(folder, *flags) == (2, '', text + '\n')
     code, _, error = ask(folder, '--chat', out_dir='base')
     base = folder / 'base/ckpt.pt'
     assert code == 2 and error == (f'{base} was not tuned on conversations: tune it with python train.py config/finetune_dolly.py --init_from={base}, '
-                                   'or name the template it should be asked in, --style=chat or --style=alpaca\n')
+                                   'or name the template of its prompts, --style=chat or --style=alpaca\n')
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tuned, monkeypatch):
