@@ -187,6 +187,13 @@ def test_the_end_of_text_is_found_or_asked_for(folders, tmp_path):
     (tmp_path / 'tokenizer_config.json').write_text('[]', encoding='utf-8')
     with pytest.raises(ValueError, match='tokenizer_config.json must hold a JSON object'):
         tokenizer_meta(tmp_path)
+    for config in ({'additional_special_tokens': 3}, {'added_tokens_decoder': [1]}, {'eos_token': 3}, {'pad_token': ['a']}):
+        (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config), encoding='utf-8')
+        with pytest.raises(ValueError, match='tokenizer.json: '):
+            tokenizer_meta(tmp_path)
+    (tmp_path / 'ckpt.pt').write_bytes(bytes(9))
+    with pytest.raises(FileNotFoundError, match='accepted are gpt2, byte, and a folder'):
+        tokenizer_meta(tmp_path / 'ckpt.pt')
 
 
 @pytest.mark.parametrize('pattern', [LLAMA3, QWEN2, GPT4O, r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|\s+(?!\S)', r' ?[^(\s|[.,!?…。，、।۔،])]+',

@@ -192,10 +192,10 @@ def read_tokenizer_json(path, eot=''):
     """
     path = Path(path)
     file = path / 'tokenizer.json' if path.is_dir() else path
-    if not file.is_file():
+    if not file.is_file() or file.suffix != '.json':
         return read_other_formats(path)
-    stored = read_config(file.parent)
     with one_line(file):
+        stored = read_config(file.parent)
         content = with_named_tokens(parse(file.read_text(encoding='utf-8-sig')), stored)
         ids = vocabulary(content)
         short = short_meta(content, ids)
@@ -236,7 +236,8 @@ def read_config(folder):
     """Return the entries of tokenizer_config.json and the older special_tokens_map.json, tokens by name."""
     stored = read_object(folder / 'special_tokens_map.json') | read_object(folder / 'tokenizer_config.json')
     stored.update({role: token_name(stored[role]) for role in ROLES if role in stored})
-    others = stored.get('additional_special_tokens') or []
+    others = stored.get('extra_special_tokens') or stored.get('additional_special_tokens') or []  # new name, old
+    others = others.values() if isinstance(others, dict) else others
     stored['additional_special_tokens'] = [token_name(other) for other in others]
     template = folder / 'chat_template.jinja'
     if template.is_file():
@@ -272,7 +273,7 @@ def with_named_tokens(content, stored):
 
 def end_token(folder, eos_token, ids):
     """Return the token that ends a document: eos_token, else eos_token_id of the model's files, else None."""
-    if eos_token in ids:
+    if isinstance(eos_token, str) and eos_token in ids:
         return eos_token
     name_of = {i: name for name, i in ids.items()}
     for name in ('generation_config.json', 'config.json'):
