@@ -170,12 +170,13 @@ def exchange_of(record):
 def beginning(record):
     """The turns before the question: system, then history, as messages or as pairs."""
     turns = [('system', clean(text_of(record[field], field))) for field in SYSTEM if field in record]
-    for item in record.get('history', []) if isinstance(record.get('history'), list) else ['']:
+    history = record.get('history', [])
+    for item in history if isinstance(history, list) else [history]:
         if isinstance(item, dict):
             turns += messages_of([item], 'history')
         elif isinstance(item, list) and len(item) == 2:
             turns += exchange(*item)
-        elif 'history' in record:
+        else:
             raise ValueError('its history is not a list of [question, answer], nor of messages')
     return turns
 
@@ -189,7 +190,8 @@ def exchange(question, answers, context=None):
     if isinstance(answers, dict) and 'text' in answers:
         starts, answers = answers.get('answer_start'), answers['text']
     answers = answers if isinstance(answers, list) else [answers]
-    starts = starts if isinstance(starts, list) else [None] * len(answers)
+    if not isinstance(starts, list) or len(starts) != len(answers):
+        starts = [None] * len(answers)
     best, start = '', None
     for item, item_start in zip(answers, starts, strict=True):
         if isinstance(item, dict):
@@ -198,8 +200,9 @@ def exchange(question, answers, context=None):
         if text not in ('', 'no_answer') and not best:
             best, start = text, item_start
     turns = [('user', clean(text_of(question, 'question')))]
-    if context:
-        turns.append(('context', passage(text_of(context, 'context'), best, start)))
+    text = passage(text_of(context, 'context'), best, start)
+    if text:
+        turns.append(('context', text))
     return [*turns, ('assistant', best)]
 
 

@@ -90,6 +90,8 @@ QCA = [('user', 'q'), ('context', 'c'), ('assistant', 'a')]
     ('parts.json', [{'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 'q'}]}, {'role': 'assistant', 'content': 'a'}]}], [QA]),
     ('wrapped.json', {'data': [{'prompt': 'q', 'response': 'a'}]}, [QA]),
     ('wrapped_too.json', {'examples': [{'prompt': 'q', 'response': 'a'}] * 3}, [QA] * 3),
+    ('blank.json', [{'instruction': 'q', 'input': ' \n', 'output': 'a'}], [QA]),
+    ('starts.json', [{'question': 'q', 'context': 'c', 'answers': {'text': ['a', 'b'], 'answer_start': []}}], [QCA]),
     ('same.json', [{'prompt': 'q', 'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]}], [QA]),  # as UltraChat
     ('prompts.txt', 'q\n\nr\n', [[('user', 'q'), ('assistant', '')], [('user', 'r'), ('assistant', '')]]),
     ('windows.csv', 'question,answer\r\n"q\r\nr",a\r\n', [[('user', 'q\nr'), ('assistant', 'a')]]),
@@ -128,6 +130,7 @@ def test_layouts_of_real_files(file, n, first):
     ('x.json', '[{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}]', "record 1: a message of assistant has 'tool_calls'"),
     ('x.json', '[{"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]}]', 'record 1: its content has a part that is not text: {"type": "image"'),
     ('x.json', '[{"instruction": "q", "output": "a", "history": ["x"]}]', 'record 1: its history is not a list of [question, answer]'),
+    ('x.json', '[{"instruction": "q", "output": "a", "history": "x"}]', 'record 1: its history is not a list of [question, answer]'),
 ])
 def test_files_that_cannot_be_read_end_in_one_line(tmp_path, name, content, text):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
