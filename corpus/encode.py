@@ -95,15 +95,16 @@ class Encoder:
     eot_in_rows   put end-of-text between rows of ids as well
     """
 
-    def __init__(self, tokenizer, *, val_fraction=0.0, clean=False, min_chars=1, sample=1.0, eot_in_rows=False):
+    def __init__(self, tokenizer, *, val_fraction=0.0, clean=False, min_chars=1, sample=1.0,
+                 eot_in_rows=False):
         self.tokenizer, self.val_fraction, self.eot_in_rows = tokenizer, val_fraction, eot_in_rows
         self.clean, self.min_chars, self.sample = clean, min_chars, sample
         self.token_bytes = tokenizer.token_bytes()
 
     def recipe(self):
         """Return the settings that the ids depend on, as plain values."""
-        return dict(val_fraction=self.val_fraction, clean=self.clean, min_chars=self.min_chars, sample=self.sample,
-                    tokenizer=self.tokenizer.meta())
+        return dict(val_fraction=self.val_fraction, clean=self.clean, min_chars=self.min_chars,
+                    sample=self.sample, tokenizer=self.tokenizer.meta())
 
     def __call__(self, records):
         """Encode a list of records into an EncodedBatch."""
@@ -119,7 +120,8 @@ class Encoder:
                 left_out[reason] += 1
             elif text:
                 texts[number] = text
-        for (number, text), ids in zip(texts.items(), self.tokenizer.encode_batch(list(texts.values())), strict=True):
+        encoded = self.tokenizer.encode_batch(list(texts.values()))
+        for (number, text), ids in zip(texts.items(), encoded, strict=True):
             data = utf8(text)
             split, value = records[number].split, hash_of(data)
             split = split or split_of_hash(value, self.val_fraction)
@@ -158,7 +160,7 @@ def checked_row(ids, tokenizer, where):
 
 
 class Characters:
-    """Stand in for a tokenizer while the characters of a corpus are collected: ids are code points, each once."""
+    """Stand in for a tokenizer while a corpus' characters are collected: ids are code points, each once."""
 
     vocab_size, eot = sys.maxunicode + 1, None
 

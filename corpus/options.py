@@ -9,21 +9,22 @@ from corpus.readers import ERRORS, FORMATS
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse in this project's dialect: --key=value or --key value, --switch or --switch=True, one-line errors."""
+    """argparse in the project's dialect: --key=value or --key value, --switch or --switch=True."""
 
     def __init__(self, doc, command=None):
         super().__init__(command, description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add_switch(self, flag, help):
-        self.add_argument(flag, type=boolean, nargs='?', const=True, default=False, metavar='True|False', help=help)
+        self.add_argument(flag, type=boolean, nargs='?', const=True, default=False, metavar='True', help=help)
 
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split('=')[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            raise ValueError(f'{flag}: unknown argument, ' + (f'did you mean {near[0]}?' if near else '--help lists all'))
+            remedy = f'did you mean {near[0]}?' if near else '--help lists all'
+            raise ValueError(f'{flag}: unknown argument, {remedy}')
         return args
 
     def error(self, message):
@@ -41,6 +42,18 @@ def n_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
+def add_input_option(parser, *, required=True):
+    parser.add_argument('--input', nargs='+', required=required, metavar='PATH',
+                        help='files, and folders of them')
+
+
+def add_tokenizer_options(parser, *, required=True):
+    parser.add_argument('--tokenizer', required=required, metavar='NAME',
+                        help='char, gpt2, byte, or a folder with tokenizer.json')
+    parser.add_argument('--eot', default='', metavar='TOKEN',
+                        help='the token that ends a document, for a folder that names none')
+
+
 def add_packing_options(parser, *, val_fraction, shard_tokens):
     parser.add_argument('--max_docs', type=int, help='take only this many documents, the first ones')
     parser.add_argument('--val_fraction', type=float, default=val_fraction,
@@ -55,14 +68,16 @@ def add_build_options(parser):
     parser.add_argument('--format', choices=['auto', *FORMATS], default='auto',
                         help='format of all files (default: by the ending of each file)')
     parser.add_argument('--field', default='text',
-                        help='fields that make a document, such as title,text (default: %(default)s)')
+                        help='fields that make a document, as in title,text (default: %(default)s)')
     parser.add_switch('--clean', help='Unicode NFC, no control characters, each text only once')
-    parser.add_argument('--min_chars', type=int, default=1, help='leave shorter texts out (default: %(default)s)')
+    parser.add_argument('--min_chars', type=int, default=1,
+                        help='leave shorter texts out (default: %(default)s)')
     parser.add_argument('--sample', type=float, default=1.0, metavar='FRACTION',
                         help='take this share of the texts, chosen by hash')
-    parser.add_argument('--encoding', default='utf-8', help='of text files, such as gb18030 (default: %(default)s)')
+    parser.add_argument('--encoding', default='utf-8',
+                        help='of text files, such as gb18030 (default: %(default)s)')
     parser.add_argument('--errors', choices=ERRORS, default='strict',
-                        help='bytes outside the encoding end the run, or become U+FFFD (replace_all: in any number)')
+                        help='bytes outside the encoding end the run, or become U+FFFD')
     add_packing_options(parser, val_fraction=0.01, shard_tokens=None)
 
 

@@ -1,18 +1,19 @@
 """Turn any corpus into the token files that training reads.
 
     python -m corpus.pack build --input corpus.jsonl.gz news/ --tokenizer=gpt2 --out=data/mine
-    python -m corpus.pack build --input zhwiki.xml.bz2 --tokenizer=data/tokenizers/zh --clean --out=data/zhwiki
+    python -m corpus.pack build --input zhwiki.xml.bz2 --tokenizer=data/tokenizers/zh --clean --out=data/zh
     python -m corpus.pack mix zhwiki:0.6,news:0.4 --out=data/mixed
     python -m corpus.pack inspect data/mixed
 
-build reads every format of corpus/readers.py and writes train.bin (with --shard_tokens train_000000.bin and so on),
-train.idx, the same for val, and meta.json. One thread reads and writes, a pool of threads encodes. The hash of
-a document decides whether it is for validation, so that it stays there when documents are added. Memory holds a few
-megabytes per thread, however large the corpus. The same command continues a run that was killed. The files are the
-same byte for byte, however many threads there were and however often the run was killed.
+build reads every format of corpus/readers.py and writes train.bin (train_000000.bin and so on if
+--shard_tokens is given), train.idx, the same for val, and meta.json. One thread reads and writes, a pool of
+threads encodes. The hash of a document decides whether it is for validation, so that it stays there when
+documents are added. Memory holds a few megabytes per thread, however large the corpus is. The same command
+continues a run that was killed. The files are the same byte for byte for any number of threads and after
+any number of kills.
 
     from corpus.pack import write_dataset
-    write_dataset('data/mine', tokenizer, {'train': ['one document', 'another'], 'val': ['a third']}, 'my notes')
+    write_dataset('data/mine', tokenizer, {'train': ['one text', 'another'], 'val': ['a third']}, 'my notes')
 
 packs documents and splits that a script has at hand.
 """
@@ -27,18 +28,26 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 from corpus import mix, readers
 from corpus.encode import Characters, Encoder, Record
-from corpus.options import Parser, add_build_options, add_packing_options, check_options, print_next
+from corpus.options import (
+    Parser,
+    add_build_options,
+    add_input_option,
+    add_packing_options,
+    add_tokenizer_options,
+    check_options,
+    print_next,
+)
 from corpus.run import Job, Meter, Progress, pack, taken
 from corpus.writer import Seen
 from files import one_line_errors
 from tokens.tokenizer import GPT2_META, CharTokenizer, load_tokenizer, tokenizer_meta
 
 
-def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, masked=False, eot_in_rows=False) -> dict:
+def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, masked=False, eot_in_rows=False):
     """Pack documents into a dataset folder, replacing the dataset that was there.
 
-    splits        {'train': iterable of documents, 'val': iterable of documents}. A document is a text, and the
-                  tokenizer's end-of-text, if it has one, stands between texts; or a row of ids, written as it is
+    splits        {'train': iterable of documents, 'val': iterable of documents}. A document is a text, with
+                  end-of-text between two texts if the tokenizer has one, or a row of ids, written as it is
     source        in words, the text and its origin
     shard_tokens  cut into train_000000.bin, train_000001.bin ... of this many tokens; None: one train.bin
     masked        write .mask files; documents may be pairs (ids, mask), mask is 1 where a token is a target
@@ -79,9 +88,9 @@ def pack_files(out, files, tokenizer, source, args, *, sizes=None):
                                            start=start)
         return (Record(*document) for document in documents)
 
-    options = dict(val_fraction=args.val_fraction, clean=args.clean, min_chars=args.min_chars, sample=args.sample)
-    job = Job(read, source, shard_tokens=args.shard_tokens, masked='blocks' in formats, max_docs=args.max_docs,
-              n_threads=args.workers, recipe=recipe, n_bytes=sum(sizes))
+    job = Job(read, source, shard_tokens=args.shard_tokens, masked='blocks' in formats,
+              max_docs=args.max_docs, n_threads=args.workers, recipe=recipe, n_bytes=sum(sizes))
+    options = {name: getattr(args, name) for name in ('val_fraction', 'clean', 'min_chars', 'sample')}
     try:
         if tokenizer == 'char':
             tokenizer = CharTokenizer(find_characters(Encoder(Characters(), **options), job))
@@ -112,18 +121,16 @@ def find_characters(encoder, job):
 def build(argv):
     """Pack the files of a corpus into a dataset."""
     parser = Parser(f'{build.__doc__}\n\n{readers.__doc__}', 'python -m corpus.pack build')
-    parser.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files, and folders of them')
-    parser.add_argument('--tokenizer', required=True, metavar='NAME',
-                        help='char, gpt2, byte, or a folder with tokenizer.json')
-    parser.add_argument('--eot', default='', metavar='TOKEN', help='end of text, if the folder names none')
+    add_input_option(parser)
     parser.add_argument('--out', type=Path, required=True, help='dataset folder')
+    add_tokenizer_options(parser)
     add_build_options(parser)
     args = parser.parse_args(argv)
     check_options(args)
     files = readers.find_files(args.input, args.format)
     tokenizer = 'char'
     if args.tokenizer != 'char':
-        tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer, also=['char'], eot=args.eot))
+        tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer, ['char'], args.eot))
     elif any(format == 'blocks' for _, format in files):
         raise ValueError('blocks hold ids, not characters: name the tokenizer that made them')
     pack_files(args.out, files, tokenizer, name_source(args.input), args)
@@ -131,8 +138,9 @@ def build(argv):
 
 
 def name_source(paths):
-    """Say in words which files a dataset is made of. A name that is not UTF-8 has U+FFFD in it."""
-    names = [os.fsencode(os.path.basename(os.path.normpath(path))).decode('utf-8', 'replace') for path in paths]
+    """Say in words which files a dataset is made of. What is not UTF-8 in a name becomes U+FFFD."""
+    names = [os.path.basename(os.path.normpath(path)) for path in paths]
+    names = [os.fsencode(name).decode('utf-8', 'replace') for name in names]
     return names[0] if len(names) == 1 else f'{len(names)} inputs, {names[0]} to {names[-1]}'
 
 
@@ -142,10 +150,10 @@ def mix_datasets(argv):
     parser.add_argument('datasets', metavar='A:0.6,B:0.4', help='as in the setting dataset')
     parser.add_argument('--out', type=Path, required=True, help='dataset folder')
     parser.add_argument('--tokens', type=int,
-                        help='train on at least this many; a source that ends begins again (default: until one ends)')
+                        help='for training, at least; a source that ends begins again')
     parser.add_argument('--block_size', type=int, default=1024,
-                        help='the shares hold within 1%% in any 1000 windows of this many tokens (default: %(default)s); '
-                        'documents longer than two of them are cut')
+                        help='the shares hold within 1%% in any 1000 windows of this many tokens; '
+                        'documents longer than two windows are cut (default: %(default)s)')
     parser.add_argument('--shard_tokens', type=int, help='tokens in a .bin file (default: all)')
     args = parser.parse_args(argv)
     check_options(args)
@@ -153,10 +161,10 @@ def mix_datasets(argv):
     documents = {'train': mix.mixed_documents(splits['train'], weights, 2 * args.block_size, args.tokens)}
     if 'val' in splits:
         documents['val'] = mix.mixed_documents(splits['val'], weights, 2 * args.block_size)
-    shares = [f'{split.folder.name} {weight:.4g}' for split, weight in zip(splits['train'], weights, strict=True)]
+    first, names = splits['train'][0], [split.folder.name for split in splits['train']]
+    shares = ', '.join(f'{name} {weight:.4g}' for name, weight in zip(names, weights, strict=True))
     masked = any(split.mask is not None for name in splits for split in splits[name])
-    tokenizer = load_tokenizer(splits['train'][0].tokenizer)
-    write_dataset(args.out, tokenizer, documents, f'mixed: {", ".join(shares)}', args.shard_tokens,
+    write_dataset(args.out, load_tokenizer(first.tokenizer), documents, f'mixed: {shares}', args.shard_tokens,
                   masked=masked, eot_in_rows=True)
     print_next(args.out, ['config/quickstart.py'])
 
@@ -165,7 +173,8 @@ def inspect(argv):
     """Show the contents of a dataset, and check that it is whole."""
     parser = Parser(inspect.__doc__, 'python -m corpus.pack inspect')
     parser.add_argument('folder', type=Path, metavar='DIR')
-    parser.add_argument('--windows', type=int, default=3, help='pieces of text to show of each split (default: %(default)s)')
+    parser.add_argument('--windows', type=int, default=3,
+                        help='pieces of text to show of each split (default: %(default)s)')
     args = parser.parse_args(argv)
     mix.show_dataset(args.folder, args.windows)
 
@@ -188,14 +197,16 @@ def main():
 
 
 def prepare_parquet(folder, doc, repo, revision, hub_folder):
-    """Run the prepare script of a corpus in Parquet: read its command line, and pack the corpus in GPT-2's tokens.
+    """Run the prepare script of a corpus in Parquet, with GPT-2's tokenizer.
 
     folder   of the script and, by default, of the dataset
     doc      the script's docstring, shown by --help
     """
     parser = Parser(doc)
-    parser.add_argument('--input', nargs='+', metavar='PATH', help='Parquet files, or folders of them, instead of the hub')
-    parser.add_argument('--out', type=Path, default=folder, help='dataset folder (default: the folder of this script)')
+    parser.add_argument('--input', nargs='+', metavar='PATH',
+                        help='Parquet files, or folders of them, instead of the hub')
+    parser.add_argument('--out', type=Path, default=folder,
+                        help='dataset folder (default: the folder of this script)')
     add_packing_options(parser, val_fraction=0.0005, shard_tokens=100_000_000)
     parser.set_defaults(field='text', clean=False, min_chars=1, sample=1.0, errors='strict', encoding='utf-8')
     args = parser.parse_args()
@@ -211,17 +222,18 @@ def prepare_parquet(folder, doc, repo, revision, hub_folder):
 
 
 def hub_files(repo, revision, folder):
-    """Return {hf://...: bytes} of the Parquet files in a folder of a dataset on the hub, or on its mirror HF_ENDPOINT."""
+    """Return {hf://...: bytes} of the Parquet files in a folder on the hub, or on its mirror HF_ENDPOINT."""
     from huggingface_hub import HfFileSystem
     files, reason = {}, 'no .parquet file there'
     try:
         listing = HfFileSystem().ls(f'datasets/{repo}@{revision}/{folder}', detail=True)
-        files = {f'hf://{file["name"]}': file['size'] for file in listing if file['name'].endswith('.parquet')}
+        listing = [file for file in listing if file['name'].endswith('.parquet')]
+        files = {f'hf://{file["name"]}': file['size'] for file in listing}
     except Exception as error:  # the hub's client and the network below it raise their own
         reason = ' '.join(str(error).split())[:300] or type(error).__name__
     if not files:
-        raise OSError(f'{repo} is out of reach ({reason}): bring the files {folder}/*.parquet of its revision '
-                      f'{revision[:12]} here by other means, and name their folder with --input')
+        raise OSError(f'{repo} is out of reach ({reason}): bring the files {folder}/*.parquet of its '
+                      f'revision {revision[:12]} here by other means, and name their folder with --input')
     return dict(sorted(files.items()))
 
 

@@ -1,7 +1,7 @@
-"""One run that writes a dataset: encode its documents in order, write them, save the progress, publish the files.
+"""One run that writes a dataset: encode its documents, write them in order, save the progress, publish.
 
-Until all is written it lies in .packing below the dataset's folder, with progress.json: how many documents were read
-and how much of each file that makes. Whatever a killed run wrote beyond that is cut off and written again.
+Until all is written it lies in .packing below the dataset's folder, with progress.json: how many documents
+were read and how much of each file that makes. What a killed run wrote beyond that is written again.
 """
 import hashlib
 import json
@@ -28,12 +28,11 @@ class Job:
 
     read          function: number of documents to pass over -> iterator over the Records after them
     source        in words, the text and its origin
-    splits        names of the splits
     shard_tokens  tokens of a shard; None: one file per split
     masked        whether to write .mask files
     max_docs      take only this many documents; None: all
     n_threads     threads that encode; the files do not depend on it
-    recipe        plain values that the documents depend on. A run with the same recipe is continued; None: none is
+    recipe        plain values that the documents depend on; a run with the same is continued. None: none is
     n_bytes       of the corpus on disk, for the remaining time; None: unknown
     """
 
@@ -65,7 +64,7 @@ def pack(folder, encoder, job) -> dict:
     """Pack a corpus into a dataset folder; continue if an earlier run was killed.
 
     returns  the dict in meta.json
-    raises   ValueError, OSError; the old dataset then stays, and the same call continues if job.recipe is given
+    raises   ValueError, OSError; the old dataset then stays. With a recipe, the same call continues
     """
     folder, resumable = Path(folder), job.recipe is not None
     with packing_folder(folder) as work:
@@ -98,9 +97,10 @@ def report(name, meta, left_out):
     if left_out:
         reasons = [f'{n:,} {reason}' for reason, n in left_out.items() if n]
         print(f'{name}: left out: {", ".join(reasons) or "nothing"}')
+    kind = f'{meta["dtype"]}, vocabulary {meta["vocab_size"]:,}'
     for split, entry in meta['splits'].items():
-        print(f'{name}/{split}: {entry["tokens"]:,} tokens ({meta["dtype"]}, vocabulary {meta["vocab_size"]:,}), '
-              f'{entry["bytes"]:,} bytes, documents: {entry["documents"]:,}')
+        print(f'{name}/{split}: {entry["tokens"]:,} tokens ({kind}), {entry["bytes"]:,} bytes, '
+              f'documents: {entry["documents"]:,}')
 
 
 # -----------------------------------------------------------------------------
@@ -154,7 +154,8 @@ class Run:
             for documents in batches:
                 for name, files in self.files.items():
                     files.write_documents([document for document in documents if document.split == name], eot)
-                meter.update([files.entry for files in self.files.values()])
+                entries = [files.entry for files in self.files.values()]
+                meter.update(sum(entry['tokens'] for entry in entries), len(entries[0]['shards']))
                 if time.monotonic() - saved_s > SAVE_EVERY_S:
                     self.save()
                     saved_s = time.monotonic()
@@ -183,7 +184,7 @@ class Run:
             self.seen.database.close()
 
     def cut_last_document(self):
-        """Write a corpus of few documents anew: all for training, but the end of the last one for validation."""
+        """Write a corpus of few documents anew, with the end of the last one for validation."""
         records = with_cut(self.job.read(0), self.progress.last_taken, self.encoder.val_fraction)
         print(f'{self.name}: all documents fell to one split: the last one is cut, its end is for validation')
         self.start_over(recipe=None)
@@ -226,7 +227,7 @@ def taken(encoder, records, progress, seen, job):
 
 
 def with_cut(records, number, val_fraction):
-    """Give records to training, and the end of the text with this number, from a line end on, to validation."""
+    """Yield all records for training, and the end of the text with this number for validation."""
     for n, record in enumerate(records):
         if n != number or not isinstance(record.text, str):
             yield Record(*record)._replace(split='train')
@@ -239,40 +240,30 @@ def with_cut(records, number, val_fraction):
 
 
 class Meter:
-    """Progress as a bar on a terminal, and as a line per shard for the log of a job."""
+    """The progress as a bar on a terminal, and as a line per shard for the log of a job."""
 
     def __init__(self, name, job, progress):
         from tqdm import tqdm
-        self.name, self.progress, self.began_s = name, progress, time.monotonic()
+        self.name, self.progress, self.began_s, self.n_shards = name, progress, time.monotonic(), 1
         self.of_bytes = job.n_bytes is not None and job.max_docs is None
-        self.first = self.done()
-        self.first_tokens = sum(entry['tokens'] for entry in progress.splits.values())
-        self.n_shards = 1
         total, unit = (job.n_bytes, 'B') if self.of_bytes else (job.max_docs, ' documents')
-        self.bar = tqdm(desc=name, initial=self.first, total=total, unit=unit, unit_scale=True, disable=None)
+        self.options = dict(initial=self.done(), total=total, unit=unit, unit_scale=True)
+        self.bar = tqdm(desc=name, disable=None, **self.options)
 
     def done(self):
         return self.progress.n_read if self.of_bytes else self.progress.documents
 
-    def update(self, entries):
-        """Show the state of the splits' entries in meta.json."""
-        n_tokens, n_shards = sum(entry['tokens'] for entry in entries), len(entries[0]['shards'])
-        dt_s = time.monotonic() - self.began_s
-        rate = (f'{self.progress.documents:,} documents, {n_tokens / 1e6:,.1f}M tokens, '
-                f'{(n_tokens - self.first_tokens) / dt_s / 1e6:.2f}M per second')
-        self.bar.set_postfix_str(rate, refresh=False)
+    def update(self, n_tokens, n_shards):
+        """Show the state; n_shards counts those of the first split."""
+        text = f'{self.progress.documents:,} documents, {n_tokens / 1e6:,.1f}M tokens'
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.done() - self.bar.n)
         if n_shards > self.n_shards:
             self.n_shards = n_shards
-            self.bar.write(f'{self.name}: {rate}{self.remaining(dt_s)}')
+            dt_s = time.monotonic() - self.began_s
+            self.bar.write(self.bar.format_meter(self.done(), elapsed=dt_s, prefix=self.name,
+                                                 postfix=text, **self.options))
             sys.stdout.flush()
-
-    def remaining(self, dt_s):
-        n_done = self.done() - self.first
-        if not self.bar.total or not n_done:
-            return ''
-        minutes = (self.bar.total - self.done()) * dt_s / n_done / 60
-        return f', {minutes // 60:.0f} h {minutes % 60:02.0f} min left'
 
 
 # -----------------------------------------------------------------------------
@@ -298,11 +289,12 @@ def digest_of(values):
 
 def check_recipe(old, new, work):
     """Raise ValueError for an unfinished run with other settings."""
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)] if new else []
-    if changed:
-        settings = [f'{key} {shortened(old.get(key))} instead of {shortened(new.get(key))}' for key in changed]
-        raise ValueError(f'{work} holds an unfinished run with {" and ".join(settings)}: continue it with the same, '
-                         'or delete that folder to start over')
+    if new is None or old == new:
+        return
+    changed = [f'{key} {shortened(old.get(key))} instead of {shortened(new.get(key))}'
+               for key in {**old, **new} if old.get(key) != new.get(key)]
+    raise ValueError(f'{work} holds an unfinished run with {" and ".join(changed)}: '
+                     'continue it with the same, or delete that folder to start over')
 
 
 def shortened(value):

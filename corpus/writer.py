@@ -1,4 +1,4 @@
-"""Write the files of a dataset: first into the .packing folder below it, then all at once in place of the old ones."""
+"""Write the files of a dataset into the .packing folder below it, and publish them all at once."""
 import json
 import os
 import re
@@ -22,9 +22,9 @@ class Unusable(Exception):
 
 
 class SplitFiles:
-    """The files of one split while they are written: the .bin files one after the other, the .idx and perhaps the .mask.
+    """The files of one split while they are written: .bin files one after the other, .idx, perhaps .mask.
 
-    entry   the split's entry in meta.json. Given one, its files are continued where it says that they end
+    entry   the split's entry in meta.json; given one, its files are continued where it says that they end
     raises  Unusable for a file that ends before
     """
 
@@ -139,7 +139,8 @@ class Seen:
         try:
             for pragma in ('cache_size=-64000', 'synchronous=off', 'locking_mode=exclusive'):
                 self.database.execute(f'pragma {pragma}')
-            self.database.execute('create table if not exists seen (hash integer primary key, document integer)')
+            columns = 'hash integer primary key, document integer'
+            self.database.execute(f'create table if not exists seen ({columns})')
             self.database.execute('delete from seen where document >= ?', (n_documents,))
             self.database.commit()
             n_hashes = self.database.execute('select count(*) from seen').fetchone()[0]
@@ -148,7 +149,7 @@ class Seen:
                 raise
             raise Unusable(f'{os.path.basename(path)}: {error}') from None
         if n_hashes != n_documents:
-            raise Unusable(f'{os.path.basename(path)} holds {n_hashes:,} hashes of {n_documents:,} documents')
+            raise Unusable(f'{os.path.basename(path)} holds {n_hashes:,} of {n_documents:,} hashes')
 
     def add(self, value, n_documents):
         """Return whether a hash is new, and remember it as that of document number n_documents."""
@@ -162,7 +163,7 @@ class Seen:
 
 @contextmanager
 def packing_folder(folder):
-    """Lock the .packing folder of a dataset and yield its path. Undo a publication there that was interrupted."""
+    """Lock the .packing folder of a dataset and yield its path; first undo an interrupted publication."""
     work = Path(folder) / '.packing'
     work.mkdir(parents=True, exist_ok=True)
     with lock(work):
@@ -182,8 +183,8 @@ def clear(work):
 def publish(work, folder, meta, masked):
     """Put the files in work in place of the dataset in folder; if that fails, put the old dataset back.
 
-    All bytes are on the disk before the first file is renamed. Until the last rename meta.json says that the dataset
-    is unfinished, so that a reader never takes a mixture of old and new files for a dataset.
+    All bytes are on the disk before the first file is renamed. Until the last rename meta.json says that the
+    dataset is unfinished, so that no reader takes a mixture of old and new files for a dataset.
     """
     replaced = work / 'replaced'
     shutil.rmtree(replaced, ignore_errors=True)
@@ -210,7 +211,7 @@ def publish(work, folder, meta, masked):
 
 
 def undo_publishing(work, folder):
-    """Bring work and folder back to their state before publish(), if it was interrupted. Can itself be interrupted."""
+    """Bring back the state before publish(), if that was interrupted. This may be interrupted as well."""
     if not (work / 'publishing.json').exists():
         return
     if not (work / 'meta.json').exists():  # it was not interrupted before its end

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -479,3 +480,74 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
         assert done.returncode == 0, done.stderr
         peaks_mb.append(int(done.stdout.split()[-1]) / 1024)
     assert peaks_mb[1] - peaks_mb[0] < 30, peaks_mb
+
+# -----------------------------------------------------------------------------
+# failures leave the old dataset as it was
+
+def interrupted(folder, n_texts=300, **changed):
+    """Leave an unfinished run of TEXTS in a folder."""
+    def failing(start):
+        yield from records_of(TEXTS[:n_texts], start)
+        raise OSError('interrupted')
+    with pytest.raises(OSError, match='interrupted'):
+        pack_texts(folder, read=failing, **changed)
+    return folder / '.packing'
+
+
+def forged_number(work):
+    values = json.loads((work / 'progress.json').read_text(encoding='utf-8'))
+    (work / 'progress.json').write_text(json.dumps({**values, 'documents': values['documents'] - 7}), encoding='utf-8')
+
+
+def cut_in_half(name):
+    def damage(work):
+        content = (work / name).read_bytes()
+        (work / name).write_bytes(content[:len(content) // 2])
+    return damage
+
+
+def other_database(work):
+    (work / 'seen.sqlite').unlink()
+    with contextlib.closing(sqlite3.connect(work / 'seen.sqlite')) as database:
+        database.execute('create table seen (hash integer primary key, document integer)')
+
+
+@pytest.mark.parametrize('damage, reason', [
+    (cut_in_half('progress.json'), 'progress.json was altered or cut short'),
+    (lambda work: (work / 'progress.json').write_text('[1]'), 'progress.json was altered or cut short'),
+    (forged_number, 'progress.json was altered or cut short'),
+    (lambda work: (work / 'seen.sqlite').write_bytes(b'no database' * 100), 'seen.sqlite: file is not a database'),
+    (other_database, 'seen.sqlite holds 0 of'),
+    (lambda work: (work / 'train.idx').unlink(), 'train.idx is shorter than the'),
+    (cut_in_half('train_000000.bin'), 'train_000000.bin is shorter than the')])
+def test_an_unfinished_run_that_is_damaged_starts_over(tmp_path, small_batches, capsys, damage, reason):
+    pack_texts(tmp_path / 'whole', clean=True)
+    damage(interrupted(tmp_path / 'damaged', clean=True))
+    capsys.readouterr()
+    pack_texts(tmp_path / 'damaged', clean=True)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f'damaged: the unfinished run cannot be continued ({reason}') and first.endswith('): starting over')
+    assert files_of(tmp_path / 'damaged') == files_of(tmp_path / 'whole')
+
+
+def test_an_error_while_publishing_puts_the_old_dataset_back(whole, tmp_path, small_batches, monkeypatch):
+    """Each rename in turn fails once. The same call then continues at the end of the corpus."""
+    pack_texts(tmp_path, ['old'] * 9 + ['new text'] * 9, val_fraction=0.5)
+    (tmp_path / 'train.mask').write_bytes(b'old')
+    old, replace = files_of(tmp_path), os.replace
+    for failing in range(100):
+        renames = []
+
+        def fail_once(source, target, failing=failing, renames=renames):
+            if Path(target).parent == tmp_path:
+                renames.append(target)
+                if len(renames) == failing + 1:
+                    raise OSError(5, 'Input/output error', str(target))
+            replace(source, target)
+        monkeypatch.setattr(os, 'replace', fail_once)
+        try:
+            pack_texts(tmp_path)
+            break
+        except OSError:
+            assert {name: content for name, content in files_of(tmp_path).items() if '/' not in name} == old, failing
+    assert failing > 5 and files_of(tmp_path) == files_of(whole)

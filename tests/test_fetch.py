@@ -1,4 +1,5 @@
 """corpus/fetch.py against a local web server and a local folder of packages: no network."""
+import contextlib
 import hashlib
 import io
 import os
@@ -6,15 +7,36 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import ROOT
 
 from corpus.fetch import fetch
 
 TEXT = b'First Citizen:\nBefore we proceed any further, hear me speak.\n'
 SHA256 = hashlib.sha256(TEXT).hexdigest()
+
+
+def drip(handler, first=b''):
+    """Send a byte now and then, until nobody listens any more."""
+    handler.wfile.write(first)
+    with contextlib.suppress(OSError):
+        for _ in range(200):
+            handler.wfile.write(b'x')
+            time.sleep(0.05)
+
+
+TROUBLE = {
+    '/login.jsonl': lambda handler: handler.wfile.write(b'HTTP/1.0 200 OK\r\n\r\n\n<!DOCTYPE html><html>Please log in</html>'),
+    '/length': lambda handler: handler.wfile.write(b'HTTP/1.0 200 OK\r\nContent-Length: many\r\n\r\n'),
+    '/status': lambda handler: handler.wfile.write(b'HTTP/1.0 \xff\xfe\r\n\r\n'),
+    '/redirect': lambda handler: handler.wfile.write(b'HTTP/1.0 302 Found\r\nLocation: http://[x/\r\n\r\n'),
+    '/chunks': lambda handler: handler.wfile.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n'),
+    '/slow': lambda handler: drip(handler, b'HTTP/1.0 200 OK\r\n\r\n'),
+    '/slow_header': lambda handler: drip(handler, b'HTTP/1.0 200 OK\r\nX: ')}
 
 
 @pytest.fixture
@@ -31,6 +53,8 @@ def server():
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             server.requests.append(self.path)
+            if self.path in TROUBLE:
+                return TROUBLE[self.path](self)
             if self.path not in ('/good', '/wrong', '/short'):
                 return self.send_error(404)
             body = b'something else' if self.path == '/wrong' else TEXT
@@ -63,6 +87,39 @@ def test_downloads_once_then_uses_the_cache(cache, server):
 @pytest.mark.parametrize('bad', ['/wrong', '/short', '/missing'])
 def test_next_source_after_a_bad_one(cache, server, bad):
     assert fetch('a.txt', [server.url + bad, server.url + '/good'], SHA256).read_bytes() == TEXT
+
+
+@pytest.mark.parametrize('bad', ['/length', '/status', '/redirect', '/chunks', '/slow', '/slow_header'])
+def test_next_source_after_a_broken_or_slow_answer(cache, server, monkeypatch, bad):
+    monkeypatch.setattr('corpus.fetch.READ_TIMEOUT_S', 0.3)
+    assert fetch('a.txt', [server.url + bad, server.url + '/good'], SHA256).read_bytes() == TEXT
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.json', 'a.gz', 'a.parquet'])
+def test_a_page_with_status_200_is_not_taken_for_the_file(cache, server, name):
+    with pytest.raises(OSError, match='login.jsonl: is empty or a web page'):
+        fetch(name, [server.url + '/login.jsonl'])
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.json', 'a.gz', 'a.parquet'])
+def test_without_a_sha256_the_content_has_to_fit_the_name(cache, server, name):
+    with pytest.raises(OSError, match=f'/good: is no {name[1:]} file'):
+        fetch(name, [server.url + '/good'])
+    assert fetch('a.txt', [server.url + '/good']).read_bytes() == TEXT
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs locks')
+def test_leftovers_of_a_killed_download_go_with_the_next_call(cache, server):
+    (cache / '.fetch-killed').mkdir(parents=True)
+    (cache / '.fetch-killed' / 'part').write_bytes(b'half')
+    code = 'import sys, time; from files import lock; held = lock(sys.argv[1]); print(flush=True); time.sleep(60)'
+    (cache / '.fetch-running').mkdir()
+    with subprocess.Popen([sys.executable, '-c', code, str(cache / '.fetch-running')], cwd=ROOT, stdout=subprocess.PIPE) as running:
+        running.stdout.readline()
+        fetch('a.txt', [server.url + '/good'], SHA256)
+        running.kill()
+    assert sorted(path.name for path in cache.iterdir()) == ['.fetch-running', 'a.txt']
 
 
 def test_short_download_is_noticed_without_a_sha256(cache, server):
@@ -184,6 +241,23 @@ def test_reads_a_file_out_of_a_wheel(mirror):
 def test_reads_a_file_out_of_a_source_archive(mirror):
     sha256 = publish_sdist(mirror)
     assert fetch('a.txt', [f'pip:tiny==1.0#{sha256}!tiny-1.0/tiny/texts/a.txt'], SHA256).read_bytes() == TEXT
+    assert not os.path.exists(os.environ['RAN'])
+
+
+def test_a_source_archive_from_an_index_runs_nothing(mirror, server, monkeypatch):
+    """The simple index is a page of links; pip itself would run the archive's setup."""
+    sha256 = publish_sdist(mirror)
+    archive = (mirror / 'tiny-1.0.tar.gz').read_bytes()
+    page = b'<html><a href="../../tiny-1.0.tar.gz#sha256=' + sha256.encode() + b'">tiny-1.0.tar.gz</a></html>'
+    answer = 'HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n'.encode()
+    monkeypatch.setitem(TROUBLE, '/simple/tiny/', lambda handler: handler.wfile.write(answer + page))
+    monkeypatch.setitem(TROUBLE, '/tiny-1.0.tar.gz', lambda handler: handler.wfile.write(answer + archive))
+    monkeypatch.delenv('PIP_NO_INDEX')
+    monkeypatch.setenv('PIP_FIND_LINKS', '')
+    monkeypatch.setenv('PIP_EXTRA_INDEX_URL', '')
+    monkeypatch.setenv('PIP_INDEX_URL', server.url + '/simple')
+    assert fetch('a.txt', [f'pip:tiny==1.0#{sha256}!tiny-1.0/tiny/texts/a.txt'], SHA256).read_bytes() == TEXT
+    assert not os.path.exists(os.environ['RAN'])
 
 
 def test_empty_member_is_the_archive_itself(mirror):

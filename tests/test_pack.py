@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -374,4 +375,56 @@ def test_inspect_reads_a_folder_of_nanogpt(tmp_path, monkeypatch, capsys):
     assert "tokens 4 on: ' worldHello world<|endoftext|>Hello" in stdout and 'checksums: none are known' in stdout
     np.array([50257], dtype='<u2').tofile(tmp_path / 'val.bin')
     code, _, stderr = run(monkeypatch, capsys, 'inspect', tmp_path)
-    assert code == 2 and stderr.startswith(f'{tmp_path}/val.bin offset 0: token id 50257 is beyond the vocabulary of 50257: ')
+    assert code == 2 and stderr.startswith(f'{tmp_path}/val.bin offset 0: id 50257 is beyond the vocabulary of 50257: ')
+
+# -----------------------------------------------------------------------------
+# command lines
+
+def test_one_document_is_cut_at_a_line_end(tmp_path, monkeypatch, capsys):
+    lines = [f'line {n} of the only text' for n in range(1000)]
+    (tmp_path / 'a.txt').write_text('\n'.join(lines), encoding='utf-8')
+    code, stdout, stderr = run(monkeypatch, capsys, 'build', '--input', tmp_path / 'a.txt', '--tokenizer=char', '--out', tmp_path / 'out')
+    assert code == 0, stderr
+    [train], [val] = texts_in(tmp_path / 'out', 'train'), texts_in(tmp_path / 'out', 'val')
+    assert train.endswith('\n') and train + val == '\n'.join(lines) and 5 <= len(val.splitlines()) <= 15
+    assert 'out: all documents fell to one split: the last one is cut, its end is for validation\n' in stdout
+
+
+def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'a.txt').write_text('abc\n' * 99, encoding='utf-8')
+    out = tmp_path / "it's mine; really"
+    code, stdout, stderr = run(monkeypatch, capsys, 'build', '--input', tmp_path / 'a.txt', '--tokenizer=char', '--out', out)
+    assert code == 0, stderr
+    words = shlex.split(stdout.splitlines()[-1])
+    assert words[:4] == ['next:', 'python', 'train.py', 'config/quickstart.py']
+    assert words[4].endswith("it's mine; really") and words[5] == "--out_dir=out-it's mine; really"
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems refuse such names')
+def test_a_file_name_that_is_not_utf8(tmp_path):
+    name = os.fsencode(tmp_path) + '/中文.txt'.encode('gb18030')
+    with open(name, 'wb') as file:
+        file.write('一\n二\n三\n'.encode() * 20)
+    done = subprocess.run([sys.executable, '-m', 'corpus.pack', 'build', '--input', name, '--tokenizer=char', '--out', str(tmp_path / 'out')],
+                          cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert read_meta(tmp_path / 'out')['source'].endswith('.txt')
+
+
+@pytest.mark.parametrize('args, error', [
+    (['build', '--inptu', 'a'], 'the following arguments are required: --input, --out, --tokenizer'),
+    (['build', '--input', 'a', '--tokenizer=char', '--out=b', '--cleen'], '--cleen: unknown argument, did you mean --clean?'),
+    (['build', '--input', 'a', '--tokenizer=char', '--out=b', '--clean=maybe'], '--clean: maybe: accepted are True, False'),
+    (['build', '--input', 'a', '--tokenizer=char', '--out=b', '--max_docs=x'], "--max_docs: invalid int value: 'x'"),
+    (['biuld'], 'biuld: accepted are build, mix, inspect')])
+def test_wrong_arguments_are_one_line(monkeypatch, capsys, args, error):
+    assert run(monkeypatch, capsys, *args) == (2, '', error + '\n')
+
+
+def test_a_switch_may_have_a_value(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps(f'text {n % 50}') for n in range(100)), encoding='utf-8')
+    for switch, n_documents in ((['--clean'], 50), (['--clean=True'], 50), (['--clean=False'], 100), (['--clean', 'True'], 50)):
+        code, _, stderr = run(monkeypatch, capsys, 'build', '--input', tmp_path / 'a.jsonl', '--tokenizer=char', '--val_fraction=0.2',
+                              '--out', tmp_path / 'out', *switch)
+        assert code == 0, stderr
+        assert sum(split['documents'] for split in read_meta(tmp_path / 'out')['splits'].values()) == n_documents

@@ -317,3 +317,13 @@ def test_chinese_out_of_reach_is_one_line_that_says_what_to_put_where(data, tmp_
     assert done.returncode == 2 and done.stderr.startswith(f'no text to train on: put one at {data / "chinese/input.txt"}, or name files and '
                                                            'folders with --input (chinese-poetry-2.0.1.tgz could not be fetched: ')
     assert done.stderr.count('\n') == 1 and os.listdir(data / 'chinese') == ['prepare.py']
+
+
+@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare', 'text', 'chinese', 'fineweb', 'openwebtext'])
+def test_prepare_scripts_heed_their_arguments(data, tmp_path, name):
+    before = sorted(os.listdir(data / name))
+    done = run(data / name / 'prepare.py', '--help', cwd=tmp_path)
+    assert done.returncode == 0 and f'data/{name}/prepare.py' in done.stdout
+    done = run(data / name / 'prepare.py', '--input', 'a', '--tokenizer=char', '--vocabsize=3', cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and ': unknown argument, ' in done.stderr
+    assert sorted(os.listdir(data / name)) == before

