@@ -1,4 +1,4 @@
-"""tokens/tokenizer.py against tiktoken's own GPT-2, and what read_meta makes of honest and hostile folders."""
+"""tokens/tokenizer.py against tiktoken's own GPT-2, the bytes of UTF-8, and transformers."""
 import hashlib
 import json
 from pathlib import Path

@@ -429,8 +429,9 @@ def tokenizer_meta(name, also=(), eot=''):
             'python -m corpus.train_tokenizer train --input TEXT --out FOLDER makes one')
     if meta['kind'] == 'json' and meta['eot'] is None:
         special = ', '.join(list(load_tokenizer(meta).special)[:20]) or 'none'
-        raise ValueError(f'tokenizer {name} does not say which token ends a document: name one by --eot=TOKEN, '
-                         f'or as eos_token in its tokenizer_config.json; its special tokens: {special}')
+        raise ValueError(
+            f'tokenizer {name} does not say which token ends a document: name one by --eot=TOKEN, '
+            f'or as eos_token in its tokenizer_config.json; its special tokens: {special}')
     return meta
 
 

@@ -236,7 +236,8 @@ def read_config(folder):
     """Return the entries of tokenizer_config.json and the older special_tokens_map.json, tokens by name."""
     stored = read_object(folder / 'special_tokens_map.json') | read_object(folder / 'tokenizer_config.json')
     stored.update({role: token_name(stored[role]) for role in ROLES if role in stored})
-    others = stored.get('extra_special_tokens') or stored.get('additional_special_tokens') or []  # new name, old
+    # transformers 5 renamed additional_special_tokens
+    others = stored.get('extra_special_tokens') or stored.get('additional_special_tokens') or []
     others = others.values() if isinstance(others, dict) else others
     stored['additional_special_tokens'] = [token_name(other) for other in others]
     template = folder / 'chat_template.jinja'
