@@ -1,5 +1,6 @@
 """What the tests share: a tiny dataset made of made-up sentences, and train.py as a user runs it, in a process or in this one."""
 
+import ast
 import contextlib
 import io
 import json
@@ -9,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,15 @@ def pytest_collection_modifyitems(config, items):
     if 'full' not in (config.option.markexpr or '').split() and not any('::' in arg for arg in config.args):  # nor asked for by name
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker('full')])
         items[:] = [item for item in items if not item.get_closest_marker('full')]
+
+
+def train_settings():
+    """The settings of train.py as its globals() hold them. Importing the script would train."""
+    tree = ast.parse((ROOT / 'train.py').read_bytes())
+    kept = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign)) and ast.unparse(node)[0].islower()]
+    settings = {'Literal': typing.Literal, '__file__': str(ROOT / 'train.py')}
+    exec(compile(ast.Module(kept, []), 'train.py', 'exec'), settings)
+    return settings
 
 
 def sentences(n_chars, seed):

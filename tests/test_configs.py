@@ -3,9 +3,8 @@
 import math
 
 import pytest
-from conftest import ROOT, pack_chars, sentences, train_here
+from conftest import ROOT, pack_chars, sentences, train_here, train_settings
 
-import train
 from configurator import config_of, configure
 from tokens.dataset import read_meta
 
@@ -16,7 +15,7 @@ DEPTH = str(ROOT / 'config' / 'depth.py')
 def dial(tiny, capsys):
     """What config/depth.py with some flags makes of train.py's settings."""
     def dial(*flags):
-        settings = dict(vars(train))
+        settings = train_settings()
         configure(settings, [DEPTH, f'--dataset={tiny}', *flags])
         return config_of(settings)
     return dial

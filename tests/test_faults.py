@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics, run_here, survives, train_here
+from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics, run_here, survives, train_here, train_settings
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -33,8 +33,8 @@ from ranks import read_heard, start_ranks, wait
 from test_resume import trajectory, without_times
 
 import checkpoint
-import train
 from configurator import accepted_by, config_of
+from training.checks import LIMITS
 
 pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks and kills processes'),
               pytest.mark.filterwarnings('ignore:This process')]  # torch has threads, the children use none of them
@@ -75,6 +75,18 @@ def state_of(iter_num):
                 scaler={}, model_args={'n_layer': 1}, iter_num=iter_num, best_val_loss=2.5, config={}, run_id='a', format=checkpoint.FORMAT)
 
 
+def resumed(folder):
+    """The CheckpointFolder of a process that resumes the newest checkpoint of a folder, or begins where there is none."""
+    newest = folder / 'ckpt.pt'
+    if not newest.exists():
+        return checkpoint.CheckpointFolder(folder)
+    return checkpoint.CheckpointFolder(folder, newest, read_checkpoint(newest)['iter_num'])
+
+
+def save(folder, state, **settings):
+    resumed(folder).save(state, **settings)
+
+
 def save_without_end(folder, iter_num, note):
     """Saves state after state; note[0] tells the phase, note[1] whether iter_num is being saved for the first time, note[2:10] iter_num."""
     def during(phase, work):
@@ -86,11 +98,12 @@ def save_without_end(folder, iter_num, note):
                 note[0] = 0
         return wrapped
     torch.save, os.fsync, os.replace = during('write', torch.save), during('fsync', os.fsync), during('replace', os.replace)
+    checkpoints = resumed(folder)
     while True:
         iter_num += 10
         note[2:10] = iter_num.to_bytes(8, 'little')
         note[1] = 1
-        checkpoint.save(folder, state_of(iter_num), keep_last_n=1, best=iter_num % 20 == 0)
+        checkpoints.save(state_of(iter_num), keep_last_n=1, is_best=iter_num % 20 == 0)
 
 
 @sized(40, 2000)
@@ -98,7 +111,7 @@ def test_kill_9_at_random_moments_of_saving_loses_no_checkpoint(n, tmp_path, tal
     draw, landed, note = random.Random(n), collections.Counter(), mmap.mmap(-1, 10)
     started = time.perf_counter()
     for iter_num in range(10, 60, 10):
-        checkpoint.save(tmp_path, state_of(iter_num), keep_last_n=1, best=True)
+        save(tmp_path, state_of(iter_num), keep_last_n=1, is_best=True)
     one_save_s = (time.perf_counter() - started) / 5
     for _ in range(n):
         note[:] = bytes(10)
@@ -121,7 +134,7 @@ def test_kill_9_at_random_moments_of_saving_loses_no_checkpoint(n, tmp_path, tal
         assert checkpoint.load(tmp_path / 'best.pt')['iter_num'] <= begun
         iter_num = state['iter_num']
     assert not list(tmp_path.glob('*.corrupt'))
-    checkpoint.save(tmp_path, state_of(iter_num + 10), keep_last_n=1)
+    save(tmp_path, state_of(iter_num + 10), keep_last_n=1)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ['best.pt', 'ckpt.pt', f'ckpt_{iter_num:08d}.pt']
     tally('kill -9 at random moments of saving', f'{n} kills, 0 checkpoints lost; landed in: '
@@ -135,11 +148,11 @@ def test_kill_9_before_each_change_that_saving_makes(n, tmp_path, tally):
         folder = tmp_path / str(i)
         folder.mkdir()
         for k in range(i % 5):
-            checkpoint.save(folder, state_of(10 * k), keep_last_n=i % 3, best=k == 1)
+            save(folder, state_of(10 * k), keep_last_n=i % 3, is_best=k == 1)
         before = 10 * (i % 5) - 10
         for change in range(100):
             trial = shutil.copytree(folder, tmp_path / 'trial')
-            whole = survives(change, lambda: checkpoint.save(trial, state_of(before + 10), keep_last_n=2 - i % 3, best=True))
+            whole = survives(change, lambda: save(trial, state_of(before + 10), keep_last_n=2 - i % 3, is_best=True))
             state, _ = checkpoint.load_newest(trial)
             assert (state or {'iter_num': -10})['iter_num'] in ([before + 10] if whole else [before, before + 10])
             assert not list(trial.glob('*.corrupt'))
@@ -154,7 +167,7 @@ def test_kill_9_before_each_change_that_saving_makes(n, tmp_path, tally):
 def test_the_order_in_which_a_save_reaches_the_disk(tmp_path):
     """Recorded by the interpreter's audit events: each file is whole and on the disk before its name, the name before what it makes superfluous."""
     for iter_num in (10, 20, 30):
-        checkpoint.save(tmp_path, state_of(iter_num), keep_last_n=1)
+        save(tmp_path, state_of(iter_num), keep_last_n=1)
     events, name, fsync = [], os.path.basename, os.fsync
 
     def record(event, args):
@@ -175,7 +188,7 @@ def test_the_order_in_which_a_save_reaches_the_disk(tmp_path):
         try:
             os.fsync = recorded_fsync
             sys.addaudithook(record)
-            checkpoint.save(tmp_path, state_of(40), keep_last_n=1, best=True)
+            save(tmp_path, state_of(40), keep_last_n=1, is_best=True)
             found, events = events, None
             (tmp_path / 'events').write_text(json.dumps(found), encoding='utf-8')
         finally:
@@ -347,9 +360,9 @@ def test_torchrun_rides_through_kill_9_of_random_ranks(kills, n_iters, tiny, tmp
 # -----------------------------------------------------------------------------
 # wrong settings
 
-DEFAULTS = config_of(vars(train))
-ACCEPTED = accepted_by(vars(train))
-BOUNDS = {name: (least, below) for least, below, names in train.LIMITS for name in names.split()}
+DEFAULTS = config_of(train_settings())
+ACCEPTED = accepted_by(train_settings())
+BOUNDS = {name: (least, below) for least, below, names in LIMITS for name in names.split()}
 NOT_A_NUMBER = st.one_of(st.sampled_from(['nan', '', '1e', '0x10', '--5', '1,5', 'None1', '1 000', 'many']), st.text(
     st.characters(exclude_categories=['Cs', 'Nd', 'Cc']), min_size=1).filter(lambda text: text.strip().lower() not in ('nan', 'inf', 'infinity', 'none')))
 MISSPELT = st.sampled_from(sorted(DEFAULTS)).flatmap(lambda name: st.sampled_from(
@@ -593,7 +606,7 @@ for path, how in (disk, 'size=1m'), (read_only, 'ro'):
 sys.path.insert(0, root)
 import torch, checkpoint
 torch.set_num_threads(1)
-save, saves, filler, out = checkpoint.save, 0, disk / 'filler', disk / 'out'
+save, saves, filler, out = checkpoint.CheckpointFolder.save, 0, disk / 'filler', disk / 'out'
 
 def counted(*args, **kwargs):
     global saves
@@ -612,7 +625,7 @@ def counted(*args, **kwargs):
     finally:
         print('after save', saves, sorted(p.name for p in out.glob('*.pt*')), [p.name for p in out.glob('.*tmp*')],
               checkpoint.load(out / 'ckpt.pt')['iter_num'], flush=True)
-checkpoint.save = counted
+checkpoint.CheckpointFolder.save = counted
 for out in (out, read_only / 'out'):
     sys.argv = [root + '/train.py', *flags, f'--out_dir={out}']
     runpy.run_path(sys.argv[0], run_name='__main__')
@@ -626,7 +639,7 @@ def test_a_full_disk_costs_no_checkpoint_and_a_read_only_one_is_named_at_start(t
                            '--keep_last_n_checkpoints=0', '--max_iters=20', '--eval_interval=1000', '--generate_interval=2', '--generate_prompts=a'], capture_output=True, text=True, encoding='utf-8',
                           timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     said = done.stdout
-    assert 'full: No space left on device' in said and said.count('NOT SAVED') == 3 and said.count('No space left on device: the checkpoint') == 3, said + done.stderr
+    assert 'full: No space left on device' in said and said.count('NOT SAVED') == 3 and said.count('No space left on device: the last good checkpoint') == 3, said + done.stderr
     assert [f'samples.md: No space left on device: the samples of iteration {i} are lost' in said for i in range(0, 22, 2)] == [i in (4, 6, 8) for i in range(0, 22, 2)]
     after = [line.split(' ', 3)[3] for line in said.splitlines() if line.startswith('after save')]
     assert after == ["['ckpt.pt'] [] 2"] * 4 + [f"['ckpt.pt'] [] {2 * i}" for i in range(5, 10)] + ["['best.pt', 'ckpt.pt'] [] 20"], said
