@@ -39,7 +39,7 @@ def id_dtype(vocab_size: int) -> np.dtype:
 def read_meta(folder) -> dict:
     """Read and check what a data folder says about itself.
 
-    A folder without meta.json is read as nanoGPT does: uint16 ids, of the tokens in meta.pkl or else of GPT-2.
+    A folder without meta.json is read as nanoGPT does: uint16 ids of the tokens in meta.pkl, or of GPT-2.
 
     returns   {'format': 1, 'dtype': 'uint16' | 'uint32', 'vocab_size': V, 'tokenizer': its meta(),
               'source': str | None, 'origin': 'meta.json' | 'meta.pkl' | 'none', 'splits': {'train':
@@ -81,8 +81,10 @@ def read_meta_json(folder):
         vocab_size = vocab_size_of(meta.get('tokenizer'))
     except ValueError as error:
         raise ValueError(f'{path}: tokenizer: {error}') from None
-    need(meta.get('vocab_size') == vocab_size, f'{path}: vocab_size', f'{vocab_size}, the size of its tokenizer')
-    need(vocab_size <= DTYPE_LIMIT[meta['dtype']], f'{path}: dtype', f"'uint32' for a vocabulary of {vocab_size}")
+    need(meta.get('vocab_size') == vocab_size, f'{path}: vocab_size',
+         f'{vocab_size}, the size of its tokenizer')
+    need(vocab_size <= DTYPE_LIMIT[meta['dtype']], f'{path}: dtype',
+         f"'uint32' for a vocabulary of {vocab_size}")
     need(isinstance(meta.get('source'), str | None), f'{path}: source', 'a string')
     need(isinstance(meta.get('style'), str | None), f'{path}: style', 'a string')
     splits = meta.get('splits')
@@ -93,7 +95,8 @@ def read_meta_json(folder):
     row = meta.get('row_tokens')
     sizes = [shard['tokens'] for split in splits.values() for shard in split['shards']]
     whole_rows = is_count(row) and row > 1 and not any(size % row for size in sizes)
-    need(row is None or whole_rows, f'{path}: row_tokens', 'a count of 2 or more that divides the tokens of each shard')
+    need(row is None or whole_rows, f'{path}: row_tokens',
+         'a count of 2 or more that divides the tokens of each shard')
     optional = {key: meta[key] for key in ('row_tokens', 'style') if meta.get(key) is not None}
     return {'format': 1, 'dtype': meta['dtype'], 'vocab_size': vocab_size, 'tokenizer': meta['tokenizer'],
             'source': meta.get('source'), 'origin': 'meta.json', 'splits': splits, **optional}
@@ -114,7 +117,8 @@ def checked_split(split, where):
         need(split.get(key) is None or is_count(split[key]), f'{where}.{key}', 'a count')
     shards = [{key: shard.get(key) for key in ('file', 'tokens', 'crc32')} for shard in shards]
     entry = split_entry(shards, split.get('bytes'), split.get('documents'))
-    need(split.get('tokens') == entry['tokens'], f'{where}.tokens', f'{entry["tokens"]}, the sum of its shards')
+    need(split.get('tokens') == entry['tokens'], f'{where}.tokens',
+         f'{entry["tokens"]}, the sum of its shards')
     return entry
 
 
@@ -124,7 +128,7 @@ def split_entry(shards, n_bytes=None, n_documents=None):
 
 
 def meta_of_nanogpt(folder):
-    """Return the meta of a folder of nanoGPT or llm.c, where only file sizes and headers say what it holds."""
+    """Return the meta of a folder of nanoGPT or llm.c from file sizes and headers."""
     splits, dtypes = {}, {}
     for name in ('train', 'val'):
         # train.bin; train_000000.bin; as llm.c names them: fineweb_train_000001.bin, TinyStories_train.bin
@@ -150,7 +154,7 @@ def meta_of_nanogpt(folder):
 
 
 def inspect_shard(path):
-    """Return (dtype, number of tokens) of a shard without meta.json: llm.c's header tells, or else it is uint16."""
+    """Return (dtype, number of tokens) of a shard without meta.json: as llm.c's header says, else uint16."""
     n_bytes = path.stat().st_size
     header = read_header(path)
     if header is not None:
@@ -168,13 +172,14 @@ def inspect_shard(path):
     ids = np.fromfile(path, '<u2', 4096)
     low, high = ids[::2], ids[1::2]
     if len(ids) >= 16 and low.any() and (not high.any() or low.max() > 255 and high.max() < 4):
-        raise ValueError(f'{path}: every second number is zero or next to it, so these are ids of 4 or 8 bytes: '
-                         'save them as uint16, or prepare the dataset with a meta.json')
+        raise ValueError(f'{path}: every second number is zero or next to it, '
+                         'so these are ids of 4 or 8 bytes: save them as uint16, '
+                         'or prepare the dataset with a meta.json')
     return 'uint16', n_bytes // 2
 
 
 def read_header(path):
-    """Return (magic, version, n_tokens) of a shard that begins like one of llm.c, whose magic is a date; or None."""
+    """Return (magic, version, n_tokens) if a shard begins like one of llm.c, whose magic is a date."""
     header = np.fromfile(path, '<i4', 256)
     if len(header) < 256 or not 20230000 < header[0] < 20400000 or header[3:].any():
         return None
@@ -188,7 +193,7 @@ def read_header(path):
 class DiskArray:
     """A one-dimensional array in a file, read slice by slice: array[start:end].
 
-    Reads end in an error if the file is cut short meanwhile. A memory map would end in SIGBUS, which kills the process.
+    If the file is cut short meanwhile, a read ends in an error. A memory map would end the process by SIGBUS.
     """
 
     def __init__(self, path, dtype, size, header_bytes=0):
@@ -224,8 +229,8 @@ class DiskArray:
 
     def check_file(self, file):
         if identify(os.fstat(file.fileno())) != self.identity:
-            raise ValueError(f'{self.path} was replaced or changed since the dataset was opened: restore it and '
-                             'resume, or start a new run')
+            raise ValueError(f'{self.path} was replaced or changed since the dataset was opened: '
+                             'restore it and resume, or start a new run')
 
 
 @lru_cache(maxsize=128)  # macOS allows a process 256 open files
@@ -262,12 +267,13 @@ class Shard:
         n_bytes = path.stat().st_size
         header_bytes = n_bytes - n_tokens * dtype.itemsize
         if header_bytes not in (0, LLMC_HEADER_BYTES):
-            raise ValueError(f'{path} has {n_bytes} bytes, expected {n_tokens} tokens of {dtype.itemsize} bytes: {REMEDY}')
+            raise ValueError(f'{path} has {n_bytes} bytes, expected {n_tokens} tokens '
+                             f'of {dtype.itemsize} bytes: {REMEDY}')
         if header_bytes:
             header = read_header(path)
             if header is None or LLMC_DTYPES.get(header[:2]) != dtype.name or header[2] != n_tokens:
-                raise ValueError(f'{path} begins with 1024 bytes that are no header of llm.c for {n_tokens} tokens '
-                                 f'of {dtype.itemsize} bytes: {REMEDY}')
+                raise ValueError(f'{path} begins with 1024 bytes that are no header of llm.c '
+                                 f'for {n_tokens} tokens of {dtype.itemsize} bytes: {REMEDY}')
         self.tokens = DiskArray(path, dtype, n_tokens, header_bytes)
 
     def is_target(self, start: int, length: int):
@@ -288,12 +294,13 @@ class Split:
         self.vocab_size, self.tokenizer = self.meta['vocab_size'], self.meta['tokenizer']
         entry = self.meta['splits'].get(split)
         if entry is None:
-            raise ValueError(f'{folder} has no {split} split, only {", ".join(self.meta["splits"])}: prepare it with one')
+            names = ', '.join(self.meta['splits'])
+            raise ValueError(f'{folder} has no {split} split, only {names}: prepare it with one')
         self.n_tokens = entry['tokens']
         self.mask = self.beside('.mask', np.uint8, (self.n_tokens,))
         if self.mask is None and self.meta.get('row_tokens'):
-            raise FileNotFoundError(f'{self.folder / split}.mask is missing: it tells answers from questions and '
-                                    'padding, prepare the dataset again')
+            raise FileNotFoundError(f'{self.folder / split}.mask is missing: it tells answers from '
+                                    'questions and padding, prepare the dataset again')
         self.checksums = [shard['crc32'] for shard in entry['shards']]
         dtype, first = np.dtype(self.meta['dtype']).newbyteorder('<'), 0
         self.shards = []
@@ -302,22 +309,22 @@ class Split:
             first += shard['tokens']
 
     def beside(self, suffix: str, dtype, shape):
-        """Return the array in train.mask or train.idx, or None if there is no such file. One dimension may be -1."""
+        """Return the array in train.mask or train.idx, or None without the file. One dimension may be -1."""
         path, dtype = self.folder / f'{self.split}{suffix}', np.dtype(dtype)
         if not path.exists():
             return None
         n_bytes = path.stat().st_size
         unit = abs(int(np.prod(shape))) * dtype.itemsize
         if n_bytes != unit and (-1 not in shape or n_bytes % unit):
-            raise ValueError(f'{path} has {n_bytes} bytes, which does not fit the {self.n_tokens} tokens of the '
-                             f'{self.split} split: {REMEDY}')
+            raise ValueError(f'{path} has {n_bytes} bytes, which does not fit the {self.n_tokens} tokens '
+                             f'of the {self.split} split: {REMEDY}')
         array = DiskArray(path, dtype, n_bytes // dtype.itemsize)
         return array if len(shape) == 1 else np.asarray(array).reshape(shape)
 
     def documents(self):
         """Return offset and length of each document in tokens of the split, (M,) int64 each.
 
-        The end-of-text token between two documents belongs to the first, so that a model learns where to stop.
+        The end-of-text after a document belongs to it, so that a model learns where to stop.
         """
         path, table = self.folder / f'{self.split}.idx', self.beside('.idx', '<i8', (-1, 2))
         if table is None:
@@ -327,14 +334,15 @@ class Split:
         outside = (offset < 0) | (length < 0) | (offset > self.n_tokens - length)
         if outside.any():
             i = int(np.argmax(outside))
-            raise ValueError(f'{path}: document {i} has offset {offset[i]} and length {length[i]}, the split has '
-                             f'{self.n_tokens} tokens: it was altered, prepare the dataset again')
+            raise ValueError(f'{path}: document {i} has offset {offset[i]} and length {length[i]}, '
+                             f'the split has {self.n_tokens} tokens: it was altered, '
+                             'prepare the dataset again')
         order = np.lexsort((length, offset))
         overlaps = (offset + length)[order[:-1]] > offset[order[1:]]
         if overlaps.any():
-            i = int(np.argmax(overlaps))
-            raise ValueError(f'{path}: documents {order[i]} and {order[i + 1]} overlap at token {offset[order[i + 1]]}: '
-                             'it was altered, prepare the dataset again')
+            first, second = order[int(np.argmax(overlaps)):][:2]
+            raise ValueError(f'{path}: documents {first} and {second} overlap '
+                             f'at token {offset[second]}: it was altered, prepare the dataset again')
         return offset, length + np.append(offset[1:] == (offset + length)[:-1] + 1, False)
 
     @cached_property
@@ -384,8 +392,8 @@ def parse_mixture(dataset: str):
         except ValueError:
             weight = 0.0
         if not name or not 0 < weight < float('inf'):
-            raise ValueError(f'dataset={dataset}: {part.strip()!r} is no NAME or NAME:WEIGHT with a weight above 0, '
-                             'such as zhwiki:0.7')
+            raise ValueError(f'dataset={dataset}: {part.strip()!r} is no NAME or NAME:WEIGHT '
+                             'with a weight above 0, such as zhwiki:0.7')
         names.append(name)
         weights.append(weight)
     return names, [weight / sum(weights) for weight in weights]

@@ -3,13 +3,13 @@
     loader = Loader('data/shakespeare_char', 'train', block_size=64, batch_size=12)
     x, y, documents = loader.batch(step=1000, micro_step=0)     # (12, 64) int64, whoever asks and whenever
 
-A run needs no loader state to resume. Windows are numbered without end: window g of the run is row g % G of step
-g // G, where G is the global batch. Each epoch cuts the data into windows of block_size, beginning at a random phase,
-and visits each once in a random order. Phase and order are functions of (seed, epoch). Ranks take turns at the
-micro-batches of one global batch.
+A run needs no loader state to resume. Windows are numbered without end: window g of the run is row g % G of
+step g // G, where G is the global batch. Each epoch cuts the data into windows of block_size, beginning at
+a random phase, and visits each once in a random order. Phase and order are functions of (seed, epoch).
+Ranks take turns at the micro-batches of one global batch.
 
-Example: 10 tokens, block_size 3, an epoch of phase 1. The windows start at 1 and 4 (x = tokens 1-3, y = tokens 2-4;
-then 4-6 and 5-7); the order may visit them as 4, 1.
+Example: 10 tokens, block_size 3, an epoch of phase 1. The windows start at 1 and 4 (x = tokens 1-3,
+y = tokens 2-4; then 4-6 and 5-7); the order may visit them as 4, 1.
 
 B rows, T block_size, K any number of windows
 """
@@ -41,15 +41,15 @@ def scramble(x):
 
 @lru_cache(maxsize=64)
 def draws(seed, count: int, high=1 << 63) -> np.ndarray:
-    """Draw `count` seeded random integers below high, a bound or a tuple of `count` bounds: (count,) uint64."""
+    """Draw random integers below high, one bound or a tuple of `count` bounds: (count,) uint64."""
     return np.random.default_rng(seed).integers(high, size=count, dtype=np.uint64)
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Map indexes by a pseudorandom permutation of range(n), without holding it: (K,) int64 -> (K,) int64.
 
-    Adding, multiplying by an odd number, and folding the upper half onto the lower permute the numbers of a given
-    number of bits. A result of n or more is mapped again (cycle walking, Black and Rogaway 2002).
+    Adding, multiplying by an odd number, and folding the upper half onto the lower permute the numbers of a
+    given number of bits. A result of n or more is mapped again (cycle walking, Black and Rogaway 2002).
     """
     bits = max(1, (n - 1).bit_length())
     low, half = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
@@ -67,8 +67,8 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 def count_of_each(weights, g: np.ndarray) -> np.ndarray:
     """Count the windows of each source among the first g of a mixture: (K,) int64 -> (n_sources, K) int64.
 
-    One source after another takes its share of what is left, rounded to the nearest. So every count is within two
-    windows of its exact share at any g, never decreases with g, and needs no table.
+    One source after another takes its share of what is left, rounded to the nearest. So every count is within
+    two windows of its exact share at any g, never decreases with g, and needs no table.
     """
     counts, left = [], g
     for i, weight in enumerate(weights[:-1]):
@@ -81,7 +81,8 @@ def count_of_each(weights, g: np.ndarray) -> np.ndarray:
 # -----------------------------------------------------------------------------
 # windows
 
-SPAN = np.dtype([('shard', np.int64), ('start', np.int64), ('length', np.int64)])  # where a window lies, in tokens
+# where a window lies: number of the shard, first token in it, tokens
+SPAN = np.dtype([('shard', np.int64), ('start', np.int64), ('length', np.int64)])
 
 
 def make_spans(shard, start, length) -> np.ndarray:
@@ -96,8 +97,8 @@ class Windows:
     order  'shuffle'     each epoch in a random order, from a random phase
            'sequential'  from the first token on, the last window of a shard short if need be; for evaluation
            'random'      nanoGPT's draws with replacement
-           'documents'   as 'shuffle', but each window begins with a document, or T, 2T ... tokens after its beginning;
-                         the rest of a row after a document's end is no target
+           'documents'   as 'shuffle', but each window begins with a document, or T, 2T ... tokens after
+                         its beginning; the rest of a row after a document's end is no target
     Datasets of conversations are packed in rows; these are their windows in any order.
     """
 
@@ -113,15 +114,16 @@ class Windows:
             self.table = self.cut(splits)
             self.n = len(self.table)
             if not self.n:
-                raise ValueError(f'{name} has no document of 2 tokens or more, so there is nothing to predict: add text')
+                raise ValueError(f'{name} has no document of 2 tokens or more, '
+                                 'so there is nothing to predict: add text')
             return
 
         T, longest = block_size, int(self.sizes.max(initial=0))
         if longest < T + 1:
             size = f'{longest} tokens in its longest shard' if len(self.shards) > 1 else f'{longest} tokens'
             remedy = f'--block_size={longest - 1} or less, or more text' if longest > 1 else 'more text'
-            raise ValueError(f'{name} has {size}, too few for one window of block_size {T} and the token after it: '
-                             f'use {remedy}')
+            raise ValueError(f'{name} has {size}, too few for one window of block_size {T} and the token '
+                             f'after it: use {remedy}')
         if order == 'random':
             per_shard = np.maximum(self.sizes - T, 0)  # every start, as in nanoGPT
         elif order == 'sequential':
@@ -129,7 +131,8 @@ class Windows:
         else:
             # One window less than fits at phase 0. It fits at every phase, so each epoch has the same number.
             per_shard = np.where(self.sizes > T, np.maximum(self.sizes // T - 1, 1), 0)
-            self.n_phases = tuple(np.maximum(self.sizes - per_shard * T, 1).tolist())  # the last reaches the end
+            # From the last phase, the last window ends with the shard.
+            self.n_phases = tuple(np.maximum(self.sizes - per_shard * T, 1).tolist())
         self.firsts = np.concatenate(([0], np.cumsum(per_shard)))  # number of the first window of each shard
         self.n = int(self.firsts[-1])
 
@@ -174,7 +177,7 @@ class Windows:
 
 
 def enumerate_parts(counts):
-    """Return the pairs (i, 0) ... (i, counts[i] - 1) of every i as two arrays. [2, 0, 1] gives [0, 0, 2], [0, 1, 0]."""
+    """Return the pairs (i, 0) ... (i, counts[i] - 1) of every i: [2, 0, 1] gives [0, 0, 2], [0, 1, 0]."""
     i = np.repeat(np.arange(len(counts)), counts)
     return i, np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
 
@@ -182,8 +185,8 @@ def enumerate_parts(counts):
 def cut_documents(split: Split, T: int) -> np.ndarray:
     """Cut the documents of a split into windows of 2 to T + 1 tokens: (n,) SPAN.
 
-    A window begins with the last token of the one before, so that every token except a document's first is a target
-    once. A document that continues in the next shard is cut there.
+    A window begins with the last token of the one before, so that every token except a document's first is a
+    target once. A document that continues in the next shard is cut there.
     """
     offset, length = split.documents()
     border = np.array([shard.first for shard in split.shards] + [split.n_tokens])
@@ -193,7 +196,8 @@ def cut_documents(split: Split, T: int) -> np.ndarray:
     shard = first_shard[document] + part
     start = np.maximum(offset[document], border[shard])
     end = np.minimum((offset + length)[document], border[shard + 1])
-    stretch, piece = enumerate_parts(np.maximum(-(-(end - start - 1) // T), 0))  # one token alone has no target
+    n_windows = np.maximum(-(-(end - start - 1) // T), 0)  # one token alone has no target
+    stretch, piece = enumerate_parts(n_windows)
     begin = start[stretch] + piece * T
     return make_spans(shard[stretch], begin - border[shard[stretch]], np.minimum(end[stretch] - begin, T + 1))
 
@@ -202,8 +206,8 @@ def cut_rows(split: Split, T: int) -> np.ndarray:
     """Return the rows in which a split was packed; of another split, its windows in order: (n,) SPAN."""
     row = split.meta.get('row_tokens')
     if row not in (None, T + 1):
-        raise ValueError(f'{split.folder} was packed in rows for block_size {row - 1}: use --block_size={row - 1}, '
-                         f'or pack it again with --block_size {T}')
+        raise ValueError(f'{split.folder} was packed in rows for block_size {row - 1}: '
+                         f'use --block_size={row - 1}, or pack it again with --block_size {T}')
     sizes = np.array([shard.n_tokens for shard in split.shards], dtype=np.int64)
     stride, per_shard = T, -(-np.maximum(sizes - 1, 0) // T)
     if row:
@@ -217,7 +221,7 @@ def cut_rows(split: Split, T: int) -> np.ndarray:
 
 
 class Batch(NamedTuple):
-    """Some windows: tokens, targets, and with isolate=True the document number of each token, (K, T) int64 each."""
+    """Tokens, targets, and with isolate=True the document number of each token, (K, T) int64 each."""
     x: torch.Tensor
     y: torch.Tensor
     documents: torch.Tensor | None = None
@@ -253,7 +257,7 @@ class Batches:
         self.ahead = {}  # (step, micro_step) -> future batch; may be dropped at any time
 
     def batch(self, step: int, micro_step: int = 0) -> Batch:
-        """Return the batch of one micro-step of this rank, (B, T) each. y is -100 where there is no target."""
+        """Return the batch of a micro-step of this rank, (B, T) each. y is -100 where there is no target."""
         if self.worker is None:
             return self.make(step, micro_step)
         future = self.ahead.pop((step, micro_step), None)
@@ -262,7 +266,8 @@ class Batches:
         return future.result() if future is not None else self.make(step, micro_step)
 
     def make(self, step, micro_step):
-        first = ((step * self.grad_accum + micro_step) * self.world_size + self.rank) * self.batch_size + self.shift
+        micro_batch = (step * self.grad_accum + micro_step) * self.world_size + self.rank
+        first = micro_batch * self.batch_size + self.shift
         return self.windows(np.arange(first, first + self.batch_size))
 
     def count_targets(self, step: int) -> int:
@@ -298,15 +303,17 @@ class Loader(Batches):
                 raise ValueError(f'{other.folder} and {first.folder} were packed with different tokenizers: '
                                  'pack them with one')
             if other.meta['dtype'] != first.meta['dtype']:
-                raise ValueError(f'{other.folder} holds {other.meta["dtype"]}, {first.folder} {first.meta["dtype"]}: '
-                                 'pack them alike')
+                dtypes = f'{other.meta["dtype"]}, {first.folder} {first.meta["dtype"]}'
+                raise ValueError(f'{other.folder} holds {dtypes}: pack them alike')
         self.vocab_size, self.dtype = first.vocab_size, first.shards[0].tokens.dtype
         self.n_tokens = sum(split.n_tokens for split in self.splits)
-        self.all_are_targets = self.order in ('shuffle', 'random') and all(s.mask is None for s in self.splits)
+        no_mask = all(split.mask is None for split in self.splits)
+        self.all_are_targets = no_mask and self.order in ('shuffle', 'random')
         groups, self.shares = [self.splits], [1.0]
         if self.weights is not None and self.order != 'sequential':
             groups, self.shares = [[split] for split in self.splits], self.weights
-        self.sources = [Windows(group, self.block_size, self.order, (self.seed, k)) for k, group in enumerate(groups)]
+        self.sources = [Windows(group, self.block_size, self.order, (self.seed, k))
+                        for k, group in enumerate(groups)]
         for split in self.splits if self.isolate else ():
             assert split.begins is not None  # a missing or broken .idx ends the run here
 
@@ -321,7 +328,8 @@ class Loader(Batches):
         is_from = count_of_each(self.shares, np.asarray(g) + 1) > counts  # (n_sources, K)
         for source, count, is_row in zip(self.sources, counts, is_from, strict=True):
             rows = np.flatnonzero(is_row)
-            for row, (shard, start, length) in zip(rows.tolist(), source.locate(count[rows]).tolist(), strict=True):
+            spans = source.locate(count[rows]).tolist()
+            for row, (shard, start, length) in zip(rows.tolist(), spans, strict=True):
                 yield row, source.shards[shard], start, length
 
     def windows(self, g) -> Batch:
@@ -351,8 +359,8 @@ class Loader(Batches):
         if self.all_are_targets:
             return super().count_targets(step)
         n = 0
-        for _, shard, start, length in self.locate(np.arange(step, step + 1) * self.rows_per_step
-                                                   + np.arange(self.rows_per_step)):
+        first = step * self.rows_per_step
+        for _, shard, start, length in self.locate(np.arange(first, first + self.rows_per_step)):
             n += np.sum(np.broadcast_to(shard.is_target(start + 1, length - 1), length - 1))
         return int(n)
 

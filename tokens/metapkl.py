@@ -38,7 +38,8 @@ def read_meta_pkl(path) -> dict:
          'a dict or a list of strings')
     id_of = {token: i for i, token in enumerate(itos)}
     need(stoi in (None, id_of) and len(id_of) == len(itos), f'{path}: stoi', 'the inverse of itos')
-    need(vocab_size in (None, len(itos)), f'{path}: vocab_size', f'{len(itos)}, the number of strings in itos')
+    need(vocab_size in (None, len(itos)), f'{path}: vocab_size',
+         f'{len(itos)}, the number of strings in itos')
     if all(len(token) == 1 for token in itos):
         tokenizer = {'kind': 'char', 'chars': ''.join(itos)}
     else:
@@ -51,7 +52,7 @@ def read_meta_pkl(path) -> dict:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Read dict, list, str, numbers and NumPy integers. A pickle runs code only through names that it imports."""
+    """Read dict, list, str, numbers and NumPy integers. A pickle runs code only by the names it imports."""
 
     def find_class(self, module, name):
         if (module, name) == ('numpy', 'dtype'):
@@ -65,7 +66,8 @@ class IntegerDtype:
     """Stand in for numpy.dtype. Arguments and state hold no tuples, as check_opcodes relies on."""
 
     def __init__(self, code, *flags):
-        if type(code) is not str or not re.fullmatch('[iu][1248]', code) or not set(map(type, flags)) <= {bool}:
+        plain = type(code) is str and set(map(type, flags)) <= {bool}
+        if not plain or not re.fullmatch('[iu][1248]', code):
             raise pickle.UnpicklingError('only integers of NumPy are read')
         self.code, self.order = code, '<'
 
@@ -85,8 +87,8 @@ def read_integer(dtype, data):
 def check_opcodes(data):
     """Refuse a pickle that takes forever to read.
 
-    Hashing a dict key made of tuples nested 60 deep visits 2**60 leaves. Here a tuple is only an argument of one of
-    the classes above. A memo index beyond the file's length makes the unpickler allocate that much memory.
+    Hashing a dict key of tuples nested 60 deep visits 2**60 leaves. Here a tuple is only an argument of one
+    of the names above. A memo index beyond the file's length would make the unpickler allocate that much.
     """
     names = []
     for opcode, argument, _ in pickletools.genops(data):

@@ -1,16 +1,17 @@
 """Raw text -> batches, encoded while the model trains. Nothing is packed first, and nothing is written.
 
     python train.py config/train_gpt2.py --dataset=stream:shards/ --tokenizer=gpt2 --stream_val=held_out.jsonl
-    python train.py config/quickstart.py --dataset=stream:a.txt,b.parquet,more/ --tokenizer=data/tokenizers/bytebpe_zh
+    python train.py config/quickstart.py --dataset=stream:a.txt,b.parquet --tokenizer=data/tokenizers/bpe
 
-The documents of all files (whatever corpus/readers.py reads) form one row of tokens, with an end-of-text before each;
-after the last document the row continues with the first. Window w shows the tokens w * T to (w + 1) * T of the row.
-Windows come in groups of shuffle_window: the groups in order, the windows of a group in a random order. So the global
-batch of a step is the same for any number of ranks, and each rank takes its rows of it.
+The documents of all files (whatever corpus/readers.py reads) form one row of tokens, with an end-of-text
+before each. After the last document the row continues with the first. Window w shows the tokens w * T to (w
++ 1) * T of the row. Windows come in groups of shuffle_window: the groups in order, the windows of a group
+in a random order. So the global batch of a step is the same for any number of ranks, and each rank takes
+its rows of it.
 
-A checkpoint holds where the group begins that the next step needs: epoch, file, document, and token in the document.
-A resumed run reads on from there and sees the batches of an unbroken run. Every rank encodes the whole row, in
-threads, because only the tokens tell where a window begins.
+A checkpoint holds where the group begins that the next step needs: epoch, file, document, and token in the
+document. A resumed run reads on from there and sees the batches of an unbroken run. Every rank encodes the
+whole row, in threads, because only the tokens tell where a window begins.
 
 T block_size
 """
@@ -48,8 +49,8 @@ class Text:
     def __init__(self, files, tokenizer, fields=('text',), errors: str = 'strict'):
         for path, format in files:
             if format == 'blocks':
-                raise ValueError(f'{path} holds token ids, not text: pack it with python -m corpus.pack build, '
-                                 'and name the dataset')
+                raise ValueError(f'{path} holds token ids, not text: pack it '
+                                 'with python -m corpus.pack build, and name the dataset')
         self.files, self.tokenizer, self.fields, self.errors = files, tokenizer, tuple(fields), errors
         self.paths = [path for path, _ in files]
 
@@ -89,10 +90,11 @@ class Text:
                     yield from zip(future.result(), begins, strict=True)
 
     def encode(self, texts):
-        return [np.concatenate(([self.tokenizer.eot], ids), dtype=np.int32) for ids in self.tokenizer.encode_batch(texts)]
+        eot = [self.tokenizer.eot]
+        return [np.concatenate((eot, ids), dtype=np.int32) for ids in self.tokenizer.encode_batch(texts)]
 
     def pieces(self, start, size):
-        """Yield (size + 1 tokens, start of the next piece). A piece begins with the last token of the one before."""
+        """Yield (size + 1 tokens, start of the next piece). A piece repeats the last token before it."""
         *position, skip = start
         documents, n_tokens = deque(), 0  # documents not used up, and their tokens
         for ids, begin in self.encoded(*position):
@@ -109,7 +111,8 @@ class Text:
     def fingerprint(self) -> dict:
         """Return what a checkpoint remembers of its data, as plain values."""
         sizes = [None if path.startswith('hf://') else n_bytes_of(path) for path in self.paths]
-        return dict(files=[os.path.basename(path) for path in self.paths], bytes=sizes, fields=list(self.fields),
+        names = [os.path.basename(path) for path in self.paths]
+        return dict(files=names, bytes=sizes, fields=list(self.fields),
                     vocab_size=self.tokenizer.vocab_size, tokenizer=fingerprint(self.tokenizer.meta()))
 
 
@@ -170,10 +173,11 @@ class Stream(Batches):
         window = step * self.rows_per_step + self.shift
         with self.lock:
             group = max(n for n in self.starts if n * self.shuffle_window <= window)
-            return dict(window=window, shuffle_window=self.shuffle_window, group=group, start=list(self.starts[group]))
+            start = list(self.starts[group])
+        return dict(window=window, shuffle_window=self.shuffle_window, group=group, start=start)
 
     def seek(self, position, step: int):
-        """Continue from a position at this step. Windows that were seen stay seen, whatever the global batch is now.
+        """Continue from a position at this step. No window is seen twice if the global batch is another now.
 
         position  None begins with the first window, for a run that was on other data before
         """
@@ -222,12 +226,13 @@ class Head:
         return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(y))
 
 
-def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors: str, n_eval: int, **settings):
+def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors: str, n_eval: int,
+                **settings):
     """Return the Stream of the training text, a Head of it, and a Head of the validation text.
 
     dataset      'stream:PATH,PATH...'
     tokenizer    its meta(), or the name that tokenizer_meta takes
-    stream_val   files and folders for validation, separated by commas; '' holds out the first file of the stream
+    stream_val   files and folders for validation, separated by commas; '' takes the first file of the stream
     fields       of corpus.readers, separated by commas
     n_eval       windows in each Head; 0 = the whole validation text, and as many of the other
     settings     of Stream
@@ -235,7 +240,8 @@ def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors
     """
     tokenizer = load_tokenizer(tokenizer if isinstance(tokenizer, dict) else tokenizer_meta(tokenizer))
     if tokenizer.eot is None:
-        raise ValueError(f'a {tokenizer.kind} tokenizer has no end-of-text to put between the documents of a stream')
+        raise ValueError(f'a {tokenizer.kind} tokenizer has no end-of-text to put between '
+                         'the documents of a stream')
     files = find_files(dataset.removeprefix('stream:').split(','))
     held_out = find_files(stream_val.split(',')) if stream_val else files[:1]
     if not stream_val:
