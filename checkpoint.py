@@ -12,19 +12,16 @@ A checkpoint is one dict of tensors and plain values in torch's zip format, load
     model_args    arguments of GPTConfig
     config        all settings of the run
     history       five numbers of optim.StepJudge: steps skipped and taken, running means
-    iter_num, best_val_loss, ...                  the fields of Progress
+    iter_num, best_val_loss, ...                  the fields of training.progress.Progress
     tokenizer, vocab_size (without padding), data (fingerprint), position, style, format
 """
 
-import dataclasses
 import math
 import os
 import re
-import secrets
 import shutil
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,59 +36,6 @@ FORMAT = 1
 NUMBERED = re.compile(r'ckpt_\d{8,}\.pt')
 # the parts of a NumPy scalar, such as best_val_loss = np.float64(1.9), which weights_only=True would refuse
 NUMPY_SCALARS = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(kind)) for kind in 'bBhHiIlLefd?')]
-
-
-@dataclass
-class Progress:
-    """How far a run has come. Every checkpoint holds its fields."""
-
-    iter_num: int = 0  # updates done
-    best_val_loss: float = math.inf
-    since_best: int = 0  # evaluations since the best one
-    to_evaluate: bool = False  # a signal came before the evaluation that was due at iter_num
-    run_id: str | None = None  # tells the checkpoints of this run from another's in the same folder
-    wandb_id: str | None = None
-
-    def __post_init__(self):
-        self.run_id = self.run_id or secrets.token_hex(4)
-        self.started_at = self.iter_num
-        self.resumes_evaluation = self.to_evaluate
-        self.val_loss = 0.0  # the latest
-        self.previous_best = self.best_val_loss, self.since_best
-
-    @property
-    def advanced(self) -> bool:
-        """Whether there is anything new to evaluate and save since the run was started or resumed."""
-        return self.iter_num > self.started_at or self.resumes_evaluation
-
-    def note_evaluation(self, val_loss: float) -> bool:
-        """Record a validation loss. Return whether it is the best so far."""
-        self.val_loss = val_loss
-        self.previous_best = self.best_val_loss, self.since_best
-        if not self.advanced:  # best.pt holds the weights of best_val_loss, and these are not saved
-            return False
-        is_best = val_loss < self.best_val_loss
-        if is_best:
-            self.best_val_loss = val_loss
-        self.since_best = 0 if is_best else self.since_best + 1
-        return is_best
-
-    def forget_best(self):
-        """Undo the latest note_evaluation(): its weights could not be saved."""
-        self.best_val_loss, self.since_best = self.previous_best
-
-    def out_of_patience(self, patience: int) -> bool:
-        if not 0 < patience <= self.since_best:
-            return False
-        print0(f'no new best validation loss in {self.since_best} evaluations: '
-               f'stopping here (patience={patience})')
-        return True
-
-    @classmethod
-    def of(cls, state: dict):
-        """Return the progress stored in a checkpoint, with defaults for the fields that it lacks."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: state[name] for name in names if state.get(name) is not None})
 
 
 # -----------------------------------------------------------------------------

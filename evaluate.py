@@ -115,7 +115,7 @@ if __name__ == '__main__':
         start = find_start(init_from, out_dir, checkpoint_path, n_head)
         tokenizer = load_tokenizer(start.tokenizer)
         benchmark_names = [name for name in names if name != 'bpb']
-        benchmarks = read_benchmarks(benchmark_names, eval_dir, max_examples, tokenizer,
+        benchmarks = read_benchmarks(benchmark_names, eval_dir, max_examples, tokenizer=tokenizer,
                                      skip_unwritable='tasks' not in explicit)
         bundle = read_core(core, tokenizer, max_examples) if core else []
         model = build_model(start, tokenizer).to(place.device)
@@ -136,7 +136,7 @@ if __name__ == '__main__':
             if name in numbers:
                 print0(table_row(name, numbers[name]))
         if core:
-            numbers['core'] = evaluate_core(score, tokenizer, bundle, block_size)
+            numbers['core'] = evaluate_core(score, tokenizer, bundle, block_size=block_size)
             for label, task_numbers in numbers['core']['tasks'].items():
                 print0(table_row(label, task_numbers))
             print0(table_row('core', numbers['core']))

@@ -69,7 +69,7 @@ def score_rows(model, rows: list[Row], title: str, *, batch_tokens: int, place, 
     # log-likelihood of each row, and its tokens that are not the most likely ones
     sums = torch.zeros(len(rows), 2, dtype=exact_dtype(place))
     with evaluation(model):
-        for batch, counts in share(batch_rows(rows, batch_tokens), title, place, stop):
+        for batch, counts in share(batch_rows(rows, batch_tokens), title, place=place, stop=stop):
             x, y = pad([rows[i] for i in batch])  # (B, T) each
             with autocast:
                 nats, is_argmax = model.score(x.to(place.device), y.to(place.device))
@@ -136,7 +136,7 @@ def text_loss(model, loader, windows: np.ndarray, *, token_bytes, place, autocas
     # nats, targets, nats of targets that have bytes, bytes
     sums = torch.zeros(4, dtype=exact_dtype(place), device=place.device)
     with evaluation(model):
-        for batch, counts in share(batches, 'the loss', place, stop):
+        for batch, counts in share(batches, 'the loss', place=place, stop=stop):
             x, y, documents = loader.windows(batch).to(place.device)  # (B, T) each
             with autocast:
                 nats = model.score(x, y, documents).nats.to(sums.dtype)  # (B, T), 0 where there is no target
@@ -182,7 +182,7 @@ def exact_dtype(place):
     return torch.float32 if place.device.type == 'mps' else torch.float64  # MPS has no float64
 
 
-def share(batches, title, place, stop) -> Iterator:
+def share(batches, title, *, place, stop) -> Iterator:
     """Yield this rank's share of batches, as (batch, whether it counts).
 
     Every rank gets the same number of batches, because sharded weights are gathered by all ranks together. A

@@ -29,9 +29,9 @@ def read_parquet(path, reading):
         for batch in parquet.iter_batches(batch_size=batch_size, row_groups=groups, columns=reading.fields):
             for record in rows_of_batch(batch):
                 row += 1
-                reading.set_progress(n_bytes * row // n_rows)
+                reading.n_read = n_bytes * row // n_rows
                 yield record, f'{path}, row {row}'
-        reading.set_progress(n_bytes)
+        reading.n_read = n_bytes
 
 
 def open_on_hub(path):
@@ -49,11 +49,11 @@ def read_arrow(path, reading):
         batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
         row = 0
         for batch in batches:
-            reading.set_progress(file.tell())
+            reading.n_read = file.tell()
             for record in rows_of_batch(batch):
                 row += 1
                 yield record, f'{path}, row {row}'
-        reading.set_progress(file.size())
+        reading.n_read = file.size()
 
 
 def rows_of_batch(batch):

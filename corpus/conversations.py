@@ -37,7 +37,7 @@ def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbo
     """Pack conversations into a dataset folder, replacing the dataset that was there.
 
     block_size  a row is one token longer; training takes the same block_size
-    val         share of the questions (or of their passages) for validation, chosen by hash: the conversations
+    val         share of the questions (or of their passages) for validation, chosen by hash: conversations
                 about one of them are in one split. Or a list of files, whose questions training leaves out
     verbose     name each conversation that was left out or cut
     reading     question, answer, encoding of corpus.dialogue.read_conversations
@@ -237,7 +237,7 @@ def open_tokenizer(name):
     if path.suffix != '.pt':
         return load_tokenizer(tokenizer_meta(name))
     import checkpoint
-    meta = checkpoint.read(path, mmap=True).get('tokenizer')
+    meta = checkpoint.read(path).get('tokenizer')
     if meta is None:
         raise ValueError(f'{path} does not name its tokenizer: use --tokenizer=gpt2 if its model is GPT-2')
     return load_tokenizer(meta)

@@ -25,12 +25,10 @@ are read in the order of their names.
 import codecs
 import contextlib
 import csv
-import functools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -196,7 +194,8 @@ class Reading:
     errors: str = 'strict'
     encoding: str = 'utf-8'
     to_skip: int = 0  # documents still to pass over
-    tell: Callable = int  # bytes read of the current file
+    n_read: int = 0  # bytes of the file that is read, where no TextFile counts them
+    file: TextFile | None = None
 
     def __post_init__(self):
         if self.errors not in ERRORS:
@@ -207,17 +206,16 @@ class Reading:
             raise ValueError(f'--encoding={self.encoding}: unknown encoding, '
                              'examples are utf-8, gb18030, big5, utf-16') from None
 
+    def progress(self):
+        return self.file.n_read if self.file else self.n_read
+
     @contextlib.contextmanager
     def open(self, path):
         """Open a text file and measure the progress on it."""
         with TextFile(path, self.encoding, self.errors) as file:
-            self.tell = file.raw.tell
+            self.file = file
             yield file
             file.report_replaced()
-            self.set_progress(file.raw.tell())
-
-    def set_progress(self, n_bytes):
-        self.tell = functools.partial(int, n_bytes)
 
 
 def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict', encoding: str = 'utf-8',
@@ -237,15 +235,15 @@ def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict
             check_blocks(folder, folders[0])
     n_before = 0  # bytes of the files before this one
     for path, format in files:
-        text_of = TEXT_OF.get(format)
+        reading.file, text_of = None, TEXT_OF.get(format)
         with naming(path):
             for record, where in READERS[format](path, reading):
                 if reading.to_skip:
                     reading.to_skip -= 1
                     continue
                 text = text_of(record, where, reading) if text_of else record
-                yield Document(text, where, n_before + reading.tell())
-        n_before += reading.tell()
+                yield Document(text, where, n_before + reading.progress())
+        n_before += reading.progress()
 
 
 def read_records(files: list[File], *, encoding: str = 'utf-8'):
@@ -283,21 +281,21 @@ def read_paragraphs(path, reading):
     with reading.open(path) as file:
         lines, n_chars, first = [], 0, 1
         for number, line in enumerate(file.lines(), 1):
-            if not line.isspace():
+            if line.strip():
                 lines.append(line)
                 n_chars += len(line)
             if n_chars > MAX_RECORD_CHARS:
                 raise too_long(f'{path}, line {first}: a paragraph')
-            if line.isspace():
-                yield ''.join(lines).removesuffix('\n'), f'{path}, line {first}'
+            if not line.strip():
+                yield '\n'.join(lines), f'{path}, line {first}'
                 lines, n_chars, first = [], 0, number + 1
-        yield ''.join(lines).removesuffix('\n'), f'{path}, line {first}'
+        yield '\n'.join(lines), f'{path}, line {first}'
 
 
 def read_lines(path, reading):
     with reading.open(path) as file:
         for number, line in enumerate(file.lines(), 1):
-            yield line.removesuffix('\n'), f'{path}, line {number}'
+            yield line, f'{path}, line {number}'
 
 
 # -----------------------------------------------------------------------------
@@ -354,7 +352,7 @@ def read_jsonl(path, reading):
 def read_csv(path, reading, delimiter=','):
     csv.field_size_limit(MAX_RECORD_CHARS)
     with reading.open(path) as file:
-        rows = csv.reader(file.lines(), delimiter=delimiter, strict=True)
+        rows = csv.reader((line + '\n' for line in file.lines()), delimiter=delimiter, strict=True)
         try:
             names = next(rows, [])
             for field in reading.fields or ():
@@ -414,7 +412,7 @@ def text_of_page(page, where, reading):
 def read_blocks(path, reading):
     n_bytes = n_bytes_of(path)
     for row, share, where in read_rows(path):
-        reading.set_progress(int(n_bytes * share))
+        reading.n_read = int(n_bytes * share)
         yield row, where
 
 

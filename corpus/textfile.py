@@ -55,6 +55,7 @@ class TextFile:
     def __init__(self, path, encoding='utf-8', errors='strict'):
         self.path, self.encoding, self.errors = os.fspath(path), encoding, errors
         self.n_chars = self.n_replaced = 0
+        self.n_read = 0  # bytes of the file on disk
 
     def __enter__(self):
         stream, self.raw = open_bytes(self.path)
@@ -68,23 +69,28 @@ class TextFile:
         self.text.close()
         self.raw.close()
 
-    def read(self, n_chars):
-        return self.checked(self.text.read, n_chars)
-
     def lines(self):
-        """Yield every line with its line end."""
-        number = 0
-        while line := self.checked(self.text.readline, MAX_RECORD_CHARS + 1):
-            number += 1
-            if len(line) > MAX_RECORD_CHARS:
+        """Yield every line, without its line end."""
+        number, begun = 1, []  # the parts of the line that has not ended
+        while chunk := self.read(1 << 16):
+            first, *others = chunk.split('\n')
+            begun.append(first)
+            if others:
+                yield ''.join(begun)
+                yield from others[:-1]
+                begun = others[-1:]
+            number += len(others)
+            if sum(map(len, begun)) > MAX_RECORD_CHARS:
                 raise too_long(f'{self.path}, line {number}: a line')
-            yield line
+        if any(begun):
+            yield ''.join(begun)
 
-    def checked(self, read, size):
+    def read(self, n_chars):
         try:
-            text = read(size)
+            text = self.text.read(n_chars)
         except UnicodeError as error:
             raise ValueError(wrong_encoding(self.path, self.encoding, str(error))) from None
+        self.n_read = self.raw.tell()
         if self.n_chars == 0:
             text = text.removeprefix('\ufeff')
         self.n_chars += len(text)

@@ -1,37 +1,85 @@
 #!/bin/sh
-# Everything that docs/RESULTS.md wants from one GPU, in one call of about ten minutes:
-#   sh launch/gpu.sh | tee gpu.txt
-# Each part ends with a line of JSON. Flags go to every part, STEPS, PROMPT and NEW shorten them; on a CPU, to see that all of it runs:
-#   STEPS=2 PROMPT=8 NEW=8 sh launch/gpu.sh --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2
+# Check and measure everything that one GPU is needed for, in two calls of at most eight minutes each:
+#
+#     sh launch/gpu.sh 1 | tee gpu1.txt     # correctness, training speed, the trainer in all its forms, decoding
+#     sh launch/gpu.sh 2 | tee gpu2.txt     # variants, attention kernels, first-visit latency, profiles
+#
+# Each part ends with a line of JSON; a part that fails does not stop the others, but makes the exit code 1. Parts
+# that would start after SECONDS_LIMIT are skipped. Further flags go to every train.py and bench.py. STEPS, PROMPT,
+# NEW, BATCHES and OUT shorten or move a run. On a CPU, to see that all of it works:
+#
+#     BATCHES=2 STEPS=2 PROMPT=8 NEW=8 sh launch/gpu.sh 1 --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32
 
 cd "$(dirname "$0")/.." || exit 1
+half=${1:-1}
+[ $# -gt 0 ] && shift
 flags="$*"
+python=${PYTHON:-python}
+out=${OUT:-out-gpu}
+steps=${STEPS:-30}
+batches=${BATCHES:-16 32 64}
+started=$(date +%s)
 failed=0
-part() {
-    echo "== $*"
-    # shellcheck disable=SC2086
-    "$@" $flags || { echo "FAILED: $*"; failed=1; }
-}
-bench() { part python bench.py --batch_size=32 --dtype=bfloat16 --steps="${STEPS:-30}" "$@"; }
-decode() { part python bench.py --mode=decode --dtype=bfloat16 --prompt_tokens="${PROMPT:-512}" --max_new_tokens="${NEW:-128}" "$@"; }
-train() { part "$@" --dataset=shakespeare_char --batch_size=16 --gradient_accumulation_steps=1 --n_layer=12 --n_head=12 --n_embd=768 \
-    --block_size=1024 --max_iters="${STEPS:-30}" --eval_interval=1000 --eval_iters=1 --log_interval=10 --warmup_iters=0; }
 
-# a training step of GPT-2 (124M): compiled, eager, and plain in float32
-bench --compile=True
-bench --compile=False
-bench --compile=False --dtype=float32
-bench --compile=True --arch=modern --optimizer=muon
-# where the time goes
-bench --compile=True --steps=3 --profile=True
-bench --compile=False --steps=3 --profile=True
-# generation with the KV cache
-decode --compile=False
-decode --compile=True
-decode --compile=True --batch_size=8
-# the trainer as one process, and as the only rank of a group, which needs no wrapping: the three should be equally fast
-[ -e data/shakespeare_char/meta.json ] || part python data/shakespeare_char/prepare.py
-train python train.py --out_dir=out-gpu-one
-train torchrun --standalone --nproc_per_node=1 train.py --out_dir=out-gpu-rank
-train torchrun --standalone --nproc_per_node=1 train.py --parallel=fsdp --out_dir=out-gpu-fsdp
+# part NAME COMMAND...: run a command, then print a line of JSON with its exit code and seconds
+part() {
+    name=$1
+    shift
+    begun=$(date +%s)
+    if [ $((begun - started)) -gt "${SECONDS_LIMIT:-420}" ]; then
+        echo "{\"part\": \"$name\", \"skipped\": \"no time left\"}"
+        return
+    fi
+    echo "== $name: $*"
+    timeout "${PART_LIMIT:-150}" "$@" </dev/null
+    code=$?
+    [ $code -eq 0 ] || failed=1
+    echo "{\"part\": \"$name\", \"exit_code\": $code, \"seconds\": $(($(date +%s) - begun))}"
+}
+# $flags is split into words on purpose
+# shellcheck disable=SC2086
+bench() { name=$1; shift; part "$name" $python bench.py --dtype=bfloat16 --steps="$steps" "$@" $flags; }
+# shellcheck disable=SC2086
+decode() {
+    name=$1; shift
+    part "$name" $python bench.py --mode=decode --dtype=bfloat16 --prompt_tokens="${PROMPT:-512}" \
+        --max_new_tokens="${NEW:-128}" "$@" $flags
+}
+# shellcheck disable=SC2086
+train() {
+    name=$1; shift
+    part "$name" "$@" --dataset="$out/data" --batch_size=16 --gradient_accumulation_steps=2 --max_iters="$steps" \
+        --eval_interval=1000 --eval_iters=1 --log_interval=10 --warmup_iters=0 --report=False $flags
+}
+# one rank in a group of its own: NCCL, the sum of gradients and FSDP run as over many GPUs
+rank="$python -m torch.distributed.run --standalone --nproc_per_node=1 train.py"
+
+part data $python launch/gpu_check.py data "$out/data"
+if [ "$half" = 1 ]; then
+    part gradients $python launch/gpu_check.py gradients $flags
+    for batch in $batches; do
+        bench "step, batch $batch" --compile=True --batch_size="$batch"
+    done
+    train "train" $python train.py --out_dir="$out/one"
+    train "train, ddp" $rank --out_dir="$out/ddp"
+    train "train, fsdp" $rank --parallel=fsdp --out_dir="$out/fsdp"
+    part resume $python train.py --init_from=resume --out_dir="$out/one" --max_iters=$((steps + 5)) $flags
+    part evaluate $python evaluate.py --tasks=bpb --out_dir="$out/one"
+    part gradients-fsdp $python -m torch.distributed.run --standalone --nproc_per_node=1 launch/gpu_check.py \
+        gradients --parallel=fsdp $flags
+    decode "decode, eager" --compile=False
+    decode "decode, compiled" --compile=True
+else
+    bench "step, loss in one chunk" --compile=True --batch_size=16 --loss_chunks=0
+    bench "step, loss in chunks" --compile=True --batch_size=16 --loss_chunks=auto
+    bench "step, modern and muon" --compile=True --batch_size=16 --arch=modern --optimizer=muon
+    bench "step, eager" --compile=False --batch_size=16
+    part recompiles $python launch/gpu_check.py recompiles $flags
+    part attention $python launch/gpu_check.py attention $flags
+    part "first visits" $python launch/gpu_check.py visits $flags
+    decode "decode, compiled, batch 8" --compile=True --batch_size=8
+    bench "profile, compiled" --compile=True --batch_size=16 --profile=True
+    bench "profile, eager" --compile=False --batch_size=16 --profile=True
+    bench "step, float32" --compile=False --batch_size=16 --dtype=float32
+fi
 exit $failed

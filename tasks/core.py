@@ -1,7 +1,7 @@
 """CORE (DCLM, arXiv:2406.11794): the mean centred accuracy over the tasks of a bundle, as in nanochat.
 
     bundle = read_core('eval_bundle', tokenizer, max_examples=500)
-    numbers = evaluate_core(score, tokenizer, bundle, block_size)
+    numbers = evaluate_core(score, tokenizer, bundle, block_size=block_size)
 
 A bundle is a folder with core.yaml, eval_meta_data.csv and eval_data/. `score` is scoring.score_rows for a
 model.
@@ -97,7 +97,7 @@ def check_item(task, item, tokenizer):
 # scores
 
 
-def evaluate_core(score, tokenizer, bundle: list[CoreTask], block_size: int) -> dict:
+def evaluate_core(score, tokenizer, bundle: list[CoreTask], *, block_size: int) -> dict:
     """Score a bundle.
 
     returns  {'n': items, 'core': the metric, 'tasks': {label: numbers}}; the numbers of a task are n, acc,
@@ -105,7 +105,7 @@ def evaluate_core(score, tokenizer, bundle: list[CoreTask], block_size: int) -> 
     """
     tasks = {}
     for task in bundle:
-        groups = [rows_of(task, i, tokenizer, block_size) for i in range(len(task.items))]
+        groups = [rows_of(task, i, tokenizer, block_size=block_size) for i in range(len(task.items))]
         scores = iter(score([row for rows in groups for row in rows], task.label))
         hits = []
         for item, rows in zip(task.items, groups, strict=True):
@@ -118,7 +118,7 @@ def evaluate_core(score, tokenizer, bundle: list[CoreTask], block_size: int) -> 
     return dict(n=n_items, core=core, tasks=tasks)
 
 
-def rows_of(task: CoreTask, i: int, tokenizer, block_size: int) -> list[Row]:
+def rows_of(task: CoreTask, i: int, tokenizer, *, block_size: int) -> list[Row]:
     """The rows of item i, after examples drawn from the other items: one per text, one for language_modeling.
 
     Only the last block_size tokens of a text are kept, as nanochat does.

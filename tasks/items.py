@@ -1,6 +1,6 @@
 """Multiple-choice benchmarks and LAMBADA: from items to rows of tokens, from scores to accuracies.
 
-    benchmarks = read_benchmarks(['hellaswag', 'lambada'], '', 1000, tokenizer)
+    benchmarks = read_benchmarks(['hellaswag', 'lambada'], '', 1000, tokenizer=tokenizer)
     numbers = evaluate_task(score, 'hellaswag', benchmarks['hellaswag'])     # {'n': 1000, 'acc': ..., ...}
 
 Prompts, choices and accuracies are those of lm-evaluation-harness 0.4.13 without examples in the prompt; the
@@ -96,7 +96,7 @@ TASKS = dict(hellaswag=hellaswag, lambada=lambada, arc_easy=arc, arc_challenge=a
 # benchmarks
 
 
-def read_benchmarks(names: list[str], eval_dir: str, max_examples: int, tokenizer, *,
+def read_benchmarks(names: list[str], eval_dir: str, max_examples: int, *, tokenizer,
                     skip_unwritable: bool = False) -> dict[str, Benchmark]:
     """Read benchmarks and make them ready to be scored. The first rank reads and downloads for all.
 
@@ -114,7 +114,7 @@ def read_benchmarks(names: list[str], eval_dir: str, max_examples: int, tokenize
     benchmarks = {}
     for name, (items, source) in found.items():
         try:
-            benchmarks[name] = prepare(name, items[:max_examples or None], source, tokenizer)
+            benchmarks[name] = prepare(name, items[:max_examples or None], source, tokenizer=tokenizer)
         except Unwritable as error:
             if not skip_unwritable:
                 raise
@@ -122,7 +122,7 @@ def read_benchmarks(names: list[str], eval_dir: str, max_examples: int, tokenize
     return benchmarks
 
 
-def prepare(name: str, raw_items: list[dict], source: str, tokenizer) -> Benchmark:
+def prepare(name: str, raw_items: list[dict], source: str, *, tokenizer) -> Benchmark:
     """Make a benchmark of items as their dataset has them. ValueError names an item of another form."""
     items, rows = [], []
     for i, raw_item in enumerate(raw_items):

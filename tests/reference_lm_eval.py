@@ -47,7 +47,7 @@ def read_items(folder, name, count=None, block_size=None):
     if block_size is None:
         return items
     tokenizer = GPT2Tokenizer()
-    return [item for item in items if all(len(ids) - start <= block_size for ids, start in prepare(name, [item], name, tokenizer).rows)]
+    return [item for item in items if all(len(ids) - start <= block_size for ids, start in prepare(name, [item], name, tokenizer=tokenizer).rows)]
 
 
 def run_harness(folder, items_folder, count):

@@ -16,6 +16,7 @@ from conftest import differences
 import checkpoint
 import files
 from model import GPT, GPTConfig
+from training.progress import Progress
 from optim import OptimizerSettings, configure_optimizers, set_lr
 
 SIZES = dict(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=8)
@@ -221,7 +222,7 @@ def test_a_run_goes_on_where_the_newest_was_damaged(tmp_path):
 
 # no space for the best weights, or for the checkpoint after them; nothing at all while the weights are not finite
 def test_what_could_not_be_saved_is_said_and_not_remembered(tmp_path, monkeypatch, capsys):
-    checkpoints, progress = checkpoint.CheckpointFolder(tmp_path / 'my ckpt.pt run'), checkpoint.Progress(iter_num=0)
+    checkpoints, progress = checkpoint.CheckpointFolder(tmp_path / 'my ckpt.pt run'), Progress(iter_num=0)
     (tmp_path / 'my ckpt.pt run').mkdir()
     assert checkpoints.what_is_saved() == 'no checkpoint has been saved yet'
     progress.iter_num = 10

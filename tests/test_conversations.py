@@ -18,6 +18,7 @@ from corpus.dialogue import Passage, answered, read_conversations
 from corpus.pack import write_dataset
 from corpus.template import chat_template, encode
 from kernels import IGNORE
+from model import GPT, GPTConfig
 from tokens.dataset import read_meta
 from tokens.loader import Loader
 from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
@@ -503,3 +504,14 @@ def test_compressed_and_columnar_files_and_other_encodings(tmp_path, ending):
     if names:
         with pytest.raises(ValueError, match='line 2: --answer=答: its fields are 问题, 答案'):
             list(read_conversations([path], encoding='gb18030', question='问题', answer='答'))
+
+
+def test_the_exported_chat_template_gives_the_ids_of_training(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    model = GPT(GPTConfig(block_size=16, vocab_size=BYTES.vocab_size, n_layer=1, n_head=2, n_embd=16))
+    model.save_pretrained(tmp_path / 'exported', BYTES, chat_template('chat', BYTES))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
+    turns = [('user', 'cow?\n羊'), ('assistant', 'moo'), ('user', 'hen?')]
+    messages = [{'role': role, 'content': text} for role, text in turns]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == encode(turns, BYTES, 'chat', 999).ids.tolist()

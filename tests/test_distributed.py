@@ -16,7 +16,8 @@ from datetime import timedelta
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_checkpoint, read_metrics, run_train, train_here
+from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics, run_train, train_here
+from ranks import start_ranks, wait
 
 import distributed
 from report import read_run
@@ -120,6 +121,7 @@ def runs(tiny, tmp_path_factory):
         *((2, folder / f'two {i}', [*FLAGS, data, *case.split(), *flags.split()]) for i, (case, flags) in enumerate(CASES)),
         *((2, folder / f'two {dtype}', [*flags, data, '--parallel=fsdp']) for dtype, flags in HALF.items()),
         (4, folder / 'four', [*FLAGS, data, *CASES[3][0].split(), '--parallel=fsdp', '--shard_ranks=2']),
+        (1, folder / 'alone', [*FLAGS, data, *CASES[4][0].split(), '--parallel=fsdp']),
         (1, straight, [*PAIRS, data, '--max_iters=5']), *first], folder)
     for source in WAYS:
         for target in WAYS:
@@ -137,6 +139,10 @@ def test_two_ranks_train_as_one(runs, i):
 
 def test_four_ranks_in_two_copies_of_two_shards_train_as_one(runs):
     assert_same_run(runs / 'four', runs / f'one {CASES[3][0]}')
+
+
+def test_one_rank_in_a_group_of_its_own_shards_and_trains_as_one_process(runs):
+    assert_same_run(runs / 'alone', runs / f'one {CASES[4][0]}')
 
 
 @pytest.mark.parametrize('source', WAYS)
@@ -159,7 +165,7 @@ def test_two_ranks_write_the_samples_that_one_writes(runs):
 
 def test_only_the_first_rank_speaks(runs):
     first = said(runs, 0)
-    assert sum(line.startswith('done: ') for line in first) == len(CASES) + len(HALF) + 1 + 1 + 3 + 9
+    assert sum(line.startswith('done: ') for line in first) == len(CASES) + len(HALF) + 1 + 1 + 1 + 3 + 9
     assert any('(2 ranks x 1 micro-steps x 4 windows x 16)' in line for line in first)
     assert {line.split()[0] for line in said(runs, 1)} == {'orthogonalised'}
 
@@ -232,6 +238,161 @@ def test_a_log_on_a_full_disk_does_not_end_the_run():
             distributed.print0('a line')
     with pytest.raises(OSError):
         full.close()
+
+
+@pytest.mark.parametrize('n_ranks', [3, *(pytest.param(n, marks=pytest.mark.full) for n in (4, 8))])
+def test_a_killed_run_of_several_ranks_resumes_bit_for_bit(n_ranks, tiny, tmp_path):
+    """DistributedDataParallel fills its buckets anew after its first backward pass, so it added in another order."""
+    flags = [*TINY, '--batch_size=24', '--gradient_accumulation_steps=1', '--checkpoint_interval=4', '--eval_interval=1000',
+             f'--dataset={tiny}']
+    log, killed = tmp_path / 'log.txt', tmp_path / 'killed'
+    ranks = start_ranks(*flags, '--max_iters=100000', out_dir=killed, n_ranks=n_ranks, log=log)
+    while all(rank.is_alive() for rank in ranks) and len(read_metrics(killed)) < 7:
+        time.sleep(0.01)
+    for rank in ranks:
+        rank.kill()
+    assert wait(ranks) == [-signal.SIGKILL] * n_ranks, log.read_text()
+    n_iters = read_checkpoint(killed / 'ckpt.pt')['iter_num'] + 4
+    again = '--init_from=resume', '--device=cpu', f'--max_iters={n_iters}'
+    assert wait(start_ranks(*again, out_dir=killed, n_ranks=n_ranks, log=log)) == [0] * n_ranks, log.read_text()
+    assert wait(start_ranks(*flags, f'--max_iters={n_iters}', out_dir=tmp_path / 'whole', n_ranks=n_ranks, log=log)) == [0] * n_ranks
+    unbroken, resumed = (read_checkpoint(folder / 'ckpt.pt') for folder in (tmp_path / 'whole', killed))
+    assert not differences([unbroken[key] for key in ('model', 'optimizer', 'history')],
+                           [resumed[key] for key in ('model', 'optimizer', 'history')])
+
+
+def test_gradients_are_summed_in_buckets_of_parameters_in_order(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda flat: (sizes.append(flat.numel()), flat.mul_(3)))
+    monkeypatch.setattr(distributed, 'BUCKET_BYTES', 4 * 20)
+    model = torch.nn.ParameterList(torch.zeros(n) for n in (30, 10, 5, 5, 1, 20))
+    for i, p in enumerate(model):
+        p.grad = torch.full(p.shape, float(i)) if i != 3 else None  # a frozen one has none
+    distributed.sum_gradients(model)
+    assert sizes == [30, 16, 20]
+    assert all(p.grad is None or torch.equal(p.grad, torch.full(p.shape, 3.0 * i)) for i, p in enumerate(model))
+
+
+FSDP_COMPILED = """
+import copy, sys
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+import distributed
+from model import GPT, Block, GPTConfig
+counter, compile_block = CompileCounterWithBackend('aot_eager'), Block.compile
+Block.compile = lambda self, **kwargs: compile_block(self, backend=counter, **kwargs)
+place = distributed.start('cpu')
+torch.manual_seed(0)
+for arch in ('gpt2', 'modern'):
+    torch._dynamo.reset()
+    counter.clear()
+    model = GPT(GPTConfig(arch=arch, block_size=16, vocab_size=50, n_layer=4, n_head=2, n_embd=16))
+    torch.nn.init.normal_(model.lm_head.weight)
+    whole = copy.deepcopy(model)
+    loss_of = distributed.compiled_loss(distributed.prepare(model, place, parallel='fsdp'))
+    idx = torch.randint(50, (2, 16))
+    for _ in range(2):
+        loss_of(idx, idx).backward()
+        whole.loss(idx, idx).backward()
+    for p, q in zip(model.parameters(), whole.parameters()):
+        torch.testing.assert_close(distributed.whole(p.grad), q.grad)
+    print(arch, counter.frame_count, len(counters['graph_break']))
+distributed.stop()
+"""
+
+
+def test_under_fsdp_one_graph_without_a_break_serves_all_blocks():
+    (port,) = free_ports(1)
+    env = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, '-c', FSDP_COMPILED], env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == ['gpt2 1 0', 'modern 1 0'], done.stderr
+
+
+# -----------------------------------------------------------------------------
+# where a process stands
+
+
+@pytest.mark.parametrize('env, given', [({'RANK': '1'}, 'RANK=1'), ({'RANK': ''}, 'RANK='), ({'WORLD_SIZE': 'two', 'RANK': '0'}, 'RANK=0, WORLD_SIZE=two')])
+def test_ranks_are_set_all_or_not_at_all(tiny, tmp_path, monkeypatch, env, given):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    code, _, stderr, _ = train_here(*TINY, f'--dataset={tiny}', out_dir=tmp_path / 'out')
+    assert code == 2 and len(stderr.splitlines()) == 1
+    assert stderr.endswith('set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT as torchrun does, or unset them all\n')
+    assert f'{given} in the environment' in stderr
+
+
+@pytest.fixture
+def played_cuda(monkeypatch):
+    """Two GPUs, as far as choosing one goes; torch.cuda.set_device() checks its argument as it does with a real one."""
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda check_available=False: torch.device('cuda'))
+    monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', chosen.append, raising=False)
+    precision = torch.get_float32_matmul_precision()
+    yield chosen
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize('setting, index', [('auto', 0), ('cuda', 0), ('cuda:1', 1)])
+def test_one_gpu_is_chosen_by_its_index(played_cuda, setting, index):
+    """torch.cuda.set_device() refuses a device without one."""
+    assert distributed.start(setting).device == torch.device('cuda', index)
+    assert played_cuda == [index]
+    with pytest.raises(ValueError, match='^device cuda:2 does not exist, 2 do: '):
+        distributed.choose_device('cuda', local_rank=2)
+
+
+def test_a_cuda_build_that_finds_no_gpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, 'cuda', '13.0')
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda check_available=False: None)
+    assert distributed.choose_device('auto') == distributed.choose_device('cpu') == torch.device('cpu')
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('this PyTorch was built for CUDA 13.0 and finds no GPU') and line.endswith('; using the CPU')
+    with pytest.raises(ValueError, match='only cpu is: this PyTorch was built for CUDA 13.0 and finds no GPU'):
+        distributed.choose_device('cuda')
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+def test_a_worker_ends_when_its_parent_is_killed():
+    """An orphan of torchrun's would train on and hold the lock of out_dir."""
+    read_end, write_end = os.pipe()
+    agent = os.fork()
+    if agent == 0:
+        if os.fork() == 0:
+            threading.Thread(target=distributed.end_with_parent, args=[os.getppid()], daemon=True).start()
+            os.write(write_end, b'started')
+        time.sleep(100)
+        os._exit(0)
+    os.close(write_end)
+    assert os.read(read_end, 7) == b'started'
+    os.kill(agent, signal.SIGKILL)
+    os.waitpid(agent, 0)
+    assert os.read(read_end, 1) == b''  # the end of the file: the worker held the other end open
+    os.close(read_end)
+
+
+def mapped_bytes():
+    with open('/proc/self/statm', encoding='ascii') as f:
+        return int(f.read().split()[0]) * os.sysconf('SC_PAGE_SIZE')
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or not hasattr(ctypes.CDLL(None), 'mallopt'), reason='needs glibc')
+@pytest.mark.parametrize('limited', [False, True])
+def test_reserved_address_space_is_a_share_or_nothing_where_it_is_limited(limited, monkeypatch):
+    import resource
+    ram = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+    def work():
+        before = mapped_bytes()
+        if limited:
+            resource.setrlimit(resource.RLIMIT_AS, (before + ram, before + ram))
+        distributed.keep_freed_memory()
+        assert mapped_bytes() - before <= (1 << 20 if limited else ram / 16 + (1 << 20))
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    assert in_a_child(work) == 0
 
 
 # -----------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_every_item_is_scored_as_lm_evaluation_harness_scores_it():
     rate, tokenizer = rater(random_model(), 4096), GPT2Tokenizer()
     for name, expected in reference.items():
         items = read_items(EVALS, name, len(expected['items']))
-        benchmark, first = prepare(name, items, name, tokenizer), 0
+        benchmark, first = prepare(name, items, name, tokenizer=tokenizer), 0
         scores = rate(benchmark.rows, name)
         for item, theirs in zip(benchmark.items, expected['items'], strict=True):
             ours = scores[first:first + len(item.pairs)]
@@ -153,7 +153,7 @@ def test_core_scores_the_right_tokens_behind_seeded_examples(bundle):
         return [RowScore(-len(ids[start:]) ** 0.5, title == 'lm', len(ids) - start) for ids, start in rows]
 
     tasks = core.read_core(bundle, CharTokenizer(CHARS))
-    found = core.evaluate_core(rate, tokenizer, tasks, 1000)
+    found = core.evaluate_core(rate, tokenizer, tasks, block_size=1000)
     assert [item['query'] for item in tasks[0].items] == ['q1', 'q0', 'q3', 'q2', 'q5', 'q4'], 'random.Random(1337).shuffle'
     # before the first item, random.Random(1234).sample shows numbers 4 and 1 with their answers; the three choices share their first letter
     before = '\nq5\nAnswer: ac5\n\nq0\nAnswer: a0\n\nq1\nAnswer: a'
@@ -169,7 +169,7 @@ def test_core_scores_the_right_tokens_behind_seeded_examples(bundle):
 
 def test_core_cuts_to_the_last_tokens_and_says_what_is_wrong_with_a_bundle(bundle):
     tasks = core.read_core(bundle, CharTokenizer(CHARS))
-    for ids, start in core.rows_of(tasks[0], 0, CharTokenizer(CHARS), 8):
+    for ids, start in core.rows_of(tasks[0], 0, CharTokenizer(CHARS), block_size=8):
         assert len(ids) == 8 and CharTokenizer(CHARS).decode(ids[start:]) in ('1', 'b1', 'c1')
     with pytest.raises(ValueError, match='2 examples are shown before each of 2 items: give a larger --max_examples'):
         core.read_core(bundle, CharTokenizer(CHARS), max_examples=2)
@@ -193,7 +193,7 @@ def test_an_item_of_core_that_is_none_is_named_before_anything_is_scored(bundle,
 
 def test_choices_without_a_token_of_their_own_end_no_evaluation(small):
     task = core.CoreTask('x', 'multiple_choice', n_shots=0, delimiter=' ', baseline=0.25, path=None, items=[dict(query='q', choices=['a', 'a'], gold=0)])
-    found = core.evaluate_core(rater(small, 1), CharTokenizer(CHARS), [task], 32)
+    found = core.evaluate_core(rater(small, 1), CharTokenizer(CHARS), [task], block_size=32)
     assert found['tasks']['x']['acc'] == 1.0  # nothing is said about them, and the first is taken, as nanochat does
 
 
@@ -359,11 +359,11 @@ def test_a_name_from_a_bundle_cannot_steer_the_terminal():
 
 def test_an_item_that_is_none_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"x.jsonl: item 1 cannot be an item of piqa \(KeyError: 'label'\)"):
-        prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=0), dict(goal='g', sol1='a', sol2='b')], 'x.jsonl', CharTokenizer(CHARS))
+        prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=0), dict(goal='g', sol1='a', sol2='b')], 'x.jsonl', tokenizer=CharTokenizer(CHARS))
     with pytest.raises(ValueError, match=r"item 0 .* character 'ß' \(U\+00DF\) at position 3 is not among the 96"):
-        prepare('lambada', [dict(text='wei\u00df es')], 'x.jsonl', CharTokenizer(CHARS))
+        prepare('lambada', [dict(text='wei\u00df es')], 'x.jsonl', tokenizer=CharTokenizer(CHARS))
     with pytest.raises(ValueError, match=r'item 0 .* the right choice is number -1 of 2'):  # a test split without its answers
-        prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=-1)], 'x.jsonl', CharTokenizer(CHARS))
+        prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=-1)], 'x.jsonl', tokenizer=CharTokenizer(CHARS))
     (tmp_path / 'piqa.jsonl').write_bytes(b'{"a": 1}\n{')
     with pytest.raises(ValueError, match=r'piqa.jsonl, line 2: not JSON in UTF-8'):
         sources.from_folder('piqa', tmp_path)

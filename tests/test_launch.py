@@ -1,5 +1,6 @@
 """launch/: two nodes played by two agents on this machine, and SLURM played by scripts that do what srun, scontrol and its signals do."""
 
+import json
 import os
 import shutil
 import signal
@@ -16,9 +17,32 @@ from test_resume import without_times
 pytestmark = pytest.mark.skipif(os.name != 'posix' or not shutil.which('bash'), reason='needs bash')
 
 
-@pytest.mark.parametrize('script', ['multinode.sh', 'slurm.sbatch'])
+@pytest.mark.parametrize('script', ['gpu.sh', 'multinode.sh', 'slurm.sbatch'])
 def test_the_scripts_are_sound_bash(script):
     assert subprocess.run(['bash', '-n', str(ROOT / 'launch' / script)], capture_output=True).stderr == b''
+
+
+def test_an_old_torch_is_refused_with_the_reason(tmp_path):
+    """torchrun before 2.10 has no --signals_to_handle."""
+    info = tmp_path / 'torch-2.9.1.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n', encoding='utf-8')
+    done = subprocess.run([str(ROOT / 'launch' / 'multinode.sh')], capture_output=True, text=True,
+                          env={**os.environ, 'PYTHON': sys.executable, 'PYTHONPATH': str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr == ('launch/multinode.sh: torch 2.9.1 is too old, its torchrun does not pass signals on: '
+                           'install torch 2.10 or newer\n')
+
+
+@pytest.mark.parametrize('half', [pytest.param(half, marks=pytest.mark.full) for half in '12'])
+def test_every_part_of_the_gpu_script_works_at_the_size_of_a_cpu(half, tmp_path):
+    tiny = '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32'
+    settings = dict(BATCHES='2', STEPS='2', PROMPT='8', NEW='8', OUT=str(tmp_path), PYTHON=sys.executable, SECONDS_LIMIT='100000',
+                    PART_LIMIT='1000', OMP_NUM_THREADS='1')
+    done = subprocess.run(['sh', str(ROOT / 'launch' / 'gpu.sh'), half, *tiny], capture_output=True, text=True, env={**os.environ, **settings})
+    parts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"part"')]
+    assert done.returncode == 0 and len(parts) > 9, done.stdout + done.stderr
+    assert all(part['exit_code'] == 0 for part in parts)
 
 
 def start_nodes(*flags, log, n_nodes=2):
@@ -106,7 +130,7 @@ def test_a_job_is_queued_again_where_the_time_limit_ended_it_and_only_there(slur
     (tmp_path / 'launch' / 'multinode.sh').write_text(STEP, encoding='utf-8')
     (tmp_path / 'launch' / 'multinode.sh').chmod(0o755)
     job = start(tmp_path, *arguments)
-    wait_for(lambda: f'step: 127.0.0.1 20123 123 1 {" ".join(arguments)}\n' in log.read_text(encoding='utf-8'))
+    wait_for(lambda: f'step: 127.0.0.1 10123 123 1 {" ".join(arguments)}\n' in log.read_text(encoding='utf-8'))
     if number:
         time.sleep(0.2)  # its traps come after that line
         job.send_signal(number)
@@ -118,7 +142,8 @@ def test_a_job_is_queued_again_where_the_time_limit_ended_it_and_only_there(slur
 def test_the_headers_of_the_job():
     text = (ROOT / 'launch' / 'slurm.sbatch').read_text(encoding='utf-8')
     headers = [line.removeprefix('#SBATCH ') for line in text.split('set -uo pipefail')[0].splitlines() if line.startswith('#SBATCH')]
-    assert {'--requeue', '--open-mode=append', '--signal=B:USR1@300', '--ntasks-per-node=1'} <= set(headers)
+    wanted = {'--requeue', '--open-mode=append', '--signal=B:USR1@300', '--ntasks-per-node=1', '--exclusive', '--mem=0'}
+    assert wanted <= set(headers) and any(header.startswith('--cpus-per-task=') for header in headers)
 
 
 @pytest.mark.full

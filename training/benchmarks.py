@@ -27,7 +27,7 @@ def open_benchmarks(settings: dict, tokenizer) -> list[Benchmark]:
     from tasks import core, items  # imported here: most runs need neither
     names = [name for name in ('hellaswag', 'lambada') if intervals[name]]
     max_examples, benchmarks = settings['max_examples'], []
-    tasks = items.read_benchmarks(names, settings['eval_dir'], max_examples, tokenizer)
+    tasks = items.read_benchmarks(names, settings['eval_dir'], max_examples, tokenizer=tokenizer)
     for name in names:
         measure = partial(items.evaluate_task, name=name, benchmark=tasks[name])
         benchmarks.append(Benchmark(name, intervals[name], measure))

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import checkpoint
 import distributed
-from checkpoint import Progress
 from configurator import checked
 from files import print0, printable
 from model import GPT, GPTConfig
 from tokens.dataset import dataset_folders, read_meta, read_meta_pkl
 from tokens.tokenizer import GPT2_META, fingerprint, vocab_size_of
+from training.progress import Progress
 from weights import foreign, pretrained
 
 # settings that define the model or the optimizer's state: they cannot change on resume

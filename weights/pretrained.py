@@ -184,8 +184,10 @@ def check_tied(weights, head, embedding, path):
 # writing
 
 
-def save(model, path, tokenizer=None) -> list[Path]:
+def save(model, path, tokenizer=None, chat_template=None) -> list[Path]:
     """Write a folder that transformers loads, or one .npz file. Return the paths written.
+
+    chat_template is the Jinja template of a tuned model (corpus/template.py).
 
     Padding of the vocabulary is written too, so that the weights come back as they are.
     generation_config.json keeps padding from being sampled.
@@ -211,6 +213,8 @@ def save(model, path, tokenizer=None) -> list[Path]:
 
     dtype = next(iter(tensors.values())).dtype
     files = text_files(config, dtype, tokenizer)
+    if tokenizer is not None and chat_template:
+        files['tokenizer_config.json']['chat_template'] = chat_template
     for name, content in files.items():
         write_json(path / name, content, indent=None if name == 'tokenizer.json' else 2)
     return [path / name for name in ('model.safetensors', *files)]

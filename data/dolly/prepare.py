@@ -1,11 +1,11 @@
 """Dolly-15k: 15,011 instructions with answers, written by the employees of Databricks (CC BY-SA 3.0).
 
     python data/dolly/prepare.py                                        # from the Hugging Face hub, for GPT-2
-    python data/dolly/prepare.py --input databricks-dolly-15k.jsonl     # a file that is here already
-    python data/dolly/prepare.py --tokenizer out/ckpt.pt --block_size 256   # for a model of your own
+    python data/dolly/prepare.py --input=databricks-dolly-15k.jsonl     # a file on this disk
+    python data/dolly/prepare.py --tokenizer=out/ckpt.pt --block_size=256   # for a model of your own
 
-One instruction in twenty is for validation, as the hash of its context or question decides. HF_ENDPOINT, a mirror of the hub, is
-honoured, and the file is checked and cached as corpus/fetch.py says.
+One instruction in twenty is for validation, chosen by the hash of its context or question. HF_ENDPOINT
+names a mirror of the hub. The file is checked and cached as corpus/fetch.py says.
 """
 import os
 import sys
@@ -23,6 +23,11 @@ FILE = 'databricks-dolly-15k.jsonl'
 SHA256 = '2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec'
 ADDRESS = f'{HUB}/datasets/databricks/databricks-dolly-15k/resolve/{REVISION}/{FILE}'
 
+
+def download():
+    return fetch(FILE, [ADDRESS], SHA256)
+
+
 if __name__ == '__main__':
     with one_line_errors():
-        build_command(None, __doc__, HERE, lambda: fetch(FILE, [ADDRESS], SHA256), 'alpaca')
+        build_command(None, __doc__, HERE, download, 'alpaca')

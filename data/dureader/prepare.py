@@ -1,11 +1,12 @@
 """DuReader: questions of Chinese web users, answered by people (arXiv:1711.05073).
 
-    python data/dureader/prepare.py --input dureader.csv --tokenizer data/tokenizers/bytebpe_zh --block_size 512
-    python data/dureader/prepare.py --input zhidao.train.json search.train.json --val zhidao.dev.json --tokenizer gpt2
+    python data/dureader/prepare.py --input=dureader.csv --tokenizer=data/tokenizers/zh --block_size=512
+    python data/dureader/prepare.py --input zhidao.train.json search.train.json --val zhidao.dev.json
 
-A CSV file has a first line with the columns question, answer and, if there are passages, context; other columns are ignored. The
-JSONL files of DuReader 2.0 are read as they are: of several answers the first is taken, and as context the paragraph that is marked
-as most related, so take the preprocessed ones, which have these marks. Baidu gives the files on request: they have to be here already.
+A CSV file has the columns question, answer and, for passages, context. --question=NAME and --answer=NAME
+name others. The JSONL files of DuReader 2.0 are read as they are: the first of several answers is taken,
+and as passage the paragraph that is marked as most related. Only the preprocessed files have these marks.
+Baidu gives the files on request, so they must be on this disk.
 """
 import sys
 from pathlib import Path

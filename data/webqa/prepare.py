@@ -1,10 +1,11 @@
-"""WebQA: Chinese questions, each with passages from the web and the answer that a passage gives (arXiv:1607.06275).
+"""WebQA: Chinese questions with passages from the web that answer them or not (arXiv:1607.06275).
 
-    python data/webqa/prepare.py --input me_train.json --val me_validation.ann.json --tokenizer data/tokenizers/bytebpe_zh --block_size 512
+    python data/webqa/prepare.py --input=me_train.json --val=me_validation.ann.json --block_size=512
 
-Each passage that answers its question makes a conversation: question and passage, then the answer. Passages marked no_answer are left
-out and counted. Baidu gives the files on request, so that they have to be here already. A file is {question id: {"question": text,
-"evidences": {id: {"answer": [text], "evidence": text}}}}.
+Each passage that answers its question makes a conversation: question and passage, then the answer.
+Passages marked no_answer are left out and counted. Baidu gives the files on request, so they must be on
+this disk. A file is {question id: {"question": text, "evidences": {id: {"answer": [text], "evidence":
+text}}}}.
 """
 import sys
 from pathlib import Path
