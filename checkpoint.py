@@ -285,8 +285,8 @@ def check_bytes(f, path):
         raise
     except Exception as error:  # zipfile raises a dozen kinds
         if head[:1] == b'\x80':
-            raise ValueError(f'{path} is in the format of torch before 1.6, or a plain pickle: neither is read, '
-                             'save it anew with torch.save where it was written') from None
+            raise ValueError(f'{path} is in the format of torch before 1.6, or a plain pickle, which is not '
+                             'read: save it anew with torch.save where it was written') from None
         raise Damaged(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
     foreign.check_pickle(pickle, path)
 

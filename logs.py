@@ -147,8 +147,10 @@ class Log:
         print0(f'step {it}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{bits}')
         self.write(dict(iter=it, train_loss=train_loss, val_loss=val_loss, val_bpb=bits_per_byte))
 
-    def benchmark(self, name: str, numbers: dict):
+    def benchmark(self, name: str, numbers: dict | None):
         """Log the numbers of a benchmark; CORE has a row for each of its tasks."""
+        if numbers is None:
+            return
         it = self.progress.iter_num
         print0(f'step {it}: {table_row(name, numbers)}')
         line = dict(iter=it)

@@ -3,7 +3,8 @@
 from functools import partial
 from typing import NamedTuple
 
-from scoring import score_rows
+import distributed
+from scoring import Interrupted, score_rows
 
 
 class Benchmark(NamedTuple):
@@ -11,9 +12,14 @@ class Benchmark(NamedTuple):
     interval: int  # iterations between scores
     measure: object  # score_rows() for a model -> dict of numbers, with 'tasks' inside for CORE
 
-    def run(self, model, place, autocast, batch_tokens) -> dict:
-        score = partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast)
-        return self.measure(score)
+    def run(self, model, place, autocast, batch_tokens) -> dict | None:
+        """Return the numbers of the benchmark; None if a signal to stop arrives meanwhile."""
+        score = partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast,
+                        stop=distributed.signal_to_stop)
+        try:
+            return self.measure(score)
+        except Interrupted:
+            return None
 
 
 def open_benchmarks(settings: dict, tokenizer) -> list[Benchmark]:

@@ -111,8 +111,8 @@ def read_byte_counts(tokenizer_meta):
     from corpus.fetch import cache_folder
     vocabulary = cache_folder() / 'vocab.bpe'
     if tokenizer_meta['kind'] == 'gpt2' and not vocabulary.is_file():
-        print0(f"no bits per byte: the bytes of GPT-2's tokens come from {vocabulary}, which a prepare script "
-               'downloads')
+        print0(f"no bits per byte: the bytes of GPT-2's tokens come from {vocabulary}, "
+               'which a prepare script downloads')
         return None
     return torch.from_numpy(load_tokenizer(tokenizer_meta).token_bytes())
 
