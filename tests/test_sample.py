@@ -153,6 +153,16 @@ def test_best_is_taken_where_the_run_asked_for_it(out_dir):
     assert begin.find_checkpoint(out_dir).path.endswith('best.pt')
 
 
+def test_a_damaged_checkpoint_is_refused_and_stays_where_it_is(out_dir):
+    damaged = bytearray((out_dir / 'ckpt.pt').read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (out_dir / 'ckpt.pt').write_bytes(damaged)
+    before = sorted(path.name for path in out_dir.iterdir())
+    with pytest.raises(ValueError, match='no readable checkpoint'):
+        run(f'--out_dir={out_dir}')
+    assert sorted(path.name for path in out_dir.iterdir()) == before
+
+
 @pytest.mark.parametrize('flag, text', [
     ('--temperature=-1', '--temperature=-1.0: accepted is 0 (greedy) or more'),
     ('--top_p=0', '--top_p=0.0: accepted is above 0 up to 1, or None'),
