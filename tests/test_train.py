@@ -42,7 +42,7 @@ def train(*flags, out_dir):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 # -----------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_lines_of_the_log_and_of_metrics(tiny, tmp_path):
     assert [line['lr'] for line in by_loss[:3]] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
     assert by_loss[-1]['eta_s'] == 0
     evaluated = [line for line in lines if 'val_loss' in line]
-    assert [{*line} for line in evaluated] == [{'iter', 'train_loss', 'val_loss', 'val_bpb'}] * 2
+    assert [{*line} for line in evaluated] == [{'iter', 'train_loss', 'val_loss', 'val_bpb', 'time'}] * 2
     # one byte a token
     assert evaluated[0]['val_bpb'] == pytest.approx(evaluated[0]['val_loss'] / math.log(2))
 
