@@ -101,7 +101,7 @@ def test_what_was_seen_stays_seen_with_another_batch_size(shards):
 
 
 def test_a_position_of_the_first_edition_reads_the_same_windows(shards):
-    # recorded by the first edition on the same kind of files: epoch; file, bytes, lines, documents; tokens
+    # its positions had six numbers (epoch; file, bytes, lines, documents; tokens), which cannot be used here
     unbroken, resumed = stream(shards[0]), stream(shards[0])
     for step in range(9):
         unbroken.batch(step)
