@@ -25,6 +25,7 @@ from chat import Answerer, Sampling, check, check_compile, choose_style, prepare
 from configurator import configure
 from corpus.dialogue import read_conversations
 from corpus.readers import read_text
+from corpus.template import chat_template
 from tokens.tokenizer import load_tokenizer, opening
 from weights.begin import build_model, find_start
 
@@ -184,7 +185,8 @@ if __name__ == '__main__':
             prepare_decoding(model, place.device, compile=compile, quantize=quantize)
         answerer = Answerer(model, tokenizer, template, sampling)
         if export:
-            for file in model.save_pretrained(export, tokenizer):
+            jinja = chat_template(trained.style, tokenizer) if trained.style else None
+            for file in model.save_pretrained(export, tokenizer, jinja):
                 print(f'{file}: {file.stat().st_size:,} bytes')
             print(f'read it with {reader_of(export)}, or here with --init_from={export}')
         elif chat:

@@ -6,6 +6,7 @@ Response:'. An answer ends with end-of-text. The text before an answer is encode
 transformers does. No token reaches from this prompt into the answer.
 """
 
+import json
 import re
 from bisect import bisect_left, bisect_right
 from typing import NamedTuple
@@ -46,8 +47,11 @@ def check_tokenizer(tokenizer):
                          'conversations need gpt2, byte, or a trained tokenizer')
 
 
-def has_role_tokens(tokenizer, style):
-    return style == 'chat' and set(ROLE_TOKENS.values()) <= set(tokenizer.special)
+def marks_of(tokenizer, style):
+    """Return the mark that opens each turn, by role, and the text after a turn that is not an answer."""
+    if style == 'chat' and set(ROLE_TOKENS.values()) <= set(tokenizer.special):
+        return {**ROLE_TOKENS, 'context': GAP}, ''
+    return STYLES[style], GAP
 
 
 def chat_template(style: str, tokenizer) -> str:
@@ -57,35 +61,25 @@ def chat_template(style: str, tokenizer) -> str:
     context is the passage that the next answer is about.
     """
     check_tokenizer(tokenizer)
-    marks, gap = STYLES[style], GAP
-    if has_role_tokens(tokenizer, style):
-        marks, gap = {**ROLE_TOKENS, 'context': GAP}, ''
+    marks, gap = marks_of(tokenizer, style)
     end = next(name for name, i in tokenizer.special.items() if i == tokenizer.eot)
     mark_of = {**marks, 'developer': marks['system'], 'tool': marks['context']}
-    return (f'{{%- set marks = {jinja(mark_of)} -%}}'
+    return (f'{{%- set marks = {json.dumps(mark_of)} -%}}'
             "{%- for message in messages -%}"
             "{%- set text = message['content'] | replace('\\r\\n', '\\n') | replace('\\r', '\\n') | trim -%}"
             "{{- marks[message['role']] + text -}}"
-            f"{{{{- {jinja(end)} if message['role'] == 'assistant' else {jinja(gap)} -}}}}"
+            f"{{{{- {json.dumps(end)} if message['role'] == 'assistant' else {json.dumps(gap)} -}}}}"
             '{%- endfor -%}'
-            f"{{%- if add_generation_prompt -%}}{{{{- {jinja(marks['assistant'])} -}}}}{{%- endif -%}}")
-
-
-def jinja(value):
-    """A text, or a dict of texts, as Jinja writes it."""
-    if isinstance(value, dict):
-        return '{' + ', '.join(f'{jinja(key)}: {jinja(text)}' for key, text in value.items()) + '}'
-    return "'" + value.replace('\\', '\\\\').replace("'", "\\'").replace('\n', '\\n') + "'"
+            f"{{%- if add_generation_prompt -%}}{{{{- {json.dumps(marks['assistant'])} -}}}}{{%- endif -%}}")
 
 
 def encode_turns(turns, tokenizer, style):
     """Write turns as (ids, mask), two lists. A last answer of None is opened and neither told nor ended."""
-    roles_are_tokens = has_role_tokens(tokenizer, style)
-    marks, gap = (STYLES[style], GAP) if not roles_are_tokens else ({'context': GAP}, '')
+    marks, gap = marks_of(tokenizer, style)
     ids, mask, text = [], [], ''  # text is the prompt that is not encoded yet
     for role, content in turns:
-        if roles_are_tokens and role in ROLE_TOKENS:
-            ids += [*tokenizer.encode(text), tokenizer.special[ROLE_TOKENS[role]]]
+        if marks[role] in tokenizer.special:
+            ids += [*tokenizer.encode(text), tokenizer.special[marks[role]]]
             text = ''
         else:
             text += marks[role]

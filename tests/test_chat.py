@@ -16,6 +16,7 @@ from test_conversations import BYTES, other, write  # noqa: F401 (other is a fix
 
 from corpus import conversations
 from corpus.pack import write_dataset
+from corpus.template import encode
 from model import GPT
 
 
@@ -63,6 +64,18 @@ def test_tuning_learns_the_answers_and_the_checkpoint_says_how_to_ask(tuned):
     assert (state['style'], state['iter_num'], state['config']['block_size']) == ('chat', 150, 64)
     assert read_checkpoint(folder / 'base/ckpt.pt')['style'] is None
     assert [path.name for path in sorted((folder / 'tuned').glob('ckpt_*.pt'))] == ['ckpt_00000050.pt', 'ckpt_00000100.pt']
+
+
+def test_a_tuned_models_export_chats_in_transformers(tuned, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    folder, _ = tuned
+    code, _, error = ask(folder, f'--export={tmp_path / "exported"}')
+    assert code == 0, error
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
+    turns = [('user', 'cow?'), ('assistant', 'moo'), ('user', '羊?')]
+    messages = [{'role': role, 'content': text} for role, text in turns]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt', return_dict=False)
+    assert ids.tolist() == [encode(turns, BYTES, 'chat', 64).ids.tolist()]
 
 
 def test_settings_that_would_train_on_something_else(tuned, tmp_path):
