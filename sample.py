@@ -14,6 +14,7 @@ A sample ends where the model ends the document.
 
 import codecs
 import json
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -117,7 +118,8 @@ def answer_questions(answerer, questions, batch_size):
               f'{answerer.model.config.block_size} tokens: their beginnings are cut off')
     replies = [[] for _ in fitted]
     by_length = sorted(range(len(fitted)), key=lambda i: len(fitted[i].ids))  # for little padding
-    with tqdm(total=len(fitted), unit=' answers', disable=None) as bar:
+    hides_bar = sys.stderr is None or not sys.stderr.isatty()
+    with tqdm(total=len(fitted), unit=' answers', disable=hides_bar) as bar:
         for first in range(0, len(fitted), batch_size):
             batch = by_length[first:first + batch_size]
             for tokens in answerer.stream([fitted[i].ids.tolist() for i in batch]):

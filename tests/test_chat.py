@@ -145,6 +145,8 @@ def test_chat_is_a_script_of_its_own_and_needs_stdin(tuned):
     flags = sys.executable, str(ROOT / 'chat.py'), f'--out_dir={folder / "tuned"}', '--device=cpu', '--dtype=float32', '--temperature=0'
     done = subprocess.run(flags, input='cow?\n', capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith(' tokenizer\nmoo\n') and done.stderr == ''
+    prompts = sys.executable, str(ROOT / 'sample.py'), *flags[2:], f'--prompts={folder / "x.jsonl"}', f'--answers={folder / "y.jsonl"}'
+    assert subprocess.run(['sh', '-c', 'exec "$@" 2>&-', '-', *prompts], capture_output=True).returncode == 0  # its progress bar has no stderr
     done = subprocess.run(['sh', '-c', 'exec "$@" <&-', '-', *flags], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, 'a chat reads stdin and writes to stdout: one of them is closed\n')
 
