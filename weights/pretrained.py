@@ -222,7 +222,8 @@ def save(model, path, tokenizer=None, chat_template=None) -> list[Path]:
 
 def text_files(config, dtype, tokenizer):
     """Return the JSON files beside the weights, {name: content}; last config.json, for which find() looks."""
-    files, n_tokens, ids = {}, config.vocab_size, dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    files, n_tokens = {}, config.vocab_size
+    ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     if tokenizer is not None:
         n_tokens = tokenizer.vocab_size
         ids = dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.pad)
