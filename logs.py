@@ -103,10 +103,14 @@ class Log:
     # while training
 
     @contextlib.contextmanager
-    def paused(self):
-        """Keep the time spent inside out of the training clock."""
-        # updates still running on an accelerator count as training
-        distributed.synchronize(self.place.device)
+    def paused(self, anything_due):
+        """Keep the time spent inside out of the training clock, if anything is due inside.
+
+        Updates still running on an accelerator count as training. Waiting for them in each step would cost
+        time.
+        """
+        if anything_due:
+            distributed.synchronize(self.place.device)
         begun_s = time.perf_counter()
         yield
         self.last_line_s += time.perf_counter() - begun_s
@@ -119,6 +123,9 @@ class Log:
         numbers = loss, grad_norm, judge.skipped, judge.skipped_in_a_row, judge.smoothed_loss
         loss, grad_norm, skipped, skipped_in_a_row, smoothed_loss = torch.stack(numbers).tolist()
         it, now_s = self.progress.iter_num, time.perf_counter()
+        if grad_norm == 0.0 and loss > 0.0 and self.logged_at == self.progress.started_at:
+            raise ValueError(f'the gradient of step {it} is exactly zero, as from a fault of the compiler: '
+                             'use --compile=False, or another version of torch')
         n_steps = it + 1 - self.logged_at
         dt_s = (now_s - self.last_line_s) / n_steps
         self.last_line_s, self.logged_at = now_s, it + 1

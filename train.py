@@ -197,6 +197,8 @@ with one_line_errors(), distributed.signals_noted():
     if wandb_log:
         log.start_wandb(wandb_project, wandb_run_name, settings)
     save_interval = checkpoint_interval or eval_interval
+    intervals = [eval_interval, save_interval, *(benchmark.interval for benchmark in benchmarks)]
+    intervals += [generate_interval] if prompts else []
     # the part of each checkpoint that stays the same
     facts = dict(model_args=vars(model.config), config=settings, tokenizer=tokenizer_meta,
                  vocab_size=vocab_size, style=data.style, data=data.train.fingerprint(),
@@ -208,15 +210,15 @@ with one_line_errors(), distributed.signals_noted():
     model.train()
     while True:
         stop = distributed.signal_to_stop()  # the same on all ranks
-        finished, is_best = progress.iter_num >= max_iters, False
-        with log.paused():
+        finished = progress.iter_num >= max_iters
+        with log.paused(stop or finished or any(progress.iter_num % n == 0 for n in intervals)):
             # evaluate, and remember the best loss
             evaluation_due = finished or eval_only or progress.iter_num % eval_interval == 0
-            losses = None
+            losses, is_best = None, False
             if evaluation_due and not stop:
-                losses = evaluate(model, data, token_bytes, place, autocast)  # None after a signal
+                losses = evaluate(model, data, token_bytes, place, autocast)
                 stop = distributed.signal_to_stop()
-            if losses is not None:
+            if losses is not None:  # no signal came in the middle
                 log.evaluation(losses)
                 is_best = progress.note_evaluation(losses.val.nats_per_target)
                 finished = finished or progress.out_of_patience(patience)
@@ -238,8 +240,7 @@ with one_line_errors(), distributed.signals_noted():
                     numbers = benchmark.run(model, place, autocast, batch_size * block_size)
                     log.benchmark(benchmark.name, numbers)
             if prompts and not stop and (finished or progress.iter_num % generate_interval == 0):
-                log.samples(generate(model, text_tokenizer, prompts, seed=seed, place=place,
-                                     autocast=autocast))
+                log.samples(generate(model, text_tokenizer, prompts, seed, place, autocast))
         if last or stop:
             break
 

@@ -687,3 +687,10 @@ def test_wandb_that_is_not_installed(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *args: None if name == 'wandb' else find_spec(name, *args))
     assert refused(*TINY, '--wandb_log=True', f'--dataset={tiny}', out_dir=tmp_path / 'out') == \
         'wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False'
+
+
+def test_a_gradient_of_zero_in_the_first_step_ends_the_run(tiny, tmp_path, monkeypatch):
+    loss_of = GPT.loss
+    monkeypatch.setattr(GPT, 'loss', lambda self, *args: loss_of(self, *args) * 0.0 + 3.0)  # torch 2.11, compiled: norm 0.000
+    code, _, stderr, _ = train_here(*TINY, '--max_iters=6', f'--dataset={tiny}', out_dir=tmp_path)
+    assert code == 2 and stderr.startswith('the gradient of step 0 is exactly zero'), stderr

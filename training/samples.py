@@ -30,7 +30,7 @@ def read_prompts(generate_prompts: str, tokenizer, loader) -> list[list[int]]:
     return prompts
 
 
-def generate(model, tokenizer, prompts, *, seed: int, place, autocast) -> list[Sample]:
+def generate(model, tokenizer, prompts, seed: int, place, autocast) -> list[Sample]:
     """Continue each prompt up to the end of its document. Every rank draws the same."""
     samples = []
     torch.manual_seed(seed)
