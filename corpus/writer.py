@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import lock, sync_folder, write_atomically
+from files import lock, read_json, sync_folder, write_atomically
 
 IDX_DTYPE = np.dtype('<i8')
 UNFINISHED = b'{"format": 1, "unfinished": true}'
@@ -217,7 +217,7 @@ def undo_publishing(work, folder):
     if not (work / 'meta.json').exists():  # it was not interrupted before its end
         clear(work)
         return
-    for name in json.loads((work / 'publishing.json').read_bytes()):
+    for name in filter(DATASET_FILE.fullmatch, read_json(work / 'publishing.json')):
         if (folder / name).exists() and not (work / name).exists():
             os.replace(folder / name, work / name)
     replaced = work / 'replaced'
