@@ -323,7 +323,7 @@ def load_newest(out_dir, rename_damaged: bool = False):
         return state, path
     if paths or any(Path(out_dir).glob('ckpt*.pt.corrupt')):
         # also at the next start: a run that resumes by itself must not begin anew unasked
-        raise ValueError(f'{out_dir} has no readable checkpoint left: see the *.corrupt files there, '
+        raise ValueError(f'{out_dir} has no readable checkpoint left: see the damaged files there, '
                          'or start again with another --out_dir')
     return None, None
 

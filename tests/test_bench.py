@@ -3,21 +3,14 @@
 import json
 import math
 import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
-    ROOT,
     TINY,
     differences,
-    pack_chars,
     read_checkpoint,
     run_here,
-    sentences,
     train_here,
 )
 
@@ -62,19 +55,6 @@ def test_profile_names_the_five_operations_that_cost_most():
     assert code == 0 and len(ms) == 5 and ms == sorted(ms, reverse=True) and 0 < sum(shares) < 1
     assert all(f'{share:.1%}' in stdout and name in stdout for name, _, share in result['top_costs'])
     assert not [name for name, *_ in result['top_costs'] if '#' in name], 'Optimizer.step#AdamW.step encloses operations, and is none'
-
-
-@pytest.mark.full
-def test_one_call_measures_all_that_a_gpu_is_wanted_for(tmp_path):
-    pack_chars(tmp_path / 'shakespeare_char', sentences(3000, 1), sentences(500, 2))
-    small = '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=32', '--batch_size=2', '--dtype=float32', '--compile=False'
-    copy = tmp_path / 'copy'
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', 'out*', '*.bin', 'meta.json', '__pycache__'))
-    shutil.copytree(tmp_path / 'shakespeare_char', copy / 'data' / 'shakespeare_char', dirs_exist_ok=True)
-    done = subprocess.run(['sh', copy / 'launch' / 'gpu.sh', *small], capture_output=True, text=True, encoding='utf-8',
-                          env={**os.environ, 'STEPS': '2', 'PROMPT': '8', 'NEW': '8', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count('\n{"mode"') == 9 and done.stdout.count('\ndone: out-gpu-') == 3 and 'FAILED' not in done.stdout
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])

@@ -16,8 +16,8 @@ from conftest import differences
 import checkpoint
 import files
 from model import GPT, GPTConfig
-from training.progress import Progress
 from optim import OptimizerSettings, configure_optimizers, set_lr
+from training.progress import Progress
 
 SIZES = dict(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=8)
 

@@ -25,7 +25,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics, run_here, survives, train_here, train_settings
+from conftest import (
+    ROOT,
+    TINY,
+    differences,
+    read_checkpoint,
+    read_metrics,
+    run_here,
+    survives,
+    train_here,
+    train_settings,
+)
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st

@@ -210,7 +210,7 @@ def test_no_readable_checkpoint_is_an_error(finished):
     for path in finished.glob('ckpt*.pt'):
         path.write_bytes(b'not a checkpoint')
     code, _, stderr, _ = train_here('--init_from=resume', '--device=cpu', out_dir=finished)
-    remedy = 'see the *.corrupt files there, or start again with another --out_dir'
+    remedy = 'see the damaged files there, or start again with another --out_dir'
     assert (code, stderr) == (2, f'{finished} has no readable checkpoint left: {remedy}\n')
 
 

@@ -29,10 +29,10 @@ import checkpoint
 import files
 import model as model_file
 import scoring
-from training import data
 from model import GPT, GPTConfig
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
+from training import data
 
 
 def train(*flags, out_dir):
