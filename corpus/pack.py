@@ -18,6 +18,7 @@ any number of kills.
 packs documents and splits that a script has at hand.
 """
 import hashlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -93,7 +94,10 @@ def pack_files(out, files, tokenizer, source, args, *, sizes=None):
     options = {name: getattr(args, name) for name in ('val_fraction', 'clean', 'min_chars', 'sample')}
     try:
         if tokenizer == 'char':
-            tokenizer = CharTokenizer(find_characters(Encoder(Characters(), **options), job))
+            characters, n_records = find_characters(Encoder(Characters(), **options), job)
+            tokenizer = CharTokenizer(characters)
+            if args.max_docs:  # documents after the last one may hold other characters
+                job.read = lambda start: itertools.islice(read(start), max(n_records - start, 0))
         pack(out, Encoder(tokenizer, **options), job)
     except KeyboardInterrupt:
         print('interrupted: the same command continues', file=sys.stderr)
@@ -101,7 +105,7 @@ def pack_files(out, files, tokenizer, source, args, *, sizes=None):
 
 
 def find_characters(encoder, job):
-    """Find every character of the documents that will be packed, and return them in order."""
+    """Find the documents to pack; return their characters in order, and the number of records to read."""
     progress, codes = Progress(), np.zeros(0, dtype='<u4')
     seen = Seen('') if encoder.clean else None
     meter = Meter('characters', job, progress)
@@ -111,7 +115,7 @@ def find_characters(encoder, job):
             meter.bar.update(meter.done() - meter.bar.n)
     if not len(codes):
         raise ValueError('there is no text in the corpus')
-    return ''.join(map(chr, codes))
+    return ''.join(map(chr, codes)), progress.last_taken + 1
 
 
 # -----------------------------------------------------------------------------

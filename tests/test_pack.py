@@ -390,6 +390,15 @@ def test_one_document_is_cut_at_a_line_end(tmp_path, monkeypatch, capsys):
     assert 'out: all documents fell to one split: the last one is cut, its end is for validation\n' in stdout
 
 
+def test_characters_of_documents_beyond_max_docs_are_no_error(tmp_path, monkeypatch, capsys):
+    """They lie in the same batch as the last document that is taken."""
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps(text) for text in [*'abcdefgh', *'aaxyz']), encoding='utf-8')
+    code, _, stderr = run(monkeypatch, capsys, 'build', '--input', tmp_path / 'a.jsonl', '--tokenizer=char', '--clean', '--max_docs=8',
+                          '--val_fraction=0.5', '--out', tmp_path / 'out')
+    assert code == 0, stderr
+    assert read_meta(tmp_path / 'out')['tokenizer']['chars'] == 'abcdefgh'
+
+
 def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
     (tmp_path / 'a.txt').write_text('abc\n' * 99, encoding='utf-8')
     out = tmp_path / "it's mine; really"
