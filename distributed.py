@@ -1,14 +1,13 @@
 """Devices, dtypes, process groups, gradients over many ranks, signals.
 
-Under torchrun each process is one rank of a process group, also where there is only one. Without torchrun there
-is no group: rank 0 of 1. Every rank holds all weights ('ddp'), or a shard of each weight ('fsdp', FSDP2).
+Under torchrun each process is a rank of a process group, even a single one. Otherwise there is no group.
+Every rank holds all weights ('ddp'), or a shard of each weight ('fsdp', FSDP2).
 
-torch's DistributedDataParallel is not used. It fills its buckets anew after its first backward pass, so a resumed
-run adds gradients in another order: with 3 ranks the losses after resuming differed by 6e-8 (torch 2.13, gloo).
+torch's DistributedDataParallel is not used. It fills its buckets anew after the first backward pass, so a
+resumed run adds in another order: losses of 3 ranks differed by 6e-8 after resuming (torch 2.13, gloo).
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -19,25 +18,25 @@ import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+import kernels
 from files import print0
+
+if os.name == 'posix':
+    import resource
 
 RANK_VARIABLES = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
 BUCKET_BYTES = 64 << 20  # of gradients in one all-reduce
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
 all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)  # the name since torch 2.13
-# dense bfloat16 or float16 rates in FLOP/s from the vendors' datasheets; the first name contained in the device's
+# dense bfloat16 or float16 FLOP/s by the vendors' datasheets; the first name in the device's name counts
 PEAK_FLOPS = {
     'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12,
     'A800': 312e12, 'H800': 989e12, 'H20': 148e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12,
@@ -78,7 +77,7 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TensorFloat32 for products of float32 matrices
     if device.type == 'cpu':
-        keep_freed_memory()
+        kernels.keep_freed_memory()
     if grouped:
         if 'TORCHELASTIC_RUN_ID' in os.environ:
             threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
@@ -94,8 +93,9 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
 def read_rank_variables():
     """Return RANK, LOCAL_RANK and WORLD_SIZE as torchrun sets them."""
     values = {name: os.environ.get(name, '') for name in (*RANK_VARIABLES, 'MASTER_ADDR', 'MASTER_PORT')}
-    wrong = [name for name in RANK_VARIABLES if not values[name].isdecimal()]
-    wrong += [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not values[name]]
+    wrong = [name for name in values if name != 'MASTER_ADDR' and not values[name].isdecimal()]
+    if not values['MASTER_ADDR']:
+        wrong.append('MASTER_ADDR')
     if wrong:
         given = ', '.join(f'{name}={values[name]}' for name in RANK_VARIABLES if name in os.environ)
         raise ValueError(f'{given} in the environment, but {wrong[0]} is missing or not a number: set '
@@ -104,46 +104,10 @@ def read_rank_variables():
 
 
 def end_with_parent(parent):
-    """End this process soon after its parent, torchrun's agent. An orphan would train on and hold out_dir's lock."""
+    """End this process soon after torchrun's agent. An orphan would train on and hold out_dir's lock."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)  # blocked in a collective, the main thread could not exit by itself
-
-
-def keep_freed_memory():
-    """Make glibc reuse freed memory instead of returning it, and Linux back it with large pages.
-
-    Each step allocates the same sizes. Fresh pages cost 10 to 25% of a step of 10.7M parameters on a CPU, small
-    pages another 20%, and a third of decoding with 124M.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if not hasattr(libc, 'mallopt'):
-        return
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks from the heap too
-    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-    if not address_space_is_free():
-        return
-    # grow the heap by half of this rank's share of the RAM; pages are allocated on first use
-    n_ranks = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
-    page = os.sysconf('SC_PAGE_SIZE')
-    n_bytes = page * (os.sysconf('SC_PHYS_PAGES') // (2 * n_ranks))
-    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    address = libc.malloc(ctypes.c_size_t(n_bytes))
-    if address:
-        first_page = -(-address // page) * page
-        libc.madvise(ctypes.c_void_p(first_page), ctypes.c_size_t(n_bytes - page), 14)  # MADV_HUGEPAGE
-        libc.free(address)
-
-
-def address_space_is_free():
-    """Whether reserving address space takes none from others: no `ulimit -v`, no strict commit accounting."""
-    import resource  # not on Windows
-    try:
-        with open('/proc/sys/vm/overcommit_memory', encoding='ascii') as f:
-            strict = f.read().strip() == '2'
-    except OSError:
-        strict = False
-    return not strict and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def stop():
@@ -169,7 +133,7 @@ def broadcast(value):
 
 
 def run_and_catch(function):
-    """Return (result, None), or (None, the ValueError or OSError that function() raised)."""
+    """Return (function(), None), or (None, error) for a ValueError or OSError."""
     try:
         return function(), None
     except (ValueError, OSError) as error:
@@ -199,6 +163,7 @@ def once_a_node(function, place: Place):
 # -----------------------------------------------------------------------------
 # signals
 
+
 received = []  # numbers of the stop signals so far
 
 
@@ -225,8 +190,8 @@ def note_signal(number, frame):
 
 
 def exit_at_second_sigint(read_end):
-    """Read the numbers of signals as they arrive. A thread does this, because while the main thread waits for other
-    ranks in C++, which may last for ever, Python does not call note_signal().
+    """Read the numbers of signals as they arrive, in a thread: Python calls note_signal() only after the main
+    thread's wait for other ranks, in C++, which may last for ever.
     """
     # torchrun passes a Ctrl-C on to ranks that have had it from the terminal
     echo_s = 3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0
@@ -241,7 +206,7 @@ def exit_at_second_sigint(read_end):
 
 
 def signal_to_stop() -> str | None:
-    """Return the name of a stop signal that any rank has received, the same on all ranks. No GPU waits for it."""
+    """Return the name of a stop signal that any rank has received; all ranks agree, and no GPU waits."""
     number = torch.tensor(received[0] if received else 0)
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -257,11 +222,9 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
 
     local_rank  the index of the device, where each process has one of its own; None = no process group
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    problem = ''
+    accelerator, problem = torch.accelerator.current_accelerator(check_available=True), ''
     if accelerator is None and torch.version.cuda:
-        problem = (f'this PyTorch was built for CUDA {torch.version.cuda} and finds no GPU: is there one, '
-                   'and is its driver new enough? (nvidia-smi)')
+        problem = f'this PyTorch was built for CUDA {torch.version.cuda} and finds no GPU (driver too old?)'
     if name == 'auto':
         if problem:
             print0(f'{problem}; using the CPU', file=sys.stderr)
@@ -274,7 +237,8 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         return device
     if accelerator is None or accelerator.type != device.type:
         available = f'{accelerator.type} and cpu are' if accelerator else 'only cpu is'
-        raise ValueError(f'device={name} is not available here, {available}: {problem or "use --device=auto"}')
+        remedy = problem or 'use --device=auto'
+        raise ValueError(f'device={name} is not available here, {available}: {remedy}')
     index = device.index or 0 if local_rank is None else local_rank
     n_devices = torch.accelerator.device_count()
     if index >= n_devices:
@@ -285,20 +249,18 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
 
 @lru_cache
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 products. A CPU without AVX512-BF16 or AMX is slow at them."""
+    """Whether the device has instructions for bfloat16 products. Other CPUs are slow at them."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as f:
-            lines = [line.split() for line in f if line.startswith(('flags', 'Features'))]
-    except OSError:
+    cpu_info = Path('/proc/cpuinfo')
+    if device.type != 'cpu' or not cpu_info.exists():
         return False
-    return device.type == 'cpu' and any({'avx512_bf16', 'amx_bf16', 'bf16'} & set(line) for line in lines)
+    return not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(cpu_info.read_text(encoding='utf-8').split())
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products. 'auto' is bfloat16 if the device multiplies it, else float16 on CUDA and
-    float32 elsewhere. On CPUs with bfloat16 a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
+    """Return the dtype of matrix products: 'auto' is bfloat16 if the device multiplies it, else float16 on
+    CUDA and float32 elsewhere. On such CPUs a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
     """
     if name != 'auto':
         return getattr(torch, name)
@@ -308,9 +270,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_compile(choice: bool | str, device: torch.device) -> bool:
-    """Whether to compile. 'auto' compiles on CUDA only. Where the compiler fails, print a line and run eagerly.
+    """Whether to compile: 'auto' does on CUDA only. If the compiler fails, print a line and run eagerly.
 
-    On a CPU compiling takes 20 to 40 s, then a step took 476 ms instead of 437 (10.7M), 19.5 instead of 21.7 (0.8M).
+    A CPU compiles for 20 to 40 s. A step then took 476 ms, not 437 (10.7M), and 19.5, not 21.7 (0.8M).
     """
     if choice is False or (choice == 'auto' and device.type != 'cuda'):
         return False
@@ -319,7 +281,8 @@ def choose_compile(choice: bool | str, device: torch.device) -> bool:
         return True
     except Exception as error:  # which one a missing compiler raises depends on the platform
         reason = str(error).strip().splitlines()[0][:120]
-        print0(f'compile={choice}: no working compiler here ({type(error).__name__}: {reason}), running eagerly')
+        print0(f'compile={choice}: no working compiler here ({type(error).__name__}: {reason}), '
+               'running eagerly')
         return False
 
 
@@ -330,18 +293,16 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return f'cpu, {torch.get_num_threads()} threads' if device.type == 'cpu' else device.type
+    if device.type == 'cpu':
+        return f'cpu, {torch.get_num_threads()} threads'
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the most memory this process has held: allocated on the GPU, resident on a CPU; None if unknown."""
+    """Return the most memory this process has held, allocated on a GPU or resident; None if unknown."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
+    if os.name != 'posix':
         return None
     unit = 1 if sys.platform == 'darwin' else 1024  # Linux counts kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -358,7 +319,7 @@ def synchronize(device: torch.device):
 
 
 def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: int) -> tuple[int, int]:
-    """Divide the windows of one step over the ranks, so that any number of ranks takes the same step.
+    """Divide the windows of a step over the ranks, so that any number of ranks takes the same step.
 
     gradient_accumulation_steps  micro-batches of batch_size windows in one step, over all ranks
     returns                      micro-steps of each rank, and windows in each: batch_size or fewer
@@ -371,17 +332,14 @@ def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: 
         raise ValueError(f'{total} sequences (gradient_accumulation_steps={gradient_accumulation_steps} x '
                          f'batch_size={batch_size}) do not divide over {world_size} ranks: '
                          f'use {" or ".join(map(str, near))}')
-    micro_steps = -(-per_rank // batch_size)
-    while per_rank % micro_steps:
-        micro_steps += 1
-    return micro_steps, per_rank // micro_steps
+    rows = max(n for n in range(1, min(batch_size, per_rank) + 1) if per_rank % n == 0)
+    return per_rank // rows, rows
 
 
 def prepare(model, place: Place, *, parallel='ddp', shard_ranks=0, dtype=torch.float32):
     """Move a GPT to its device, with the same weights on all ranks. Call it before making optimizers.
 
-    parallel     'ddp': every rank holds all weights. 'fsdp': every rank holds a shard of each weight, which are
-                 gathered for one block at a time
+    parallel     'ddp': every rank holds all weights. 'fsdp': every rank holds a shard of each weight
     shard_ranks  with fsdp, how many ranks share one copy of the weights; 0 = all
     dtype        of matrix products; with fsdp in bfloat16 the blocks' weights are gathered in it
     returns      the model
@@ -403,25 +361,24 @@ def shard(model, place, shard_ranks, dtype):
         near = [str(n) for n in range(1, n_ranks + 1) if n_ranks % n == 0]
         raise ValueError(f'shard_ranks={shard_ranks} does not divide {n_ranks} ranks: '
                          f'use {" or ".join(near)}, or 0 for all')
-    shape, names = (n_shards,), ('shard',)
-    if n_shards < n_ranks:
-        shape, names = (n_ranks // n_shards, n_shards), ('replicate', 'shard')
+    shape, names = (n_ranks // n_shards, n_shards), ('replicate', 'shard')
+    if n_shards == n_ranks:
+        shape, names = shape[1:], names[1:]
     mesh = init_device_mesh(place.device.type, shape, mesh_dim_names=names)
-
     policy = MixedPrecisionPolicy()
-    if dtype == torch.bfloat16:  # autocast stays on: it casts the inputs, and leaves the residual sum in float32
+    if dtype == torch.bfloat16:  # autocast casts the inputs, and leaves the residual sum in float32
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        # Whole blocks compile without a graph break. In bfloat16 that casts the norms' weights, which torch's
-        # LayerNorm accepts on CUDA but not on a CPU. There the norms, in float32, belong to the root.
+        # Whole blocks compile without a graph break. In bfloat16 that casts the norms' weights, too, which
+        # torch's LayerNorm accepts on CUDA but not on a CPU: there the norms belong to the root.
         whole_block = place.device.type == 'cuda' or dtype != torch.bfloat16
         fully_shard(block if whole_block else [block.attn, block.mlp], mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     model.to(place.device)
 
-    for method in ('loss', 'score'):  # forward() is known to FSDP
+    for method in ('loss', 'score'):  # FSDP gathers the weights for forward() by itself
         register_fsdp_forward_method(model, method)
-    warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')  # nothing writes into it
+    warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -435,8 +392,8 @@ def shard(model, place, shard_ranks, dtype):
 def compiled_loss(model):
     """Return model.loss, compiled for training. Call it after prepare().
 
-    With FSDP each block is compiled: gathering weights would break a graph of the whole model between the blocks.
-    Shapes are static. All training batches have the same, and a graph for any batch size is slower.
+    With FSDP each block is compiled: gathering weights would break a larger graph between the blocks. Shapes
+    are static: training batches all have the same, and a graph for any batch size is slower.
     """
     if not isinstance(model, FSDPModule):
         return torch.compile(model.loss, dynamic=False)
@@ -446,7 +403,7 @@ def compiled_loss(model):
 
 
 def sync_gradients(model, last: bool):
-    """Tell FSDP whether this is the last micro-step of a step, the only one in which gradients are reduced."""
+    """Tell FSDP whether this is the last micro-step, the only one in which it reduces gradients."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
 
@@ -458,22 +415,18 @@ def sum_gradients(model):
     """
     if not dist.is_initialized() or isinstance(model, FSDPModule):
         return
-    bucket, n_bytes = [], 0
+    buckets, n_bytes = [[]], 0
     for grad in [p.grad for p in model.parameters() if p.grad is not None]:
-        if n_bytes + grad.nbytes > BUCKET_BYTES and bucket:
-            all_reduce_bucket(bucket)
-            bucket, n_bytes = [], 0
-        bucket.append(grad)
+        if n_bytes + grad.nbytes > BUCKET_BYTES and buckets[-1]:
+            buckets.append([])
+            n_bytes = 0
+        buckets[-1].append(grad)
         n_bytes += grad.nbytes
-    if bucket:
-        all_reduce_bucket(bucket)
-
-
-def all_reduce_bucket(grads):
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    parts = flat.split([grad.numel() for grad in grads])
-    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+    for grads in buckets:
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        parts = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
 
 def whole(tensor):

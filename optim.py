@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: AdamW in nanoGPT's groups, or Muon for matrices and AdamW for the rest.
+"""Optimizers and learning-rate schedules: AdamW in nanoGPT's groups, or Muon for matrices beside AdamW.
 
     settings = OptimizerSettings('muon', learning_rate=3e-3, matrix_lr=0.02)
     optimizers = configure_optimizers(model, settings)
@@ -33,8 +33,8 @@ class OptimizerSettings:
                    'muon': the blocks' matrices by Muon at matrix_lr, the rest by AdamW
     embedding_lr   with muon, of wpe and of wte, which may be the head too; None = learning_rate
     head_lr        with muon, of an untied lm_head; None = learning_rate
-    decay_groups   'matrices': decay AdamW's matrices, embeddings included, as nanoGPT does; with muon decay Muon's
-                   only, because the decay is lr * weight_decay and the rates of embeddings are large.
+    decay_groups   'matrices': decay AdamW's matrices, embeddings included, as nanoGPT does; with muon only
+                   Muon's, because the decay is lr * weight_decay and embeddings have large rates.
                    'all': decay every parameter
     fused          AdamW's fused kernel; None = where the device has one
     """
@@ -59,7 +59,7 @@ def check(name, value, accepted):
         raise ValueError(f'{name}={value} is unknown: accepted are {", ".join(accepted)}')
 
 
-def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32) -> list[torch.optim.Optimizer]:
+def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32) -> list:
     """Make the optimizers of a model with GPT-2's parameter names; each step takes all of them.
 
     dtype    of training's matrix products: Muon orthogonalizes in bfloat16 if it is that, else in float32
@@ -73,7 +73,8 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
         if p.requires_grad:
             groups[parameter_kind(name, p, settings.optimizer)]['params'].append(p)
     # torch.distributed.checkpoint refuses an empty group beside a second optimizer
-    groups = [dict(group, kind=kind, peak_lr=group['lr']) for kind, group in groups.items() if group['params']]
+    groups = [dict(group, kind=kind, peak_lr=group['lr'])
+              for kind, group in groups.items() if group['params']]
     for_adamw = [group for group in groups if 'parts' not in group]
     for_muon = [group for group in groups if 'parts' in group]
 
@@ -82,7 +83,8 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
         fused = has_fused_adamw(for_adamw[0]['params'][0].device)
     optimizers = [torch.optim.AdamW(for_adamw, betas=settings.betas, eps=1e-8, fused=fused)]
     if for_muon:
-        optimizers.append(Muon(for_muon, ns_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
+        ns_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        optimizers.append(Muon(for_muon, ns_dtype=ns_dtype))
     for optimizer in optimizers:
         optimizer.register_load_state_dict_pre_hook(keep_settings)
 
@@ -175,7 +177,7 @@ class Muon(torch.optim.Optimizer):
     params    parameters, or groups of them. Each parameter of a group consists of `parts` matrices, one below
               another (3 in the fused Q, K, V), which are orthogonalized separately
     ns_dtype  to orthogonalize in; None = the parameters'. In bfloat16 the last bit of a gradient can turn a
-              direction that the gradient hardly has, by 1e-2 of the step: other numbers of ranks differ by that
+              direction that the gradient hardly has, by 1e-2 of the step: numbers of ranks differ by that
     source    https://kellerjordan.github.io/posts/muon/; decoupled weight decay arXiv:2502.16982
 
     Each of several ranks orthogonalizes a share of the matrices. FSDP's shards are gathered for that.
@@ -232,7 +234,7 @@ class Muon(torch.optim.Optimizer):
         return state['momentum_buffer']
 
     def gather(self, shards, params):
-        """Return the whole tensors of which FSDP gives each rank some rows, in the dtype of orthogonalization."""
+        """Return the whole tensors of FSDP's shards, in the dtype of orthogonalization."""
         if not isinstance(params[0], DTensor):
             return shards
         group, n_ranks = shard_group(params[0])
@@ -247,7 +249,7 @@ class Muon(torch.optim.Optimizer):
         return wholes
 
     def share_out(self, matrices):
-        """Orthogonalize matrices (K, R, C) that are the same on every rank: each rank does a share of them."""
+        """Orthogonalize matrices (K, R, C), the same on every rank: each rank does a share of them."""
         if not dist.is_initialized():
             return orthogonalize(matrices, dtype=self.ns_dtype)
         n_ranks = dist.get_world_size()
@@ -288,8 +290,8 @@ MIN_TAKEN = 20  # steps before spikes are looked for: a running mean of fewer sa
 
 
 class StepJudge:
-    """Decide whether to skip a step, and count. All numbers are 0-d float32 tensors on the device, so that the host
-    need not wait for them; to read several, stack them first.
+    """Decide whether to skip a step, and count. The numbers are 0-d float32 tensors on the device: the host
+    need not wait for them. To read several, stack them first.
 
     skip_spikes       skip a step whose gradient norm or loss exceeds this multiple of its running mean;
                       0 = only a step in which one of them is not finite
@@ -316,7 +318,7 @@ class StepJudge:
         return self.loss_sum / (1 - SMOOTHING ** self.taken)
 
     def judge(self, grad_norm, loss):
-        """Return 1 if the step is to be skipped, else 0, as a 0-d float32. Arguments: 0-d, the same on all ranks."""
+        """Return 1 if the step is to be skipped, else 0. All are 0-d float32, the same on all ranks."""
         now = torch.stack((grad_norm, loss))
         sums = torch.stack((self.norm_sum, self.loss_sum))
         skip = ~now.isfinite().all()
@@ -333,7 +335,7 @@ class StepJudge:
 
 
 def step_unless(optimizer, skip):
-    """Call optimizer.step(), which changes nothing if skip is 1. The host waits for skip only if AdamW is not fused."""
+    """Call optimizer.step(), which changes nothing if skip is 1. The host waits only for an unfused AdamW."""
     if optimizer.defaults.get('fused') is False:
         if not skip:
             optimizer.step()
@@ -353,7 +355,7 @@ class Schedule:
 
     kind      'cosine': half a cosine down to min_lr_ratio at lr_decay_iters (None = max_iters), as in nanoGPT
               'wsd': 1, then linearly down to min_lr_ratio over the last decay_fraction of max_iters
-              'cosine_restarts': half a cosine over restart_iters, then over restart_mult times as many, and so on
+              'cosine_restarts': half a cosine over restart_iters, the next over restart_mult times as many
               'constant': 1
     source    arXiv:1608.03983 (restarts), arXiv:2404.06395 (wsd)
     """
@@ -400,7 +402,7 @@ def half_cosine(x):
 
 
 def muon_momentum(it: int, warmup_iters: int = 300, start: float = 0.85, end: float = 0.95) -> float:
-    """Return Muon's momentum at iteration `it`, which rises linearly (github.com/KellerJordan/modded-nanogpt)."""
+    """Return Muon's momentum at iteration `it`: it rises linearly, as in KellerJordan/modded-nanogpt."""
     x = min(it / warmup_iters, 1.0) if warmup_iters else 1.0
     return (1 - x) * start + x * end
 

@@ -34,7 +34,8 @@ def make_data(folder):
 
 def settings_of(arguments):
     """Return the flags that matter here as a dict; others, of train.py and bench.py, are ignored."""
-    settings = dict(device='auto', arch='gpt2', parallel='ddp', n_layer=12, n_head=12, n_embd=768, block_size=1024)
+    settings = dict(device='auto', arch='gpt2', parallel='ddp')
+    settings.update(n_layer=12, n_head=12, n_embd=768, block_size=1024)
     for argument in arguments:
         name, _, value = argument.removeprefix('--').partition('=')
         if name in settings:
@@ -50,7 +51,7 @@ def make_model(settings, **changes):
 
 
 def gradients(settings, place):
-    """Compare a compiled bfloat16 step, the loss in chunks, with an eager float32 step, the loss in one chunk."""
+    """Compare a compiled bfloat16 step with chunks in the loss to an eager float32 step without."""
     norms, losses = [], []
     idx = torch.randint(VOCAB_SIZE, (4, settings['block_size'] + 1), device=place.device)
     for dtype in (torch.float32, torch.bfloat16):
@@ -97,19 +98,21 @@ def attention(settings, place):
     """Time causal attention, forward and backward, by each kernel that runs here."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     H, T, D = settings['n_head'], settings['block_size'], settings['n_embd'] // settings['n_head']
-    q, k, v = torch.randn(3, 16, H, T, D, device=place.device, dtype=torch.bfloat16, requires_grad=True).unbind()
+    qkv = torch.randn(3, 16, H, T, D, device=place.device, dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = qkv.unbind()
     times_ms = {}
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+    backends = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    for backend in backends:
         try:
             with sdpa_kernel(backend):
-                for is_warm in (False, True):
+                for _ in range(2):  # the first round warms up
                     distributed.synchronize(place.device)
                     begun_s = time.perf_counter()
                     for _ in range(10):
                         y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
                         y.sum().backward(retain_graph=True)
                     distributed.synchronize(place.device)
-            times_ms[backend.name] = (time.perf_counter() - begun_s) * 100 if is_warm else None
+            times_ms[backend.name] = (time.perf_counter() - begun_s) * 100
         except RuntimeError as error:
             times_ms[backend.name] = str(error).splitlines()[0][:80]
     return dict(ms=times_ms)

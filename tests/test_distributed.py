@@ -20,6 +20,7 @@ from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics, run
 from ranks import start_ranks, wait
 
 import distributed
+import kernels
 from report import read_run
 
 # Runs of train.py one after the other, each on so many ranks, which are children of one process that has imported everything but used
@@ -389,7 +390,7 @@ def test_reserved_address_space_is_a_share_or_nothing_where_it_is_limited(limite
         before = mapped_bytes()
         if limited:
             resource.setrlimit(resource.RLIMIT_AS, (before + ram, before + ram))
-        distributed.keep_freed_memory()
+        kernels.keep_freed_memory()
         assert mapped_bytes() - before <= (1 << 20 if limited else ram / 16 + (1 << 20))
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
     assert in_a_child(work) == 0
@@ -419,7 +420,7 @@ def test_freed_memory_is_handed_out_again_in_large_pages():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     def work():
-        distributed.keep_freed_memory()
+        kernels.keep_freed_memory()
         torch.ones(16 << 20)
         before = faults()
         address = torch.ones(16 << 20).data_ptr()  # of 16,384 small pages
