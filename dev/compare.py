@@ -161,7 +161,7 @@ def compare_training(name, device, precision, use_compile, processes):
 def plain_batch(loader, step):
     """Read the loader's windows of a step one by one, through a memmap of each shard opened for this step."""
     numbers = np.arange(loader.batch_size) + step * loader.batch_size
-    rows = [(shard.tokens, start) for _, shard, start, _ in loader.locate(numbers)]
+    rows = [(shard.tokens, start) for shard, start, _ in loader.locate(numbers)]
     data = {shard: np.memmap(shard.path, shard.dtype, 'r', shard.header_bytes) for shard, _ in rows}
     T = loader.block_size
     x = torch.stack([torch.from_numpy(data[shard][i:i + T].astype(np.int64)) for shard, i in rows])

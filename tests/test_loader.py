@@ -15,8 +15,9 @@ import torch
 from corpus.pack import write_dataset
 from kernels import IGNORE
 from tokens.dataset import Split, dataset_folders, open_array, parse_mixture
-from tokens.loader import Loader, count_of_each, draws, permute
+from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
+from tokens.windows import count_of_each, draws, permute
 
 CHARS = ''.join(map(chr, range(0x4E00, 0x4E00 + 6000)))
 

@@ -23,8 +23,9 @@ from corpus.mix import mixed_documents
 from corpus.pack import write_dataset
 from files import one_line_errors
 from tokens.dataset import Split, read_meta
-from tokens.loader import Loader, count_of_each
+from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer, load_tokenizer
+from tokens.windows import count_of_each
 
 CHINESE = [SHARED / name for name in ('cmrc2018_dev_1500.jsonl', 'song_ci_simplified.txt')]
 

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import zlib
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +198,7 @@ class DiskArray:
 
     def __init__(self, path, dtype, size, header_bytes=0):
         self.path, self.dtype, self.size, self.header_bytes = path, np.dtype(dtype), size, header_bytes
-        self.itemsize, self.identity = self.dtype.itemsize, identify(os.stat(path))
+        self.identity = identify(os.stat(path))
 
     def __len__(self):
         return self.size
@@ -213,15 +213,12 @@ class DiskArray:
 
     def read(self, start: int, size: int) -> np.ndarray:
         """Return `size` elements from `start` on, which must be inside the array."""
-        return np.frombuffer(self.read_bytes(start, size), self.dtype)
-
-    def read_bytes(self, start: int, size: int) -> bytes:
-        n_bytes = size * self.itemsize
+        n_bytes = size * self.dtype.itemsize
         file = open_array(self)  # held, because another thread's read may drop it from the cache
-        data = pread(file.fileno(), n_bytes, self.header_bytes + start * self.itemsize)
+        data = pread(file.fileno(), n_bytes, self.header_bytes + start * self.dtype.itemsize)
         if len(data) < n_bytes:
             self.check()
-        return data
+        return np.frombuffer(data, self.dtype)
 
     def check(self):
         """Raise ValueError if the file is not the one that was there when the dataset was opened."""
@@ -277,9 +274,9 @@ class Shard:
         self.tokens = DiskArray(path, dtype, n_tokens, header_bytes)
 
     def is_target(self, start: int, length: int):
-        """Tell which tokens are targets: (length,) bool, or True for all."""
+        """Tell which tokens are targets: (length,) bool."""
         if self.split.mask is None:
-            return True
+            return np.ones(length, dtype=bool)
         return self.split.mask.read(self.first + start, length).astype(bool)
 
 
@@ -344,11 +341,6 @@ class Split:
             raise ValueError(f'{path}: documents {first} and {second} overlap '
                              f'at token {offset[second]}: it was altered, prepare the dataset again')
         return offset, length + np.append(offset[1:] == (offset + length)[:-1] + 1, False)
-
-    @cached_property
-    def begins(self) -> np.ndarray:
-        """The first tokens of all documents in ascending order, (M,) int64."""
-        return np.sort(self.documents()[0])
 
     def fingerprint(self) -> dict:
         """Return what a checkpoint remembers of its data, as plain values: sizes, checksums and tokenizer."""

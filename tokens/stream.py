@@ -29,8 +29,9 @@ import torch
 from corpus.readers import find_files, n_bytes_of, read_documents
 from files import print0
 from kernels import IGNORE
-from tokens.loader import Batch, Batches, draws, permute
+from tokens.loader import Batch, Batches
 from tokens.tokenizer import fingerprint, load_tokenizer, tokenizer_meta
+from tokens.windows import draws, permute
 
 N_THREADS = 2  # each encodes about 10 MB/s; GPT-2 (124M) trains on 2 MB/s on one H100
 CHUNK_CHARS = 1 << 18  # text that a thread encodes at a time
