@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+import devices
 import distributed
 from configurator import config_of, configure
 from files import one_line_errors
@@ -70,11 +71,11 @@ def main():
     check_settings()
     place = distributed.start(device)
     torch.manual_seed(seed)
-    precision = distributed.choose_dtype(dtype, place.device)
+    precision = devices.choose_dtype(dtype, place.device)
     wants_compile = compile
     if mode == 'decode':
         wants_compile = compile is True and quantize == 'none'
-    use_compile = distributed.choose_compile(wants_compile, place.device)
+    use_compile = devices.choose_compile(wants_compile, place.device)
     machine = describe_machine(place.device)
     say(f'device: {machine["device"]}, {name_of(precision)}, {"compiled" if use_compile else "eager"}')
     say(f'machine: {machine["processor"]}, Python {machine["python"]}, torch {machine["torch"]}')
@@ -95,7 +96,7 @@ def main():
             for name, ms, share in result['top_costs']:
                 say(f'{share:6.1%} {ms:10.1f} ms  {name}')
 
-    peak_bytes = distributed.peak_memory_bytes(place.device)
+    peak_bytes = devices.peak_memory_bytes(place.device)
     if peak_bytes:
         of = 'of this process' if place.device.type == 'cpu' else 'allocated on the device'
         say(f'peak memory: {gigabytes(peak_bytes)} {of}')
@@ -165,7 +166,7 @@ def measure_step(model, device, precision, use_compile):
     say(f'step: {described(step_ms)}, loss {loss.item():.4f}')
     say(f'speed: {tok_per_s:,.0f} tok/s at {flops_per_token / 1e6:,.1f} MFLOP a token: '
         f'{flop_per_s / 1e12:.3g} TFLOP/s')
-    mfu, peak = None, distributed.peak_flops(device)
+    mfu, peak = None, devices.peak_flops(device)
     if peak and precision != torch.float32:
         mfu = flop_per_s / peak
         say(f'MFU: {mfu:.1%} of the peak of {peak / 1e12:,.0f} TFLOP/s')
@@ -324,7 +325,7 @@ def say(text):
 
 def now_s(device):
     """Return the time once the device has finished its queue."""
-    distributed.synchronize(device)
+    devices.synchronize(device)
     return time.perf_counter()
 
 
@@ -353,7 +354,7 @@ def describe_machine(device):
         processor = models[0] if models else processor
     except OSError:
         pass
-    return dict(device=distributed.device_name(device), processor=processor, system=platform.platform(),
+    return dict(device=devices.device_name(device), processor=processor, system=platform.platform(),
                 python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+import devices
 import distributed
 import files
 from configurator import configure
@@ -145,7 +146,7 @@ def choose_style(style: str, trained: Start, tokenizer) -> str:
 
 def prepare_decoding(model, device, *, compile, quantize):
     """Compile the model, or pack its weights for fast reading."""
-    if compile is True and distributed.choose_compile(True, device):
+    if compile is True and devices.choose_compile(True, device):
         model.compile_blocks()
     else:
         model.pack(None if quantize == 'none' else quantize)
@@ -246,7 +247,7 @@ def main():
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     check_compile(compile, quantize)
     place = distributed.start(device)
-    precision = distributed.choose_dtype(dtype, place.device)
+    precision = devices.choose_dtype(dtype, place.device)
     trained = find_start(init_from, out_dir, checkpoint_path, n_head)
     tokenizer = load_tokenizer(trained.tokenizer)
     template = choose_style(style, trained, tokenizer)

@@ -11,14 +11,11 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,24 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-import kernels
-from files import print0
-
-if os.name == 'posix':
-    import resource
+import devices
 
 RANK_VARIABLES = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
 BUCKET_BYTES = 64 << 20  # of gradients in one all-reduce
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
 all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)  # the name since torch 2.13
-# dense bfloat16 or float16 FLOP/s by the vendors' datasheets; the first name in the device's name counts
-PEAK_FLOPS = {
-    'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12,
-    'A800': 312e12, 'H800': 989e12, 'H20': 148e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12,
-    'A10': 125e12, 'A6000': 155e12, 'V100': 125e12, 'T4': 65e12, '4090': 165e12, '3090': 71e12,
-}
-
-
 @dataclass(frozen=True)
 class Place:
     """The rank of this process, and its device."""
@@ -72,12 +57,12 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
     """
     grouped = any(name in os.environ for name in RANK_VARIABLES)
     rank, local_rank, world_size = read_rank_variables() if grouped else (0, 0, 1)
-    device = choose_device(device, local_rank if grouped else None)
+    device = devices.choose_device(device, local_rank if grouped else None)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TensorFloat32 for products of float32 matrices
     if device.type == 'cpu':
-        kernels.keep_freed_memory()
+        devices.keep_freed_memory()
     if grouped:
         if 'TORCHELASTIC_RUN_ID' in os.environ:
             threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
@@ -211,107 +196,6 @@ def signal_to_stop() -> str | None:
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return signal.Signals(int(number)).name if number else None
-
-
-# -----------------------------------------------------------------------------
-# device and dtype
-
-
-def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device for a setting. A CUDA device always has an index: torch.cuda.set_device() wants one.
-
-    local_rank  the index of the device, where each process has one of its own; None = no process group
-    """
-    accelerator, problem = torch.accelerator.current_accelerator(check_available=True), ''
-    if accelerator is None and torch.version.cuda:
-        problem = f'this PyTorch was built for CUDA {torch.version.cuda} and finds no GPU (driver too old?)'
-    if name == 'auto':
-        if problem:
-            print0(f'{problem}; using the CPU', file=sys.stderr)
-        name = accelerator.type if accelerator else 'cpu'
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'device={name}: accepted are auto, cpu, cuda, cuda:N, mps') from None
-    if device.type == 'cpu':
-        return device
-    if accelerator is None or accelerator.type != device.type:
-        available = f'{accelerator.type} and cpu are' if accelerator else 'only cpu is'
-        remedy = problem or 'use --device=auto'
-        raise ValueError(f'device={name} is not available here, {available}: {remedy}')
-    index = device.index or 0 if local_rank is None else local_rank
-    n_devices = torch.accelerator.device_count()
-    if index >= n_devices:
-        raise ValueError(f'device {device.type}:{index} does not exist, {n_devices} do: '
-                         'use as many processes as devices')
-    return torch.device('cuda', index) if device.type == 'cuda' else torch.device(device.type)
-
-
-@lru_cache
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 products. Other CPUs are slow at them."""
-    if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu_info = Path('/proc/cpuinfo')
-    if device.type != 'cpu' or not cpu_info.exists():
-        return False
-    return not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(cpu_info.read_text(encoding='utf-8').split())
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products: 'auto' is bfloat16 if the device multiplies it, else float16 on
-    CUDA and float32 elsewhere. On such CPUs a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
-    """
-    if name != 'auto':
-        return getattr(torch, name)
-    if multiplies_bfloat16(device):
-        return torch.bfloat16
-    return torch.float16 if device.type == 'cuda' else torch.float32
-
-
-def choose_compile(choice: bool | str, device: torch.device) -> bool:
-    """Whether to compile: 'auto' does on CUDA only. If the compiler fails, print a line and run eagerly.
-
-    A CPU compiles for 20 to 40 s. A step then took 476 ms, not 437 (10.7M), and 19.5, not 21.7 (0.8M).
-    """
-    if choice is False or (choice == 'auto' and device.type != 'cuda'):
-        return False
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-        return True
-    except Exception as error:  # which one a missing compiler raises depends on the platform
-        reason = str(error).strip().splitlines()[0][:120]
-        print0(f'compile={choice}: no working compiler here ({type(error).__name__}: {reason}), '
-               'running eagerly')
-        return False
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Return the device's peak rate in half precision in FLOP/s; None if unknown."""
-    name = device_name(device) if device.type == 'cuda' else ''
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == 'cpu':
-        return f'cpu, {torch.get_num_threads()} threads'
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the most memory this process has held, allocated on a GPU or resident; None if unknown."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    if os.name != 'posix':
-        return None
-    unit = 1 if sys.platform == 'darwin' else 1024  # Linux counts kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def synchronize(device: torch.device):
-    """Wait until the accelerator has finished its queue. Call it before reading a clock."""
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)
 
 
 # -----------------------------------------------------------------------------

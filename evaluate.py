@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+import devices
 import distributed
 from configurator import config_of, configure
 from files import one_line_errors, print0, printable, write_json
@@ -110,7 +111,7 @@ if __name__ == '__main__':
         # find the model, its tokenizer and the items before the weights are read
         place = distributed.start(device)
         started_s = time.perf_counter()
-        precision = distributed.choose_dtype(dtype, place.device)
+        precision = devices.choose_dtype(dtype, place.device)
         autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
         start = find_start(init_from, out_dir, checkpoint_path, n_head)
         tokenizer = load_tokenizer(start.tokenizer)
@@ -150,7 +151,7 @@ if __name__ == '__main__':
             write_json(results, dict(
                 model=start.path, iter=start.progress.iter_num if start.weights else None,
                 parameters=model.get_num_params(False), dtype=str(precision).removeprefix('torch.'),
-                device=distributed.device_name(place.device),
+                device=devices.device_name(place.device),
                 torch=torch.__version__, tokenizer=fingerprint(start.tokenizer),
                 seconds=round(time.perf_counter() - started_s, 1), settings=settings, results=numbers))
         if results:

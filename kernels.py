@@ -7,19 +7,12 @@ B batch, H heads, T tokens in a row, S tokens seen so far, D head size, C width,
 """
 
 import contextlib
-import ctypes
 import math
-import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-if os.name == 'posix':
-    import resource
 
 IGNORE = -100  # the target that is none, as in torch's cross_entropy and in transformers
 CHUNK_BYTES = {'cpu': 256 << 20}  # of float32 logits in a chunk of the loss, by type of device
@@ -277,39 +270,3 @@ def pack_linears(model, quantize=None):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 setattr(parent, name, PackedLinear(child, quantize))
-
-
-# -----------------------------------------------------------------------------
-# memory of a CPU
-
-
-def keep_freed_memory():
-    """Make glibc reuse freed memory instead of returning it, and Linux back it with large pages.
-
-    Each step allocates the same sizes. Fresh pages cost 10 to 25% of a step of 10.7M parameters, small pages
-    another 20%, and a third of decoding with 124M.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if not hasattr(libc, 'mallopt'):
-        return
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks from the heap too
-    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-    if not address_space_is_free():
-        return
-    # grow the heap by half of this rank's share of the RAM; pages are allocated on first use
-    n_ranks = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
-    page = os.sysconf('SC_PAGE_SIZE')
-    n_bytes = page * (os.sysconf('SC_PHYS_PAGES') // (2 * n_ranks))
-    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    address = libc.malloc(ctypes.c_size_t(n_bytes))
-    if address:
-        first_page = -(-address // page) * page
-        libc.madvise(ctypes.c_void_p(first_page), ctypes.c_size_t(n_bytes - page), 14)  # MADV_HUGEPAGE
-        libc.free(address)
-
-
-def address_space_is_free():
-    """Whether Linux lets reserved address space cost nothing: no `ulimit -v`, no strict commit accounting."""
-    policy = Path('/proc/sys/vm/overcommit_memory')
-    strict = policy.exists() and policy.read_text(encoding='ascii').strip() == '2'
-    return not strict and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import devices
 import distributed
 import files
 from files import print0, printable
@@ -50,7 +51,7 @@ class Log:
         facts   plain values about the run for run.json, the settings under 'settings'
         raises  ValueError if another process trains there; OSError if it cannot be written
         """
-        peak = distributed.peak_flops(self.place.device)
+        peak = devices.peak_flops(self.place.device)
         if peak and facts['dtype'] != 'float32':
             self.peak_flops = peak * self.place.world_size
         self.flops_per_token = facts['flops_per_token']
@@ -110,7 +111,7 @@ class Log:
         time.
         """
         if anything_due:
-            distributed.synchronize(self.place.device)
+            devices.synchronize(self.place.device)
         begun_s = time.perf_counter()
         yield
         self.last_line_s += time.perf_counter() - begun_s
@@ -143,7 +144,7 @@ class Log:
         self.write(dict(iter=it, loss=loss, loss_smoothed=smoothed_loss, lr=lr, grad_norm=grad_norm,
                         tok_per_s=tok_per_s, mfu=mfu, eta_s=eta_s, dt_s=dt_s, n_steps=n_steps,
                         skipped=int(skipped),
-                        peak_memory_bytes=distributed.peak_memory_bytes(self.place.device)))
+                        peak_memory_bytes=devices.peak_memory_bytes(self.place.device)))
         return int(skipped_in_a_row)
 
     def evaluation(self, losses):

@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+import devices
 import distributed
 import files
 from chat import Answerer, Sampling, check, check_compile, choose_style, prepare_decoding, talk
@@ -168,7 +169,7 @@ if __name__ == '__main__':
         if answers and (Path(answers).is_dir() or not Path(answers).parent.is_dir()):
             raise ValueError(f'--answers={answers}: accepted is a file in an existing folder')
         place = distributed.start(device)
-        precision = distributed.choose_dtype(dtype, place.device)
+        precision = devices.choose_dtype(dtype, place.device)
         if export and dtype == 'auto':
             precision = torch.float32  # as it was trained
         trained = find_start(init_from, out_dir, checkpoint_path, n_head)

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 import checkpoint
+import devices
 import distributed
 import optim
 from configurator import accepted_by, config_of, configure
@@ -148,7 +149,7 @@ with one_line_errors(), distributed.signals_noted():
     torch.manual_seed(seed)
     model = make_model(start, settings, vocab_size, tokenizer_meta)
     model.activation_checkpointing, model.loss_chunks = activation_checkpointing, loss_chunks
-    compute_dtype = distributed.choose_dtype(dtype, place.device)
+    compute_dtype = devices.choose_dtype(dtype, place.device)
     model = distributed.prepare(model, place, parallel=parallel, shard_ranks=shard_ranks, dtype=compute_dtype)
     parameters = list(model.parameters())
     autocast = torch.autocast(place.device.type, compute_dtype, enabled=compute_dtype != torch.float32)
@@ -180,12 +181,12 @@ with one_line_errors(), distributed.signals_noted():
     if generate_interval and not eval_only:
         prompts = read_prompts(generate_prompts, text_tokenizer, data.eval_val.loader)
 
-    use_compile = distributed.choose_compile(compile, place.device)
+    use_compile = devices.choose_compile(compile, place.device)
     loss_of = distributed.compiled_loss(model) if use_compile else model.loss
     precision = str(compute_dtype).removeprefix('torch.')
     print0(f'model: {arch}, {model.get_num_params() / 1e6:.2f}M parameters, '
            f'vocabulary {model.config.vocab_size:,}')
-    device_name, mode = distributed.device_name(place.device), 'compiled' if use_compile else 'eager'
+    device_name, mode = devices.device_name(place.device), 'compiled' if use_compile else 'eager'
     print0(f'device: {device_name}, {precision}, {mode}')
     print0(f'data: {data.describe(max_iters * tokens_per_step)}, {tokens_per_step:,} tokens a step '
            f'({place.world_size} ranks x {grad_accum} micro-steps x {rows} windows x {block_size}), '

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import devices
 import distributed
 from bench import TrainingStep, describe_machine, name_of, now_s, spread_ms, time_tokens
 from configurator import config_of, configure
@@ -60,8 +61,8 @@ def main():
         raise ValueError(f'prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens}: accepted are '
                          f'{DECODING["block_size"]} together or less')
     place = distributed.start(device)
-    precision = distributed.choose_dtype(dtype, place.device)
-    use_compile = distributed.choose_compile(compile, place.device)
+    precision = devices.choose_dtype(dtype, place.device)
+    use_compile = devices.choose_compile(compile, place.device)
     print('| | reference | here | ratio |\n| --- | --- | --- | --- |')
     training = {}
     with References(ctx=multiprocessing.get_context('spawn')) as float32, \

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import devices  # noqa: E402
 import distributed  # noqa: E402
 from corpus.pack import write_dataset  # noqa: E402
 from files import one_line_errors  # noqa: E402
@@ -61,7 +62,7 @@ def gradients(settings, place):
         kind = 'ddp' if exact else settings['parallel']
         distributed.prepare(model, place, parallel=kind, dtype=dtype)
         loss_of = model.loss
-        if not exact and distributed.choose_compile('auto', place.device):
+        if not exact and devices.choose_compile('auto', place.device):
             loss_of = distributed.compiled_loss(model)
         with torch.autocast(place.device.type, dtype, enabled=not exact):
             loss = loss_of(idx[:, :-1], idx[:, 1:]) / idx[:, 1:].numel()
@@ -106,12 +107,12 @@ def attention(settings, place):
         try:
             with sdpa_kernel(backend):
                 for _ in range(2):  # the first round warms up
-                    distributed.synchronize(place.device)
+                    devices.synchronize(place.device)
                     begun_s = time.perf_counter()
                     for _ in range(10):
                         y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
                         y.sum().backward(retain_graph=True)
-                    distributed.synchronize(place.device)
+                    devices.synchronize(place.device)
             times_ms[backend.name] = (time.perf_counter() - begun_s) * 100
         except RuntimeError as error:
             times_ms[backend.name] = str(error).splitlines()[0][:80]
@@ -143,7 +144,7 @@ def main(name, *arguments):
     place = distributed.start(settings['device'])
     result = globals()[name](settings, place)
     distributed.stop()
-    return dict(check=name, device=distributed.device_name(place.device), torch=torch.__version__, **result)
+    return dict(check=name, device=devices.device_name(place.device), torch=torch.__version__, **result)
 
 
 if __name__ == '__main__':

@@ -19,8 +19,9 @@ import torch
 from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics, run_train, train_here
 from ranks import start_ranks, wait
 
+import devices
 import distributed
-import kernels
+import files
 from report import read_run
 
 # Runs of train.py one after the other, each on so many ranks, which are children of one process that has imported everything but used
@@ -236,7 +237,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run():
     full = open('/dev/full', 'w', encoding='utf-8')
     with contextlib.redirect_stdout(full):
         for _ in range(2):
-            distributed.print0('a line')
+            files.print0('a line')
     with pytest.raises(OSError):
         full.close()
 
@@ -343,17 +344,17 @@ def test_one_gpu_is_chosen_by_its_index(played_cuda, setting, index):
     assert distributed.start(setting).device == torch.device('cuda', index)
     assert played_cuda == [index]
     with pytest.raises(ValueError, match='^device cuda:2 does not exist, 2 do: '):
-        distributed.choose_device('cuda', local_rank=2)
+        devices.choose_device('cuda', local_rank=2)
 
 
 def test_a_cuda_build_that_finds_no_gpu_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.version, 'cuda', '13.0')
     monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda check_available=False: None)
-    assert distributed.choose_device('auto') == distributed.choose_device('cpu') == torch.device('cpu')
+    assert devices.choose_device('auto') == devices.choose_device('cpu') == torch.device('cpu')
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith('this PyTorch was built for CUDA 13.0 and finds no GPU') and line.endswith('; using the CPU')
     with pytest.raises(ValueError, match='only cpu is: this PyTorch was built for CUDA 13.0 and finds no GPU'):
-        distributed.choose_device('cuda')
+        devices.choose_device('cuda')
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
@@ -390,7 +391,7 @@ def test_reserved_address_space_is_a_share_or_nothing_where_it_is_limited(limite
         before = mapped_bytes()
         if limited:
             resource.setrlimit(resource.RLIMIT_AS, (before + ram, before + ram))
-        kernels.keep_freed_memory()
+        devices.keep_freed_memory()
         assert mapped_bytes() - before <= (1 << 20 if limited else ram / 16 + (1 << 20))
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
     assert in_a_child(work) == 0
@@ -420,7 +421,7 @@ def test_freed_memory_is_handed_out_again_in_large_pages():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     def work():
-        kernels.keep_freed_memory()
+        devices.keep_freed_memory()
         torch.ones(16 << 20)
         before = faults()
         address = torch.ones(16 << 20).data_ptr()  # of 16,384 small pages

@@ -1,0 +1,152 @@
+"""The device of a run: which one, its dtype, its compiler, its memory and its rates."""
+
+import ctypes
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from files import print0
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# dense bfloat16 or float16 FLOP/s by the vendors' datasheets; the first name in the device's name counts
+PEAK_FLOPS = {
+    'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12,
+    'A800': 312e12, 'H800': 989e12, 'H20': 148e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12,
+    'A10': 125e12, 'A6000': 155e12, 'V100': 125e12, 'T4': 65e12, '4090': 165e12, '3090': 71e12,
+}
+
+
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """Return the device for a setting. A CUDA device always has an index: torch.cuda.set_device() wants one.
+
+    local_rank  the index of the device, where each process has one of its own; None = no process group
+    """
+    accelerator, problem = torch.accelerator.current_accelerator(check_available=True), ''
+    if accelerator is None and torch.version.cuda:
+        problem = f'this PyTorch was built for CUDA {torch.version.cuda} and finds no GPU (driver too old?)'
+    if name == 'auto':
+        if problem:
+            print0(f'{problem}; using the CPU', file=sys.stderr)
+        name = accelerator.type if accelerator else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'device={name}: accepted are auto, cpu, cuda, cuda:N, mps') from None
+    if device.type == 'cpu':
+        return device
+    if accelerator is None or accelerator.type != device.type:
+        available = f'{accelerator.type} and cpu are' if accelerator else 'only cpu is'
+        remedy = problem or 'use --device=auto'
+        raise ValueError(f'device={name} is not available here, {available}: {remedy}')
+    index = device.index or 0 if local_rank is None else local_rank
+    n_devices = torch.accelerator.device_count()
+    if index >= n_devices:
+        raise ValueError(f'device {device.type}:{index} does not exist, {n_devices} do: '
+                         'use as many processes as devices')
+    return torch.device('cuda', index) if device.type == 'cuda' else torch.device(device.type)
+
+
+@lru_cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 products. Other CPUs are slow at them."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu_info = Path('/proc/cpuinfo')
+    if device.type != 'cpu' or not cpu_info.exists():
+        return False
+    return not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(cpu_info.read_text(encoding='utf-8').split())
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products: 'auto' is bfloat16 if the device multiplies it, else float16 on
+    CUDA and float32 elsewhere. On such CPUs a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
+    """
+    if name != 'auto':
+        return getattr(torch, name)
+    if multiplies_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == 'cuda' else torch.float32
+
+
+def choose_compile(choice: bool | str, device: torch.device) -> bool:
+    """Whether to compile: 'auto' does on CUDA only. If the compiler fails, print a line and run eagerly.
+
+    A CPU compiles for 20 to 40 s. A step then took 476 ms, not 437 (10.7M), and 19.5, not 21.7 (0.8M).
+    """
+    if choice is False or (choice == 'auto' and device.type != 'cuda'):
+        return False
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # which one a missing compiler raises depends on the platform
+        reason = str(error).strip().splitlines()[0][:120]
+        print0(f'compile={choice}: no working compiler here ({type(error).__name__}: {reason}), '
+               'running eagerly')
+        return False
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the device's peak rate in half precision in FLOP/s; None if unknown."""
+    name = device_name(device) if device.type == 'cuda' else ''
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == 'cpu':
+        return f'cpu, {torch.get_num_threads()} threads'
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Return the most memory this process has held, allocated on a GPU or resident; None if unknown."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    if os.name != 'posix':
+        return None
+    unit = 1 if sys.platform == 'darwin' else 1024  # Linux counts kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def synchronize(device: torch.device):
+    """Wait until the accelerator has finished its queue. Call it before reading a clock."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+
+
+def keep_freed_memory():
+    """Make glibc reuse freed memory instead of returning it, and Linux back it with large pages.
+
+    Each step allocates the same sizes. Fresh pages cost 10 to 25% of a step of 10.7M parameters, small pages
+    another 20%, and a third of decoding with 124M.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    if not hasattr(libc, 'mallopt'):
+        return
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks from the heap too
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+    if not address_space_is_free():
+        return
+    # grow the heap by half of this rank's share of the RAM; pages are allocated on first use
+    n_ranks = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
+    page = os.sysconf('SC_PAGE_SIZE')
+    n_bytes = page * (os.sysconf('SC_PHYS_PAGES') // (2 * n_ranks))
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    address = libc.malloc(ctypes.c_size_t(n_bytes))
+    if address:
+        first_page = -(-address // page) * page
+        libc.madvise(ctypes.c_void_p(first_page), ctypes.c_size_t(n_bytes - page), 14)  # MADV_HUGEPAGE
+        libc.free(address)
+
+
+def address_space_is_free():
+    """Whether Linux lets reserved address space cost nothing: no `ulimit -v`, no strict commit accounting."""
+    policy = Path('/proc/sys/vm/overcommit_memory')
+    strict = policy.exists() and policy.read_text(encoding='ascii').strip() == '2'
+    return not strict and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
