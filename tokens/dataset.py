@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from files import read_json
-from tokens.metapkl import is_count, need, read_meta_pkl
+from tokens.metapkl import need, read_meta_pkl
 from tokens.tokenizer import GPT2_META, fingerprint, vocab_size_of
+from tokens.tokenizer_json import one_line
 
 DTYPE_LIMIT = {'uint16': 2**16, 'uint32': 2**32}
 LLMC_HEADER_BYTES = 1024
@@ -52,62 +53,53 @@ def read_meta(folder) -> dict:
     meta = read_meta_json(folder) if (folder / 'meta.json').exists() else meta_of_nanogpt(folder)
     files = [shard['file'] for split in meta['splits'].values() for shard in split['shards']]
     missing = [name for name in files or ['train.bin'] if not (folder / name).is_file()]
-    if missing and (folder / 'prepare.py').is_file():
+    if not missing:
+        return meta
+    if (folder / 'prepare.py').is_file():
         raise FileNotFoundError(f'{folder} is not prepared: run python {folder / "prepare.py"}')
-    if missing:
-        message = f'{folder / missing[0]} is missing: a dataset is a folder with train.bin and val.bin'
-        raise FileNotFoundError(message + similar_folder(folder))
-    return meta
-
-
-def similar_folder(folder):
-    if folder.exists() or not folder.parent.is_dir():
-        return ''
-    names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
-    close = difflib.get_close_matches(folder.name, names, 1)
-    return f', did you mean {folder.parent / close[0]}?' if close else ''
+    message = f'{folder / missing[0]} is missing: a dataset is a folder with train.bin and val.bin'
+    if not folder.exists():
+        names = [path.name for path in folder.parent.glob('*/')]
+        for name in difflib.get_close_matches(folder.name, names, 1):
+            message += f', did you mean {folder.parent / name}?'
+    raise FileNotFoundError(message)
 
 
 def read_meta_json(folder):
     """Read meta.json. Every value is checked, because the file may have been edited."""
-    path = folder / 'meta.json'
-    meta = read_json(path)
-    need(isinstance(meta, dict), path, 'an object')
-    if meta.get('unfinished'):
-        raise ValueError(f'{path}: packing this dataset was interrupted: prepare it again')
-    need(meta.get('format') == 1, f'{path}: format', '1')
-    need(meta.get('dtype') in list(DTYPE_LIMIT), f'{path}: dtype', "'uint16' or 'uint32'")
-    try:
-        vocab_size = vocab_size_of(meta.get('tokenizer'))
-    except ValueError as error:
-        raise ValueError(f'{path}: tokenizer: {error}') from None
-    need(meta.get('vocab_size') == vocab_size, f'{path}: vocab_size',
-         f'{vocab_size}, the size of its tokenizer')
-    need(vocab_size <= DTYPE_LIMIT[meta['dtype']], f'{path}: dtype',
-         f"'uint32' for a vocabulary of {vocab_size}")
-    need(isinstance(meta.get('source'), str | None), f'{path}: source', 'a string')
-    need(isinstance(meta.get('style'), str | None), f'{path}: style', 'a string')
-    splits = meta.get('splits')
-    need(isinstance(splits, dict) and {'train'} <= set(splits) <= {'train', 'val'}, f'{path}: splits',
-         "an object with 'train' and 'val'")
-    splits = {name: checked_split(split, f'{path}: splits.{name}') for name, split in splits.items()}
+    meta = read_json(folder / 'meta.json')
+    with one_line(folder / 'meta.json'):
+        return checked_meta(meta)
 
-    row = meta.get('row_tokens')
+
+def checked_meta(meta):
+    if meta.get('unfinished'):
+        raise ValueError('packing this dataset was interrupted: prepare it again')
+    dtype, row, splits = meta.get('dtype'), meta.get('row_tokens'), meta.get('splits')
+    need(meta.get('format') == 1, 'format', '1')
+    need(dtype in list(DTYPE_LIMIT), 'dtype', "'uint16' or 'uint32'")
+    with one_line('tokenizer'):
+        vocab_size = vocab_size_of(meta.get('tokenizer'))
+    need(meta.get('vocab_size') == vocab_size, 'vocab_size', f'{vocab_size}, the size of its tokenizer')
+    need(vocab_size <= DTYPE_LIMIT[dtype], 'dtype', f"'uint32' for a vocabulary of {vocab_size}")
+    for key in ('source', 'style'):
+        need(isinstance(meta.get(key), str | None), key, 'a string')
+    need(isinstance(splits, dict) and {'train'} <= set(splits) <= {'train', 'val'}, 'splits',
+         "an object with 'train' and 'val'")
+    splits = {name: checked_split(split, f'splits.{name}') for name, split in splits.items()}
+
     sizes = [shard['tokens'] for split in splits.values() for shard in split['shards']]
     whole_rows = is_count(row) and row > 1 and not any(size % row for size in sizes)
-    need(row is None or whole_rows, f'{path}: row_tokens',
-         'a count of 2 or more that divides the tokens of each shard')
+    need(row is None or whole_rows, 'row_tokens', 'a count of 2 or more that divides the tokens of a shard')
     optional = {key: meta[key] for key in ('row_tokens', 'style') if meta.get(key) is not None}
-    return {'format': 1, 'dtype': meta['dtype'], 'vocab_size': vocab_size, 'tokenizer': meta['tokenizer'],
+    return {'format': 1, 'dtype': dtype, 'vocab_size': vocab_size, 'tokenizer': meta['tokenizer'],
             'source': meta.get('source'), 'origin': 'meta.json', 'splits': splits, **optional}
 
 
 def checked_split(split, where):
-    need(isinstance(split, dict), where, 'an object')
     shards = split.get('shards')
     need(isinstance(shards, list) and shards, f'{where}.shards', 'a list of one or more')
     for i, shard in enumerate(shards):
-        need(isinstance(shard, dict), f'{where}.shards[{i}]', 'an object')
         file, crc32 = shard.get('file'), shard.get('crc32')
         need(isinstance(file, str) and re.fullmatch(r'[\w-]+\.bin', file), f'{where}.shards[{i}].file',
              'the name of a .bin file in this folder')
@@ -117,9 +109,13 @@ def checked_split(split, where):
         need(split.get(key) is None or is_count(split[key]), f'{where}.{key}', 'a count')
     shards = [{key: shard.get(key) for key in ('file', 'tokens', 'crc32')} for shard in shards]
     entry = split_entry(shards, split.get('bytes'), split.get('documents'))
-    need(split.get('tokens') == entry['tokens'], f'{where}.tokens',
-         f'{entry["tokens"]}, the sum of its shards')
+    n_tokens = entry['tokens']
+    need(split.get('tokens') == n_tokens, f'{where}.tokens', f'{n_tokens}, the sum of its shards')
     return entry
+
+
+def is_count(value):
+    return type(value) is int and value >= 0
 
 
 def split_entry(shards, n_bytes=None, n_documents=None):
@@ -129,22 +125,22 @@ def split_entry(shards, n_bytes=None, n_documents=None):
 
 def meta_of_nanogpt(folder):
     """Return the meta of a folder of nanoGPT or llm.c from file sizes and headers."""
-    splits, dtypes = {}, {}
+    splits, dtypes = {}, set()
     for name in ('train', 'val'):
         # train.bin; train_000000.bin; as llm.c names them: fineweb_train_000001.bin, TinyStories_train.bin
         patterns = [f'{name}.bin', f'{name}_*.bin', f'*_{name}_*.bin', f'*_{name}.bin']
         paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
         shards = []
         for path in paths:
-            dtypes[path], n_tokens = inspect_shard(path)
+            dtype, n_tokens = inspect_shard(path)
+            dtypes.add(dtype)
             shards.append({'file': path.name, 'tokens': n_tokens, 'crc32': None})
         if shards or name == 'train':
             splits[name] = split_entry(shards)
-    if len(set(dtypes.values())) > 1:
+    if len(dtypes) > 1:
         raise ValueError(f'{folder} holds shards of uint16 and of uint32: keep one kind in a folder')
-    dtype = next(iter(dtypes.values()), 'uint16')
 
-    tokenizer, origin = GPT2_META, 'none'
+    tokenizer, origin, dtype = GPT2_META, 'none', ''.join(dtypes) or 'uint16'
     if dtype == 'uint32':
         tokenizer = {'kind': 'ids', 'vocab_size': LLAMA3_VOCAB_SIZE}
     if (folder / 'meta.pkl').exists():
@@ -158,32 +154,31 @@ def inspect_shard(path):
     n_bytes = path.stat().st_size
     header = read_header(path)
     if header is not None:
-        magic, version, n_tokens = header
-        dtype = LLMC_DTYPES.get((magic, version))
-        if dtype is None:
-            raise ValueError(f'{path} has an unknown header (magic number {magic}, version {version}): '
-                             'supported are 20240520 version 1 and 20240801 version 7 of llm.c')
+        dtype, n_tokens = header
         if n_bytes != LLMC_HEADER_BYTES + n_tokens * np.dtype(dtype).itemsize:
             raise ValueError(f'{path} has {n_bytes} bytes, which does not fit {n_tokens} tokens of {dtype} '
                              f'after a header of llm.c: {REMEDY}')
-        return dtype, n_tokens
+        return header
     if n_bytes % 2:
         raise ValueError(f'{path}: {n_bytes} bytes is no whole number of uint16 tokens')
     ids = np.fromfile(path, '<u2', 4096)
     low, high = ids[::2], ids[1::2]
     if len(ids) >= 16 and low.any() and (not high.any() or low.max() > 255 and high.max() < 4):
-        raise ValueError(f'{path}: every second number is zero or next to it, '
-                         'so these are ids of 4 or 8 bytes: save them as uint16, '
-                         'or prepare the dataset with a meta.json')
+        raise ValueError(f'{path}: every second number is zero or next to it, so these are ids of 4 or '
+                         '8 bytes: save them as uint16, or prepare the dataset with a meta.json')
     return 'uint16', n_bytes // 2
 
 
 def read_header(path):
-    """Return (magic, version, n_tokens) if a shard begins like one of llm.c, whose magic is a date."""
+    """Return (dtype, number of tokens) if a shard begins like one of llm.c, whose magic number is a date."""
     header = np.fromfile(path, '<i4', 256)
     if len(header) < 256 or not 20230000 < header[0] < 20400000 or header[3:].any():
         return None
-    return tuple(header[:3].tolist())
+    magic, version, n_tokens = header[:3].tolist()
+    if (magic, version) not in LLMC_DTYPES:
+        raise ValueError(f'{path} has an unknown header (magic number {magic}, version {version}): '
+                         'supported are 20240520 version 1 and 20240801 version 7 of llm.c')
+    return LLMC_DTYPES[magic, version], n_tokens
 
 
 # -----------------------------------------------------------------------------
@@ -191,20 +186,13 @@ def read_header(path):
 
 
 class DiskArray:
-    """A one-dimensional array in a file, read slice by slice: array[start:end].
-
-    If the file is cut short meanwhile, a read ends in an error. A memory map would end the process by SIGBUS.
-    """
+    """A one-dimensional array in a file. If the file is cut short, reading raises; a memmap dies by SIGBUS."""
 
     def __init__(self, path, dtype, size, header_bytes=0):
         self.path, self.dtype, self.size, self.header_bytes = path, np.dtype(dtype), size, header_bytes
         self.identity = identify(os.stat(path))
 
-    def __len__(self):
-        return self.size
-
     def __getitem__(self, part):
-        self.check()
         start, end, _ = part.indices(self.size)
         return self.read(start, max(end - start, 0))
 
@@ -212,19 +200,14 @@ class DiskArray:
         return np.fromfile(self.path, self.dtype, self.size, offset=self.header_bytes)
 
     def read(self, start: int, size: int) -> np.ndarray:
-        """Return `size` elements from `start` on, which must be inside the array."""
         n_bytes = size * self.dtype.itemsize
         file = open_array(self)  # held, because another thread's read may drop it from the cache
         data = pread(file.fileno(), n_bytes, self.header_bytes + start * self.dtype.itemsize)
         if len(data) < n_bytes:
-            self.check()
+            self.check(file)
         return np.frombuffer(data, self.dtype)
 
-    def check(self):
-        """Raise ValueError if the file is not the one that was there when the dataset was opened."""
-        self.check_file(open_array(self))
-
-    def check_file(self, file):
+    def check(self, file):
         if identify(os.fstat(file.fileno())) != self.identity:
             raise ValueError(f'{self.path} was replaced or changed since the dataset was opened: '
                              'restore it and resume, or start a new run')
@@ -233,7 +216,7 @@ class DiskArray:
 @lru_cache(maxsize=128)  # macOS allows a process 256 open files
 def open_array(array):
     file = open(array.path, 'rb', buffering=0)
-    array.check_file(file)
+    array.check(file)
     return file
 
 
@@ -255,7 +238,6 @@ class Shard:
     """One .bin file.
 
     first   where in its split it begins, in tokens
-    split   the Split that it belongs to
     raises  ValueError if size or header do not fit n_tokens
     """
 
@@ -266,11 +248,9 @@ class Shard:
         if header_bytes not in (0, LLMC_HEADER_BYTES):
             raise ValueError(f'{path} has {n_bytes} bytes, expected {n_tokens} tokens '
                              f'of {dtype.itemsize} bytes: {REMEDY}')
-        if header_bytes:
-            header = read_header(path)
-            if header is None or LLMC_DTYPES.get(header[:2]) != dtype.name or header[2] != n_tokens:
-                raise ValueError(f'{path} begins with 1024 bytes that are no header of llm.c '
-                                 f'for {n_tokens} tokens of {dtype.itemsize} bytes: {REMEDY}')
+        if header_bytes and read_header(path) != (dtype.name, n_tokens):
+            raise ValueError(f'{path} begins with 1024 bytes that are no header of llm.c '
+                             f'for {n_tokens} tokens of {dtype.itemsize} bytes: {REMEDY}')
         self.tokens = DiskArray(path, dtype, n_tokens, header_bytes)
 
     def is_target(self, start: int, length: int):
@@ -281,10 +261,7 @@ class Shard:
 
 
 class Split:
-    """One split of one dataset: its shards, and the .mask and .idx beside them.
-
-    raises  FileNotFoundError, ValueError if the files are not what meta.json says
-    """
+    """One split of one dataset: its shards, and the .mask and .idx beside them."""
 
     def __init__(self, folder, split: str):
         self.folder, self.split, self.meta = Path(folder), split, read_meta(folder)
@@ -374,7 +351,7 @@ class Split:
 
 
 def parse_mixture(dataset: str):
-    """Split 'a:0.7,b:0.3' into names and shares. A missing weight is 1; all are scaled to sum to 1."""
+    """Split 'a:0.7,b:0.3' into names and shares that sum to 1. A missing weight is 1."""
     names, weights = [], []
     for part in dataset.split(','):
         # C:\texts is a name without a weight

@@ -10,44 +10,32 @@ from pathlib import Path
 import numpy as np
 
 from tokens.tokenizer import vocab_size_of
+from tokens.tokenizer_json import one_line
 
 
 def read_meta_pkl(path) -> dict:
-    """Return the tokenizer meta of nanoGPT's meta.pkl: {'vocab_size'} and perhaps 'itos' and 'stoi'."""
-    try:
-        data = Path(path).read_bytes()
+    """Return the tokenizer meta of nanoGPT's meta.pkl, a dict of vocab_size and perhaps itos and stoi."""
+    data = Path(path).read_bytes()
+    with one_line(f'{path}: not a meta.pkl of nanoGPT'):
         check_opcodes(data)
-        meta = PlainUnpickler(io.BytesIO(data)).load()
-    except OSError:
-        raise
-    except Exception as error:  # broken bytes raise nearly any exception in there
-        raise ValueError(f'{path}: not a meta.pkl of nanoGPT: {error or type(error).__name__}') from None
-    need(type(meta) is dict, f'{path}: its value', 'a dict')
-    vocab_size, itos, stoi = meta.get('vocab_size'), meta.get('itos'), meta.get('stoi')
-    need('vocab_size' not in meta or is_count(vocab_size) and 0 < vocab_size <= 2**32, f'{path}: vocab_size',
-         'a number from 1 to 2**32')
-    need(itos is not None or vocab_size, f'{path}: itos or vocab_size', 'there')
-    if itos is None:
-        return {'kind': 'ids', 'vocab_size': vocab_size}
+        return tokenizer_of(PlainUnpickler(io.BytesIO(data)).load())
 
-    if type(itos) is dict:
-        need(set(map(type, itos)) == {int} and sorted(itos) == list(range(len(itos))), f'{path}: itos',
-             'a dict from the ids 0, 1, 2 and so on to strings')
-        itos = [itos[i] for i in range(len(itos))]
-    need(type(itos) is list and itos and all(type(token) is str for token in itos), f'{path}: itos',
-         'a dict or a list of strings')
-    id_of = {token: i for i, token in enumerate(itos)}
-    need(stoi in (None, id_of) and len(id_of) == len(itos), f'{path}: stoi', 'the inverse of itos')
-    need(vocab_size in (None, len(itos)), f'{path}: vocab_size',
-         f'{len(itos)}, the number of strings in itos')
-    if all(len(token) == 1 for token in itos):
-        tokenizer = {'kind': 'char', 'chars': ''.join(itos)}
+
+def tokenizer_of(meta):
+    vocab_size, itos, stoi = meta.get('vocab_size'), meta.get('itos'), meta.get('stoi')
+    if itos is None:
+        tokenizer = {'kind': 'ids', 'vocab_size': vocab_size}
     else:
+        if type(itos) is dict:
+            need(set(map(type, itos)) == {int} and sorted(itos) == list(range(len(itos))), 'itos',
+                 'a dict from the ids 0, 1, 2 and so on to strings')
+            itos = [itos[i] for i in range(len(itos))]
+        need(stoi in (None, {token: i for i, token in enumerate(itos)}), 'stoi', 'the inverse of itos')
         tokenizer = {'kind': 'itos', 'itos': itos}
-    try:
-        vocab_size_of(tokenizer)
-    except ValueError as error:
-        raise ValueError(f'{path}: itos: {error}') from None
+        if all(type(token) is str and len(token) == 1 for token in itos):
+            tokenizer = {'kind': 'char', 'chars': ''.join(itos)}
+    size = vocab_size_of(tokenizer)
+    need(vocab_size in (None, size), 'vocab_size', f'{size}, the number of strings in itos')
     return tokenizer
 
 
@@ -57,7 +45,7 @@ class PlainUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) == ('numpy', 'dtype'):
             return IntegerDtype
-        if (module, name) in (('numpy._core.multiarray', 'scalar'), ('numpy.core.multiarray', 'scalar')):
+        if module in ('numpy._core.multiarray', 'numpy.core.multiarray') and name == 'scalar':
             return read_integer
         raise pickle.UnpicklingError(f'it asks for {f"{module}.{name}"!r}, and only plain values are read')
 
@@ -105,7 +93,3 @@ def check_opcodes(data):
 def need(condition, where, requirement):
     if not condition:
         raise ValueError(f'{where} must be {requirement}')
-
-
-def is_count(value):
-    return type(value) is int and value >= 0
