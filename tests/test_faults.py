@@ -249,7 +249,7 @@ def test_every_damage_is_noticed_and_the_older_checkpoint_taken(n, trained, tmp_
             if data == whole:  # a page of zeros
                 continue
             (tmp_path / 'ckpt.pt').write_bytes(data)
-            state, path = checkpoint.load_newest(tmp_path)
+            state, path = checkpoint.load_newest(tmp_path, rename_damaged=True)
             assert path.name == older.name and not (tmp_path / 'ckpt.pt').exists(), damage.__name__
         assert not differences(state, expected)
     tally('flipped bits, truncations, zeroed pages in a checkpoint', f'{20 * n} + {10 * n} + {3 * n}: all noticed, the older checkpoint taken, 0 silent')
@@ -665,7 +665,7 @@ def test_a_second_trainer_in_one_out_dir_is_refused(tiny, tmp_path, tally):
         wait_for(lambda: last_iter(tmp_path / 'out') > 3 or not first.is_alive())
         for more in ([], ['--auto_resume=True']):
             code, _, stderr, _ = train_here(*flags, *more, out_dir=tmp_path / 'out')
-            assert code == 2 and stderr.count('\n') == 1 and 'another trainer writes there' in stderr and str(first.pid) in stderr
+            assert code == 2 and stderr.count('\n') == 1 and 'another process is writing there' in stderr and str(first.pid) in stderr
         first.terminate()
     finally:
         codes = wait(ranks)
