@@ -51,7 +51,7 @@ GPT2_MERGES_SOURCES = [
 
 
 class Tokenizer:
-    """The parts that all tokenizers share. `pieces` holds the bytes that each id adds to a text."""
+    """Shared by all tokenizers. `pieces` holds the bytes that each id adds to a text."""
 
     eot = None
     special = {}
@@ -69,12 +69,20 @@ class Tokenizer:
         return np.array(self.encode(text), dtype=np.int32)
 
     def encode_batch(self, texts):
-        """Encode each text to an (n,) int32 array. tiktoken and tokenizers release the GIL meanwhile."""
+        """Encode each text as encode_array does. tiktoken and tokenizers release the GIL meanwhile."""
         return [self.encode_array(text) for text in texts]
 
     def decode_bytes(self, ids):
         """Return the bytes of the ids. They can be asked for id by id, to stream a text."""
-        return b''.join([self.pieces[i] for i in checked_ids(ids, self.vocab_size)])
+        return b''.join([self.pieces[i] for i in self.checked(ids)])
+
+    def checked(self, ids):
+        """Return ids as a list of int. Raises ValueError at an id outside the vocabulary."""
+        ids = np.asarray(ids, dtype=np.int64)
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if outside.size:
+            raise ValueError(f'token id {outside[0]} is outside the vocabulary of {self.vocab_size} tokens')
+        return ids.tolist()
 
     def decode(self, ids):
         """Return the text of the ids. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
@@ -90,15 +98,6 @@ class Tokenizer:
         counts = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
         counts[list(self.special.values())] = 0
         return counts
-
-
-def checked_ids(ids, vocab_size):
-    """Return ids as a list of int. Raises ValueError at an id outside the vocabulary."""
-    ids = np.asarray(ids, dtype=np.int64)
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise ValueError(f'token id {outside[0]} is outside the vocabulary of {vocab_size} tokens')
-    return ids.tolist()
 
 
 def replace_surrogates(text):
@@ -127,7 +126,6 @@ class CharTokenizer(Tokenizer):
         self.id_of[list(id_of)] = list(id_of.values())
 
     def encode_array(self, text):
-        """Encode n characters to (n,) int32 ids. Raises ValueError at a character outside the vocabulary."""
         codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
         ids = self.id_of[np.minimum(codes, len(self.id_of) - 1)]
         if (ids < 0).any():
@@ -209,16 +207,12 @@ class BPETokenizer(Tokenizer):
     merges   lines such as 'Ġ t', in the order in which training made them
     pattern  regular expression; each match is encoded on its own
     special  names of the special tokens
-    raises   ValueError for merges that make no vocabulary, or a pattern that can take exponential time
     """
 
     kind = 'bpe'
 
     def __init__(self, merges, pattern=BPE_PATTERN, special=SPECIAL_TOKENS):
-        try:
-            import tiktoken
-        except ImportError as error:
-            raise ValueError(f'{self.kind} needs tiktoken ({error}): pip install tiktoken') from None
+        import tiktoken
         check_pattern(pattern)
         byte_of = byte_characters()
         self.merges, self.pattern, self.tokens = merges, pattern, bpe_tokens(merges)
@@ -237,7 +231,6 @@ class BPETokenizer(Tokenizer):
         return self.bpe.encode(text, allowed_special=allowed, disallowed_special=())
 
     def encode_array(self, text):
-        """Encode a text to an (n,) int32 array. Special tokens in it are plain text."""
         try:
             return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
         except UnicodeEncodeError:
@@ -252,8 +245,6 @@ class BPETokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(BPETokenizer):
-    """GPT-2's own tokenizer: 256 bytes, 50,000 merges, <|endoftext|>."""
-
     kind = 'gpt2'
 
     def __init__(self):
@@ -277,7 +268,6 @@ class JsonTokenizer(Tokenizer):
     text    the content of tokenizer.json
     eot     the token that ends a document, or None
     config  entries of tokenizer_config.json, such as pad_token, clean_up_tokenization_spaces, chat_template
-    raises  ValueError for content that makes no tokenizer
     """
 
     kind = 'json'
@@ -304,7 +294,7 @@ class JsonTokenizer(Tokenizer):
         return self.special.get(self.config.get('pad_token'), self.eot)
 
     def engine(self, allowed=()):
-        """Return the library's tokenizer for texts in which these names are special tokens, and no others."""
+        """Return the library's tokenizer for texts in which only these names are special tokens."""
         allowed = frozenset(self.special.keys() & set(allowed))
         if allowed not in self.engines:
             content = parse(self.text)
@@ -322,14 +312,13 @@ class JsonTokenizer(Tokenizer):
             return engine.encode(replace_surrogates(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts):
-        """Encode each text to an (n,) int32 array, on all cores and without the GIL."""
         texts, engine = [replace_surrogates(text) for text in texts], self.engine()
         with one_line('tokenizer.json'):
             encodings = engine.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids):
-        text = self.engine().decode(checked_ids(ids, self.vocab_size), skip_special_tokens=False)
+        text = self.engine().decode(self.checked(ids), skip_special_tokens=False)
         for before, after in CLEAN_UP.items() if self.clean_up else ():
             text = text.replace(before, after)
         return text
@@ -378,7 +367,7 @@ KINDS = {
 def load_tokenizer(meta):
     """Return the tokenizer that meta() describes. Raises ValueError if it describes none."""
     kind = meta.get('kind') if isinstance(meta, dict) else None
-    if not isinstance(kind, str) or kind not in KINDS:
+    if kind not in list(KINDS):
         raise ValueError(f'tokenizer kind is {kind!r}, accepted are {", ".join(KINDS)}')
     if kind == 'gpt2':
         vocab_size_of(meta)
@@ -415,7 +404,7 @@ def tokenizer_meta(name, also=(), eot=''):
 
     also    other names that the caller accepts, for the error
     eot     the token that ends a document, instead of the one that the folder names
-    raises  FileNotFoundError if there is none, ValueError if it cannot be used or names no end of text
+    raises  FileNotFoundError, ValueError
     """
     if name in ('gpt2', 'byte'):
         if eot not in ('', END):

@@ -51,10 +51,7 @@ def byte_characters():
 
 
 def bpe_tokens(merges):
-    """Return the ordinary tokens by id, as vocab.json writes them.
-
-    raises  ValueError at a merge that makes no new token
-    """
+    """Return the ordinary tokens by id, as vocab.json writes them."""
     tokens = dict.fromkeys(byte_characters())
     for merge in merges:
         left, _, right = merge.partition(' ')
@@ -65,7 +62,6 @@ def bpe_tokens(merges):
 
 
 def bpe_json(tokens, merges, pattern, special):
-    """Return the content of a tokenizer.json for byte-level BPE."""
     is_gpt2s = pattern == GPT2_PATTERN
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': is_gpt2s}
     split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
@@ -84,7 +80,7 @@ def byte_json():
 
 
 def char_json(tokens):
-    """Return the content of a tokenizer.json with one token per character, for which others are an error."""
+    """Return the content of a tokenizer.json with a token per character. Other characters are an error."""
     split = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
     vocab = {token: i for i, token in enumerate(tokens)}
     return {**PLAIN, 'pre_tokenizer': split, 'decoder': {'type': 'Fuse'},
@@ -117,7 +113,7 @@ def tokenizer_config(tokenizer):
 
 @contextlib.contextmanager
 def one_line(where):
-    """Turn the errors of damaged content, and panics of the library, into a ValueError that says where."""
+    """Turn the errors of damaged content, and panics of `tokenizers`, into a ValueError that says where."""
     try:
         yield
     except BaseException as error:
@@ -138,7 +134,6 @@ def parse(text):
 
 
 def regular_expressions(part):
-    """Yield every regular expression in a part of a tokenizer.json."""
     if isinstance(part, dict):
         if isinstance(part.get('Regex'), str):
             yield part['Regex']
@@ -170,10 +165,7 @@ def vocabulary(content):
 
 def load_engine(content):
     """Return the library's tokenizer for the content of a tokenizer.json, without truncation and padding."""
-    try:
-        from tokenizers import Tokenizer as Engine
-    except ImportError as error:
-        raise ValueError(f'tokenizer.json needs tokenizers ({error}): pip install tokenizers') from None
+    from tokenizers import Tokenizer as Engine
     engine = Engine.from_str(json.dumps(content))
     engine.no_truncation()
     engine.no_padding()
@@ -188,7 +180,6 @@ def read_tokenizer_json(path, eot=''):
     """Return meta() of the tokenizer in a folder of transformers or a tokenizer.json, None if there is none.
 
     eot     the token that ends a document, instead of the one that the folder names
-    raises  ValueError for a damaged file, or a tokenizer in another format
     """
     path = Path(path)
     file = path / 'tokenizer.json' if path.is_dir() else path
@@ -210,7 +201,7 @@ def read_tokenizer_json(path, eot=''):
 
 
 def read_other_formats(folder):
-    """Return GPT-2's meta() if its merges.txt is there, None for no tokenizer. ValueError for another one."""
+    """Return GPT-2's meta() if its merges.txt is there, None if there is no tokenizer."""
     merges = folder / 'merges.txt'
     if merges.is_file() and are_gpt2s(read_merges(merges)):
         return dict(GPT2_META)
@@ -223,7 +214,7 @@ def read_other_formats(folder):
 
 
 def read_merges(path):
-    """Return the lines of a merges file, such as 'Ġ t', without the version in its first line."""
+    """Return the lines of a merges file, without the version in its first line."""
     return path.read_text(encoding='utf-8').splitlines()[1:]
 
 
@@ -247,7 +238,6 @@ def read_config(folder):
 
 
 def read_object(path):
-    """Return the JSON object in a file, {} if there is no file."""
     value = read_json(path) if path.is_file() else {}
     if not isinstance(value, dict):
         raise ValueError(f'{path} must hold a JSON object')
@@ -315,6 +305,5 @@ def are_trained(content):
     (tokenizers).
     """
     model = load_engine(content).model
-    special = {token['content'] for token in content['added_tokens']}
-    ordinary = content['model']['vocab'].keys() - special
+    ordinary = content['model']['vocab'].keys() - {token['content'] for token in content['added_tokens']}
     return all(len(model.tokenize(token)) == 1 for token in ordinary)
