@@ -32,29 +32,23 @@ PIECE_CHARS = 1 << 14
 
 
 def train_bpe(texts, vocab_size, max_bytes=SAMPLE_BYTES):
-    """Train a BPETokenizer.
-
-    texts       iterable of texts, read once
-    vocab_size  number of tokens, the special ones included
-    max_bytes   size of the sample that the trainer sees
-    raises      ValueError if too few pairs occur twice
-    """
+    """Train a BPETokenizer of vocab_size tokens, special ones included, on a sample of at most max_bytes."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    smallest = 256 + len(SPECIAL_TOKENS) + 1
-    n_merges = vocab_size - smallest + 1
-    if n_merges < 1:
-        raise ValueError(f'vocab_size={vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens are '
-                         f'there already, so {smallest} or more is accepted')
+    n_special = len(SPECIAL_TOKENS)
+    n_ordinary = vocab_size - n_special
+    if n_ordinary < 257:
+        raise ValueError(f'vocab_size={vocab_size}: 256 bytes and {n_special} special tokens are '
+                         f'there already, so {257 + n_special} or more is accepted')
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex(BPE_PATTERN), 'isolated')
     engine = Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    trainer = trainers.BpeTrainer(vocab_size=256 + n_merges, min_frequency=2,
+    trainer = trainers.BpeTrainer(vocab_size=n_ordinary, min_frequency=2,
                                   initial_alphabet=list(byte_characters()), show_progress=sys.stderr.isatty())
     sample = sample_pieces(texts, max_bytes)
     engine.train_from_iterator(sample, trainer, length=len(sample))
     merges = [' '.join(pair) for pair in json.loads(engine.to_str())['model']['merges']]
-    most = vocab_size - n_merges + len(merges)
+    most = 256 + n_special + len(merges)
     if most < vocab_size:
         raise ValueError(f'the text has too few pairs that occur twice for --vocab_size={vocab_size}: '
                          f'give more text, or --vocab_size={most} or less')
@@ -79,7 +73,7 @@ def sample_pieces(texts, max_bytes):
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write the files that transformers and this project read, tokenizer.json last. Return the paths."""
+    """Write the files that transformers and this project read, tokenizer.json last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = tokenizer.tokenizer_json()
@@ -88,7 +82,6 @@ def save_tokenizer(tokenizer, folder):
     write_atomically(folder / 'merges.txt', lambda f: f.write(merges.encode('utf-8')))
     write_json(folder / 'tokenizer_config.json', tokenizer_config(tokenizer), indent=2)
     write_json(folder / 'tokenizer.json', content, indent=None)
-    return [folder / name for name in ('vocab.json', 'merges.txt', 'tokenizer_config.json', 'tokenizer.json')]
 
 
 # -----------------------------------------------------------------------------
@@ -113,8 +106,8 @@ def read_texts(args):
 def train(args):
     began = time.perf_counter()
     tokenizer = train_bpe(read_texts(args), args.vocab_size, args.max_bytes)
-    names = ', '.join(path.name for path in save_tokenizer(tokenizer, args.out))
-    print(f'{args.out}: {names}; {tokenizer.vocab_size:,} tokens, of which {len(tokenizer.special)} special, '
+    save_tokenizer(tokenizer, args.out)
+    print(f'{args.out}: {tokenizer.vocab_size:,} tokens, of which {len(tokenizer.special)} special, '
           f'fingerprint {fingerprint(tokenizer.meta())}, in {time.perf_counter() - began:.0f} s')
     words = ['--input', *args.input, '--tokenizers', 'gpt2', str(args.out)]
     print('next: python -m corpus.train_tokenizer compare', shlex.join(words))

@@ -9,9 +9,9 @@ before each. After the last document the row continues with the first. Window w 
 in a random order. So the global batch of a step is the same for any number of ranks, and each rank takes
 its rows of it.
 
-A checkpoint holds where the group begins that the next step needs: epoch, file, document, and token in the
-document. A resumed run reads on from there and sees the batches of an unbroken run. Every rank encodes the
-whole row, in threads, because only the tokens tell where a window begins.
+A checkpoint holds where the group begins that the next step needs. A resumed run reads on from there and
+sees the batches of an unbroken run. Every rank encodes the whole row, in threads, because only the tokens
+tell where a window begins.
 
 T block_size
 """
@@ -42,57 +42,54 @@ FIRST_EDITION = 6  # numbers in its positions, which counted bytes of a file
 class Text:
     """The documents of some files as one row of tokens without end.
 
-    files      as corpus.readers.find_files returns them
-    tokenizer  of tokens.tokenizer, with an end-of-text
-    fields, errors   as in corpus.readers
+    files           as corpus.readers.find_files returns them
+    tokenizer       one with an end-of-text
+    fields, errors  as in corpus.readers
     """
 
     def __init__(self, files, tokenizer, fields=('text',), errors: str = 'strict'):
         for path, format in files:
             if format == 'blocks':
-                raise ValueError(f'{path} holds token ids, not text: pack it '
-                                 'with python -m corpus.pack build, and name the dataset')
+                raise ValueError(f'{path} holds token ids, not text: pack it with corpus.pack, '
+                                 'and name the dataset')
         self.files, self.tokenizer, self.fields, self.errors = files, tokenizer, tuple(fields), errors
         self.paths = [path for path, _ in files]
 
-    def chunks(self, epoch, file, document):
-        """Yield (texts, beginning of each) from a document on, epoch after epoch."""
-        texts, begins, n_chars = [], [], 0
+    def documents(self, epoch, file, document):
+        """Yield (text, beginning) of every document with text from one on, epoch after epoch."""
         any_text = (file, document) != (0, 0)
         while True:
             for number in range(file, len(self.files)):
                 reader = read_documents(self.files[number:number + 1], fields=self.fields, errors=self.errors,
                                         start=document)
-                for text, *_ in reader:
+                for n, (text, *_) in enumerate(reader, document):
                     if text:
-                        texts.append(text)
-                        begins.append((epoch, number, document))
-                        n_chars += len(text)
-                    document += 1
-                    if n_chars > CHUNK_CHARS:
-                        yield texts, begins
-                        texts, begins, n_chars, any_text = [], [], 0, True
+                        any_text = True
+                        yield text, (epoch, number, n)
                 document = 0
-            if not texts and not any_text:
+            if not any_text:
                 raise ValueError(f'{", ".join(self.paths)}: no text in there')
             epoch, file = epoch + 1, 0
-            if texts:
-                yield texts, begins
-                texts, begins, n_chars, any_text = [], [], 0, True
 
-    def encoded(self, epoch, file, document):
+    def encoded(self, *position):
         """Yield (ids, beginning) of every document from one on."""
         with ThreadPoolExecutor(N_THREADS, 'tokenizer') as pool:
-            pending = deque()
-            for texts, begins in self.chunks(epoch, file, document):
-                pending.append((pool.submit(self.encode, texts), begins))
-                if len(pending) > N_THREADS:
-                    future, begins = pending.popleft()
-                    yield from zip(future.result(), begins, strict=True)
+            pending, chunk, n_chars = deque(), [], 0
+            for text, begin in self.documents(*position):
+                is_new_epoch = chunk and begin[0] != chunk[0][1][0]
+                if n_chars > CHUNK_CHARS or is_new_epoch:
+                    pending.append(pool.submit(self.encode, chunk))
+                    chunk, n_chars = [], 0
+                    if len(pending) > N_THREADS:
+                        yield from pending.popleft().result()
+                chunk.append((text, begin))
+                n_chars += len(text)
 
-    def encode(self, texts):
-        eot = [self.tokenizer.eot]
-        return [np.concatenate((eot, ids), dtype=np.int32) for ids in self.tokenizer.encode_batch(texts)]
+    def encode(self, chunk):
+        texts, begins = zip(*chunk, strict=True)
+        rows = [np.concatenate(([self.tokenizer.eot], ids), dtype=np.int32)
+                for ids in self.tokenizer.encode_batch(texts)]
+        return zip(rows, begins, strict=True)
 
     def pieces(self, start, size):
         """Yield (size + 1 tokens, start of the next piece). A piece repeats the last token before it."""
@@ -108,13 +105,6 @@ class Text:
                     n_used = len(documents.popleft()[0])
                     skip, n_tokens = skip - n_used, n_tokens - n_used
                 yield piece, (*documents[0][1], skip)
-
-    def fingerprint(self) -> dict:
-        """Return what a checkpoint remembers of its data, as plain values."""
-        sizes = [None if path.startswith('hf://') else n_bytes_of(path) for path in self.paths]
-        names = [os.path.basename(path) for path in self.paths]
-        return dict(files=names, bytes=sizes, fields=list(self.fields),
-                    vocab_size=self.tokenizer.vocab_size, tokenizer=fingerprint(self.tokenizer.meta()))
 
 
 @dataclass(eq=False)
@@ -194,14 +184,18 @@ class Stream(Batches):
         self.shift = position['window'] - step * self.rows_per_step
 
     def fingerprint(self) -> list[dict]:
-        return [self.text.fingerprint()]
+        """Return what a checkpoint remembers of its data, as plain values."""
+        text, names = self.text, [os.path.basename(path) for path in self.text.paths]
+        sizes = [None if path.startswith('hf://') else n_bytes_of(path) for path in text.paths]
+        return [dict(files=names, bytes=sizes, fields=list(text.fields), vocab_size=self.vocab_size,
+                     tokenizer=fingerprint(text.tokenizer.meta()))]
 
 
 class Head:
     """The first windows of a Text in order, held in memory, for evaluation.
 
     batch_size  windows that an evaluation takes at a time
-    n_windows   the number of windows, fewer if the text ends before; None = all
+    n_windows   fewer if the text ends before; None = all
     """
 
     def __init__(self, text: Text, block_size: int, n_windows: int | None = None, *, batch_size: int = 1):
@@ -216,14 +210,11 @@ class Head:
         self.tokens = np.concatenate(documents)[:None if n_windows is None else n_wanted]
         self.n_windows = -(-(len(self.tokens) - 1) // block_size)
 
-    def windows(self, g) -> Batch:
-        """Return the windows numbered g, (K,) int64. What the last one lacks is no target."""
-        tokens = np.zeros((len(g), self.block_size + 1), dtype=np.int64)
-        is_target = np.zeros(tokens.shape, dtype=bool)
-        for row, n in enumerate(g.tolist()):
-            window = self.tokens[n * self.block_size:(n + 1) * self.block_size + 1]
-            tokens[row, :len(window)], is_target[row, :len(window)] = window, True
-        y = np.where(is_target[:, 1:], tokens[:, 1:], IGNORE)
+    def windows(self, g: np.ndarray) -> Batch:
+        """Return the windows numbered g, (K,) int64. After the end of the text there is no target."""
+        index = g[:, None] * self.block_size + np.arange(self.block_size + 1)  # (K, T + 1)
+        tokens = self.tokens[np.minimum(index, len(self.tokens) - 1)].astype(np.int64)
+        y = np.where(index[:, 1:] < len(self.tokens), tokens[:, 1:], IGNORE)
         return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(y))
 
 
@@ -237,16 +228,15 @@ def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors
     fields       of corpus.readers, separated by commas
     n_eval       windows in each Head; 0 = the whole validation text, and as many of the other
     settings     of Stream
-    raises       FileNotFoundError, ValueError
     """
     tokenizer = load_tokenizer(tokenizer if isinstance(tokenizer, dict) else tokenizer_meta(tokenizer))
     if tokenizer.eot is None:
-        raise ValueError(f'a {tokenizer.kind} tokenizer has no end-of-text to put between '
-                         'the documents of a stream')
+        raise ValueError(f'a {tokenizer.kind} tokenizer has no end-of-text to separate documents of a stream')
     files = find_files(dataset.removeprefix('stream:').split(','))
-    held_out = find_files(stream_val.split(',')) if stream_val else files[:1]
-    if not stream_val:
-        files = files[1:]
+    if stream_val:
+        held_out = find_files(stream_val.split(','))
+    else:
+        held_out, files = files[:1], files[1:]
     if not files:
         raise ValueError(f'dataset={dataset} is one file, which leaves none for validation: '
                          'name text for that with --stream_val=PATH')
