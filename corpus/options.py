@@ -64,20 +64,24 @@ def add_packing_options(parser, *, val_fraction, shard_tokens):
                         help='threads that tokenize (default: one per core, %(default)s)')
 
 
-def add_build_options(parser):
+def add_reading_options(parser):
     parser.add_argument('--format', choices=['auto', *FORMATS], default='auto',
                         help='format of all files (default: by the ending of each file)')
     parser.add_argument('--field', default='text',
                         help='fields that make a document, as in title,text (default: %(default)s)')
+    parser.add_argument('--encoding', default='utf-8',
+                        help='of text files, such as gb18030 (default: %(default)s)')
+    parser.add_argument('--errors', choices=ERRORS, default='strict',
+                        help='bytes outside the encoding end the run, or become U+FFFD')
+
+
+def add_build_options(parser):
+    add_reading_options(parser)
     parser.add_switch('--clean', help='Unicode NFC, no control characters, each text only once')
     parser.add_argument('--min_chars', type=int, default=1,
                         help='leave shorter texts out (default: %(default)s)')
     parser.add_argument('--sample', type=float, default=1.0, metavar='FRACTION',
                         help='take this share of the texts, chosen by hash')
-    parser.add_argument('--encoding', default='utf-8',
-                        help='of text files, such as gb18030 (default: %(default)s)')
-    parser.add_argument('--errors', choices=ERRORS, default='strict',
-                        help='bytes outside the encoding end the run, or become U+FFFD')
     add_packing_options(parser, val_fraction=0.01, shard_tokens=None)
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from corpus import readers
+from corpus import options, readers
 from files import one_line_errors, write_atomically, write_json
 from tokens.tokenizer import (
     BPE_PATTERN,
@@ -141,11 +141,8 @@ def main():
     trainer = commands.add_parser('train', help='train a byte-level BPE on text')
     comparer = commands.add_parser('compare', help='compare how well tokenizers compress a text')
     for command in (trainer, comparer):
-        command.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files and folders')
-        command.add_argument('--format', choices=['auto', *readers.FORMATS], default='auto')
-        command.add_argument('--field', default='text', help='the fields of a document, as in title,text')
-        command.add_argument('--errors', choices=readers.ERRORS, default='strict')
-        command.add_argument('--encoding', default='utf-8', help='such as gb18030, big5, utf-16')
+        options.add_input_option(command)
+        options.add_reading_options(command)
     trainer.add_argument('--vocab_size', type=int, default=16384, help='number of tokens, special ones too')
     trainer.add_argument('--out', type=Path, required=True, help='folder, such as data/tokenizers/mine')
     trainer.add_argument('--max_bytes', type=int, default=SAMPLE_BYTES, help='size of the sample to train on')

@@ -186,7 +186,7 @@ def read_header(path):
 
 
 class DiskArray:
-    """A one-dimensional array in a file. If the file is cut short, reading raises; a memmap dies by SIGBUS."""
+    """A one-dimensional array in a file. Reading a file cut short raises; a memmap would die of SIGBUS."""
 
     def __init__(self, path, dtype, size, header_bytes=0):
         self.path, self.dtype, self.size, self.header_bytes = path, np.dtype(dtype), size, header_bytes
