@@ -1,11 +1,13 @@
-# One dial: everything else follows from depth, the number of layers, and from the horizon, how many tokens are trained on.
-#   python train.py config/depth.py --depth=4 --block_size=512 --batch_size=1 --max_iters=20            # on a CPU, a few minutes
+# One dial: everything else follows from depth, the number of layers, and from the horizon, how many tokens
+# are trained on.
+#   python train.py config/depth.py --depth=4 --block_size=512 --batch_size=1 --max_iters=20  # minutes on a CPU
 #   torchrun --standalone --nproc_per_node=8 train.py config/depth.py --depth=20 --dataset=fineweb
 #   python train.py config/depth.py --depth=12 --dataset=fineweb --target_flops=1e19
-# The horizon is max_iters, or else target_flops, or else target_param_data_ratio. A setting that you give replaces what would follow here.
+# The horizon is max_iters, or else target_flops, or else target_param_data_ratio. Any setting you
+# pass overrides the derived one.
 #
-# Rules and reference values are nanochat's (https://github.com/karpathy/nanochat, scripts/base_train.py), tuned there at depth 12 with
-# batches of 2**19 tokens; none of them has been tuned here.
+# Rules and reference values are nanochat's (https://github.com/karpathy/nanochat, scripts/base_train.py),
+# tuned there at depth 12 with batches of 2**19 tokens; none of them has been tuned here.
 
 import math
 
@@ -28,13 +30,13 @@ lr_schedule = 'wsd'
 eval_iters = 20
 
 _WIDTH = 64  # per layer
-_TOKENS = 1.32e9  # of the reference run: 12 for each of the 110M weights of depth 12 with a vocabulary of 32768
+_TOKENS = 1.32e9  # of the reference run: 12 a weight, 110M weights at depth 12 with a vocabulary of 32768
 _BATCH_TOKENS = 2**19
 _MATRIX_LR, _EMBEDDING_LR, _HEAD_LR, _WEIGHT_DECAY = 0.02, 0.3, 0.008, 0.28
 
 
-def derive(depth: int = 12, head_dim: int = 128, target_flops: float | None = None, target_param_data_ratio: float = 12.0,
-           max_iters=None, gradient_accumulation_steps=None, *, dataset, block_size, batch_size):
+def derive(depth: int = 12, head_dim: int = 128, target_flops: float | None = None,
+           target_param_data_ratio: float = 12.0, max_iters=None, gradient_accumulation_steps=None, *, dataset, block_size, batch_size):
     for name, value in list(locals().items()):
         if isinstance(value, (int, float)) and value <= 0:
             raise ValueError(f'{name}={value}: accepted is more than 0')
@@ -45,9 +47,11 @@ def derive(depth: int = 12, head_dim: int = 128, target_flops: float | None = No
     vocab_size = max(read_meta(folder)['vocab_size'] for folder in dataset_folders(dataset)[0])
     with torch.device('meta'):
         model = GPT(GPTConfig(block_size, vocab_size, depth, n_head, n_embd, arch='modern'))
-    n_weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))  # blocks and head: these scale best (nanochat's log)
+    # blocks and head: these scale best (nanochat's log)
+    n_weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
 
-    # 2. Horizon, in tokens D. max_iters fixes the steps and not the tokens: there the two rules D = max_iters * B and B = B_ref *
+    # 2. Horizon, in tokens D. max_iters fixes the steps and not the tokens: there the two rules D =
+    # max_iters * B and B = B_ref *
     #    (D / D_ref)**0.383 meet.
     if max_iters is not None:
         tokens = max_iters * (_BATCH_TOKENS * (max_iters / _TOKENS) ** 0.383) ** (1 / (1 - 0.383))
@@ -56,7 +60,8 @@ def derive(depth: int = 12, head_dim: int = 128, target_flops: float | None = No
     else:
         tokens = target_param_data_ratio * n_weights
 
-    # 3. Batch, in tokens: B = B_ref * (D / D_ref)**0.383 (arXiv:2505.13738), to the nearest power of two of micro-batches.
+    # 3. Batch, in tokens: B = B_ref * (D / D_ref)**0.383 (arXiv:2505.13738), to the nearest power of two of
+    # micro-batches.
     micro_batch = batch_size * block_size
     if gradient_accumulation_steps is None:
         wanted = _BATCH_TOKENS * (tokens / _TOKENS) ** 0.383
@@ -66,19 +71,23 @@ def derive(depth: int = 12, head_dim: int = 128, target_flops: float | None = No
         max_iters = max(1, round(tokens / batch))
     tokens = max_iters * batch
 
-    # 4. Learning rates go with sqrt(B / B_ref), known for AdamW (arXiv:2205.10287) and assumed for Muon; AdamW's also with 1 / sqrt(width).
+    # 4. Learning rates go with sqrt(B / B_ref), known for AdamW (arXiv:2205.10287) and assumed for Muon;
+    # AdamW's also with 1 / sqrt(width).
     by_batch = math.sqrt(batch / _BATCH_TOKENS)
     by_width = math.sqrt(768 / n_embd)
 
-    # 5. Weight decay: B / (lr * decay * D), the part of the run that weights remember, stays what it was (arXiv:2405.13698; of AdamW again).
+    # 5. Weight decay: B / (lr * decay * D), the part of the run that weights remember, stays what it was
+    # (arXiv:2405.13698; of AdamW again).
     #    In a run of a few steps that would be next to nothing: a step takes at most a fiftieth of a weight.
     matrix_lr = _MATRIX_LR * by_batch
     weight_decay = min(_WEIGHT_DECAY * by_batch * _TOKENS / tokens, 0.02 / matrix_lr)
 
     # 6. Schedules, as fractions of the run.
     return dict(
-        n_layer=depth, n_head=n_head, n_embd=n_embd, gradient_accumulation_steps=gradient_accumulation_steps, max_iters=max_iters,
-        matrix_lr=matrix_lr, embedding_lr=_EMBEDDING_LR * by_batch * by_width, head_lr=_HEAD_LR * by_batch * by_width,
-        learning_rate=_HEAD_LR * by_batch * by_width, min_lr=0.05 * _HEAD_LR * by_batch * by_width, weight_decay=weight_decay,
-        warmup_iters=max_iters // 50, decay_fraction=0.65, lr_decay_iters=max_iters, muon_warmup_iters=max_iters // 10,
+        n_layer=depth, n_head=n_head, n_embd=n_embd, max_iters=max_iters,
+        gradient_accumulation_steps=gradient_accumulation_steps, matrix_lr=matrix_lr,
+        embedding_lr=_EMBEDDING_LR * by_batch * by_width, head_lr=_HEAD_LR * by_batch * by_width,
+        learning_rate=_HEAD_LR * by_batch * by_width, min_lr=0.05 * _HEAD_LR * by_batch * by_width,
+        weight_decay=weight_decay, warmup_iters=max_iters // 50, decay_fraction=0.65,
+        lr_decay_iters=max_iters, muon_warmup_iters=max_iters // 10,
         eval_interval=max(1, max_iters // 10), log_interval=max(1, max_iters // 1000))

@@ -1,4 +1,5 @@
-# The loss of gpt2 (n_layer=12, n_head=12, n_embd=768: 124M parameters) on OpenWebText. nanoGPT publishes 3.12 for its validation split.
+# The loss of gpt2 (n_layer=12, n_head=12, n_embd=768: 124M parameters) on OpenWebText. nanoGPT publishes
+# 3.12 for its validation split.
 #   python data/openwebtext/prepare.py
 #   python train.py config/eval_gpt2.py
 

@@ -1,4 +1,5 @@
-# The loss of gpt2-large (n_layer=36, n_head=20, n_embd=1280: 774M parameters) on OpenWebText. nanoGPT publishes 2.67 for its validation split.
+# The loss of gpt2-large (n_layer=36, n_head=20, n_embd=1280: 774M parameters) on OpenWebText. nanoGPT
+# publishes 2.67 for its validation split.
 #   python data/openwebtext/prepare.py
 #   python train.py config/eval_gpt2_large.py
 

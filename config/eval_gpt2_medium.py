@@ -1,4 +1,5 @@
-# The loss of gpt2-medium (n_layer=24, n_head=16, n_embd=1024: 350M parameters) on OpenWebText. nanoGPT publishes 2.84 for its validation split.
+# The loss of gpt2-medium (n_layer=24, n_head=16, n_embd=1024: 350M parameters) on OpenWebText. nanoGPT
+# publishes 2.84 for its validation split.
 #   python data/openwebtext/prepare.py
 #   python train.py config/eval_gpt2_medium.py
 

@@ -1,4 +1,5 @@
-# The loss of gpt2-xl (n_layer=48, n_head=25, n_embd=1600: 1558M parameters) on OpenWebText. nanoGPT publishes 2.54 for its validation split.
+# The loss of gpt2-xl (n_layer=48, n_head=25, n_embd=1600: 1558M parameters) on OpenWebText. nanoGPT
+# publishes 2.54 for its validation split.
 #   python data/openwebtext/prepare.py
 #   python train.py config/eval_gpt2_xl.py
 

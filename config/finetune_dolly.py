@@ -2,7 +2,8 @@
 #   python data/dolly/prepare.py
 #   python train.py config/finetune_dolly.py --init_from=gpt2
 #   python sample.py --chat --out_dir=out-dolly
-# From a model of your own, pack with its tokenizer and its block_size; the loss counts the tokens of answers alone:
+# From a model of your own, pack with its tokenizer and its block_size; the loss counts the tokens of
+# answers alone:
 #   python data/dolly/prepare.py --tokenizer out/ckpt.pt --block_size 256
 #   python train.py config/finetune_dolly.py --init_from=out/ckpt.pt
 
@@ -10,7 +11,8 @@ out_dir = 'out-dolly'
 dataset = 'dolly'
 init_from = 'gpt2'  # the model, and with it n_layer, block_size and so on
 auto_resume = True  # the same command goes on with a run that was stopped
-isolate_documents = True  # else a small set is learnt by what stands before an answer in its row, not by its question (docs/RESULTS.md)
+# without this, a small set is learned from what precedes an answer in its row, not from its question
+isolate_documents = True
 
 # 2 rows x 5 = 10 rows of a few conversations each a step
 batch_size = 2

@@ -1,4 +1,5 @@
-# Goes on training gpt2-xl on Shakespeare for a few steps, with nanoGPT's settings. Any size will do: --init_from=gpt2
+# Goes on training gpt2-xl on Shakespeare for a few steps, with nanoGPT's settings. Any size will do:
+# --init_from=gpt2
 #   python data/shakespeare/prepare.py
 #   python train.py config/finetune_shakespeare.py
 #   python sample.py --out_dir=out-shakespeare

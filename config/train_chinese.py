@@ -2,7 +2,8 @@
 #   python data/chinese/prepare.py
 #   python train.py config/train_chinese.py
 #   python sample.py --out_dir=out-chinese --start="水调歌头"
-# On text of your own: python data/chinese/prepare.py --input FILES, and more layers, width, context and steps.
+# On text of your own: python data/chinese/prepare.py --input FILES, and more layers, width, context and
+# steps.
 
 out_dir = 'out-chinese'
 dataset = 'chinese'

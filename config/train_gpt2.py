@@ -1,4 +1,5 @@
-# GPT-2 (124M) on OpenWebText with nanoGPT's settings. nanoGPT reports about 4 days on eight A100 40GB, to a loss of about 2.85.
+# GPT-2 (124M) on OpenWebText with nanoGPT's settings. nanoGPT reports about 4 days on eight A100 40GB, to a
+# loss of about 2.85.
 #   python data/openwebtext/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 # Any other number of GPUs that divides 480 windows trains the same steps.

@@ -3,9 +3,10 @@
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_modern.py
 # Any other number of GPUs that divides 512 windows trains the same steps.
 #
-# What to expect: the recipe is https://github.com/KellerJordan/modded-nanogpt/pull/323, whose ten runs end at a validation loss of 3.279 on
-# average after the same 3250 steps (1.70B tokens); llm.c's plain recipe takes 10.3B tokens to 3.28. Those numbers are theirs, on a model
-# that also has biases and gains and on their validation split; this file has not been run to its end yet.
+# What to expect: the recipe is https://github.com/KellerJordan/modded-nanogpt/pull/323, whose ten runs end
+# at a validation loss of 3.279 on average after the same 3250 steps (1.70B tokens); llm.c's plain recipe
+# takes 10.3B tokens to 3.28. Those numbers are theirs, on a model that also has biases and gains and on
+# their validation split; this file has not been run to its end yet.
 
 out_dir = 'out-gpt2-modern'
 dataset = 'fineweb'

@@ -74,4 +74,4 @@ def test_the_speedrun_trains_what_it_says(tmp_path):
     data = pack_chars(tmp_path / 'data', sentences(20_000, 1), sentences(1000, 2))
     code, stdout, stderr, lines = train_here('config/speedrun_cpu.py', f'--dataset={data}', '--max_iters=20', '--device=cpu', out_dir=tmp_path / 'out')
     assert code == 0, stderr
-    assert '1,024 a step' in stdout and lines[-1]['val_loss'] < 1.5
+    assert '1,024 tokens a step' in stdout and lines[-1]['val_loss'] < 1.5

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, train_settings
 
 from configurator import config_of, configure
 
@@ -48,6 +48,11 @@ def split_command(words):
 SCRIPTS = sorted({(script, *arguments) for page in PAGES for script, arguments in map(split_command, named_commands(page)) if script})
 
 
+def settings_of(script):
+    """The settings of a script, as its globals() hold them."""
+    return train_settings() if script == 'train' else dict(vars(importlib.import_module(script)))
+
+
 def test_the_pages_hold_what_is_checked():
     assert commands('python a.py --start="x y" \\\n  --b=1 && c  # why\n\n# only this') == [['python', 'a.py', '--start=x y', '--b=1'], ['c']]
     assert split_command(['torchrun', '--nnodes=2', 'train.py', 'config/x.py']) == ('train.py', ['config/x.py'])
@@ -74,7 +79,7 @@ def test_commands_name_what_exists(command, tiny, capsys):
         done = subprocess.run([sys.executable, ROOT / script, '--help'], capture_output=True, text=True, encoding='utf-8') if arguments else None
         assert not [flag for flag in arguments if flag.startswith('--') and flag.split('=')[0] not in done.stdout]
         return
-    settings = dict(vars(importlib.import_module(script.removesuffix('.py'))))
+    settings = settings_of(script.removesuffix('.py'))
     if '--help' in arguments:
         with pytest.raises(SystemExit, match='0'):
             configure(settings, arguments)
@@ -88,7 +93,7 @@ def test_the_error_shown_is_the_one_that_comes():
     for page in READMES:
         [shown] = [line for block in blocks(page, '') for line in block.splitlines() if 'unknown setting' in line]
         with pytest.raises(ValueError) as error:
-            configure(dict(vars(importlib.import_module('train'))), [shown.split(':')[0] + '=1'])
+            configure(settings_of('train'), [shown.split(':')[0] + '=1'])
         assert str(error.value) == shown
 
 
@@ -97,12 +102,14 @@ def test_links_and_settings_exist(page):
     text = page.read_text(encoding='utf-8')
     links = [link for link in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in link]
     assert not [link for link in links if link.split('#')[0] and not (page.parent / link.split('#')[0]).exists()]
-    known = {name for script in ('train', 'sample', 'evaluate', 'bench') for name in config_of(vars(importlib.import_module(script)))}
+    known = {name for script in ('train', 'sample', 'chat', 'evaluate', 'bench') for name in config_of(settings_of(script))}
+    for path in ROOT.glob('corpus/*.py'):
+        known.update(re.findall(r"'--(\w+)'", path.read_text(encoding='utf-8')))
     named = re.findall(r'`(?:--)?([a-z]\w*)=[^`\n]*`', text) + re.findall(r'`([a-z]+_[a-z_]+)`', text)
     assert not [name for name in named if name not in known]
     assert not [name for name in re.findall(r'\bconfig/\w+\.py', text) if not (ROOT / name).is_file()]
 
 
-def test_requirements_pin_torch_and_bound_the_rest():
+def test_requirements_bound_torch_and_the_rest():
     lines = [line for line in Path(ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines() if line and not line.startswith('#')]
-    assert lines[0].startswith('torch==') and all(re.fullmatch(r'[\w]+>=[\d.]+', line) for line in lines[1:])
+    assert lines[0] == 'torch>=2.10' and all(re.fullmatch(r'[\w]+>=[\d.]+', line) for line in lines)
