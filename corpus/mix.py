@@ -63,7 +63,7 @@ def mixed_documents(splits, weights, max_tokens, n_tokens=None):
 def documents_of(split, max_tokens, eot):
     """Yield (ids, mask) of a split's documents, without end-of-text; of equal parts if it has no .idx."""
     documents = [(0, split.n_tokens)]
-    if (split.folder / f'{split.split}.idx').exists():
+    if split.index.exists():
         documents = zip(*split.documents(), strict=True)
     for offset, length in documents:
         for begin in range(int(offset), int(offset + length), max_tokens):
@@ -116,10 +116,9 @@ def summary(split, tokenizer):
     """Count a split's documents, tokens and bytes, in words."""
     counts = count_ids(split)
     n_bytes = int(counts @ tokenizer.token_bytes())
-    index = split.beside('.idx', '<i8', (-1, 2))
     documents = 'documents unknown'
-    if index is not None:
-        documents = f'{len(index):,} documents'
+    if split.index.exists():
+        documents = f'{len(split.documents()[0]):,} documents'
     elif tokenizer.eot is not None:
         documents = f'{counts[tokenizer.eot] + 1:,} documents by their ends'
     targets = ''

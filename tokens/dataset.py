@@ -235,11 +235,7 @@ pread = getattr(os, 'pread', read_after_seek)  # Windows has no pread
 
 
 class Shard:
-    """One .bin file.
-
-    first   where in its split it begins, in tokens
-    raises  ValueError if size or header do not fit n_tokens
-    """
+    """One .bin file. It begins at token `first` of its split."""
 
     def __init__(self, path, dtype, n_tokens, first, split):
         self.path, self.n_tokens, self.first, self.split = path, n_tokens, first, split
@@ -271,10 +267,14 @@ class Split:
             names = ', '.join(self.meta['splits'])
             raise ValueError(f'{folder} has no {split} split, only {names}: prepare it with one')
         self.n_tokens = entry['tokens']
-        self.mask = self.beside('.mask', np.uint8, (self.n_tokens,))
-        if self.mask is None and self.meta.get('row_tokens'):
-            raise FileNotFoundError(f'{self.folder / split}.mask is missing: it tells answers from '
-                                    'questions and padding, prepare the dataset again')
+        mask, self.index = (self.folder / f'{split}{suffix}' for suffix in ('.mask', '.idx'))
+        self.mask = None
+        if mask.exists():
+            self.check_size(mask, mask.stat().st_size == self.n_tokens)
+            self.mask = DiskArray(mask, np.uint8, self.n_tokens)
+        elif self.meta.get('row_tokens'):
+            raise FileNotFoundError(f'{mask} is missing: it tells answers from questions and padding, '
+                                    'prepare the dataset again')
         self.checksums = [shard['crc32'] for shard in entry['shards']]
         dtype, first = np.dtype(self.meta['dtype']).newbyteorder('<'), 0
         self.shards = []
@@ -282,50 +282,41 @@ class Split:
             self.shards.append(Shard(self.folder / shard['file'], dtype, shard['tokens'], first, self))
             first += shard['tokens']
 
-    def beside(self, suffix: str, dtype, shape):
-        """Return the array in train.mask or train.idx, or None without the file. One dimension may be -1."""
-        path, dtype = self.folder / f'{self.split}{suffix}', np.dtype(dtype)
-        if not path.exists():
-            return None
-        n_bytes = path.stat().st_size
-        unit = abs(int(np.prod(shape))) * dtype.itemsize
-        if n_bytes != unit and (-1 not in shape or n_bytes % unit):
-            raise ValueError(f'{path} has {n_bytes} bytes, which does not fit the {self.n_tokens} tokens '
-                             f'of the {self.split} split: {REMEDY}')
-        array = DiskArray(path, dtype, n_bytes // dtype.itemsize)
-        return array if len(shape) == 1 else np.asarray(array).reshape(shape)
+    def check_size(self, path, fits):
+        if not fits:
+            raise ValueError(f'{path} has {path.stat().st_size} bytes, which does not fit '
+                             f'the {self.n_tokens} tokens of the {self.split} split: {REMEDY}')
 
     def documents(self):
         """Return offset and length of each document in tokens of the split, (M,) int64 each.
 
         The end-of-text after a document belongs to it, so that a model learns where to stop.
         """
-        path, table = self.folder / f'{self.split}.idx', self.beside('.idx', '<i8', (-1, 2))
-        if table is None:
+        path, altered = self.index, 'it was altered, prepare the dataset again'
+        if not path.exists():
             raise FileNotFoundError(f'{path} is missing: rows that begin with documents need it, '
                                     'prepare the dataset with one')
-        offset, length = table.T
+        self.check_size(path, path.stat().st_size % 16 == 0)
+        offset, length = np.fromfile(path, '<i8').reshape(-1, 2).T
         outside = (offset < 0) | (length < 0) | (offset > self.n_tokens - length)
         if outside.any():
             i = int(np.argmax(outside))
             raise ValueError(f'{path}: document {i} has offset {offset[i]} and length {length[i]}, '
-                             f'the split has {self.n_tokens} tokens: it was altered, '
-                             'prepare the dataset again')
+                             f'the split has {self.n_tokens} tokens: {altered}')
         order = np.lexsort((length, offset))
         overlaps = (offset + length)[order[:-1]] > offset[order[1:]]
         if overlaps.any():
             first, second = order[int(np.argmax(overlaps)):][:2]
             raise ValueError(f'{path}: documents {first} and {second} overlap '
-                             f'at token {offset[second]}: it was altered, prepare the dataset again')
+                             f'at token {offset[second]}: {altered}')
         return offset, length + np.append(offset[1:] == (offset + length)[:-1] + 1, False)
 
     def fingerprint(self) -> dict:
-        """Return what a checkpoint remembers of its data, as plain values: sizes, checksums and tokenizer."""
+        """Return what a checkpoint remembers of its data, as plain values."""
         return dict(tokens=[shard.n_tokens for shard in self.shards], crc32=list(self.checksums),
                     vocab_size=self.vocab_size, tokenizer=fingerprint(self.tokenizer))
 
     def describe_checksums(self) -> str:
-        """Say how many shards verify() can check."""
         n_known = sum(crc is not None for crc in self.checksums)
         if not n_known:
             return (f'{self.folder}, {self.split}: no checksums are known, so nothing is verified: '
@@ -334,7 +325,7 @@ class Split:
                 f'{n_known} of {len(self.shards)} shards have a checksum')
 
     def verify(self):
-        """Read every shard against its checksum. ValueError names an altered shard."""
+        """Raise ValueError at the first shard that does not match its checksum."""
         for shard, expected in zip(self.shards, self.checksums, strict=True):
             if expected is None:
                 continue
@@ -376,10 +367,10 @@ def dataset_folders(dataset: str):
     names, weights = parse_mixture(dataset)
     data, folders = Path(__file__).resolve().parents[1] / 'data', []
     for name in names:
-        folder = data / name
+        folder, parts = data / name, Path(name).parts
         if not folder.is_dir():
-            parts = Path(name).parts
             folder = Path(name) if Path(name).is_dir() else data.joinpath(*parts[parts[0] == 'data':])
-        in_cwd = folder.is_relative_to(Path.cwd())
-        folders.append(folder.relative_to(Path.cwd()) if in_cwd else folder)  # shorter in messages
+        if folder.is_relative_to(Path.cwd()):
+            folder = folder.relative_to(Path.cwd())  # shorter in messages
+        folders.append(folder)
     return folders, weights

@@ -53,6 +53,7 @@ GPT2_MERGES_SOURCES = [
 class Tokenizer:
     """Shared by all tokenizers. `pieces` holds the bytes that each id adds to a text."""
 
+    keys = ()  # of meta(), beside kind: the arguments of the class
     eot = None
     special = {}
 
@@ -99,6 +100,9 @@ class Tokenizer:
         counts[list(self.special.values())] = 0
         return counts
 
+    def meta(self):
+        return {'kind': self.kind, **{key: getattr(self, key) for key in self.keys}}
+
 
 def replace_surrogates(text):
     """Return the text with U+FFFD for each half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
@@ -112,12 +116,13 @@ def replace_surrogates(text):
 class CharTokenizer(Tokenizer):
     """One token for each character; ids follow the order of the given characters."""
 
-    kind, key, container = 'char', 'chars', str
+    kind, keys, container = 'char', ('chars',), str
 
     def __init__(self, tokens):
         fits = isinstance(tokens, self.container) and all(isinstance(token, str) for token in tokens)
         if not fits or not tokens or len(set(tokens)) != len(tokens):
-            raise ValueError(f'{self.key} must be a {self.container.__name__} of distinct strings, not empty')
+            container = self.container.__name__
+            raise ValueError(f'{self.keys[0]} must be a {container} of distinct strings, not empty')
         self.tokens, self.vocab_size = tokens, len(tokens)
         self.pieces = [token.encode('utf-8') for token in tokens]
         id_of = {ord(token): i for i, token in enumerate(tokens) if len(token) == 1}
@@ -138,7 +143,7 @@ class CharTokenizer(Tokenizer):
         return self.encode_array(text).tolist()
 
     def meta(self):
-        return {'kind': self.kind, self.key: self.tokens}
+        return {'kind': self.kind, self.keys[0]: self.tokens}
 
     def tokenizer_json(self):
         return char_json(self.tokens)
@@ -147,13 +152,13 @@ class CharTokenizer(Tokenizer):
 class ItosTokenizer(CharTokenizer):
     """The strings of nanoGPT's meta.pkl by id. As in nanoGPT, text is encoded by those of one character."""
 
-    kind, key, container = 'itos', 'itos', list
+    kind, keys, container = 'itos', ('itos',), list
 
 
 class IdTokenizer(Tokenizer):
     """Ids without text, for datasets of nanoGPT and llm.c that tell only the size of their vocabulary."""
 
-    kind = 'ids'
+    kind, keys = 'ids', ('vocab_size',)
 
     def __init__(self, vocab_size):
         if type(vocab_size) is not int or not 0 < vocab_size <= 2**32:
@@ -167,9 +172,6 @@ class IdTokenizer(Tokenizer):
 
     def token_bytes(self):
         return np.zeros(self.vocab_size, dtype=np.int64)
-
-    def meta(self):
-        return {'kind': 'ids', 'vocab_size': self.vocab_size}
 
 
 # -----------------------------------------------------------------------------
@@ -194,9 +196,6 @@ class ByteTokenizer(Tokenizer):
             ids += [self.special[part]] if part in names else replace_surrogates(part).encode('utf-8')
         return ids
 
-    def meta(self):
-        return {'kind': 'byte'}
-
     def tokenizer_json(self):
         return byte_json()
 
@@ -209,7 +208,7 @@ class BPETokenizer(Tokenizer):
     special  names of the special tokens
     """
 
-    kind = 'bpe'
+    kind, keys = 'bpe', ('merges', 'pattern', 'special')
 
     def __init__(self, merges, pattern=BPE_PATTERN, special=SPECIAL_TOKENS):
         import tiktoken
@@ -270,7 +269,7 @@ class JsonTokenizer(Tokenizer):
     config  entries of tokenizer_config.json, such as pad_token, clean_up_tokenization_spaces, chat_template
     """
 
-    kind = 'json'
+    kind, keys = 'json', ('tokenizer_json', 'eot', 'config')
 
     def __init__(self, text, eot=None, config=None):
         self.text, self.eot_token, self.config = text, eot, config or {}
@@ -352,16 +351,8 @@ class JsonTokenizer(Tokenizer):
 # -----------------------------------------------------------------------------
 # any tokenizer, by its meta() or by name
 
-# kind -> class, and the entries of meta() that it is made of
-KINDS = {
-    'char': (CharTokenizer, 'chars'),
-    'itos': (ItosTokenizer, 'itos'),
-    'ids': (IdTokenizer, 'vocab_size'),
-    'byte': (ByteTokenizer,),
-    'gpt2': (GPT2Tokenizer,),
-    'bpe': (BPETokenizer, 'merges', 'pattern', 'special'),
-    'json': (JsonTokenizer, 'tokenizer_json', 'eot', 'config'),
-}
+KINDS = {kind.kind: kind for kind in (CharTokenizer, ItosTokenizer, IdTokenizer, ByteTokenizer, GPT2Tokenizer,
+                                      BPETokenizer, JsonTokenizer)}
 
 
 def load_tokenizer(meta):
@@ -372,12 +363,11 @@ def load_tokenizer(meta):
     if kind == 'gpt2':
         vocab_size_of(meta)
         return GPT2Tokenizer()
-    tokenizer_class, *keys = KINDS[kind]
     with one_line(f'{kind} tokenizer'):
-        values = [meta[key] for key in keys]
+        values = [meta[key] for key in KINDS[kind].keys]
         if kind == 'bpe':
             values[0] = values[0].split('\n')
-        return tokenizer_class(*values)
+        return KINDS[kind](*values)
 
 
 def vocab_size_of(meta):
