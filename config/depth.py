@@ -1,6 +1,6 @@
 # One dial: everything else follows from depth, the number of layers, and from the horizon, how many tokens
 # are trained on.
-#   python train.py config/depth.py --depth=4 --block_size=512 --batch_size=1 --max_iters=20  # minutes on a CPU
+#   python train.py config/depth.py --depth=4 --block_size=512 --batch_size=1 --max_iters=20  # CPU: minutes
 #   torchrun --standalone --nproc_per_node=8 train.py config/depth.py --depth=20 --dataset=fineweb
 #   python train.py config/depth.py --depth=12 --dataset=fineweb --target_flops=1e19
 # The horizon is max_iters, or else target_flops, or else target_param_data_ratio. Any setting you
@@ -36,7 +36,8 @@ _MATRIX_LR, _EMBEDDING_LR, _HEAD_LR, _WEIGHT_DECAY = 0.02, 0.3, 0.008, 0.28
 
 
 def derive(depth: int = 12, head_dim: int = 128, target_flops: float | None = None,
-           target_param_data_ratio: float = 12.0, max_iters=None, gradient_accumulation_steps=None, *, dataset, block_size, batch_size):
+           target_param_data_ratio: float = 12.0, max_iters=None, gradient_accumulation_steps=None,
+           *, dataset, block_size, batch_size):
     for name, value in list(locals().items()):
         if isinstance(value, (int, float)) and value <= 0:
             raise ValueError(f'{name}={value}: accepted is more than 0')
@@ -50,9 +51,8 @@ def derive(depth: int = 12, head_dim: int = 128, target_flops: float | None = No
     # blocks and head: these scale best (nanochat's log)
     n_weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
 
-    # 2. Horizon, in tokens D. max_iters fixes the steps and not the tokens: there the two rules D =
-    # max_iters * B and B = B_ref *
-    #    (D / D_ref)**0.383 meet.
+    # 2. Horizon, in tokens D. max_iters fixes the steps, not the tokens: D then solves the two rules
+    #    D = max_iters * B and B = B_ref * (D / D_ref)**0.383.
     if max_iters is not None:
         tokens = max_iters * (_BATCH_TOKENS * (max_iters / _TOKENS) ** 0.383) ** (1 / (1 - 0.383))
     elif target_flops is not None:
