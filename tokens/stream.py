@@ -17,6 +17,7 @@ T block_size
 """
 
 import os
+import sys
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,7 @@ class Text:
                 document = 0
             if not any_text:
                 raise ValueError(f'{", ".join(self.paths)}: no text in there')
-            epoch, file = epoch + 1, 0
+            epoch, file, any_text = epoch + 1, 0, False
 
     def encoded(self, *position):
         """Yield (ids, beginning) of every document from one on."""
@@ -142,7 +143,7 @@ class Stream(Batches):
 
     def group(self, number):
         """Return the tokens of a group, and start to make the next one in a thread."""
-        shape, size = (self.shuffle_window, self.block_size + 1), self.shuffle_window * self.block_size
+        T, size = self.block_size, self.shuffle_window * self.block_size
         while number not in self.groups:
             nearest = max(n for n in self.starts if n <= number)
             if self.following is None or not nearest <= self.following[0] <= number:
@@ -152,15 +153,13 @@ class Stream(Batches):
             self.following = None
             piece, self.starts[n + 1] = future.result()
             self.following = n + 1, iterator, self.reader.submit(next, iterator)
-            strides = piece.itemsize * self.block_size, piece.itemsize
-            windows = np.lib.stride_tricks.as_strided(piece, shape, strides, writeable=False)
+            windows = np.lib.stride_tricks.sliding_window_view(piece, T + 1)[::T]
             self.groups = {m: tokens for m, tokens in self.groups.items() if m == n - 1} | {n: windows}
             for old in sorted(self.starts)[1:-100]:
                 del self.starts[old]
         return self.groups[number]
 
     def position(self, step: int) -> dict:
-        """Return what seek() needs to continue with this step, as plain values."""
         window = step * self.rows_per_step + self.shift
         with self.lock:
             group = max(n for n in self.starts if n * self.shuffle_window <= window)
@@ -184,7 +183,6 @@ class Stream(Batches):
         self.shift = position['window'] - step * self.rows_per_step
 
     def fingerprint(self) -> list[dict]:
-        """Return what a checkpoint remembers of its data, as plain values."""
         text, names = self.text, [os.path.basename(path) for path in self.text.paths]
         sizes = [None if path.startswith('hf://') else n_bytes_of(path) for path in text.paths]
         return [dict(files=names, bytes=sizes, fields=list(text.fields), vocab_size=self.vocab_size,
@@ -200,14 +198,14 @@ class Head:
 
     def __init__(self, text: Text, block_size: int, n_windows: int | None = None, *, batch_size: int = 1):
         self.block_size, self.batch_size = block_size, batch_size
-        n_wanted = np.inf if n_windows is None else n_windows * block_size + 1
+        n_wanted = sys.maxsize if n_windows is None else n_windows * block_size + 1
         documents, n_tokens = [], 0
         for ids, (epoch, *_) in text.encoded(*BEGINNING[:3]):
             if epoch or n_tokens >= n_wanted:
                 break
             documents.append(ids)
             n_tokens += len(ids)
-        self.tokens = np.concatenate(documents)[:None if n_windows is None else n_wanted]
+        self.tokens = np.concatenate(documents)[:n_wanted]
         self.n_windows = -(-(len(self.tokens) - 1) // block_size)
 
     def windows(self, g: np.ndarray) -> Batch:

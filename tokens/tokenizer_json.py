@@ -138,8 +138,9 @@ def regular_expressions(part):
         if isinstance(part.get('Regex'), str):
             yield part['Regex']
         part = list(part.values())
-    for value in part if isinstance(part, list) else []:
-        yield from regular_expressions(value)
+    if isinstance(part, list):
+        for value in part:
+            yield from regular_expressions(value)
 
 
 def check_pattern(pattern):
