@@ -82,7 +82,7 @@ def test_settings_that_would_train_on_something_else(tuned, tmp_path):
     folder, _ = tuned
     conversations.build(tmp_path / 'alpaca', BYTES, [folder / 'x.jsonl'], block_size=64, style='alpaca', val=0.5)
     for flags, text in (([f'--dataset={folder / "chat"},{tmp_path / "alpaca"}'], ' has conversations in the styles alpaca and chat: pack them in one\n'),
-                        (['--dataset=stream:x', '--isolate_documents=True'], 'isolate_documents=True is for packed datasets: a stream does not ')):
+                        (['--dataset=stream:x', '--isolate_documents=True'], 'isolate_documents=True is for packed datasets, a stream does not ')):
         code, _, error, _ = train_here(f'--init_from={folder / "base/ckpt.pt"}', *flags, '--device=cpu', out_dir=tmp_path / 'out')
         assert code == 2 and text in error and not (tmp_path / 'out').exists(), error
 

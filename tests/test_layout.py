@@ -20,7 +20,8 @@ MAX_CHARACTERS_CORE, MAX_CHARACTERS = 105_000, 335_000
 ALLOWED = {
     'files': [], 'configurator': [], 'kernels': [],
     'model': ['kernels', 'weights.'],
-    'distributed': ['files'],
+    'devices': ['files'],
+    'distributed': ['devices', 'files'],
     'optim': ['distributed'],
 }
 # packages that are imported inside the functions that need them

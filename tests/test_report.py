@@ -246,7 +246,7 @@ def test_samples_move_nothing_in_training(tiny, tmp_path):
 def test_prompts_end_with_the_last_token_before_the_answer_where_a_mask_says_where(tiny, tmp_path):
     loader = Loader(tiny, 'val', block_size=32, batch_size=4, order='sequential')
     assert list(map(len, read_prompts('', None, loader))) == [16] * 4
-    batch = loader.windows([0, 1, 2, 3])
+    batch = loader.windows(np.arange(4))
     batch.y[:, :20] = -100
     batch.y[3] = -100  # a window without any target
     loader.windows = lambda g: batch
