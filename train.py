@@ -43,38 +43,38 @@ generate_interval = 0  # iterations between samples from the same prompts, in ou
 generate_prompts = ''  # one a line; '' = the beginnings of four validation windows
 report = True  # write report.md and its curves at the end; report.py writes them at any time
 patience = 0  # stop after this many evaluations without a new best validation loss; 0 = never
-always_save_checkpoint = True  # False: sample.py takes best.pt instead of the newest
+always_save_checkpoint = True  # False: sample.py loads best.pt, not ckpt.pt
 checkpoint_interval = 0  # iterations between checkpoints; 0 = save with each evaluation
-keep_last_n_checkpoints = 1  # older ones kept beside ckpt.pt; -1 = all
-init_from = 'scratch'  # resume; x.pt (its weights only); gpt2 to gpt2-xl; a folder in transformers' format
+keep_last_n_checkpoints = 1  # older checkpoints to keep; -1 = all
+init_from = 'scratch'  # resume; x.pt (weights only); gpt2 to gpt2-xl; a folder in transformers' format
 auto_resume = False  # resume if out_dir has a checkpoint, else start from scratch
-checkpoint_path = ''  # resume from this file; with init_from=checkpoint, begin with its weights only
-strict = True  # False: weights to begin with may be missing or unexpected, and are listed
-# benchmarks while training, as in evaluate.py
+checkpoint_path = ''  # resume from this file; with init_from=checkpoint, load its weights only
+strict = True  # False: accept and list missing or unexpected weights
+# benchmarks during training, as in evaluate.py
 hellaswag_interval = 0  # iterations between scores on HellaSwag; 0 = never
 lambada_interval = 0
 core_interval = 0
 core = ''  # folder of the CORE bundle
 eval_dir = ''  # folder with hellaswag.jsonl and lambada.jsonl, read instead of downloading
-max_examples = 0  # of each benchmark; 0 = all
+max_examples = 0  # per benchmark; 0 = all
 # wandb
 wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'openwebtext'  # a folder in data/; a mixture a:0.7,b:0.3; stream:PATH,PATH, which are raw text
+dataset = 'openwebtext'  # a folder in data/; a mixture a:0.7,b:0.3; stream:PATH,PATH for raw text
 gradient_accumulation_steps = 5 * 8  # micro-batches in a step, over all ranks
 batch_size = 12  # windows in a micro-batch
 block_size = 1024
-# shuffle: each window once an epoch; random: with replacement, as nanoGPT; documents: aligned to documents
+# shuffle: each window once an epoch; random: with replacement, as in nanoGPT; documents: aligned to documents
 sampling: Literal['shuffle', 'random', 'documents'] = 'shuffle'
-isolate_documents = False  # True: no token attends to another document of its row; needs the .idx files
-verify_data = False  # check each shard against its checksum before the first step; sizes always are
+isolate_documents = False  # tokens attend within their document only; needs the .idx files
+verify_data = False  # check the checksum of each shard before the first step
 # raw text: dataset=stream:PATH,PATH
 tokenizer = 'gpt2'  # byte; a folder or file with tokenizer.json
-stream_val = ''  # files and folders of validation text; '' = the first file, which is then not trained on
+stream_val = ''  # files and folders of validation text; '' = hold out the first training file
 field = 'text'  # fields of JSONL, CSV and Parquet to read; several: title,text
-errors: Literal['strict', 'replace'] = 'strict'  # replace: U+FFFD takes the place of invalid UTF-8
+errors: Literal['strict', 'replace'] = 'strict'  # replace: invalid UTF-8 becomes U+FFFD
 shuffle_window = 1024  # shuffle windows within consecutive groups of this size
 # model
 arch: Literal['gpt2', 'modern'] = 'gpt2'
@@ -94,8 +94,8 @@ weight_decay = 1e-1
 decay_groups: Literal['matrices', 'all'] = 'matrices'
 beta1 = 0.9
 beta2 = 0.95
-grad_clip = 1.0  # largest norm of the gradient; 0.0 = off
-# skip a step whose loss or gradient norm exceeds this multiple of its running mean; 0 = only if not finite
+grad_clip = 1.0  # clip the gradient to this norm; 0.0 = off
+# skip a step if loss or gradient norm exceeds this multiple of its running mean; 0 = only if not finite
 skip_spikes = 0.0
 max_skipped_steps = 100  # stop the run after this many in a row
 # learning rate
@@ -103,23 +103,23 @@ decay_lr = True  # False = constant, without warm-up
 lr_schedule: Literal['cosine', 'wsd', 'cosine_restarts', 'constant'] = 'cosine'
 warmup_iters = 2000
 muon_warmup_iters = 300  # Muon's momentum rises from 0.85 to 0.95
-lr_decay_iters = 600000  # cosine: min_lr is reached here
-min_lr = 6e-5  # of learning_rate; the other rates end at the same fraction of their peak
-decay_fraction = 0.4  # wsd: the last part of max_iters, which falls linearly to min_lr
+lr_decay_iters = 600000  # cosine: reach min_lr here
+min_lr = 6e-5  # final learning_rate; the other rates end at the same fraction of their peak
+decay_fraction = 0.4  # wsd: decay linearly to min_lr over this last fraction of max_iters
 restart_iters = 1000  # cosine_restarts: length of the first period
-restart_mult = 1  # cosine_restarts: each period is this many times as long as the one before
+restart_mult = 1  # cosine_restarts: length of each period relative to the last
 # system
 seed = 1337
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
-loss_chunks: int | Literal['auto'] = 'auto'  # chunks in which the loss is computed to save memory; 0 = one
+loss_chunks: int | Literal['auto'] = 'auto'  # compute the loss in this many chunks to save memory; 0 = one
 compile: bool | Literal['auto'] = 'auto'
-activation_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more work
+activation_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 more work
 backend: Literal['auto', 'nccl', 'gloo', 'mpi'] = 'auto'
 # several ranks, under torchrun
 parallel: Literal['ddp', 'fsdp'] = 'ddp'  # ddp: all weights on each rank; fsdp: a shard of each weight
 shard_ranks = 0  # fsdp: how many ranks share one copy of the weights; 0 = all
-timeout_s = 600  # a rank that waits this long for the others fails; saving must take less
+timeout_s = 600  # a rank fails after waiting this long for others, for example during a save
 # -----------------------------------------------------------------------------
 
 DEFAULTS, ACCEPTED = config_of(globals()), accepted_by(globals())
@@ -133,16 +133,16 @@ with one_line_errors(), distributed.signals_noted():
     # what this run starts from: nothing, a run to resume, or weights
     start = begin(settings, explicit)
     settings.update(adopted_settings(start, settings, explicit, ACCEPTED))
-    globals().update(settings)  # the only line that rebinds settings
+    globals().update(settings)
     check_settings(settings)
     check_unused(settings, explicit)
     progress = start.progress
 
-    # data: the batch of a step is divided over the ranks, so that any number of ranks takes the same steps
+    # data: divide the batch over the ranks, so that any number of ranks takes the same steps
     grad_accum, rows = distributed.divide_batch(gradient_accumulation_steps, batch_size, place.world_size)
     tokens_per_step = grad_accum * rows * place.world_size * block_size
-    known_tokenizer = None if 'tokenizer' in explicit else start.tokenizer
-    data = open_data(settings, place, grad_accum, rows, known_tokenizer or tokenizer)
+    stored_tokenizer = None if 'tokenizer' in explicit else start.tokenizer
+    data = open_data(settings, place, grad_accum, rows, stored_tokenizer or tokenizer)
     tokenizer_meta, vocab_size = data.train.splits[0].tokenizer, data.train.vocab_size
 
     # model and optimizers
@@ -161,10 +161,10 @@ with one_line_errors(), distributed.signals_noted():
         kind=lr_schedule if decay_lr else 'constant', warmup_iters=warmup_iters if decay_lr else 0,
         max_iters=max_iters, lr_decay_iters=lr_decay_iters, min_lr_ratio=min_lr / (learning_rate or 1.0),
         decay_fraction=decay_fraction, restart_iters=restart_iters, restart_mult=restart_mult)
-    peak_lr = matrix_lr if optimizer == 'muon' else learning_rate  # the one that is logged
+    peak_lr = matrix_lr if optimizer == 'muon' else learning_rate  # for the log
     judge = StepJudge(place.device, skip_spikes, start.history)
 
-    # a resumed run takes over the weights, the optimizers' state and its place in the data
+    # resume: restore the weights, the optimizers and the position in the data
     if start.state is not None:
         checkpoint.restore(start.state, model, optimizers, scaler, data.train)
     folder = checkpoint.CheckpointFolder(out_dir, start.resumed_from, progress.iter_num)
@@ -172,10 +172,10 @@ with one_line_errors(), distributed.signals_noted():
     start.state = start.weights = None  # the tensors now live in the model
     check_ids(data, batch_size)
 
-    # what is measured in the course of the run
+    # evaluations, benchmarks and samples
     token_bytes = count_bytes(tokenizer_meta, place)
-    measures_text = generate_interval or hellaswag_interval or lambada_interval or core_interval
-    text_tokenizer = load_tokenizer(tokenizer_meta) if measures_text else None
+    needs_text = generate_interval or hellaswag_interval or lambada_interval or core_interval
+    text_tokenizer = load_tokenizer(tokenizer_meta) if needs_text else None
     benchmarks = open_benchmarks(settings, text_tokenizer)
     prompts = []
     if generate_interval and not eval_only:
@@ -200,7 +200,7 @@ with one_line_errors(), distributed.signals_noted():
     save_interval = checkpoint_interval or eval_interval
     intervals = [eval_interval, save_interval, *(benchmark.interval for benchmark in benchmarks)]
     intervals += [generate_interval] if prompts else []
-    # the part of each checkpoint that stays the same
+    # the constant part of each checkpoint
     facts = dict(model_args=vars(model.config), config=settings, tokenizer=tokenizer_meta,
                  vocab_size=vocab_size, style=data.style, data=data.train.fingerprint(),
                  format=checkpoint.FORMAT)
@@ -213,13 +213,13 @@ with one_line_errors(), distributed.signals_noted():
         stop = distributed.signal_to_stop()  # the same on all ranks
         finished = progress.iter_num >= max_iters
         with log.paused(stop or finished or any(progress.iter_num % n == 0 for n in intervals)):
-            # evaluate, and remember the best loss
+            # evaluate
             evaluation_due = finished or eval_only or progress.iter_num % eval_interval == 0
             losses, is_best = None, False
             if evaluation_due and not stop:
                 losses = evaluate(model, data, token_bytes, place, autocast)
                 stop = distributed.signal_to_stop()
-            if losses is not None:  # no signal came in the middle
+            if losses is not None:  # None after a signal
                 log.evaluation(losses)
                 is_best = progress.note_evaluation(losses.val.nats_per_target)
                 finished = finished or progress.out_of_patience(patience)
@@ -234,7 +234,7 @@ with one_line_errors(), distributed.signals_noted():
                 folder.save_or_warn(state, progress, keep_last_n=keep_last_n_checkpoints, is_best=is_best,
                                     must_succeed=finished or stop)
 
-            # benchmarks and samples take long: they come after saving, and not at all after a signal
+            # benchmarks and samples take long: save first, and skip them after a signal
             last = finished or eval_only
             for benchmark in benchmarks if not stop else []:
                 if last or progress.iter_num % benchmark.interval == 0:
@@ -248,9 +248,9 @@ with one_line_errors(), distributed.signals_noted():
         # one update
         lr_scale = optim.lr_scale(progress.iter_num, schedule)
         optim.set_lr(optimizers, lr_scale, optim.muon_momentum(progress.iter_num, muon_warmup_iters))
-        # dropout depends on the step and the rank alone, as in an unbroken run
+        # dropout depends on step and rank alone, so a resumed run draws the same
         torch.manual_seed(((seed * 1_000_003 + progress.iter_num) * 1_000_003 + place.rank) % 2**63)
-        n_targets = max(1, data.train.count_targets(progress.iter_num))  # of the whole step, over all ranks
+        n_targets = max(1, data.train.count_targets(progress.iter_num))  # over all ranks
         step_loss = torch.zeros((), device=place.device)
         for micro_step in range(grad_accum):
             x, y, documents = data.train.batch(progress.iter_num, micro_step).to(place.device)
@@ -266,14 +266,14 @@ with one_line_errors(), distributed.signals_noted():
         grad_norm = distributed.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
-        skip = judge.judge(grad_norm, step_loss)  # the same on all ranks; a NaN would ruin every weight
+        skip = judge.judge(grad_norm, step_loss)  # the same on all ranks
         for each in optimizers:
             optim.step_unless(each, skip)
         scaler.update()
         for each in optimizers:
             each.zero_grad(set_to_none=True)
 
-        # log; reading `skip` here would make a GPU wait
+        # log; on a GPU, reading `skip` would wait for the step to end
         if progress.iter_num % log_interval == 0 or (place.device.type == 'cpu' and skip):
             n_skipped_in_a_row = log.step(lr_scale * peak_lr, step_loss, grad_norm, judge)
             if n_skipped_in_a_row >= max_skipped_steps:
