@@ -25,11 +25,7 @@ def map_blocks(folder):
 
 
 def check_blocks(folder, first=None):
-    """Check shapes and dtypes of a folder, and that its rows are as long as those of a first folder.
-
-    returns  number of tokens in a row
-    raises   ValueError
-    """
+    """Check a folder, and that its rows are as long as those of a first folder. Returns their length."""
     arrays = map_blocks(folder)
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or len(shapes['token_float32.npy']) != 2:
@@ -45,15 +41,18 @@ def check_blocks(folder, first=None):
     return n_tokens
 
 
-def read_rows(folder):
-    """Yield (Row, share of the folder read so far, where) of every row."""
-    n_rows, n_tokens = map_blocks(folder)['token_float32.npy'].shape
+def read_rows(folder, reading):
+    """Yield (Row, where) of every row."""
+    arrays = map_blocks(folder)
+    n_rows, n_tokens = arrays['token_float32.npy'].shape
+    n_bytes = sum(array.nbytes for array in arrays.values())
     step = max(1, CHUNK_BYTES // (4 * max(n_tokens, 1)))
     for begin in range(0, n_rows, step):
         # the arrays are mapped anew for each chunk, because a map that stays open holds what was read of it
         chunk = {name: np.array(array[begin:begin + step]) for name, array in map_blocks(folder).items()}
-        for number, row in enumerate(rows_of_chunk(chunk, folder, begin), begin + 1):
-            yield row, number / n_rows, f'{folder}, row {number - 1}'
+        for row, tokens in enumerate(rows_of_chunk(chunk, folder, begin), begin):
+            reading.n_read = n_bytes * (row + 1) // n_rows
+            yield tokens, f'{folder}, row {row}'
 
 
 def rows_of_chunk(chunk, folder, first_row):
@@ -61,8 +60,6 @@ def rows_of_chunk(chunk, folder, first_row):
 
     Where the labels are the following tokens, a Row has T + 1 ids, so that the window of T tokens that begins
     with it shows the same x and y again. Where the labels are the tokens themselves, it has T.
-
-    raises   ValueError for a token that is not an id, and for labels that are neither
     """
     for name, array in chunk.items():
         is_good = (array == np.rint(array)) & (abs(array.astype(np.float64)) < MAX_IN_FLOAT32)

@@ -10,7 +10,7 @@ BATCH_BYTES = 1 << 20  # the rows of a batch, about
 def read_parquet(path, reading):
     """Read rows a few at a time. Row groups to pass over are not read, which matters on the hub."""
     import pyarrow.parquet
-    file = open(path, 'rb') if not path.startswith('hf://') else open_on_hub(path)
+    file = open_on_hub(path) if path.startswith('hf://') else open(path, 'rb')
     with file:  # without pre_buffer, a row group of any size is read in pieces
         parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False,
                                               page_checksum_verification=True)

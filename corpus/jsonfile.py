@@ -3,6 +3,8 @@
 ijson parses. It reads half a surrogate pair, such as "\\ud83d" alone, as a question mark.
 """
 
+import ijson
+
 from corpus.textfile import MAX_RECORD_CHARS, TextFile, too_long
 
 MAX_DEPTH = 200
@@ -26,13 +28,29 @@ class JsonEvents:
         return text.encode('utf-8')
 
     def __iter__(self):
-        import ijson
         depth = 0
         for event, value in ijson.basic_parse(self, multiple_values=True, use_float=True):
             depth += step(event)
             if depth > MAX_DEPTH:
                 raise ValueError(f'nested more than {MAX_DEPTH} deep')
             yield event, value
+
+
+def read_json_records(path, reading):
+    """Yield (record, where) of every record of a file."""
+    n_records = 0
+    try:
+        layout, list_key = find_layout(path, reading.encoding, reading.errors, reading.fields or ())
+        with reading.open(path) as file:
+            events = JsonEvents(file)
+            for record in read_values(iter(events), layout, list_key):
+                n_records, events.pending = n_records + 1, 0
+                yield record, f'{path}, record {n_records}'
+    except (ValueError, ijson.JSONError) as error:
+        if str(error).startswith(path):
+            raise
+        reason = str(error).partition('\n')[0].strip()
+        raise ValueError(f'{path}, record {n_records + 1}: not JSON: {reason}') from None
 
 
 def step(event):
@@ -46,7 +64,7 @@ def find_layout(path, encoding, errors, fields):
     returns  ('values', None) for an object of objects; ('list', key) for {"data": [...]} and {"key": [...]};
              ('sequence', None) for an array, and for one record after another
     """
-    depth, key, members = 0, None, []
+    depth, key, kinds = 0, None, []
     with TextFile(path, encoding, errors) as file:
         events = JsonEvents(file)
         for event, value in events:
@@ -56,13 +74,12 @@ def find_layout(path, encoding, errors, fields):
             if depth == 1 and event == 'map_key':
                 key = value
             elif depth == 1 and event != 'end_map':
-                members.append((key, event))
+                kinds.append(event)
+                if (key, event) == ('data', 'start_array'):
+                    return 'list', key
             depth += step(event)
-            if members and members[-1] == ('data', 'start_array'):
-                return 'list', 'data'
-            if depth == 0 or len(members) == 2 and depth == 1:
+            if depth == 0 or len(kinds) == 2 and depth == 1:
                 break
-    kinds = [kind for _, kind in members]
     if kinds and set(kinds) == {'start_map'}:
         return 'values', None
     if kinds == ['start_array'] and key not in (*RECORD_LISTS, *fields):
@@ -72,49 +89,27 @@ def find_layout(path, encoding, errors, fields):
 
 def read_values(events, layout, list_key):
     """Yield the records of a JSON file of this layout, from an iterator over its events."""
-    for event, value in events:
-        if event == 'start_array':
-            yield from elements(events)
-        elif event == 'start_map' and layout == 'values':
-            yield from members_of(events)
-        elif event == 'start_map' and layout == 'list':
-            yield from list_of(events, list_key)
-        else:
-            yield build(event, value, events)
-
-
-def elements(events):
-    for event, value in events:
-        if event == 'end_array':
-            return
-        yield build(event, value, events)
-
-
-def members_of(events):
-    for event, key in events:
-        if event == 'end_map':
-            return
-        member = build(*next(events), events)
-        if not isinstance(member, dict):
-            raise ValueError(f'{key!r:.40} is not an object, as the values before it are: '
-                             'if each line is a record, use --format=jsonl')
-        yield member
-
-
-def list_of(events, list_key):
-    for event, key in events:
-        if event == 'end_map':
-            return
-        event, value = next(events)
-        if key == list_key and event == 'start_array':
-            yield from elements(events)
-        else:
-            build(event, value, events)
+    if layout == 'list':
+        yield from ijson.items(ijson.parse(events), f'{list_key}.item')
+    elif layout == 'values':
+        for key, value in ijson.kvitems(ijson.parse(events), ''):
+            if not isinstance(value, dict):
+                raise ValueError(f'{key!r:.40} is not an object, as the values before it are: '
+                                 'if each line is a record, use --format=jsonl')
+            yield value
+    else:
+        in_array = False
+        for event, value in events:
+            if event == 'start_array' and not in_array:
+                in_array = True
+            elif event == 'end_array':
+                in_array = False
+            else:
+                yield build(event, value, events)
 
 
 def build(event, value, events):
     """Build the value that begins with an event."""
-    import ijson
     builder = ijson.ObjectBuilder()
     builder.event(event, value)
     depth = step(event)

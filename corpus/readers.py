@@ -25,6 +25,7 @@ are read in the order of their names.
 import codecs
 import contextlib
 import csv
+import functools
 import json
 import os
 import re
@@ -34,16 +35,14 @@ from typing import NamedTuple
 
 from corpus.blocks import Row, check_blocks, read_rows
 from corpus.columns import read_arrow, read_parquet
-from corpus.jsonfile import JsonEvents, find_layout, read_values
 from corpus.textfile import MAX_RECORD_CHARS, TextFile, naming, no_field, too_long
 from corpus.wiki import plain_text, read_pages
 from files import json_lines, print0, read_json
 
-TEXT_ENDINGS = ('.txt',)
 ENDINGS = {
-    'text': TEXT_ENDINGS,
-    'paragraphs': TEXT_ENDINGS,
-    'lines': TEXT_ENDINGS,
+    'text': ('.txt',),
+    'paragraphs': ('.txt',),
+    'lines': ('.txt',),
     'jsonl': ('.jsonl', '.ndjson'),
     'json': ('.json',),
     'csv': ('.csv',),
@@ -80,50 +79,47 @@ def find_files(inputs, format: str = 'auto') -> list[File]:
         raise ValueError(f'--format={format}: accepted are auto, {", ".join(FORMATS)}')
     files = []
     for path in map(os.fspath, inputs):
+        kind = FORMAT_OF_ENDING.get(ending_of(path)) if format == 'auto' else format
         if os.path.isdir(path):
             files += files_below(path, format)
         elif not path.startswith('hf://') and not os.path.exists(path):
             raise FileNotFoundError(f'{path}: no such file or folder')
+        elif kind is None:
+            raise ValueError(f'{path}: its ending does not tell its format: name it with --format, '
+                             f'one of {", ".join(FORMATS)}')
         else:
-            files.append(File(path, format_of(path) if format == 'auto' else format))
-            if files[-1].format is None:
-                raise ValueError(f'{path}: its ending does not tell its format: name it with --format, '
-                                 f'one of {", ".join(FORMATS)}')
+            files.append(File(path, kind))
     for file in files:
         if file.format in ('parquet', 'arrow') and COMPRESSED.search(file.path):
             raise ValueError(f'{file.path}: Parquet and Arrow have their own compression: unpack this file')
     return files
 
 
-def format_of(path) -> str | None:
-    """Tell the format from a file's ending. Parts of a Wikipedia dump are named ...xml-p1p41242.bz2."""
+def ending_of(path):
+    """Return the ending that tells the format. Parts of a Wikipedia dump are named ...xml-p1p41242.bz2."""
     name = COMPRESSED.sub('', os.path.basename(path)).lower()
-    name = re.sub(r'(\.xml)-p\d+p\d+$', r'\1', name)
-    return FORMAT_OF_ENDING.get(os.path.splitext(name)[1])
+    return os.path.splitext(re.sub(r'(\.xml)-p\d+p\d+$', r'\1', name))[1]
 
 
 def files_below(folder, format):
     """Find the files of a folder. A named format that has no file with its ending takes every file."""
-    files, others = [], []
-    for path, kind in walk(folder, format):
-        if kind is None:
-            others.append(path)
-        else:
-            files.append(File(path, kind))
+    entries = list(walk(folder, format))
+    files = [file for file in entries if file.format]
+    others = [file.path for file in entries if not file.format]
     if not files and format not in ('auto', 'arrow', 'blocks'):
         files, others = [File(path, format) for path in others], []
     if not files:
         endings = ', '.join(ENDINGS.get(format, FORMAT_OF_ENDING)) or 'token_float32.npy'
         raise ValueError(f'{folder}: nothing to read in this folder: {endings} files are looked for')
     if others:
-        endings = Counter(os.path.splitext(path)[1] or 'no ending' for path in others)
-        counts = ', '.join(f'{ending} ({n})' for ending, n in sorted(endings.items()))
+        counts = Counter(os.path.splitext(path)[1] or 'no ending' for path in others)
+        counts = ', '.join(f'{ending} ({n})' for ending, n in sorted(counts.items()))
         print0(f'{folder}: files of other endings are not read: {counts}')
     return files
 
 
 def walk(folder, format, above=()):
-    """Yield (path, format) of each file below a folder. The format is None for a file that is not wanted.
+    """Yield a File for each file below a folder, with format None for one that is not wanted.
 
     Links are followed, except to a folder above.
     """
@@ -135,29 +131,21 @@ def walk(folder, format, above=()):
             splits = ', '.join(sorted(names - {'dataset_dict.json'}))
             raise ValueError(f'{folder} has no split train: name the folder of one of its splits: {splits}')
         yield from walk(os.path.join(folder, 'train'), format)
-        return
-    if format in ('auto', 'arrow') and {'state.json', 'dataset_info.json'} <= names:
+    elif format in ('auto', 'arrow') and {'state.json', 'dataset_info.json'} <= names:
         with naming(folder):
-            state = read_json(os.path.join(folder, 'state.json'))
-            shards = [os.path.join(folder, shard['filename']) for shard in state['_data_files']]
-        yield from [(shard, 'arrow') for shard in shards]
-        return
-    if format in ('auto', 'blocks') and 'token_float32.npy' in names:
-        yield os.fspath(folder), 'blocks'
-        return
-
-    wanted = set(ENDINGS.get(format, FORMAT_OF_ENDING))
-    for entry in entries:
-        if entry.name.startswith('.'):
-            continue
-        if entry.is_dir():
-            if os.path.realpath(entry.path) not in above:
+            shards = read_json(os.path.join(folder, 'state.json'))['_data_files']
+            yield from [File(os.path.join(folder, shard['filename']), 'arrow') for shard in shards]
+    elif format in ('auto', 'blocks') and 'token_float32.npy' in names:
+        yield File(os.fspath(folder), 'blocks')
+    else:
+        formats = FORMAT_OF_ENDING if format == 'auto' else dict.fromkeys(ENDINGS[format], format)
+        for entry in entries:
+            if entry.name.startswith('.'):
+                continue
+            if entry.is_dir() and os.path.realpath(entry.path) not in above:
                 yield from walk(entry.path, format, above)
-        elif entry.is_file():
-            kind = format_of(entry.name)
-            if format != 'auto':
-                kind = format if kind and wanted & set(ENDINGS[kind]) else None
-            yield entry.path, kind
+            elif entry.is_file():
+                yield File(entry.path, formats.get(ending_of(entry.name)))
 
 
 def n_bytes_of(path) -> int:
@@ -304,16 +292,16 @@ def read_lines(path, reading):
 
 def text_of_record(record, where, reading):
     """Join a record's fields by line feeds. A list of texts is as good as a text, and so is a bare string."""
-    values = {'': record}
-    if isinstance(record, dict):
-        missing = [field for field in reading.fields if field not in record]
-        if missing:
-            raise no_field(where, missing[0], record)
-        values = {field: record[field] for field in reading.fields}
-    elif not isinstance(record, str):
+    fields = reading.fields
+    if isinstance(record, str):
+        record, fields = {'': record}, ['']
+    if not isinstance(record, dict):
         raise ValueError(f'{where}: an object or a string is needed, not {excerpt(record)}')
     texts = []
-    for field, value in values.items():
+    for field in fields:
+        if field not in record:
+            raise no_field(where, field, record)
+        value = record[field]
         if isinstance(value, list) and all(isinstance(text, str) for text in value):
             value = '\n'.join(value)
         if not isinstance(value, str | None):
@@ -367,25 +355,9 @@ def read_csv(path, reading, delimiter=','):
             raise ValueError(f'{path}, line {rows.line_num}: not a table of values: {error}') from None
 
 
-def read_tsv(path, reading):
-    yield from read_csv(path, reading, delimiter='\t')
-
-
 def read_json_file(path, reading):
-    import ijson
-    n_records = 0
-    try:
-        layout, list_key = find_layout(path, reading.encoding, reading.errors, reading.fields or ())
-        with reading.open(path) as file:
-            source = JsonEvents(file)
-            for record in read_values(iter(source), layout, list_key):
-                n_records, source.pending = n_records + 1, 0
-                yield record, f'{path}, record {n_records}'
-    except (ValueError, ijson.JSONError) as error:
-        if str(error).startswith(path):
-            raise
-        reason = str(error).partition('\n')[0].strip()
-        raise ValueError(f'{path}, record {n_records + 1}: not JSON: {reason}') from None
+    from corpus.jsonfile import read_json_records  # imports ijson
+    yield from read_json_records(path, reading)
 
 
 # -----------------------------------------------------------------------------
@@ -402,18 +374,10 @@ def read_wiki(path, reading):
 
 
 def text_of_page(page, where, reading):
-    text = plain_text(page.wikitext, page.hidden)
-    if not text:
+    values = {'title': page.title, 'text': plain_text(page.wikitext, page.hidden)}
+    if not values['text']:
         return ''
-    values = {'title': page.title, 'text': text}
     return whole_characters('\n'.join(values[field] for field in reading.fields), where, 'replace')
-
-
-def read_blocks(path, reading):
-    n_bytes = n_bytes_of(path)
-    for row, share, where in read_rows(path):
-        reading.n_read = int(n_bytes * share)
-        yield row, where
 
 
 READERS = {
@@ -423,11 +387,11 @@ READERS = {
     'jsonl': read_jsonl,
     'json': read_json_file,
     'csv': read_csv,
-    'tsv': read_tsv,
+    'tsv': functools.partial(read_csv, delimiter='\t'),
     'parquet': read_parquet,
     'arrow': read_arrow,
     'wiki': read_wiki,
-    'blocks': read_blocks,
+    'blocks': read_rows,
 }
 RECORD_FORMATS = ('jsonl', 'json', 'csv', 'tsv', 'parquet', 'arrow', 'lines')
-TEXT_OF = {**dict.fromkeys(RECORD_FORMATS, text_of_record), 'lines': None, 'wiki': text_of_page}
+TEXT_OF = {**dict.fromkeys(RECORD_FORMATS, text_of_record), 'wiki': text_of_page}

@@ -88,8 +88,8 @@ class TextFile:
     def read(self, n_chars):
         try:
             text = self.text.read(n_chars)
-        except UnicodeError as error:
-            raise ValueError(wrong_encoding(self.path, self.encoding, str(error))) from None
+        except UnicodeError:
+            raise ValueError(wrong_encoding(self.path, self.encoding)) from None
         self.n_read = self.raw.tell()
         if self.n_chars == 0:
             text = text.removeprefix('\ufeff')
@@ -119,8 +119,7 @@ def too_long(what):
 
 
 def no_field(where, field, names):
-    names = [str(name) for name in names]
-    shown = ', '.join(names[:20]) or 'none at all'
+    shown = ', '.join(list(names)[:20]) or 'none at all'
     if len(names) > 20:
         shown += f' and {len(names) - 20:,} more'
     return ValueError(f'{where}: no field {field!r} with text, only {shown}: '
@@ -131,9 +130,9 @@ def no_field(where, field, names):
 # the encoding of a file
 
 
-def wrong_encoding(path, encoding, reason):
+def wrong_encoding(path, encoding):
     """Say where a file stops being text in this encoding, and which encoding fits it."""
-    line, reason = first_error(path, encoding) or (1, reason)
+    line, reason = first_error(path, encoding)
     name = encoding.upper() if encoding.startswith('utf') else encoding
     remedy = fitting_encoding(path) or ('convert the file to UTF-8, name its encoding with --encoding, '
                                         'or --errors=replace puts U+FFFD in its place')

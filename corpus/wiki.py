@@ -20,22 +20,17 @@ class Page(NamedTuple):
 
 
 def read_pages(file, path):
-    """Yield every Page of the main namespace that is not a redirection.
-
-    file     has read(n_chars)
-    path     names it in errors
-    raises   ValueError for what is not a complete MediaWiki dump
-    """
+    """Yield every Page of the main namespace that is not a redirection."""
     import mwparserfromhell  # noqa: F401 (says before the first page that it is missing)
-    hidden, root = set(), None
+    hidden = set()
+    events = ET.iterparse(file, events=('start', 'end'))
     try:
-        for event, element in ET.iterparse(file, events=('start', 'end')):
-            tag = element.tag.rpartition('}')[2]
-            if root is None:
-                root = element
-                if tag != 'mediawiki':
-                    raise ValueError(f'{path}: its first element is <{tag}>, '
-                                     'not the <mediawiki> of a MediaWiki dump')
+        _, root = next(events)
+        tag = local_name(root)
+        if tag != 'mediawiki':
+            raise ValueError(f'{path}: its first element is <{tag}>, not the <mediawiki> of a MediaWiki dump')
+        for event, element in events:
+            tag = local_name(element)
             if event == 'end' and tag == 'namespace' and element.get('key') in ('6', '14'):
                 hidden.add((element.text or '').lower())
             if event == 'end' and tag == 'page':
@@ -48,9 +43,13 @@ def read_pages(file, path):
         raise ValueError(f'{path}, line {error.position[0]}: not XML, or cut short: {reason}') from None
 
 
+def local_name(element):
+    return element.tag.rpartition('}')[2]
+
+
 def article(element, hidden):
     """The Page of a <page>; None for a redirection, another namespace, or a page that is not wikitext."""
-    values = {child.tag.rpartition('}')[2]: child.text or '' for child in element.iter()}
+    values = {local_name(child): child.text or '' for child in element.iter()}
     if values.get('ns', '0') != '0' or 'redirect' in values or values.get('model', 'wikitext') != 'wikitext':
         return None
     return Page(values.get('title', ''), values.get('text', ''), hidden)
