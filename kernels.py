@@ -1,7 +1,6 @@
 """The tensor operations of model.py: attention, the KV cache, cross entropy in chunks, packed layers.
 
-Each docstring states the plain meaning. The code departs from the plain form where that is faster, or needs
-less memory, on the hardware it names.
+Each docstring states the plain meaning. The code departs from it to save time or memory on some hardware.
 
 B batch, H heads, T tokens in a row, S tokens seen so far, D head size, C width, V vocabulary, N loss rows
 """
@@ -14,7 +13,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-IGNORE = -100  # the target that is none, as in torch's cross_entropy and in transformers
+IGNORE = -100  # marks a position without target, as in torch's cross_entropy and transformers
 CHUNK_BYTES = {'cpu': 256 << 20}  # of float32 logits in a chunk of the loss, by type of device
 GPU_CHUNK_BYTES = 1 << 30
 
@@ -26,10 +25,10 @@ def compute_dtype(x):
 
 
 def gelu_tanh(x):
-    """GPT-2's GELU, the tanh approximation.
+    """Apply GPT-2's GELU, the tanh approximation.
 
-    On a CPU in bfloat16 the exact GELU replaces it, because torch's tanh kernel takes five times as long. The
-    two differ by at most 4.8e-4, on average by a sixth of bfloat16's rounding or less.
+    On a CPU in bfloat16 the exact GELU replaces it, because torch's tanh kernel takes five times as long.
+    The two differ by at most 4.8e-4, and on average by less than bfloat16's rounding.
     """
     exact = x.device.type == 'cpu' and x.dtype == torch.bfloat16
     return F.gelu(x, approximate='none' if exact else 'tanh')
@@ -40,11 +39,11 @@ def gelu_tanh(x):
 
 
 def attention(q, k, v, mask, dropout):
-    """Softmax(q k' / sqrt(D)) v, causal: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+    """Return softmax(q k' / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
-    mask  added to the scores, expands to (B, H, T, S); None = each token attends to itself and before
+    mask  added to the scores, expands to (B, H, T, S); None = causal, or all S tokens if T is 1
     """
-    if mask is None or not by_products(q, q.size(2)):
+    if mask is None or not prefers_matmul(q, q.size(2)):
         is_causal = mask is None and q.size(2) > 1
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
     mask = mask.expand(*q.shape[:3], k.size(2)).flatten(0, 1)
@@ -53,11 +52,11 @@ def attention(q, k, v, mask, dropout):
     return (F.dropout(scores.softmax(dim=-1), dropout) @ v_rows).view_as(q)
 
 
-def by_products(x, T):
+def prefers_matmul(x, T):
     """Whether attention is faster as two matrix products than by torch's fused kernel.
 
-    It is when training in bfloat16 on a CPU. The backward pass of the fused kernel takes 2 to 6 times as
-    long up to T = 256; at 512 both passes take up to a third longer. Longer rows need too much memory.
+    True for training in bfloat16 on a CPU. The backward pass of the fused kernel takes 2 to 6 times as long
+    up to T = 256; at 512 both passes take up to a third longer. Longer rows need too much memory.
     """
     trains = torch.is_grad_enabled()
     return x.device.type == 'cpu' and compute_dtype(x) == torch.bfloat16 and T <= 512 and trains
@@ -66,23 +65,23 @@ def by_products(x, T):
 def causal_mask(x, n_seen):
     """Return the (T, S) mask for x (B, T, C) after n_seen cached tokens; None if attention() needs none."""
     T = x.size(1)
-    if T == 1 or not (n_seen or by_products(x, T)):
+    if T == 1 or not (n_seen or prefers_matmul(x, T)):
         return None
     mask = torch.full((T, n_seen + T), -math.inf, device=x.device, dtype=compute_dtype(x))
     return mask.triu(n_seen + 1)
 
 
 def document_mask(documents, T, dtype):
-    """Restrict attention to the document of each token, for the last T tokens of rows of several documents.
+    """Restrict attention to the document of each token, for the last T tokens of each row.
 
     documents  (B, S) int64  number of the document that each token belongs to
-    returns    (B, T) int64 positions, counted from the first token of the document, and the mask,
-               (B, 1, T, S): -inf at later tokens and at tokens of other documents
+    returns    (B, T) int64 positions in the document, and the (B, 1, T, S) mask: -inf at later tokens and at
+               tokens of other documents
     """
     same = documents[:, -T:, None] == documents[:, None]  # (B, T, S)
     index = torch.arange(documents.size(1), device=documents.device)
-    hidden = ~same | (index > index[-T:, None])
-    mask = torch.zeros_like(same, dtype=dtype).masked_fill(hidden, -math.inf)
+    masked = ~same | (index > index[-T:, None])
+    mask = torch.zeros_like(same, dtype=dtype).masked_fill(masked, -math.inf)
     first = same.int().argmax(dim=-1)  # (B, T)
     return index[-T:] - first, mask[:, None]
 
@@ -90,13 +89,13 @@ def document_mask(documents, T, dtype):
 class KVCache:
     """Keys and values of the tokens seen so far: two (B, H, max_tokens, D) a layer, allocated once.
 
-    static  for one new token, attend to all max_tokens slots, the empty ones masked: every token then has the
-            same shapes, and one compiled block serves them all
+    static  a single new token attends to all max_tokens slots, with the empty ones masked: the shapes stay
+            constant, and one compiled block serves every token
     """
 
     def __init__(self, config, batch_size, max_tokens, device, dtype, static=False):
         self.static = static
-        self.max_tokens = -(-max_tokens // 64) * 64 if static else max_tokens  # a multiple suits GPU kernels
+        self.max_tokens = -(-max_tokens // 64) * 64 if static else max_tokens  # suits GPU kernels
         shape = batch_size, config.n_head, self.max_tokens, config.n_embd // config.n_head
         # zeros: a masked slot must not hold a NaN
         kv = torch.zeros(config.n_layer, 2, *shape, device=device, dtype=dtype)
@@ -105,10 +104,10 @@ class KVCache:
         self.documents = torch.empty(batch_size, 0, dtype=torch.int64, device=device)  # of those tokens
 
     def slots(self, T):
-        """Return for each layer (keys, values, positions), where the next T tokens are stored and attend to.
+        """Return (keys, values, positions) of each layer, for storing and attending to the next T tokens.
 
         keys, values  (B, H, S, D)
-        positions     (T,) int64 of those tokens. A tensor: a number would be compiled into the graph
+        positions     (T,) int64 of those tokens; a tensor, because a graph would fix a number
         """
         end = self.n_tokens + T
         S = self.max_tokens if self.static and T == 1 else end
@@ -116,7 +115,7 @@ class KVCache:
         return [(keys[:, :, :S], values[:, :, :S], positions) for keys, values in self.kv]
 
     def mask_empty(self, mask, T, dtype):
-        """Return the mask for T tokens; with a static cache, extended over its empty slots for one token."""
+        """Extend the mask of a single token over the empty slots of a static cache."""
         if not self.static or T > 1:
             return mask
         if mask is None:
@@ -126,9 +125,9 @@ class KVCache:
 
 @contextlib.contextmanager
 def decoding(context, cache):
-    """Settings under which the context, (B, T), is read in generation.
+    """Set torch up for a forward pass over the context, (B, T), in generation.
 
-    Prompts run eagerly, because each length would be compiled anew. On CUDA attention is never cuDNN's, which
+    Prompts run eagerly, because each length would be compiled anew. On CUDA cuDNN's attention is off: it
     spends 23 to 37 ms on a plan for each new length.
     """
     is_prompt = cache is not None and context.size(1) > 1
@@ -161,16 +160,16 @@ def chunked_cross_entropy(x, weight, targets, *, n_rows, softcap, dtype):
 
     x        (N, C)  hidden states
     weight   (V, C)  of the head
-    targets  (N,)    int64, -100 = no target
+    targets  (N,)    int64, IGNORE = no target
     n_rows   rows of logits in memory at a time
-    softcap  logits are capped at +-softcap; None = they are not
+    softcap  cap the logits at +-softcap; None = no cap
     dtype    of the matrix products
     """
     return ChunkedCrossEntropy.apply(x, weight, targets, n_rows, softcap, dtype)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The forward pass also computes the gradients, chunk by chunk, and keeps them instead of the logits."""
+    """Compute the gradients in the forward pass, chunk by chunk, and keep them instead of the logits."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, n_rows, softcap, dtype):
@@ -197,7 +196,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_gradient(logits, target, softcap):
-    """Return the cross entropy of each row, (n, 1), and its gradient by the logits before the cap, (n, V).
+    """Return the cross entropy of each row, (n, 1), and its gradient by the uncapped logits, (n, V).
 
     logits  (n, V) float32, overwritten
     target  (n, 1) int64, 0 .. V - 1
@@ -237,14 +236,14 @@ class PackedLinear(nn.Module):
             self.scale = (largest / 127).clamp(min=1e-12).to(weight.dtype)
             steps = weight.float() / self.scale.float()[:, None]
             self.weight = steps.round().clamp(-127, 127).to(torch.int8)
-        else:  # laid out for one row: the default layout reads prompts a fifth slower
+        else:  # for one row: prefill is a fifth slower in the default layout
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
     def forward(self, x):
         if self.scale is None:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
         rows = x.flatten(0, -2)
-        if len(rows) <= 16:  # its time grows with the rows
+        if len(rows) <= 16:  # the int8 kernel's time grows with the rows
             y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale  # int8 is exact in bfloat16
@@ -254,9 +253,9 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model, quantize=None):
-    """Replace the Linear layers of a model on the CPU by PackedLinear ones, where that is known to be faster.
+    """Replace the Linear layers of a model on the CPU by PackedLinear, if that is faster.
 
-    quantize  None: bfloat16 models only. 'int8': any
+    quantize  None = pack bfloat16 models only; 'int8' = quantize any model
     """
     weight = model.lm_head.weight
     if quantize and weight.device.type != 'cpu':

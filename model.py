@@ -36,11 +36,11 @@ ACTIVATIONS = {
 
 @dataclass
 class GPTConfig:
-    """Everything that defines the function a checkpoint computes. It is stored beside the weights.
+    """The architecture of a model, stored beside its weights.
 
     vocab_size  the default is GPT-2's 50257, padded to a multiple of 64 for the matrix kernels
-    bias        of linear and LayerNorm layers; None = as the architecture has it: gpt2 True, modern False
-    activation  None = as the architecture has it: gpt2 gelu_tanh, modern relu2; nanoGPT's is gelu
+    bias        of linear and LayerNorm layers; None = True for gpt2, False for modern
+    activation  None = gelu_tanh for gpt2, relu2 for modern; nanoGPT uses gelu
     raises      ValueError for shapes that do not fit together
     """
 
@@ -84,7 +84,7 @@ def make_norm(config):
 
 
 def rotary_table(config):
-    """Return cos and sin of every position as rotate() takes them: (block_size, 1, 1, D) float32 each."""
+    """Return cos and sin of every position for rotate(): (block_size, 1, 1, D) float32 each."""
     D = config.n_embd // config.n_head
     frequency = ROPE_THETA ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
     angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequency)[:, None, None]
@@ -105,18 +105,18 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary, mask, cache):
+    def forward(self, x, rotary, mask, slots):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         if rotary is None:
             q, k, v = qkv.unbind(2)  # (B, T, H, D) each
         else:
-            qk = rotate(qkv[:, :, :2], *rotary)  # queries and keys share rotation and norm: one call for both
+            qk = rotate(qkv[:, :, :2], *rotary)  # queries and keys in one call
             q, k = F.rms_norm(qk, qk.shape[-1:], eps=RMS_EPS).unbind(2)  # arXiv:2010.04245
             v = qkv[:, :, 2]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        if cache is not None:
-            keys, values, positions = cache
+        if slots is not None:  # of a layer, from KVCache.slots()
+            keys, values, positions = slots
             k, v = keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)  # (B, H, S, D)
         y = kernels.attention(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -143,8 +143,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary, mask, cache):
-        x = x + self.attn(self.ln_1(x), rotary, mask, cache)
+    def forward(self, x, rotary, mask, slots):
+        x = x + self.attn(self.ln_1(x), rotary, mask, slots)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -157,9 +157,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # True: keep each block's input only, recompute the rest
-        self.compiled = False  # by compile_blocks()
-        self.loss_chunks = 'auto'  # how many chunks loss() computes the logits in; 'auto' = by their size
+        self.activation_checkpointing = False  # True: recompute blocks in the backward pass
+        self.compiled = False  # set by compile_blocks()
+        self.loss_chunks = 'auto'  # chunks of loss() and score(); 'auto' = by size of the logits
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.arch == 'gpt2':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
@@ -204,8 +204,8 @@ class GPT(nn.Module):
 
         idx        (B, T) int64
         cache      KVCache of the tokens before idx; the tokens of idx are added to it
-        documents  (B, T) int64, a number for each token: it attends to tokens of its own number only, and
-                   positions count from the first of them. For several documents in a row, and for padding
+        documents  (B, T) int64 document number of each token, for packed rows and for padding: tokens attend
+                   within their document only, and positions count from its start
         returns    (B, T, C)
         raises     ValueError if the row, cached tokens included, is longer than block_size
         """
@@ -225,7 +225,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[position]
         else:
             x = F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
-            rotary = self.cos[position].to(dtype), self.sin[position].to(dtype)  # (T or B, T, 1, 1, D)
+            rotary = self.cos[position].to(dtype), self.sin[position].to(dtype)  # ([B,] T, 1, 1, D)
         x = self.transformer.drop(x)
         slots = [None] * self.config.n_layer
         if cache is not None:
@@ -245,7 +245,7 @@ class GPT(nn.Module):
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def forward(self, idx, targets=None, cache=None, documents=None):
-        """Return (logits, loss) as nanoGPT does: (B, T, V), or without targets (B, 1, V) and no loss."""
+        """Return (B, T, V) logits and the mean loss; without targets (B, 1, V) and None, as in nanoGPT."""
         x = self.hidden(idx, cache, documents)
         if targets is None:
             return self.head(x[:, -1:]), None
@@ -263,15 +263,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def score(self, idx, targets, documents=None) -> Scores:
-        """Return the cross entropy of each target, and whether its logit is the largest, for evaluation."""
+        """Return the cross entropy of each target, and whether its logit is the largest."""
         is_target = targets != kernels.IGNORE  # (B, T)
-        x, wanted = self.hidden(idx, documents=documents)[is_target], targets[is_target]  # (N, C), (N,)
-        n_rows = kernels.loss_chunk_rows(len(wanted), self.loss_chunks, self.lm_head.weight)
+        x, target_ids = self.hidden(idx, documents=documents)[is_target], targets[is_target]  # (N, C), (N,)
+        n_rows = kernels.loss_chunk_rows(len(target_ids), self.loss_chunks, self.lm_head.weight)
         losses, hits = [], []
-        for x_chunk, wanted_chunk in zip(x.split(n_rows), wanted.split(n_rows), strict=True):
+        for x_chunk, target_chunk in zip(x.split(n_rows), target_ids.split(n_rows), strict=True):
             logits = self.head(x_chunk)  # (n_rows, V)
-            losses.append(F.cross_entropy(logits, wanted_chunk, reduction='none'))
-            hits.append(logits.argmax(dim=-1) == wanted_chunk)
+            losses.append(F.cross_entropy(logits, target_chunk, reduction='none'))
+            hits.append(logits.argmax(dim=-1) == target_chunk)
         nats = torch.zeros(targets.shape, device=targets.device)
         nats[is_target] = torch.cat(losses)
         return Scores(nats, torch.zeros_like(is_target).masked_scatter(is_target, torch.cat(hits)))
@@ -283,15 +283,15 @@ class GPT(nn.Module):
         return n - self.transformer.wpe.weight.numel() if non_embedding and has_wpe else n
 
     def flops_per_token(self, T: int | None = None) -> int:
-        """Floating-point operations of a training step per token of a row of T: 6 for each weight of a
-        matrix, 12 for each of the T x C products of attention in a layer (arXiv:2204.02311).
+        """Count the floating-point operations of training per token of a row of T tokens: 6 per matrix
+        weight, and 12 T C per layer for attention (arXiv:2204.02311).
         """
         n_weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * n_weights + 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
 
     @torch.no_grad()
     def crop_block_size(self, block_size: int):
-        """Drop the positions from block_size on."""
+        """Keep the first block_size positions."""
         if block_size > self.config.block_size:
             raise ValueError(f'block_size={block_size} is larger than the {self.config.block_size} of these '
                              'weights: use that or less')
@@ -310,9 +310,9 @@ class GPT(nn.Module):
         dtype       of the parameters, converted one by one as they are read; None = torch.float32
         raises      ValueError, OSError for a model that is missing, damaged or of another architecture
         """
-        from weights import pretrained  # imported here: model.py and kernels.py suffice to train
+        from weights import pretrained  # keeps model.py usable with kernels.py alone
         path = pretrained.find(name_or_folder)
-        with torch.device('meta'):  # shapes only: no memory, and no time spent on values that are replaced
+        with torch.device('meta'):  # skip the initialization
             config = GPTConfig(**pretrained.read_model_args(path), dropout=dropout)
             model = cls(config).to(dtype or torch.float32)
         model.to_empty(device='cpu')
@@ -335,7 +335,7 @@ class GPT(nn.Module):
         return self
 
     def compile_blocks(self):
-        """Compile the blocks for generation: one graph for all of them, and for every token."""
+        """Compile the blocks for generation: one graph serves all blocks and tokens."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self.compiled = True
@@ -349,12 +349,12 @@ class GPT(nn.Module):
         temperature  0 = always the most likely token
         top_k        draw among the k most likely tokens; None or 0 = all
         top_p        draw among the fewest tokens of this total probability (arXiv:1904.09751); None = all
-        vocab_size   ids from here on are padding and never drawn; None = draw among all
-        documents    (B, T) int64, as in hidden(); new tokens belong to the last one. Pad shorter prompts on
-                     the left, with document 0 for the padding and 1 for the prompt
+        vocab_size   draw ids below this only, because the rest are padding; None = all
+        documents    (B, T) int64, as in hidden(); new tokens join the last document of the row. Pad short
+                     prompts on the left: document 0 is the padding, 1 the prompt
 
-        Beyond block_size the context is the last block_size tokens. Every key then depends on a token that
-        has left, so the cache is of no use and each new token costs a whole row.
+        Beyond block_size the context slides. Every cached key then depends on a dropped token, so each new
+        token costs a forward pass over block_size tokens without a cache.
         """
         if idx.size(1) == 0:
             raise ValueError('the prompt is empty: give the model at least one token to continue')
@@ -386,10 +386,10 @@ class GPT(nn.Module):
 
 def draw(logits, temperature, top_k, top_p):
     """Draw one token a row from logits (B, V): (B,) int64. Arguments as in GPT.stream()."""
-    if temperature < 1e-6:  # the probability of any other token is below float32
+    if temperature < 1e-6:  # every other probability underflows in float32
         return logits.argmax(dim=-1)
     logits, order = logits / temperature, None
-    if top_k and top_k < logits.size(-1):  # drawing from 50,000 instead of k takes a millisecond a row
+    if top_k and top_k < logits.size(-1):  # drawing among k is 1 ms a row faster than among V
         logits, order = logits.topk(top_k)
     p = logits.softmax(dim=-1)  # (B, V) or (B, k)
     if top_p is not None and top_p < 1.0:
