@@ -286,10 +286,10 @@ def compiled_loss(model):
     return model.loss
 
 
-def sync_gradients(model, last: bool):
-    """Tell FSDP whether this is the last micro-step, the only one in which it reduces gradients."""
+def sync_gradients(model, reduce: bool):
+    """Tell FSDP whether to reduce gradients in this micro-step: it must in the last one."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(reduce)
 
 
 def sum_gradients(model):

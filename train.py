@@ -119,6 +119,7 @@ backend: Literal['auto', 'nccl', 'gloo', 'mpi'] = 'auto'
 # several ranks, under torchrun
 parallel: Literal['ddp', 'fsdp'] = 'ddp'  # ddp: all weights on each rank; fsdp: a shard of each weight
 shard_ranks = 0  # fsdp: how many ranks share one copy of the weights; 0 = all
+shard_gradients = False  # fsdp: reduce gradients in every micro-step, for less memory and more traffic
 timeout_s = 600  # a rank fails after waiting this long for others, for example during a save
 # -----------------------------------------------------------------------------
 
@@ -254,7 +255,7 @@ with one_line_errors(), distributed.signals_noted():
         step_loss = torch.zeros((), device=place.device)
         for micro_step in range(grad_accum):
             x, y, documents = data.train.batch(progress.iter_num, micro_step).to(place.device)
-            distributed.sync_gradients(model, last=micro_step == grad_accum - 1)
+            distributed.sync_gradients(model, shard_gradients or micro_step == grad_accum - 1)
             with autocast:
                 loss = loss_of(x, y, documents) / n_targets
             scaler.scale(loss).backward()

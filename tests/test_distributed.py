@@ -99,7 +99,7 @@ CASES = [
     ('--gradient_accumulation_steps=1 --batch_size=6 --arch=modern', ''),
     ('--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2', ''),
     ('--optimizer=muon --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', ''),  # 12 windows: the last batch is one rank's
-    ('--gradient_accumulation_steps=4 --dropout=0.0', '--parallel=fsdp'),
+    ('--gradient_accumulation_steps=4 --dropout=0.0', '--parallel=fsdp --shard_gradients=True'),
     ('--arch=modern --bias=False', '--parallel=fsdp --activation_checkpointing=True'),
     ('--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2', '--parallel=fsdp'),
     ('--optimizer=muon --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', '--parallel=fsdp'),

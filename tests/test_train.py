@@ -694,3 +694,15 @@ def test_a_gradient_of_zero_in_the_first_step_ends_the_run(tiny, tmp_path, monke
     monkeypatch.setattr(GPT, 'loss', lambda self, *args: loss_of(self, *args) * 0.0 + 3.0)  # torch 2.11, compiled: norm 0.000
     code, _, stderr, _ = train_here(*TINY, '--max_iters=6', f'--dataset={tiny}', out_dir=tmp_path)
     assert code == 2 and stderr.startswith('the gradient of step 0 is exactly zero'), stderr
+
+
+def test_a_short_last_batch_of_an_evaluation_compiles_nothing_anew(tiny, tmp_path, monkeypatch):
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append([tuple(each.shape) for each in inputs if isinstance(each, torch.Tensor) and each.dtype == torch.int64])
+        return graph.forward
+
+    monkeypatch.setattr(torch, 'compile', lambda function, **settings: compile(function, backend=backend, **settings))
+    train(*TINY, '--compile=True', '--eval_iters=0', '--max_iters=6', '--eval_interval=3', f'--dataset={tiny}', out_dir=tmp_path)
+    assert [shapes for shapes in graphs if shapes] == [[(4, 16), (4, 16)]]  # the training step, once; 500 tokens end in 3 windows

@@ -33,13 +33,13 @@ def check_settings(settings: dict):
     check_limits(settings)
     check_optimization(settings)
     check_files(settings)
-    dataset, shard_ranks = settings['dataset'], settings['shard_ranks']
-    is_stream = dataset.startswith('stream:')
+    is_stream = settings['dataset'].startswith('stream:')
     if settings['isolate_documents'] and is_stream:
         raise ValueError('isolate_documents=True is for packed datasets, a stream does not keep documents '
                          'apart: pack the text, or leave isolate_documents out')
-    if shard_ranks and settings['parallel'] != 'fsdp':
-        raise ValueError(f'shard_ranks={shard_ranks} is for --parallel=fsdp: add it, or use --shard_ranks=0')
+    for name in ('shard_ranks', 'shard_gradients'):
+        if settings[name] and settings['parallel'] != 'fsdp':
+            raise ValueError(f'{name}={settings[name]} is for --parallel=fsdp: add it, or use --{name}=0')
     if bool(settings['core_interval']) != bool(settings['core']):
         raise ValueError(f'core_interval={settings["core_interval"]} and core={settings["core"]!r} '
                          'go together: the interval, and the folder of the CORE bundle')
