@@ -35,7 +35,9 @@ from weights import foreign
 FORMAT = 1
 NUMBERED = re.compile(r'ckpt_\d{8,}\.pt')
 # the parts of a NumPy scalar, such as best_val_loss = np.float64(1.9), which weights_only=True would refuse
-NUMPY_SCALARS = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(kind)) for kind in 'bBhHiIlLefd?')]
+_SCALAR = np.float64(0).__reduce__()[0]  # under two names: NumPy 2's and NumPy 1's
+NUMPY_SCALARS = [(_SCALAR, 'numpy.core.multiarray.scalar'), (_SCALAR, 'numpy._core.multiarray.scalar')]
+NUMPY_SCALARS += [np.dtype, *(type(np.dtype(kind)) for kind in 'bBhHiIlLefd?')]
 
 
 # -----------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         problem = f'this PyTorch was built for CUDA {torch.version.cuda} and finds no GPU (driver too old?)'
     if name == 'auto':
         if problem:
-            print0(f'{problem}; using the CPU', file=sys.stderr)
+            print0(f'{problem}; using the CPU')
         name = accelerator.type if accelerator else 'cpu'
     try:
         device = torch.device(name)
