@@ -139,12 +139,13 @@ class Loader(Batches):
         """Return the windows numbered g, (K,) int64, counted over the whole run."""
         T = self.block_size
         tokens = np.zeros((len(g), T + 1), dtype=np.int64)
-        is_target = np.zeros(tokens.shape, dtype=bool)
+        is_target = np.full(tokens.shape, self.all_are_targets)
         documents = np.zeros((len(g), T), dtype=np.int64)
         spans = self.locate(g)
         for row, (shard, start, length) in enumerate(spans):
             tokens[row, :length] = shard.tokens.read(start, length)
-            is_target[row, :length] = shard.is_target(start, length)
+            if not self.all_are_targets:
+                is_target[row, :length] = shard.is_target(start, length)
             if self.isolate:
                 positions = shard.first + start + np.arange(T)
                 documents[row] = np.searchsorted(self.begins[shard.split], positions, side='right')
@@ -154,9 +155,10 @@ class Loader(Batches):
             raise ValueError(f'{shard.path} offset {start + i}: token id {tokens[row, i]} is beyond '
                              f'vocab_size {self.vocab_size}: the shard was made with another tokenizer '
                              'or altered, prepare the dataset again')
-        x = torch.from_numpy(tokens[:, :-1].copy())
-        y = torch.from_numpy(np.where(is_target[:, 1:], tokens[:, 1:], IGNORE))
-        return Batch(x, y, torch.from_numpy(documents) if self.isolate else None)
+        x, y = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        y[~is_target[:, 1:]] = IGNORE
+        arrays = (x, y, documents) if self.isolate else (x, y)
+        return Batch(*map(torch.from_numpy, arrays))
 
     def count_targets(self, step: int) -> int:
         if self.all_are_targets:
