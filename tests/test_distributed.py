@@ -351,7 +351,7 @@ def test_a_cuda_build_that_finds_no_gpu_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.version, 'cuda', '13.0')
     monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda check_available=False: None)
     assert devices.choose_device('auto') == devices.choose_device('cpu') == torch.device('cpu')
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith('this PyTorch was built for CUDA 13.0 and finds no GPU') and line.endswith('; using the CPU')
     with pytest.raises(ValueError, match='only cpu is: this PyTorch was built for CUDA 13.0 and finds no GPU'):
         devices.choose_device('cuda')
