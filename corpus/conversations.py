@@ -9,14 +9,15 @@ is block_size + 1 tokens: whole conversations, then padding. The mask is 1 on an
 else 0.
 """
 
-import itertools
 import shutil
 import sys
 from bisect import bisect_left, insort
 from collections import Counter
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -31,6 +32,7 @@ from tokens.dataset import id_dtype, read_meta
 from tokens.tokenizer import load_tokenizer, tokenizer_meta
 
 MAX_EVIDENCE_LOST = 0.05
+EVIDENCE_LOST = 'answer no longer in its passage'
 
 
 def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbose=False, **reading) -> dict:
@@ -39,7 +41,6 @@ def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbo
     block_size  a row is one token longer; training takes the same block_size
     val         share of the questions (or of their passages) for validation, chosen by hash: conversations
                 about one of them are in one split. Or a list of files, whose questions training leaves out
-    verbose     name each conversation that was left out or cut
     reading     question, answer, encoding of corpus.dialogue.read_conversations
     returns     the dict in meta.json
     raises      ValueError, FileNotFoundError; the old dataset then stays
@@ -48,25 +49,22 @@ def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbo
     if isinstance(val, float) and not 0 < val < 1:
         raise ValueError(f'--val_fraction={val} must lie between 0 and 1')
     encoder = Encoder(tokenizer, style, block_size + 1, verbose)
-    splits, held_out = {'train': [], 'val': []}, {}
-    if not isinstance(val, float):
+    splits = {'train': [], 'val': []}
+    if isinstance(val, float):
+        for key, conversations in encoder.encode_all(read_conversations(paths, **reading)).items():
+            splits[split_by_hash(key, val)] += conversations
+    else:
         held_out = encoder.encode_all(read_conversations(val, **reading))
-        splits['val'] = list(itertools.chain(*held_out.values()))
-    n_held_out = 0
-    for key, conversations in encoder.encode_all(read_conversations(paths, **reading)).items():
-        if key in held_out:
-            n_held_out += len(conversations)
-            continue
-        name = split_by_hash(key, val) if isinstance(val, float) else 'train'
-        splits[name] += conversations
-    if n_held_out:
-        print(f'{n_held_out:,} about what the validation files ask, left out of training')
+        encoded = encoder.encode_all(read_conversations(paths, **reading))
+        n_held_out = sum(len(encoded.pop(key, ())) for key in held_out)
+        if n_held_out:
+            print(f'{n_held_out:,} about what the validation files ask, left out of training')
+        splits = {'train': list(chain(*encoded.values())), 'val': list(chain(*held_out.values()))}
+    remedies = {'train': 'give more, or a larger --block_size',
+                'val': 'give --val FILE, or another --val_fraction'}
     for name, conversations in splits.items():
         if not conversations:
-            remedy = 'give more, or a larger --block_size'
-            if name == 'val':
-                remedy = 'give --val FILE, or another --val_fraction'
-            raise ValueError(f'there is no conversation for the {name} split: {remedy}')
+            raise ValueError(f'there is no conversation for the {name} split: {remedies[name]}')
     return write_dataset(Path(folder), tokenizer, splits, style=style, size=block_size + 1,
                          source=', '.join(Path(path).name for path in paths))
 
@@ -79,17 +77,16 @@ class Encoder:
 
     def encode_all(self, conversations):
         """Return {key: list of (ids, mask)}, and print the counts."""
-        from tqdm import tqdm
         encoded = {}
-        self.counts, self.n_evidence, self.n_evidence_lost = Counter(), 0, 0
+        self.counts, self.n_evidence = Counter(), 0
         for conversation in tqdm(conversations, desc='tokenizing', unit=' conversations', disable=None):
             fitted = self.encode(conversation.where, conversation.turns)
             if fitted is not None:
                 encoded.setdefault(conversation.key, []).append((fitted.ids, fitted.mask))
         for event, n in self.counts.items():
             print(f'{event}: {n:,}' + ('' if self.verbose else ' (-v names them)'))
-        if self.n_evidence_lost > MAX_EVIDENCE_LOST * self.n_evidence:
-            share = self.n_evidence_lost / self.n_evidence
+        share = self.counts[EVIDENCE_LOST] / max(self.n_evidence, 1)
+        if share > MAX_EVIDENCE_LOST:
             print(f'warning: {share:.0%} of the answers are no longer in their passages, '
                   'so the model would learn to answer without them: use a larger --block_size')
         return encoded
@@ -108,12 +105,10 @@ class Encoder:
             self.count(where, 'cut to fit a row')
         self.n_evidence += fitted.evidence is not None
         if fitted.evidence is False:
-            self.n_evidence_lost += 1
-            self.count(where, 'answer no longer in its passage')
+            self.count(where, EVIDENCE_LOST)
         return fitted
 
     def count(self, where, event):
-        from tqdm import tqdm
         self.counts[event] += 1
         if self.verbose:
             tqdm.write(f'{where}: {event}')
@@ -143,14 +138,13 @@ def best_fit(lengths, size):
 
 
 def write_dataset(folder, tokenizer, splits, *, style, size, source):
-    """Write the splits, {name: list of (ids, mask)}, as a dataset; returns the dict in meta.json."""
+    """Write the splits, {name: list of (ids, mask)}. Returns the dict in meta.json."""
     with packing_folder(folder) as work:
         try:
-            entries = {}
-            for name, conversations in splits.items():
-                entries[name] = write_rows(work, name, conversations, tokenizer, size=size)
-            dtype, vocab_size = id_dtype(tokenizer.vocab_size).name, tokenizer.vocab_size
-            meta = {'format': 1, 'dtype': dtype, 'vocab_size': vocab_size, 'tokenizer': tokenizer.meta(),
+            entries = {name: write_rows(work, name, conversations, tokenizer, size)
+                       for name, conversations in splits.items()}
+            meta = {'format': 1, 'dtype': id_dtype(tokenizer.vocab_size).name,
+                    'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.meta(),
                     'source': source, 'row_tokens': size, 'style': style, 'splits': entries}
             publish(work, folder, meta, masked=True)
         finally:
@@ -165,9 +159,8 @@ def write_dataset(folder, tokenizer, splits, *, style, size, source):
     return meta
 
 
-def write_rows(work, name, encoded, tokenizer, *, size):
-    """Write the .bin, .mask and .idx (of conversations) of a split; returns its entry in meta.json."""
-    pad = tokenizer.pad
+def write_rows(work, name, encoded, tokenizer, size):
+    """Write the .bin, .mask and .idx of a split. Returns its entry in meta.json."""
     token_bytes = tokenizer.token_bytes()
     files = SplitFiles(work, name, id_dtype(tokenizer.vocab_size), masked=True)
     for row in best_fit([len(ids) for ids, _ in encoded], size):
@@ -177,7 +170,8 @@ def write_rows(work, name, encoded, tokenizer, *, size):
         n_pad = size - len(ids)
         index = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
         n_bytes = int(token_bytes[ids].sum())
-        files.write(np.pad(ids, (0, n_pad), constant_values=pad), index, n_bytes, np.pad(mask, (0, n_pad)))
+        ids = np.pad(ids, (0, n_pad), constant_values=tokenizer.pad)
+        files.write(ids, index, n_bytes, np.pad(mask, (0, n_pad)))
     files.close()
     return files.entry
 
@@ -193,14 +187,10 @@ def as_text(ids, mask, tokenizer, colour):
     borders = np.flatnonzero(np.diff(mask, prepend=mask[0])).tolist()
     text = []
     for start, stop in zip([0, *borders], [*borders, len(ids)], strict=True):
-        pieces, plain_ids = [], []
-        for i in [*ids[start:stop].tolist(), None]:
-            if i is None or i in names:  # a character may be several tokens
-                pieces += [tokenizer.decode(plain_ids), names.get(i, '')]
-                plain_ids = []
-            else:
-                plain_ids.append(i)
-        piece = ''.join(pieces)
+        piece = ''
+        for is_special, group in groupby(ids[start:stop].tolist(), names.__contains__):
+            run = list(group)  # a character may be several tokens
+            piece += ''.join(map(names.get, run)) if is_special else tokenizer.decode(run)
         text.append(f'{begin}{piece}{end}' if mask[start] else piece)
     return ''.join(text)
 
@@ -230,7 +220,7 @@ def show(folder, split='train', n_rows=3):
 
 
 def open_tokenizer(name):
-    """Load gpt2, byte, or the tokenizer of a checkpoint, an out_dir or a folder with tokenizer.json."""
+    """Load gpt2, byte, or the tokenizer of a checkpoint, an out_dir, or a folder with tokenizer.json."""
     path = Path(name)
     if (path / 'ckpt.pt').exists():
         path = path / 'ckpt.pt'

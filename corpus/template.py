@@ -100,12 +100,11 @@ def encode_turns(turns, tokenizer, style):
 
 
 def encode(turns, tokenizer, style, size):
-    """Write a conversation in at most `size` tokens. Without an answer at its end, it is a prompt.
+    """Write turns in at most `size` tokens. Without an answer at their end, they are a prompt.
 
     A long conversation loses, until it fits: its last passage, except for the sentences around the answer;
     its oldest exchanges, but not the system turns; the beginning of its last question.
 
-    turns     list of (role, text)
     returns   Fitted; None where the last answer alone is too long
     """
     draft = Draft(turns, tokenizer, style, size)
@@ -142,6 +141,7 @@ class Draft:
 
     def encode(self):
         self.ids, self.mask = encode_turns(self.turns, self.tokenizer, self.style)
+        return not self.is_too_long()
 
     def is_too_long(self):
         return len(self.ids) > self.size
@@ -152,11 +152,10 @@ class Draft:
     def drop_exchanges(self):
         """Leave out the oldest exchanges, but neither the system turns nor the last answer."""
         first = next(i for i, turn in enumerate(self.turns) if turn[0] != 'system')
-        while self.is_too_long():
-            answers = [i for i, turn in enumerate(self.turns) if turn[0] == 'assistant']
-            if len(answers) == 1:
-                break
-            del self.turns[first:answers[0] + 1]
+        roles = [role for role, _ in self.turns]
+        while self.is_too_long() and roles.count('assistant') > 1:
+            end = roles.index('assistant') + 1
+            del self.turns[first:end], roles[first:end]
             self.encode()
 
     def shorten(self, i, span=None):
@@ -169,18 +168,15 @@ class Draft:
             return
         n_before, text = len(self.ids), self.turns[i][1]
         characters = range(len(text) + 1)
-        window = None
-        if span:
-            sentences = sorted({0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)})
-            window = self.widest(i, text, sentences, span) or self.widest(i, text, characters, span)
+        sentences = sorted({0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)})
+        window = span and (self.widest(i, text, sentences, span) or self.widest(i, text, characters, span))
         window = window or self.widest(i, text, characters, (len(text), len(text))) or (0, 0)
         self.fits(i, text, *window)
         self.n_cut += n_before - len(self.ids)
 
     def fits(self, i, text, begin, stop):
         self.turns[i] = (self.turns[i][0], text[begin:stop].strip())
-        self.encode()
-        return not self.is_too_long()
+        return self.encode()
 
     def widest(self, i, text, borders, span):
         """Find the widest (begin, stop) on these borders, around a span, that fits; None if none does."""
