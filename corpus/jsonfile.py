@@ -89,23 +89,44 @@ def find_layout(path, encoding, errors, fields):
 
 def read_values(events, layout, list_key):
     """Yield the records of a JSON file of this layout, from an iterator over its events."""
-    if layout == 'list':
-        yield from ijson.items(ijson.parse(events), f'{list_key}.item')
-    elif layout == 'values':
-        for key, value in ijson.kvitems(ijson.parse(events), ''):
-            if not isinstance(value, dict):
-                raise ValueError(f'{key!r:.40} is not an object, as the values before it are: '
-                                 'if each line is a record, use --format=jsonl')
-            yield value
-    else:
-        in_array = False
-        for event, value in events:
-            if event == 'start_array' and not in_array:
-                in_array = True
-            elif event == 'end_array':
-                in_array = False
-            else:
-                yield build(event, value, events)
+    for event, value in events:
+        if event == 'start_array':
+            yield from elements(events)
+        elif event == 'start_map' and layout == 'values':
+            yield from members_of(events)
+        elif event == 'start_map' and layout == 'list':
+            yield from list_of(events, list_key)
+        else:
+            yield build(event, value, events)
+
+
+def elements(events):
+    for event, value in events:
+        if event == 'end_array':
+            return
+        yield build(event, value, events)
+
+
+def members_of(events):
+    for event, key in events:
+        if event == 'end_map':
+            return
+        member = build(*next(events), events)
+        if not isinstance(member, dict):
+            raise ValueError(f'{key!r:.40} is not an object, as the values before it are: '
+                             'if each line is a record, use --format=jsonl')
+        yield member
+
+
+def list_of(events, list_key):
+    for event, key in events:
+        if event == 'end_map':
+            return
+        event, value = next(events)
+        if key == list_key and event == 'start_array':
+            yield from elements(events)
+        else:
+            build(event, value, events)
 
 
 def build(event, value, events):
