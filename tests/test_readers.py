@@ -508,3 +508,14 @@ def test_a_format_that_cannot_be_told_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=f'^{tmp_path}: nothing to read in this folder'):
         find_files([tmp_path])
     assert texts_of(tmp_path, format='jsonl') == ['a']
+
+
+@pytest.mark.parametrize('content, texts', [
+    ('{"rows": ["a"]} "b" ["c"]', ['a', 'b', 'c']),
+    ('{"k": {"text": "p"}} "q"', ['p', 'q']),
+    ('{"data": ["x"], "data.item": "y"}', ['x']),
+])
+def test_values_after_the_first_object_and_dotted_keys(tmp_path, content, texts):
+    (tmp_path / 'x.json').write_text(content, encoding='utf-8')
+    found = read_documents(find_files([tmp_path / 'x.json'], 'json'))
+    assert [document.text for document in found] == texts
