@@ -24,7 +24,7 @@ if __name__ == '__main__':
 from corpus import dialogue
 from corpus.dialogue import answered, read_conversations
 from corpus.encode import split_by_hash
-from corpus.options import Parser, check_options, print_next
+from corpus.options import Parser, print_next
 from corpus.template import STYLES, check_tokenizer, encode
 from corpus.writer import SplitFiles, packing_folder, publish
 from files import one_line_errors
@@ -257,7 +257,6 @@ def build_command(argv, doc=None, folder=None, download=None, style='chat'):
     add('--out', type=Path, default=folder, required=folder is None, help='dataset folder')
     add('-v', '--verbose', action='store_true', help='name each conversation that is left out or cut')
     args = parser.parse_args(argv)
-    check_options(args)
     build(args.out, open_tokenizer(args.tokenizer), args.input or [download()], block_size=args.block_size,
           style=args.style, val=args.val or args.val_fraction, verbose=args.verbose,
           question=args.question, answer=args.answer, encoding=args.encoding)

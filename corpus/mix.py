@@ -13,7 +13,6 @@ def open_splits(datasets, out):
     """Open the datasets of a mixture such as 'zhwiki:0.6,news:0.4' that is to be written to the folder `out`.
 
     returns  ({'train': [Split, ...], 'val': ...}, their weights)
-    raises   ValueError for datasets that cannot be mixed
     """
     folders, weights = dataset_folders(datasets)
     splits = {'train': [Split(folder, 'train') for folder in folders]}
@@ -68,18 +67,13 @@ def documents_of(split, max_tokens, eot):
     for offset, length in documents:
         for begin in range(int(offset), int(offset + length), max_tokens):
             end = min(begin + max_tokens, int(offset + length))
-            ids = tokens_between(split, begin, end)
+            ids = np.concatenate([shard.tokens[max(begin - shard.first, 0):end - shard.first]
+                                  for shard in split.shards
+                                  if shard.first < end and begin < shard.first + shard.n_tokens])
             if eot is not None and ids[-1] == eot:
                 ids, end = ids[:-1], end - 1
             if len(ids):
                 yield ids, None if split.mask is None else np.array(split.mask[begin:end])
-
-
-def tokens_between(split, begin, end):
-    """Return the ids of a split from position `begin` to `end`, which may lie in several shards."""
-    parts = [shard.tokens[max(begin - shard.first, 0):end - shard.first] for shard in split.shards
-             if shard.first < end and begin < shard.first + shard.n_tokens]
-    return np.concatenate(parts)
 
 
 # -----------------------------------------------------------------------------
@@ -93,7 +87,6 @@ ORIGINS = {
 
 
 def show_dataset(folder, n_windows):
-    """Print counts and pieces of text of each split, and verify the checksums."""
     meta = read_meta(folder)
     tokenizer = load_tokenizer(meta['tokenizer'])
     print(f'{folder}: {meta["dtype"]}, {meta["tokenizer"]["kind"]} tokenizer of {meta["vocab_size"]:,} tokens'
@@ -113,7 +106,6 @@ def show_dataset(folder, n_windows):
 
 
 def summary(split, tokenizer):
-    """Count a split's documents, tokens and bytes, in words."""
     counts = count_ids(split)
     n_bytes = int(counts @ tokenizer.token_bytes())
     documents = 'documents unknown'

@@ -29,15 +29,7 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 from corpus import mix, readers
 from corpus.encode import Characters, Encoder, Record
-from corpus.options import (
-    Parser,
-    add_build_options,
-    add_input_option,
-    add_packing_options,
-    add_tokenizer_options,
-    check_options,
-    print_next,
-)
+from corpus.options import BUILDING, PACKING, READING, Parser, add_options, print_next
 from corpus.run import Job, Meter, Progress, pack, taken
 from corpus.writer import Seen
 from files import one_line_errors
@@ -54,9 +46,7 @@ def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, maske
     masked        write .mask files; documents may be pairs (ids, mask), mask is 1 where a token is a target
     eot_in_rows   put end-of-text between rows of ids as well
     returns       the dict in meta.json
-    raises        ValueError for an id outside the vocabulary or an empty split; the old dataset then stays
     """
-    assert {'train'} <= set(splits) <= {'train', 'val'}, splits.keys()
     records = (Record(document, f'{name} document {n}', split=name)
                for name, documents in splits.items() for n, document in enumerate(documents))
     job = Job(lambda start: records, source, tuple(splits), shard_tokens, masked)
@@ -68,9 +58,8 @@ def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, maske
 
 
 def pack_files(out, files, tokenizer, source, args, *, sizes=None):
-    """Pack the files of a corpus.
+    """Pack the files that corpus.readers.find_files lists.
 
-    files      of corpus.readers.find_files
     tokenizer  'char': one token for each character in the files
     args       the options as build's command line names them
     sizes      bytes of each file; None: ask the disk
@@ -125,12 +114,8 @@ def find_characters(encoder, job):
 def build(argv):
     """Pack the files of a corpus into a dataset."""
     parser = Parser(f'{build.__doc__}\n\n{readers.__doc__}', 'python -m corpus.pack build')
-    add_input_option(parser)
-    parser.add_argument('--out', type=Path, required=True, help='dataset folder')
-    add_tokenizer_options(parser)
-    add_build_options(parser)
+    add_options(parser, [*READING, *BUILDING])
     args = parser.parse_args(argv)
-    check_options(args)
     files = readers.find_files(args.input, args.format)
     tokenizer = 'char'
     if args.tokenizer != 'char':
@@ -152,19 +137,17 @@ def mix_datasets(argv):
     """Mix datasets of one tokenizer into one dataset, with these shares of its tokens."""
     parser = Parser(mix_datasets.__doc__, 'python -m corpus.pack mix')
     parser.add_argument('datasets', metavar='A:0.6,B:0.4', help='as in the setting dataset')
-    parser.add_argument('--out', type=Path, required=True, help='dataset folder')
+    add_options(parser, ['out', 'shard_tokens'])
     parser.add_argument('--tokens', type=int,
                         help='for training, at least; a source that ends begins again')
     parser.add_argument('--block_size', type=int, default=1024,
                         help='the shares hold within 1%% in any 1000 windows of this many tokens; '
                         'documents longer than two windows are cut (default: %(default)s)')
-    parser.add_argument('--shard_tokens', type=int, help='tokens in a .bin file (default: all)')
     args = parser.parse_args(argv)
-    check_options(args)
     splits, weights = mix.open_splits(args.datasets, args.out)
-    documents = {'train': mix.mixed_documents(splits['train'], weights, 2 * args.block_size, args.tokens)}
-    if 'val' in splits:
-        documents['val'] = mix.mixed_documents(splits['val'], weights, 2 * args.block_size)
+    n_tokens = {'train': args.tokens, 'val': None}
+    documents = {name: mix.mixed_documents(splits[name], weights, 2 * args.block_size, n_tokens[name])
+                 for name in splits}
     first, names = splits['train'][0], [split.folder.name for split in splits['train']]
     shares = ', '.join(f'{name} {weight:.4g}' for name, weight in zip(names, weights, strict=True))
     masked = any(split.mask is not None for name in splits for split in splits[name])
@@ -183,15 +166,13 @@ def inspect(argv):
     mix.show_dataset(args.folder, args.windows)
 
 
-COMMANDS = {'build': build, 'mix': mix_datasets, 'inspect': inspect}
-
-
 def main():
+    commands = {'build': build, 'mix': mix_datasets, 'inspect': inspect}
     command = sys.argv[1] if len(sys.argv) > 1 else '--help'
     if command in ('-h', '--help'):
         print(__doc__.strip() + '\n\nbuild, mix or inspect with --help lists their options.')
-    elif command in COMMANDS:
-        COMMANDS[command](sys.argv[2:])
+    elif command in commands:
+        commands[command](sys.argv[2:])
     else:
         raise ValueError(f'{command}: accepted are build, mix, inspect')
 
@@ -207,14 +188,10 @@ def prepare_parquet(folder, doc, repo, revision, hub_folder):
     doc      the script's docstring, shown by --help
     """
     parser = Parser(doc)
-    parser.add_argument('--input', nargs='+', metavar='PATH',
-                        help='Parquet files, or folders of them, instead of the hub')
-    parser.add_argument('--out', type=Path, default=folder,
-                        help='dataset folder (default: the folder of this script)')
-    add_packing_options(parser, val_fraction=0.0005, shard_tokens=100_000_000)
+    add_options(parser, ['input', 'out', *PACKING], input=None, out=folder, val_fraction=0.0005,
+                shard_tokens=100_000_000)
     parser.set_defaults(field='text', clean=False, min_chars=1, sample=1.0, errors='strict', encoding='utf-8')
     args = parser.parse_args()
-    check_options(args)
     if args.input:
         files, sizes, source = readers.find_files(args.input, 'parquet'), None, f'{repo}, from local files'
     else:
@@ -222,7 +199,7 @@ def prepare_parquet(folder, doc, repo, revision, hub_folder):
         files, sizes = [(path, 'parquet') for path in size_of], list(size_of.values())
         source = f'{repo}, revision {revision}, {hub_folder}'
     pack_files(args.out, files, load_tokenizer(GPT2_META), source, args, sizes=sizes)
-    print_next(args.out, [], with_out_dir=False)
+    print_next(args.out, [])
 
 
 def hub_files(repo, revision, folder):

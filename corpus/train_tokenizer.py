@@ -141,8 +141,7 @@ def main():
     trainer = commands.add_parser('train', help='train a byte-level BPE on text')
     comparer = commands.add_parser('compare', help='compare how well tokenizers compress a text')
     for command in (trainer, comparer):
-        options.add_input_option(command)
-        options.add_reading_options(command)
+        options.add_options(command, options.READING)
     trainer.add_argument('--vocab_size', type=int, default=16384, help='number of tokens, special ones too')
     trainer.add_argument('--out', type=Path, required=True, help='folder, such as data/tokenizers/mine')
     trainer.add_argument('--max_bytes', type=int, default=SAMPLE_BYTES, help='size of the sample to train on')

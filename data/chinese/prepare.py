@@ -19,8 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from corpus import options
 from corpus.fetch import fetch
+from corpus.options import BUILDING, READING, Parser, add_options, print_next
 from corpus.pack import name_source, pack_files
 from corpus.readers import find_files
 from corpus.train_tokenizer import SAMPLE_BYTES, read_texts, save_tokenizer, train_bpe
@@ -76,16 +76,11 @@ def read_reference(archive):
 
 
 def main():
-    parser = options.Parser(__doc__)
-    options.add_input_option(parser, required=False)
-    parser.add_argument('--out', type=Path, default=HERE,
-                        help='dataset folder (default: the folder of this script)')
+    parser = Parser(__doc__)
+    add_options(parser, [*READING, *BUILDING], input=None, out=HERE, tokenizer=None)
     parser.add_argument('--vocab_size', type=int, default=4096,
                         help='of the tokenizer to make, unless --tokenizer names one (default: %(default)s)')
-    options.add_tokenizer_options(parser, required=False)
-    options.add_build_options(parser)
     args = parser.parse_args()
-    options.check_options(args)
     if not args.input:
         args.input, args.format = [str(fetch_text(HERE))], 'paragraphs'
     files = find_files(args.input, args.format)
@@ -97,7 +92,7 @@ def main():
         save_tokenizer(tokenizer, folder)
         print(f'{folder}: {tokenizer.vocab_size:,} tokens', flush=True)
     pack_files(args.out, files, tokenizer, ', '.join(name_source([path]) for path in args.input), args)
-    options.print_next(args.out, ['config/train_chinese.py'], own_dataset='chinese')
+    print_next(args.out, ['config/train_chinese.py'], own_dataset='chinese')
 
 
 if __name__ == '__main__':

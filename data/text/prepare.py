@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from corpus.options import Parser, add_input_option, add_tokenizer_options, check_options, print_next
+from corpus.options import Parser, add_options, print_next
 from corpus.pack import name_source, write_dataset
 from corpus.readers import find_files, read_text
 from files import one_line_errors
@@ -29,15 +29,9 @@ def characters(paths, encoding, start, end):
 
 def main():
     parser = Parser(__doc__)
-    add_input_option(parser)
-    parser.add_argument('--out', type=Path, default=HERE,
-                        help='dataset folder (default: the folder of this script)')
-    parser.add_argument('--encoding', default='utf-8', help='such as gb18030 (default: %(default)s)')
-    add_tokenizer_options(parser)
-    parser.add_argument('--val_fraction', type=float, default=0.1,
-                        help='share of the characters for validation (default: %(default)s)')
+    add_options(parser, ['input', 'out', 'encoding', 'tokenizer', 'eot', 'val_fraction'], out=HERE,
+                val_fraction=0.1)
     args = parser.parse_args()
-    check_options(args)
 
     # A first pass counts the characters and finds which there are.
     tokenizer = None
