@@ -75,12 +75,10 @@ def open_text(name: str, trained_with: dict, block_size: int, *, batch_tokens: i
     trained_with  settings of the run that wrote the checkpoint
     """
     name = name or trained_with.get('dataset', '')
-    if not name:
-        raise ValueError('bpb needs a text: name a dataset packed with the tokenizer of the model '
+    if not name or name.startswith('stream:'):
+        need = 'a packed text, the model was trained on a stream' if name else 'a text'
+        raise ValueError(f'bpb needs {need}: name a dataset packed with the tokenizer of the model '
                          'by --dataset, or leave bpb out of --tasks')
-    if name.startswith('stream:'):
-        raise ValueError('bpb needs a packed text, the model was trained on a stream: name a dataset packed '
-                         'with the tokenizer of the model by --dataset, or leave bpb out of --tasks')
     settings = trained_with if name == trained_with.get('dataset') else {}
     order = 'documents' if settings.get('sampling') == 'documents' else 'sequential'
     loader = Loader(dataset_folders(name)[0], 'val', block_size=block_size,
@@ -154,8 +152,6 @@ if __name__ == '__main__':
                 device=devices.device_name(place.device),
                 torch=torch.__version__, tokenizer=fingerprint(start.tokenizer),
                 seconds=round(time.perf_counter() - started_s, 1), settings=settings, results=numbers))
-        if results:
-            print0(f'{printable(results)}: written')
-        else:
-            print0('to keep these numbers as JSON, name a file with --results=FILE')
+        print0(f'{printable(results)}: written' if results else
+               'to keep these numbers as JSON, name a file with --results=FILE')
         distributed.stop()

@@ -71,7 +71,7 @@ def write_report(folders: list, out=None) -> Path:
     folders  out_dirs of train.py
     out      folder to write to; None = the first of folders
     returns  the path of report.md
-    raises   OSError, ValueError in one line for a folder without a run, or with files of another form
+    raises   OSError, ValueError for a folder without a run, or with files of another form
     """
     runs, out = [read_run(folder) for folder in folders], Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,6 @@ def environment() -> dict:
 
 
 def read_run(folder) -> Run:
-    """Read all files of a run that the report uses."""
     folder = Path(folder)
     path = folder / 'metrics.jsonl'
     if not path.exists():
@@ -118,7 +117,8 @@ def read_run(folder) -> Run:
         raise ValueError(f'{path} has no line yet: wait until the run has logged a step')
     facts = read_dict(folder / 'run.json', FACTS)
     evals = read_dict(folder / 'eval.json', dict(results=dict))
-    check_types(evals.get('results', {}), dict.fromkeys(evals.get('results', {}), dict), folder / 'eval.json')
+    results = evals.get('results', {})
+    check_types(results, dict.fromkeys(results, dict), folder / 'eval.json')
     return Run(str(folder), curves(lines), facts, evals, read_samples(folder / 'samples.md'))
 
 
@@ -171,8 +171,7 @@ def curves(lines: list[dict]) -> Curves:
     for line in steps:
         done, tokens, seconds = points[-1]
         n_new = line['iter'] + 1 - done
-        n_timed = n_new if len(points) > 1 else 1
-        n_timed = number(line.get('n_steps')) or n_timed
+        n_timed = number(line.get('n_steps')) or (n_new if len(points) > 1 else 1)
         last_dt_s, dt_s = dt_s, number(line.get('dt_s')) or 0.0
         last_tokens_per_step, tokens_per_step = tokens_per_step, (number(line.get('tok_per_s')) or 0.0) * dt_s
         if len(points) == 1:
@@ -243,7 +242,7 @@ def read_samples(path) -> list[tuple[int, str]]:
 
 
 def indented(text):
-    """A block of code in Markdown, which nothing in the text can end."""
+    # a block of code in Markdown, which nothing in the text can end
     return textwrap.indent(printable(text), '    ', lambda line: True)
 
 
@@ -318,11 +317,8 @@ def samples(runs) -> str:
 
 def starts(runs) -> str:
     """When, where and how each run was started, and the settings that a resumed run changed."""
-    rows = []
-    for run in runs:
-        for start in run.facts.get('starts', []):
-            if isinstance(start, dict):
-                rows.append([code(run.name), *start_cells(start)])
+    rows = [[code(run.name), *start_cells(start)] for run in runs
+            for start in run.facts.get('starts', []) if isinstance(start, dict)]
     heads = ['run', 'time', 'iteration', 'changed settings', 'git', 'host', 'torch', 'python', 'command']
     return '## Starts\n\n' + table(heads, rows) if rows else ''
 
@@ -334,9 +330,9 @@ def start_cells(start):
         changes = [f'{name}: {values[0]!r} -> {values[1]!r}' for name, values in changed.items()
                    if isinstance(values, list) and len(values) == 2]
     command = shlex.join(map(str, argv)) if isinstance(argv, list) else ''
-    facts = [str(start.get(name, '')) for name in ('git', 'host', 'torch', 'python')]
-    return [str(start.get('time', '')), str(start.get('iter_num', '')), code(', '.join(changes)), *facts,
-            code(command)]
+    time, iter_num, *facts = (str(start.get(name, ''))
+                              for name in ('time', 'iter_num', 'git', 'host', 'torch', 'python'))
+    return [time, iter_num, code(', '.join(changes)), *facts, code(command)]
 
 
 def settings(runs) -> str:

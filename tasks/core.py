@@ -147,15 +147,14 @@ def texts_of(task: CoreTask, item: dict, shown: list[dict]) -> list[str]:
     """
     end = task.delimiter
     if task.kind == 'multiple_choice':
-        examples = [f'{each["query"]}{end}{each["choices"][each["gold"]]}\n\n' for each in shown]
-        return [f'{"".join(examples)}{item["query"]}{end}{choice}' for choice in item['choices']]
+        before = ''.join(f'{each["query"]}{end}{each["choices"][each["gold"]]}\n\n' for each in shown)
+        return [f'{before}{item["query"]}{end}{choice}' for choice in item['choices']]
     if task.kind == 'schema':
-        examples = [f'{each["context_options"][each["gold"]]}{end}{each["continuation"]}\n\n'
-                    for each in shown]
-        before = ''.join(examples)
+        before = ''.join(f'{each["context_options"][each["gold"]]}{end}{each["continuation"]}\n\n'
+                         for each in shown)
         return [f'{before}{context}{end}{item["continuation"]}' for context in item['context_options']]
-    examples = [f'{each["context"].strip()}{end}{each["continuation"]}\n\n' for each in shown]
-    prompt = f'{"".join(examples)}{item["context"].strip()}{end}'
+    before = ''.join(f'{each["context"].strip()}{end}{each["continuation"]}\n\n' for each in shown)
+    prompt = f'{before}{item["context"].strip()}{end}'
     return [prompt.strip(), prompt + item['continuation']]
 
 

@@ -191,11 +191,11 @@ def choice_accuracies(items: list[Item], scores: list[RowScore]) -> dict:
     for item in items:
         rows = scores[first:first + len(item.pairs)]
         first += len(item.pairs)
-        choices = [choice for _, choice in item.pairs]
-        hits['acc'].append(most_likely(rows, [1] * len(rows)) == item.gold)
-        hits['acc_norm'].append(most_likely(rows, [len(choice) for choice in choices]) == item.gold)
-        hits['acc_bytes'].append(most_likely(rows, [len(choice.encode()) for choice in choices]) == item.gold)
-        hits['acc_tokens'].append(most_likely(rows, [row.n_tokens for row in rows]) == item.gold)
+        sizes = dict(acc=[1] * len(rows), acc_norm=[len(choice) for _, choice in item.pairs],
+                     acc_bytes=[len(choice.encode()) for _, choice in item.pairs],
+                     acc_tokens=[row.n_tokens for row in rows])
+        for name, units in sizes.items():
+            hits[name].append(most_likely(rows, units) == item.gold)
     numbers = {}
     for name, values in hits.items():
         numbers |= mean_stderr(name, values)

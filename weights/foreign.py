@@ -41,7 +41,7 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
     state   nanoGPT's dict, or a dict of weights: bare, or under model, model_state_dict or state_dict
     path    names the file in messages
     n_head  for a file that does not say it: the shapes of weights do not show heads
-    raises  ValueError for a dict that is no checkpoint of a GPT-2
+    raises  ValueError for a dict that is no checkpoint of GPT-2
     """
     keys = ('model', 'model_state_dict', 'state_dict')
     weights = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
@@ -64,8 +64,8 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
         weights, args = adopt(weights, state, path, n_head)
         return dict(model=weights, model_args=args, iter_num=0, best_val_loss=None, config={})
     # nanoGPT's own format; nanoGPT uses the exact GELU
-    names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
-    args = {name: plain(args[name]) for name in names if name in args} | dict(arch='gpt2', activation='gelu')
+    args = {name: plain(args[name]) for name in MODEL_ARGS if name in args}
+    args |= dict(arch='gpt2', activation='gelu')
     converted = dict(iter_num=0, config={}, best_val_loss=float('inf'))
     converted |= {key: plain(value) for key, value in state.items()}
     if isinstance(converted['config'], dict):
