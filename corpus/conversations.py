@@ -172,7 +172,7 @@ def write_rows(work, name, encoded, tokenizer, size):
         n_bytes = int(token_bytes[ids].sum())
         ids = np.pad(ids, (0, n_pad), constant_values=tokenizer.pad)
         files.write(ids, index, n_bytes, np.pad(mask, (0, n_pad)))
-    files.close()
+    files.sync(close=True)
     return files.entry
 
 

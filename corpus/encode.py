@@ -63,13 +63,13 @@ def utf8(text):
     return text.encode('utf-8', 'surrogatepass')
 
 
-def split_of_hash(value, val_fraction):
-    return 'val' if value < val_fraction * 2**64 else 'train'
-
-
 def split_by_hash(text: str, val_fraction: float) -> str:
     """Return 'train' or 'val'. The text alone decides, so that equal texts are never in both splits."""
     return split_of_hash(hash_of(utf8(text)), val_fraction)
+
+
+def split_of_hash(value, val_fraction):
+    return 'val' if value < val_fraction * 2**64 else 'train'
 
 
 CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]')  # and the byte order mark; not tab and line feed

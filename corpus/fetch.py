@@ -39,13 +39,12 @@ CLIENT_TIMEOUT_S = 1800  # for pip, npm and apt-get
 
 
 def cache_folder() -> Path:
-    if os.environ.get('FLATGPT_CACHE'):
-        return Path(os.environ['FLATGPT_CACHE'])
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'flatgpt'
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    return Path(os.environ.get('FLATGPT_CACHE') or cache / 'flatgpt')
 
 
 def fetch(name, sources, sha256=None, folder=None) -> Path:
-    """Return the path of a file, and download it first unless it is there.
+    """Return the path of a file, downloaded first unless it is there.
 
     name      file name in the cache
     sources   list of 'https://...' or 'pip:NAME==VERSION#<sha256 of archive>!<path in archive>', tried in
@@ -118,8 +117,7 @@ WEB_PAGE = re.compile(rb'(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)', re.
 def check_content(path, name, sha256):
     """Raise OSError unless the file has this sha256 or, where none is known, a content that fits its name."""
     if sha256:
-        digest = sha256_of(path)
-        if digest != sha256:
+        if (digest := sha256_of(path)) != sha256:
             raise OSError(f'has sha256 {digest[:12]}..., {sha256[:12]}... was expected')
         return
     ending = os.path.splitext(name)[1].lower()
@@ -245,7 +243,7 @@ def fetch_member(source, part):
 
 
 def run_client(client, arguments, folder):
-    """Run a package client in a folder. Raises OSError with the client's own message if it fails."""
+    """Run a package client in a folder. An OSError carries the client's own message."""
     program = shutil.which(client)
     if program is None:
         raise OSError(f'{client} is not installed')
@@ -325,10 +323,10 @@ def default_index():
 def links_of(page):
     """List the absolute addresses in a folder or on a page; an empty list where it cannot be read."""
     folder = Path(urllib.request.url2pathname(page.removeprefix('file://')))
-    if folder.is_dir() and not (folder / 'index.html').exists():
+    if folder.is_dir():
         return [path.resolve().as_uri() for path in sorted(folder.iterdir())]
     try:
-        with open_url((folder.resolve() / 'index.html').as_uri() if folder.is_dir() else page) as response:
+        with open_url(page) as response:
             text = response.read(1 << 24).decode('utf-8', errors='replace')
             hrefs = re.findall(r'<a\b[^>]*\bhref\s*=\s*["\']([^"\']+)', text, re.IGNORECASE)
             return [urllib.parse.urljoin(response.url, html.unescape(href)) for href in hrefs]

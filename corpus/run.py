@@ -61,10 +61,9 @@ class Progress:
 
 
 def pack(folder, encoder, job) -> dict:
-    """Pack a corpus into a dataset folder; continue if an earlier run was killed.
+    """Pack a corpus into a dataset folder; continue a run that was killed. Returns the dict in meta.json.
 
-    returns  the dict in meta.json
-    raises   ValueError, OSError; the old dataset then stays. With a recipe, the same call continues
+    An error leaves the old dataset as it is. With a recipe, the same call continues.
     """
     folder, resumable = Path(folder), job.recipe is not None
     with packing_folder(folder) as work:
@@ -77,7 +76,9 @@ def pack(folder, encoder, job) -> dict:
                 resumable = False
                 raise ValueError(f'there is no text for the {run.empty_split()} split: '
                                  'give more text, or another --val_fraction')
-            meta = run.meta()
+            tokenizer = encoder.tokenizer
+            meta = {'format': 1, 'dtype': run.dtype.name, 'vocab_size': tokenizer.vocab_size,
+                    'tokenizer': tokenizer.meta(), 'source': job.source, 'splits': run.progress.splits}
             publish(work, folder, meta, job.masked)
             resumable = False
         except (OSError, sqlite3.OperationalError) as error:
@@ -163,7 +164,10 @@ class Run:
         finally:
             batches.close()  # ends the threads
             meter.bar.close()
-            self.close()
+            for files in self.files.values():
+                files.sync(close=True)
+            if self.seen is not None:
+                self.seen.database.close()
 
     def save(self):
         """Save the progress, unless this run is not to be continued."""
@@ -177,12 +181,6 @@ class Run:
         values = asdict(self.progress)
         write_json(self.work / 'progress.json', {**values, 'sha256': digest_of(values)})
 
-    def close(self):
-        for files in self.files.values():
-            files.close()
-        if self.seen is not None:
-            self.seen.database.close()
-
     def cut_last_document(self):
         """Write a corpus of few documents anew, with the end of the last one for validation."""
         records = with_cut(self.job.read(0), self.progress.last_taken, self.encoder.val_fraction)
@@ -193,11 +191,6 @@ class Run:
     def empty_split(self):
         """Return the name of a split without tokens, or None."""
         return next((name for name, files in self.files.items() if not files.entry['tokens']), None)
-
-    def meta(self):
-        tokenizer = self.encoder.tokenizer
-        return {'format': 1, 'dtype': self.dtype.name, 'vocab_size': tokenizer.vocab_size,
-                'tokenizer': tokenizer.meta(), 'source': self.job.source, 'splits': self.progress.splits}
 
 
 def taken(encoder, records, progress, seen, job):
@@ -247,22 +240,18 @@ class Meter:
         self.name, self.progress, self.began_s, self.n_shards = name, progress, time.monotonic(), 1
         self.of_bytes = job.n_bytes is not None and job.max_docs is None
         total, unit = (job.n_bytes, 'B') if self.of_bytes else (job.max_docs, ' documents')
-        self.options = dict(initial=self.done(), total=total, unit=unit, unit_scale=True)
-        self.bar = tqdm(desc=name, disable=None, **self.options)
+        self.bar = tqdm(desc=name, initial=self.done(), total=total, unit=unit, unit_scale=True, disable=None)
 
     def done(self):
         return self.progress.n_read if self.of_bytes else self.progress.documents
 
     def update(self, n_tokens, n_shards):
-        """Show the state; n_shards counts those of the first split."""
         text = f'{self.progress.documents:,} documents, {n_tokens / 1e6:,.1f}M tokens'
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.done() - self.bar.n)
         if n_shards > self.n_shards:
             self.n_shards = n_shards
-            dt_s = time.monotonic() - self.began_s
-            self.bar.write(self.bar.format_meter(self.done(), elapsed=dt_s, prefix=self.name,
-                                                 postfix=text, **self.options))
+            self.bar.write(f'{self.name}: {text} in {time.monotonic() - self.began_s:,.0f} s')
             sys.stdout.flush()
 
 

@@ -55,32 +55,31 @@ class SplitFiles:
         """Write documents of corpus/encode.py; eot stands between those that take it."""
         if not documents:
             return
-        pieces, masks, offsets, n_tokens = [], [], [], 0
+        pieces, masks, index, n_tokens = [], [], [], 0
         for document in documents:
+            length = len(document.ids)
             if eot is not None and document.takes_eot and (n_tokens or self.entry['tokens']):
                 pieces.append([eot])
                 masks.append([1])
                 n_tokens += 1
-            offsets.append(n_tokens)
+            index.append((n_tokens, length))
             pieces.append(document.ids)
-            if self.mask is not None:
-                masks.append(np.ones(len(document.ids)) if document.mask is None else document.mask)
-            n_tokens += len(document.ids)
+            masks.append(np.ones(length, dtype=np.uint8) if document.mask is None else document.mask)
+            n_tokens += length
         ids = np.concatenate(pieces, dtype=self.dtype, casting='unsafe')
-        mask = None if self.mask is None else np.concatenate(masks, dtype=np.uint8, casting='unsafe')
-        lengths = [len(document.ids) for document in documents]
-        self.write(ids, np.array([offsets, lengths]).T, sum(document.n_bytes for document in documents), mask)
+        mask = np.concatenate(masks, dtype=np.uint8, casting='unsafe')
+        self.write(ids, np.array(index), sum(document.n_bytes for document in documents), mask)
 
-    def write(self, ids, index, n_bytes, mask=None):
+    def write(self, ids, index, n_bytes, mask):
         """Append tokens and the documents in them. A document may continue in the next shard.
 
         index    (D, 2) offset in ids and length of each document
         n_bytes  of the text
-        mask     (n,) uint8, 1 where a token is a target; None: all are
+        mask     (n,) uint8, 1 where a token is a target
         """
         self.idx.write((index + [self.entry['tokens'], 0]).astype(IDX_DTYPE).tobytes())
         if self.mask is not None:
-            self.mask.write((np.ones(len(ids), dtype=np.uint8) if mask is None else mask).tobytes())
+            self.mask.write(mask.tobytes())
         self.entry['tokens'] += len(ids)
         self.entry['bytes'] += n_bytes
         self.entry['documents'] += len(index)
@@ -107,18 +106,12 @@ class SplitFiles:
             self.bin = None
         return len(ids)
 
-    def sync(self):
-        for file in self.open_files():
-            sync(file)
-
-    def close(self):
-        for file in self.open_files():
-            if not file.closed:
+    def sync(self, close=False):
+        for file in (self.idx, self.mask, self.bin):
+            if file is not None:
                 sync(file)
-                file.close()
-
-    def open_files(self):
-        return [file for file in (self.idx, self.mask, self.bin) if file is not None]
+                if close:
+                    file.close()
 
 
 def sync(file):
@@ -191,7 +184,9 @@ def publish(work, folder, meta, masked):
     replaced.mkdir()
     if (folder / 'meta.json').exists():
         write_bytes(replaced / 'meta.json', (folder / 'meta.json').read_bytes())
-    names = names_of_files(meta, masked)
+    endings = ['.idx', '.mask'] if masked else ['.idx']
+    names = [f'{split}{ending}' for split in meta['splits'] for ending in endings]
+    names += [shard['file'] for entry in meta['splits'].values() for shard in entry['shards']]
     write_bytes(work / 'unfinished.json', UNFINISHED)
     write_bytes(work / 'meta.json', json.dumps(meta, indent=1, ensure_ascii=False).encode('utf-8'))
     write_bytes(work / 'publishing.json', json.dumps(names).encode())
@@ -231,13 +226,6 @@ def undo_publishing(work, folder):
         meta.unlink()
     (work / 'meta.json').unlink()
     (work / 'publishing.json').unlink()
-
-
-def names_of_files(meta, masked):
-    """List the names of a dataset's files, without meta.json."""
-    endings = ['.idx', '.mask'] if masked else ['.idx']
-    names = [f'{split}{ending}' for split in meta['splits'] for ending in endings]
-    return names + [shard['file'] for entry in meta['splits'].values() for shard in entry['shards']]
 
 
 def write_bytes(path, data):
