@@ -88,11 +88,9 @@ def cleaned(text: str) -> str:
 class Encoder:
     """Turn records into token ids.
 
-    val_fraction  share of the documents for validation, by split_by_hash
-    clean         normalize texts, see cleaned(); pack() then takes each text once
-    min_chars     leave shorter texts out
-    sample        share of the texts to keep, chosen by hash
-    eot_in_rows   put end-of-text between rows of ids as well
+    clean        normalize texts, see cleaned(); pack() then takes each text once
+    sample       share of the texts to keep, chosen by hash
+    eot_in_rows  put end-of-text between rows of ids as well
     """
 
     def __init__(self, tokenizer, *, val_fraction=0.0, clean=False, min_chars=1, sample=1.0,
@@ -102,12 +100,10 @@ class Encoder:
         self.token_bytes = tokenizer.token_bytes()
 
     def recipe(self):
-        """Return the settings that the ids depend on, as plain values."""
         return dict(val_fraction=self.val_fraction, clean=self.clean, min_chars=self.min_chars,
                     sample=self.sample, tokenizer=self.tokenizer.meta())
 
     def __call__(self, records):
-        """Encode a list of records into an EncodedBatch."""
         documents, left_out = [None] * len(records), Counter()
         texts = {}  # number of the record -> text to encode
         for number, record in enumerate(records):
@@ -123,8 +119,8 @@ class Encoder:
         encoded = self.tokenizer.encode_batch(list(texts.values()))
         for (number, text), ids in zip(texts.items(), encoded, strict=True):
             data = utf8(text)
-            split, value = records[number].split, hash_of(data)
-            split = split or split_of_hash(value, self.val_fraction)
+            value = hash_of(data)
+            split = records[number].split or split_of_hash(value, self.val_fraction)
             documents[number] = Encoded(ids, None, len(data), value, split, takes_eot=True, number=number)
         documents = [document for document in documents if document is not None and len(document.ids)]
         return EncodedBatch(documents, left_out, len(records), records[-1].n_read)

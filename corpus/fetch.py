@@ -260,7 +260,6 @@ def run_client(client, arguments, folder):
 
 
 def extract(archive, member, part):
-    """Copy one member of a zip (wheel) or tar archive to a path of our choice."""
     is_zip = zipfile.is_zipfile(archive)
     try:
         with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:

@@ -15,7 +15,7 @@ any number of kills.
     from corpus.pack import write_dataset
     write_dataset('data/mine', tokenizer, {'train': ['one text', 'another'], 'val': ['a third']}, 'my notes')
 
-packs documents and splits that a script has at hand.
+packs documents that a script has at hand.
 """
 import hashlib
 import itertools
@@ -182,11 +182,7 @@ def main():
 
 
 def prepare_parquet(folder, doc, repo, revision, hub_folder):
-    """Run the prepare script of a corpus in Parquet, with GPT-2's tokenizer.
-
-    folder   of the script and, by default, of the dataset
-    doc      the script's docstring, shown by --help
-    """
+    """Run the prepare script in this folder, with this docstring, of a corpus in Parquet."""
     parser = Parser(doc)
     add_options(parser, ['input', 'out', *PACKING], input=None, out=folder, val_fraction=0.0005,
                 shard_tokens=100_000_000)
@@ -207,9 +203,9 @@ def hub_files(repo, revision, folder):
     from huggingface_hub import HfFileSystem
     files, reason = {}, 'no .parquet file there'
     try:
-        listing = HfFileSystem().ls(f'datasets/{repo}@{revision}/{folder}', detail=True)
-        listing = [file for file in listing if file['name'].endswith('.parquet')]
-        files = {f'hf://{file["name"]}': file['size'] for file in listing}
+        for file in HfFileSystem().ls(f'datasets/{repo}@{revision}/{folder}', detail=True):
+            if file['name'].endswith('.parquet'):
+                files[f'hf://{file["name"]}'] = file['size']
     except Exception as error:  # the hub's client and the network below it raise their own
         reason = ' '.join(str(error).split())[:300] or type(error).__name__
     if not files:

@@ -135,7 +135,6 @@ class Run:
         self.open_files()
 
     def open_files(self):
-        """Open all files where the progress says that they end."""
         if not self.progress.splits:
             clear(self.work)
         options = dict(shard_tokens=self.job.shard_tokens, masked=self.job.masked)
@@ -170,7 +169,6 @@ class Run:
                 self.seen.database.close()
 
     def save(self):
-        """Save the progress, unless this run is not to be continued."""
         self.progress.splits = {name: files.entry for name, files in self.files.items()}
         if self.progress.recipe is None:
             return
@@ -260,7 +258,6 @@ class Meter:
 
 
 def read_progress(path, recipe):
-    """Read where an unfinished run is; a new Progress where there is none."""
     if recipe is None or not path.exists():
         return Progress(recipe)
     try:
