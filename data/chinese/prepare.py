@@ -36,11 +36,11 @@ REFERENCE = f'apt:debian-reference-zh-cn=2.100#{REFERENCE_SHA256}!'
 def fetch_text(folder):
     """Return the path of input.txt in folder, written first if it is not there."""
     path, failures = folder / 'input.txt', []
+    if path.exists():
+        return path
     archives = [('chinese-poetry-2.0.1.tgz', POEMS, POEMS_SHA256, read_poems),
                 ('debian-reference-zh-cn_2.100_all.deb', REFERENCE, REFERENCE_SHA256, read_reference)]
     for name, source, sha256, read in archives:
-        if path.exists():
-            return path
         try:
             data = read(fetch(name, [source], sha256)).encode('utf-8')
         except OSError as error:

@@ -32,7 +32,6 @@ N_PLAYS = 37
 
 
 def prepare(folder, doc, make_tokenizer):
-    """Pack the text into folder with make_tokenizer(text)."""
     Parser(doc).parse_args()
     text, source = find_text(folder)
     n_train = int(len(text) * 0.9)
