@@ -57,36 +57,34 @@ class CheckpointFolder:
         self.saved_iter = None  # iter_num of ckpt.pt if it is this run's
         if resumed_from and self.resumed_from.resolve() == self.newest.resolve():
             self.saved_iter = iter_num
-        self.saved_stat = None  # of ckpt.pt when this process wrote it
+        self.saved_stat = None  # file_stat() of ckpt.pt as this process wrote it
 
     def save_or_warn(self, state, progress, *, keep_last_n: int, is_best: bool, must_succeed: bool):
-        """Save on the first rank. On a full disk the run goes on without this checkpoint, unless
-        must_succeed.
+        """Save on the first rank. On a full disk continue without this checkpoint, unless must_succeed.
 
-        Nothing is saved while weights or validation loss are not finite: that would push the last good one
-        out.
+        Weights or a validation loss that are not finite are not saved: the last good checkpoint stays.
         """
         problem = 'the weights or the validation loss are not finite'
         try:
-            saves = distributed.on_first_rank(
+            saved = distributed.on_first_rank(
                 lambda: is_finite(state, progress) and self.save(state, keep_last_n, is_best))
         except OSError as error:
-            saves, problem = False, f'{error.filename}: {error.strerror}'
-            if 'ckpt.pt' not in Path(error.filename or '').name:  # then best.pt was not written either
+            saved, problem = False, f'{error.filename}: {error.strerror}'
+            if 'ckpt.pt' not in Path(error.filename or '').name:  # best.pt failed, too
                 progress.forget_best()
             if must_succeed:
                 raise
-        if saves:
+        if saved:
             self.saved_iter = state['iter_num']
         else:
             print0(f'NOT SAVED at iteration {state["iter_num"]}, {problem}: {self.what_is_saved()}')
 
     def what_is_saved(self) -> str:
-        names = [path for path in (self.newest, self.out_dir / 'best.pt') if path.is_file()]
+        paths = [path for path in (self.newest, self.out_dir / 'best.pt') if path.is_file()]
         if self.saved_iter is not None:
             return f'the last good checkpoint is {self.newest} of iteration {self.saved_iter}'
-        if names:
-            return f'{names[0]} is from before this start'
+        if paths:
+            return f'{paths[0]} is from before this start'
         return 'no checkpoint has been saved yet'
 
     def too_many_skipped(self, n: int, iter_num: int) -> str:
@@ -96,15 +94,15 @@ class CheckpointFolder:
     def save(self, state: dict, keep_last_n: int = 0, is_best: bool = False) -> bool:
         """Publish state as ckpt.pt, and its weights as best.pt if they are the best so far.
 
-        keep_last_n  older checkpoints that stay, as ckpt_00001000.pt by their iter_num; -1 = all
+        keep_last_n  older checkpoints to keep, as ckpt_<iter_num>.pt; -1 = all
         raises       OSError, on a full disk for example: ckpt.pt and the older ones are then unchanged
         """
         remove_leftovers(self.out_dir)
         if self.saved_stat is None:
             self.set_others_aside(state)
         if keep_last_n and self.saved_iter not in (None, state['iter_num']) and self.newest_is_sound():
-            # a second name for ckpt.pt, because the new state is about to take its first
-            add_name(self.newest, self.out_dir / f'ckpt_{self.saved_iter:08d}.pt')
+            # keep the previous state under a numbered name before ckpt.pt is replaced
+            link_or_copy(self.newest, self.out_dir / f'ckpt_{self.saved_iter:08d}.pt')
         if is_best:
             weights = {key: value for key, value in state.items() if key not in ('optimizer', 'scaler')}
             write_atomically(self.out_dir / 'best.pt', lambda f: write_zip(weights, f))
@@ -115,7 +113,7 @@ class CheckpointFolder:
         return True
 
     def set_others_aside(self, state):
-        """Before the first save: move files away that are not earlier states of this run."""
+        """Move checkpoints away that are not earlier states of this run, before the first save."""
         is_own = self.resumed_from.parent.resolve() == self.out_dir.resolve()
         others = [path for path in numbered(self.out_dir) if not is_own or number(path) > self.resumed_iter]
         if self.saved_iter is None and os.path.lexists(self.newest):
@@ -123,7 +121,7 @@ class CheckpointFolder:
         set_aside(self.out_dir, others)
 
     def newest_is_sound(self):
-        """Whether ckpt.pt is as it was written. A damaged file must not push a good one out."""
+        """Whether ckpt.pt is intact. A damaged file must not push a good one out."""
         if file_stat(self.newest) == self.saved_stat:
             return True
         try:
@@ -140,7 +138,7 @@ def is_finite(state, progress):
 
 
 def set_aside(out_dir, paths):
-    """Move files of another run, or of later states of this one, to a new folder out_dir/old-N."""
+    """Move files of another run, or later states of this one, to a new folder out_dir/old-N."""
     if not paths:
         return
     n = 1
@@ -154,8 +152,7 @@ def set_aside(out_dir, paths):
 
 
 def run_files(out_dir):
-    """The files that a run writes into out_dir, ckpt.pt last: until it is moved, the folder still holds
-    that run."""
+    """Return the files of a run in out_dir, ckpt.pt last: an interrupted move leaves the run in place."""
     names = ('best.pt', 'metrics.jsonl', 'run.json', 'samples.md', 'eval.json', 'report.md')
     out_dir = Path(out_dir)
     paths = [*(out_dir / name for name in names), *reversed(numbered(out_dir)), out_dir / 'ckpt.pt']
@@ -163,11 +160,10 @@ def run_files(out_dir):
 
 
 def write_zip(state, f):
-    """torch.save(), with a checksum of the whole file as zip comment: the zip's own do not cover its
-    headers."""
+    """Save with a checksum of the whole file as zip comment: zip's own checksums do not cover its headers."""
     try:
         torch.save(state, f)
-    except RuntimeError as error:  # torch hides the reason for a failed write
+    except RuntimeError as error:  # torch hides the OSError of a failed write
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     ending = checksum_ending(f, f.tell() - 2)
     f.seek(-2, os.SEEK_END)  # the length of the comment, zero so far
@@ -175,17 +171,16 @@ def write_zip(state, f):
 
 
 def checksum_ending(f, size):
-    """The end of a checkpoint file after its first `size` bytes: the length of the zip comment, and the
-    comment."""
-    crc, step = 0, 1 << 24
+    """Return the zip comment, after its length in two bytes, for the first `size` bytes of a file."""
+    crc, chunk_bytes = 0, 1 << 24
     f.seek(0)
-    for start in range(0, size, step):
-        crc = zlib.crc32(f.read(min(step, size - start)), crc)
+    for start in range(0, size, chunk_bytes):
+        crc = zlib.crc32(f.read(min(chunk_bytes, size - start)), crc)
     comment = b'crc32 %08x' % crc
     return len(comment).to_bytes(2, 'little') + comment
 
 
-def add_name(path, name):
+def link_or_copy(path, name):
     """Hard-link a file under a second name; copy it where the file system has no hard links."""
     name.unlink(missing_ok=True)
     try:
@@ -201,7 +196,7 @@ def file_stat(path):
 
 
 def numbered(out_dir):
-    """The older checkpoints of a folder, newest first."""
+    """Return the numbered checkpoints of a folder, newest first."""
     paths = [path for path in Path(out_dir).iterdir() if NUMBERED.fullmatch(path.name)]
     return sorted(paths, key=number, reverse=True)
 
@@ -215,14 +210,14 @@ def number(path):
 
 
 class Damaged(ValueError):
-    """A checkpoint file whose bytes are proved not to be what was written."""
+    """A checkpoint file whose bytes are not what was written."""
 
 
 def load(path, n_head: int | None = None) -> dict:
-    """Return the verified checkpoint at path; those of nanoGPT and other trainers are converted.
+    """Return the verified checkpoint at path, converted if nanoGPT or another trainer wrote it.
 
-    n_head  for a file of weights alone that does not say it: the shapes of weights do not show heads
-    raises  ValueError, OSError in one line if it cannot be had; Damaged if the file is
+    n_head  for a file of weights alone, whose shapes do not show it
+    raises  ValueError, OSError in one line if it cannot be read; Damaged
     """
     state = read(path)
     if not isinstance(state, dict):
@@ -254,21 +249,21 @@ def read(path):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # pickle and torch each have their own for a file of another kind
+    except Exception as error:  # pickle and torch raise many types for other files
         if 'allocate memory' in str(error):
             raise MemoryError(f'{path} does not fit into memory') from None
         raise ValueError(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
 
 
 def check_bytes(f, path):
-    """Refuse a file whose bytes are not what was written. torch.load ignores the checksums of its zip format.
+    """Verify the checksums of a checkpoint file, which torch.load ignores.
 
-    raises  Damaged; ValueError for a file of torch before 1.6; OSError, MemoryError if it cannot be read
+    raises  Damaged; ValueError for a file of torch before 1.6; OSError, MemoryError
     """
     head, pickle = f.read(4), b''
     try:
         with zipfile.ZipFile(f) as archive:
-            # one bit in the zip directory turns a record into a folder, which torch.load skips without a word
+            # one flipped bit turns a record into a folder, which torch.load skips silently
             for record in archive.infolist():
                 if record.external_attr:
                     raise Damaged(f'{path} is damaged: the attributes of {record.filename} are set')
@@ -285,7 +280,7 @@ def check_bytes(f, path):
                     pickle = archive.read(name)
     except (OSError, MemoryError, Damaged):
         raise
-    except Exception as error:  # zipfile raises a dozen kinds
+    except Exception as error:  # zipfile raises a dozen types
         if head[:1] == b'\x80':
             raise ValueError(f'{path} is in the format of torch before 1.6, or a plain pickle, which is not '
                              'read: save it anew with torch.save where it was written') from None
@@ -294,7 +289,7 @@ def check_bytes(f, path):
 
 
 def reason_of(error):
-    """The informative part of an error of zipfile or torch.load, in one line."""
+    """Return the informative part of an error of zipfile or torch.load, in one line."""
     words = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2] or type(error).__name__
     name = re.search(r'GLOBAL (\S+)', words)
     return f'it asks for {name[1]}, and only tensors and plain values are read' if name else words[:150]
@@ -304,8 +299,7 @@ def load_newest(out_dir, rename_damaged: bool = False):
     """Return (state, path) of the newest sound checkpoint of out_dir, or (None, None) if it has none.
 
     rename_damaged  rename damaged files to *.corrupt: only for the run that owns the folder
-    raises          ValueError if all are damaged, or the newest is sound but no checkpoint; OSError if it
-                    cannot be read
+    raises          ValueError if all are damaged, or the newest sound file is no checkpoint; OSError
     """
     if not os.path.lexists(out_dir):
         return None, None
@@ -324,7 +318,7 @@ def load_newest(out_dir, rename_damaged: bool = False):
         print0(f'checkpoint: {path} (iteration {state["iter_num"]})')
         return state, path
     if paths or any(Path(out_dir).glob('ckpt*.pt.corrupt')):
-        # also at the next start: a run that resumes by itself must not begin anew unasked
+        # *.corrupt counts: at its next start auto_resume must not begin from scratch
         raise ValueError(f'{out_dir} has no readable checkpoint left: see the damaged files there, '
                          'or start again with another --out_dir')
     return None, None
@@ -340,7 +334,7 @@ def gather(model, optimizers) -> dict:
     returns  {'model': …, 'optimizer': …}
     """
     fresh = [optimizer for optimizer in optimizers if not optimizer.state]
-    if fresh:  # torch gives these their state by a step at rate 0, which must not count as a step
+    if fresh:  # torch makes their state by a step at rate 0, which must not count
         dcp.get_optimizer_state_dict(model, fresh)
         for optimizer in fresh:
             for moments in optimizer.state.values():
@@ -352,7 +346,7 @@ def gather(model, optimizers) -> dict:
 
 
 def restore(state, model, optimizers, scaler, loader):
-    """Bring everything that training goes on with to where the checkpoint left it."""
+    """Restore the model, optimizers, scaler and position of the loader from a checkpoint."""
     if state.get('scaler'):
         scaler.load_state_dict(state['scaler'])
     scatter(state, model, optimizers)
@@ -376,7 +370,7 @@ def scatter(state, model, optimizers):
         moments = {order[i]: moments[i] for i in moments if i in range(len(order))}
     foreign.check_weights(model, state['model'], 'the checkpoint')
     check_moments(model, moments, groups)
-    # the optimizer keeps these tensors: copies, because the originals are mapped from the file
+    # the optimizer keeps these tensors, so copy them out of the mapped file
     copies = {}
     for name, tensors in moments.items():
         copies[name] = {key: value.clone() for key, value in tensors.items()}
