@@ -1,4 +1,4 @@
-"""What a run or a script starts from: nothing, a checkpoint of a run, or a model from elsewhere.
+"""The start of a run or a script: from scratch, a checkpoint of a run, or a model from elsewhere.
 
     start = begin(settings, explicit)                       # train.py: scratch, resume, or weights
     start = find_start('resume', 'out-quickstart')          # sample.py and others: a trained model
@@ -32,13 +32,13 @@ EVALUATION = ('dataset', 'batch_size', 'block_size', 'eval_iters', 'sampling', '
 
 @dataclass
 class Start:
-    """Where a run or a script starts. A new run has the defaults."""
+    """The start of a run or a script. A run from scratch has the defaults."""
 
-    path: str = ''  # the file, folder or name that the model was read from
+    path: str = ''  # file, folder or name of the model
     model_args: dict | None = None  # of GPTConfig; None = a new model
     weights: dict | None = None  # by name; None = read them from path with GPT.from_pretrained()
-    tokenizer: dict | None = None  # meta() of the tokenizer, None = not known
-    style: str | None = None  # template of the conversations that the model was tuned on
+    tokenizer: dict | None = None  # its meta(); None = unknown
+    style: str | None = None  # conversation template that the model was tuned on
     settings: dict = field(default_factory=dict)  # of the run that wrote the checkpoint
     progress: Progress = field(default_factory=Progress)
     state: dict | None = None  # the checkpoint of a run to resume, until restore() has used it
@@ -49,7 +49,7 @@ class Start:
 
     @property
     def history(self) -> list[float]:
-        """The state of optim.StepJudge. The count of steps skipped in a row begins again."""
+        """The state of optim.StepJudge. The count of steps skipped in a row restarts at 0."""
         skipped, _, *rest = (self.state or {}).get('history') or [0.0] * 5
         return [skipped, 0.0, *rest]
 
@@ -64,7 +64,7 @@ class Start:
 
 
 def begin(settings: dict, explicit: set) -> Start:
-    """Find what a training run starts from. The first rank chooses for all.
+    """Find the start of a training run. The first rank chooses for all.
 
     settings  all settings of train.py
     explicit  names of the settings that the user gave
@@ -89,7 +89,7 @@ def begin(settings: dict, explicit: set) -> Start:
         tokenizer = pretrained.read_tokenizer(init_from)
         return Start(init_from, pretrained.read_model_args(folder), tokenizer=tokenizer)
 
-    # the weights of a checkpoint, and nothing else of it
+    # only the weights and tokenizer of a checkpoint
     if init_from.endswith('.pt') and path:
         raise ValueError(f'init_from={init_from} and checkpoint_path={path} name two files to begin with: '
                          'give one')
@@ -101,7 +101,7 @@ def begin(settings: dict, explicit: set) -> Start:
 
 
 def find_run(out_dir, checkpoint_path, auto_resume):
-    """The run to resume, or None: the newest checkpoint of out_dir, or the one at checkpoint_path.
+    """Return the run to resume: the newest checkpoint of out_dir, or checkpoint_path. None if there is none.
 
     With auto_resume, checkpoint_path is used only until out_dir has a checkpoint of its own.
     """
@@ -121,11 +121,10 @@ def find_run(out_dir, checkpoint_path, auto_resume):
 
 
 def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict) -> dict:
-    """The settings that a run takes over from what it starts from; flags given now win, and are printed.
+    """Return the settings that a run takes over from its start. Flags win, and their changes are printed.
 
-    accepted  what each setting of train.py accepts
-    raises    ValueError for a flag that contradicts the model or the optimizer's state, or a stored value
-            that is none
+    accepted  accepted values of each setting of train.py
+    raises    ValueError for a flag that contradicts the model or the optimizer's state, or a bad stored value
     """
     stored = {}
     if start.state is not None:
@@ -156,7 +155,7 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
 
 
 def forget_best_loss(progress, settings, stored, explicit):
-    """Begin anew with the best validation loss where it was measured on other windows than those to come."""
+    """Reset the best validation loss if the validation windows have changed since it was measured."""
     given = explicit & stored.keys()
     changed = [name for name in EVALUATION if name in given and settings[name] != stored[name]]
     if changed and progress.best_val_loss < float('inf'):
@@ -166,14 +165,13 @@ def forget_best_loss(progress, settings, stored, explicit):
 
 
 def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: dict) -> GPT:
-    """The model to train: new, with the weights to start from, or of the shape that restore() fills.
+    """Make the model to train: new, with the weights of the start, or in its shape for restore() to fill.
 
-    vocab_size, tokenizer_meta  of the dataset; the model's must fit
+    vocab_size, tokenizer_meta  of the dataset; must fit the model's
     """
     dropout = settings['dropout']
     if start.model_args is None:
-        # GPT-2's 50257 become 50304: multiples of 64 suit the matrix kernels, but cost a small vocabulary
-        # too much
+        # multiples of 64 suit the matrix kernels (50257 -> 50304), but cost a small vocabulary too much
         padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
         names = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'arch')
         return GPT(GPTConfig(vocab_size=padded, **{name: settings[name] for name in names}))
@@ -206,10 +204,9 @@ def check_vocabulary(start, dataset, vocab_size, tokenizer_meta):
 
 
 def find_start(init_from='resume', out_dir='out', checkpoint_path='', n_head=None) -> Start:
-    """Find a trained model: checkpoint_path, else the checkpoint of out_dir; for any other init_from, that
-    model.
+    """Find a trained model: init_from, or with 'resume' checkpoint_path or the checkpoint of out_dir.
 
-    n_head   of a checkpoint_path that does not say it
+    n_head   for a checkpoint_path of weights alone
     returns  Start with a tokenizer
     """
     if init_from != 'resume':
@@ -227,10 +224,9 @@ def find_start(init_from='resume', out_dir='out', checkpoint_path='', n_head=Non
 
 
 def find_checkpoint(out_dir):
-    """The newest checkpoint of out_dir; its best one if the run asked for that by
-    always_save_checkpoint=False.
+    """Return the newest checkpoint of out_dir; the best one of a run with always_save_checkpoint=False.
 
-    raises  ValueError if the run, still training, has replaced the file before every rank has read it
+    raises  ValueError if a run that still trains replaces the file before every rank has read it
     """
     path, iter_num = distributed.on_first_rank(lambda: choose_checkpoint(out_dir))
     state = checkpoint.load(path)
@@ -253,12 +249,11 @@ def choose_checkpoint(out_dir):
 
 
 def nanogpt_tokenizer(dataset):
-    """The tokenizer of a checkpoint that holds none: its dataset's if data/ has that, else GPT-2's, as in
-    nanoGPT."""
+    """Return the tokenizer of the dataset of a checkpoint if data/ has it, else GPT-2's, as nanoGPT does."""
     is_name = isinstance(dataset, str) and dataset and not re.search(r'[/\\]|\.\.', dataset)
-    # a file from elsewhere opens no other folder
+    # a checkpoint from elsewhere must not open folders outside data/
     for folder in dataset_folders(dataset)[0] if is_name else []:
-        if (folder / 'meta.pkl').exists():  # nanoGPT's rule, whether or not the tokens are there too
+        if (folder / 'meta.pkl').exists():  # nanoGPT's rule, even without the tokens
             print0(f'no tokenizer in the checkpoint: using the characters in {folder / "meta.pkl"}')
             return read_meta_pkl(folder / 'meta.pkl')
         if (folder / 'meta.json').exists():
@@ -270,10 +265,10 @@ def nanogpt_tokenizer(dataset):
 
 
 def build_model(start: Start, tokenizer, dtype=None, strict: bool = True) -> GPT:
-    """Build a trained model on the CPU, ready for inference. Its vocabulary must hold the tokenizer's.
+    """Build a trained model on the CPU for inference. Its vocabulary must include the tokenizer's.
 
-    dtype   of the parameters of a model that is no checkpoint; None = torch.float32
-    strict  False: a checkpoint may lack weights or have others, which are listed
+    dtype   of the parameters of a pretrained model; None = torch.float32
+    strict  False: accept and list missing or unexpected weights of a checkpoint
     """
     iteration = ''
     if start.weights is None:
