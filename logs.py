@@ -1,5 +1,4 @@
-"""What a run writes about itself: metrics.jsonl line by line, run.json once a start, samples.md, and wandb
-if asked for."""
+"""The log of a run: metrics.jsonl, run.json, samples.md, wandb and the lines on the terminal."""
 
 import contextlib
 import json
@@ -21,13 +20,13 @@ from files import print0, printable
 from report import environment, read_metrics, write_report, write_samples
 from scoring import table_row
 
-METRICS = ('acc', 'acc_norm', 'perplexity', 'core')  # the numbers of a benchmark that metrics.jsonl gets
+METRICS = ('acc', 'acc_norm', 'perplexity', 'core')  # numbers of a benchmark in metrics.jsonl
 
 
 class Log:
     """The files, the lock and the training clock of one run. Only the first rank writes.
 
-    out_dir          None = lines are printed, and nothing is written
+    out_dir          None = print only
     tokens_per_step  over all ranks
     """
 
@@ -39,13 +38,13 @@ class Log:
         self.lock = self.wandb = None
         self.peak_flops = None  # of all ranks together; None = unknown
         self.flops_per_token = 0
-        self.logged_at = progress.iter_num  # updates before this one have a line
-        self.last_line_s = time.perf_counter()  # paused() moves it forward
+        self.logged_at = progress.iter_num  # iter_num after the last logged step
+        self.last_line_s = time.perf_counter()  # paused() adds its duration
 
     # starting
 
     def open(self, is_new: bool, facts: dict):
-        """Make out_dir this run's own: lock it, set another run aside, drop metrics that will be redone.
+        """Claim out_dir: lock it, set another run aside, drop the metrics of steps that will be repeated.
 
         is_new  the run was not resumed
         facts   plain values about the run for run.json, the settings under 'settings'
@@ -80,7 +79,7 @@ class Log:
         files.write_json(run_file, {**facts, 'starts': starts})
 
     def start_record(self, facts, earlier):
-        """One entry of `starts` in run.json: what is true of this start of the run, but not of the others."""
+        """Return the entry of this start for `starts` in run.json."""
         now, before = facts['settings'], earlier.get('settings', {})
         names = [name for name in now.keys() & before.keys() if now[name] != before[name]]
         changed = {name: [before[name], now[name]] for name in sorted(names)}
@@ -105,10 +104,9 @@ class Log:
 
     @contextlib.contextmanager
     def paused(self, anything_due):
-        """Keep the time spent inside out of the training clock, if anything is due inside.
+        """Exclude the time spent inside from the training clock.
 
-        Updates still running on an accelerator count as training. Waiting for them in each step would cost
-        time.
+        anything_due  wait for the accelerator first, so that its pending updates count as training
         """
         if anything_due:
             devices.synchronize(self.place.device)
@@ -117,9 +115,9 @@ class Log:
         self.last_line_s += time.perf_counter() - begun_s
 
     def step(self, lr: float, loss, grad_norm, judge) -> int:
-        """Log the update after iter_num. Return how many steps in a row were skipped, this one included.
+        """Log step iter_num. Return how many steps in a row were skipped, this one included.
 
-        loss, grad_norm  0-d, read from the device together with the numbers of the StepJudge: one wait
+        loss, grad_norm  0-d, read from the device in one transfer with the numbers of the StepJudge
         """
         numbers = loss, grad_norm, judge.skipped, judge.skipped_in_a_row, judge.smoothed_loss
         loss, grad_norm, skipped, skipped_in_a_row, smoothed_loss = torch.stack(numbers).tolist()
@@ -201,7 +199,7 @@ class Log:
         except OSError as error:
             print0(f'{self.path}: {error.strerror}: the line of iteration {line["iter"]} is lost')
             if size is not None:
-                with contextlib.suppress(OSError):  # readers pass over a torn line
+                with contextlib.suppress(OSError):  # readers skip a torn line
                     os.truncate(self.path, size)
         if self.wandb is not None:
             self.wandb.log(line, step=line['iter'])
@@ -209,7 +207,7 @@ class Log:
     # at the end
 
     def report(self):
-        """Write report.md. The run is saved: a picture that fails must not make it look otherwise."""
+        """Write report.md. A failure is only printed, because the run itself is saved."""
         if not self.writes:
             return
         try:

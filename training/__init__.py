@@ -1,1 +1,1 @@
-"""Parts of a training run beside its loop: checks of the settings, data, samples, benchmarks."""
+"""Parts of train.py outside its loop: checks of the settings, data, samples, benchmarks."""

@@ -1,5 +1,6 @@
-"""Benchmarks in the course of a training run: the tasks of evaluate.py, every so many iterations."""
+"""Benchmarks during a training run: the tasks of evaluate.py at fixed intervals."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -10,10 +11,10 @@ from scoring import Interrupted, score_rows
 class Benchmark(NamedTuple):
     name: str
     interval: int  # iterations between scores
-    measure: object  # score_rows() for a model -> dict of numbers, with 'tasks' inside for CORE
+    measure: Callable  # takes score_rows() of a model, returns numbers by name; for CORE also 'tasks'
 
     def run(self, model, place, autocast, batch_tokens) -> dict | None:
-        """Return the numbers of the benchmark; None if a signal to stop arrives meanwhile."""
+        """Return the numbers of the benchmark; None after a signal to stop."""
         score = partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast,
                         stop=distributed.signal_to_stop)
         try:
@@ -23,9 +24,9 @@ class Benchmark(NamedTuple):
 
 
 def open_benchmarks(settings: dict, tokenizer) -> list[Benchmark]:
-    """Read the benchmarks that are asked for, so that what is wrong with them shows before the first step.
+    """Read the requested benchmarks, so that bad files fail before the first step.
 
-    tokenizer  None if no benchmark is asked for
+    tokenizer  None if no benchmark is requested
     """
     intervals = {name: settings[f'{name}_interval'] for name in ('hellaswag', 'lambada', 'core')}
     if not any(intervals.values()):

@@ -1,9 +1,9 @@
-"""Limits of train.py's settings, each by itself and beside the others."""
+"""Checks of train.py's settings, alone and in combination."""
 
 import importlib.util
 import math
 
-# least, upper bound (excluded), and the settings it holds for; GPTConfig checks those of the model
+# minimum, upper bound (excluded), and names of the settings; GPTConfig checks those of the model
 LIMITS = (
     (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters'),
     (1, math.inf, 'restart_iters restart_mult shuffle_window max_skipped_steps'),
@@ -19,7 +19,7 @@ LIMITS = (
 
 
 def check_limits(settings: dict):
-    """Raise ValueError for a setting that is out of range by itself."""
+    """Raise ValueError for a setting that is out of range."""
     for least, bound, names in LIMITS:
         for name in names.split():
             value = settings[name]
@@ -29,7 +29,7 @@ def check_limits(settings: dict):
 
 
 def check_settings(settings: dict):
-    """Raise ValueError for a setting that makes no sense by itself or beside another."""
+    """Raise ValueError for a setting that is invalid, alone or with another."""
     check_limits(settings)
     check_optimization(settings)
     check_files(settings)

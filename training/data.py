@@ -1,4 +1,4 @@
-"""The data of a training run: batches to train on, and the windows that are evaluated."""
+"""The data of a training run: batches to train on and windows to evaluate."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from tokens.tokenizer import load_tokenizer
 
 class EvalSet(NamedTuple):
     loader: Loader
-    windows: np.ndarray  # numbers of the loader's windows that are evaluated, the same ones each time
+    windows: np.ndarray  # numbers of the loader's windows to evaluate
 
 
 class EvalLosses(NamedTuple):
@@ -28,7 +28,7 @@ class TrainingData(NamedTuple):
     train: Loader
     eval_train: EvalSet
     eval_val: EvalSet
-    style: str | None  # template of its conversations
+    style: str | None  # conversation template
     name: str  # the dataset setting
 
     def describe(self, n_tokens: int) -> str:
@@ -77,7 +77,7 @@ def open_data(settings: dict, place, grad_accum: int, rows: int, tokenizer) -> T
 
 
 def describe_origin(splits):
-    """Say which rule nanoGPT's datasets, which have no meta.json, are read by."""
+    """Print how datasets without meta.json, such as nanoGPT's, are read."""
     for split in splits:
         if split.meta['origin'] != 'meta.json':
             rule = 'characters from meta.pkl' if split.meta['origin'] == 'meta.pkl' else "GPT-2's ids"
@@ -93,7 +93,7 @@ def style_of(dataset, splits):
 
 
 def check_ids(data: TrainingData, n_rows: int):
-    """Read a few windows of each loader: ids that belong to another tokenizer stop the run here."""
+    """Read a few windows of each loader, so that ids of another tokenizer fail before the first step."""
     for loader in (data.train, data.eval_train.loader, data.eval_val.loader):
         loader.windows(np.arange(n_rows))
 
@@ -101,7 +101,7 @@ def check_ids(data: TrainingData, n_rows: int):
 def count_bytes(tokenizer_meta: dict, place) -> torch.Tensor | None:
     """Return the bytes of each token, (V,) int64 on the device, for bits per byte.
 
-    None for GPT-2's tokenizer if vocab.bpe is not in the cache: training downloads nothing for it.
+    None for GPT-2's tokenizer if vocab.bpe is not in the cache: training does not download it.
     """
     table = distributed.on_first_rank(lambda: read_byte_counts(tokenizer_meta))
     return table if table is None else table.to(place.device)
@@ -118,7 +118,7 @@ def read_byte_counts(tokenizer_meta):
 
 
 def evaluate(model, data: TrainingData, token_bytes, place, autocast) -> EvalLosses | None:
-    """Measure the losses on the windows to evaluate. None if a signal to stop arrives meanwhile."""
+    """Measure the losses on the windows to evaluate. None after a signal to stop."""
     losses = []
     try:
         for loader, windows in (data.eval_train, data.eval_val):

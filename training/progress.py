@@ -1,4 +1,4 @@
-"""How far a training run has come: the state that is neither in the model nor in the optimizers."""
+"""The state of a training run outside its model and optimizers."""
 
 import dataclasses
 import math
@@ -10,13 +10,13 @@ from files import print0
 
 @dataclass
 class Progress:
-    """How far a run has come. Every checkpoint holds its fields."""
+    """Counters of a run. Every checkpoint holds these fields."""
 
     iter_num: int = 0  # updates done
     best_val_loss: float = math.inf
     since_best: int = 0  # evaluations since the best one
-    to_evaluate: bool = False  # a signal came before the evaluation that was due at iter_num
-    run_id: str | None = None  # tells the checkpoints of this run from another's in the same folder
+    to_evaluate: bool = False  # a signal prevented the evaluation due at iter_num
+    run_id: str | None = None  # the same in all checkpoints of a run
     wandb_id: str | None = None
 
     def __post_init__(self):
@@ -28,7 +28,7 @@ class Progress:
 
     @property
     def advanced(self) -> bool:
-        """Whether there is anything new to evaluate and save since the run was started or resumed."""
+        """Whether there is anything new to evaluate and save since this start."""
         return self.iter_num > self.started_at or self.resumes_evaluation
 
     def note_evaluation(self, val_loss: float) -> bool:

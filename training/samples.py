@@ -1,4 +1,4 @@
-"""Samples from the same prompts in the course of a training run."""
+"""Samples from fixed prompts during a training run."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Sample(NamedTuple):
 
 
 def read_prompts(generate_prompts: str, tokenizer, loader) -> list[list[int]]:
-    """The prompts as ids: the lines of generate_prompts, or the beginnings of four windows of the loader.
+    """Return prompts as ids: the lines of generate_prompts, or the beginnings of four windows.
 
     A beginning is 16 tokens; of a conversation, everything before the first target.
     """
@@ -31,7 +31,7 @@ def read_prompts(generate_prompts: str, tokenizer, loader) -> list[list[int]]:
 
 
 def generate(model, tokenizer, prompts, seed: int, place, autocast) -> list[Sample]:
-    """Continue each prompt up to the end of its document. Every rank draws the same."""
+    """Continue each prompt by N_TOKENS or to the end of its document. All ranks draw the same."""
     samples = []
     torch.manual_seed(seed)
     model.eval()
