@@ -60,16 +60,16 @@ def check(name, value, accepted):
 
 
 def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32) -> list:
-    """Make the optimizers of a model with GPT-2's parameter names; each step takes all of them.
+    """Make the optimizers of a model with GPT-2's parameter names; call step() on each.
 
-    dtype    of training's matrix products: Muon orthogonalizes in bfloat16 if it is that, else in float32
+    dtype    of the matrix products in training; Muon orthogonalizes in bfloat16 too, else in float32
     returns  optimizers, whose groups have a 'kind' (what they hold) and a 'peak_lr' (lr at scale 1).
-             load_state_dict() restores the state and keeps these settings: a resumed run obeys its own
+             load_state_dict() keeps these settings, so a resumed run can change them
     """
     groups = group_settings(settings)
     for group in groups.values():
         group['params'] = []
-    for name, p in model.named_parameters():  # a tied weight comes once
+    for name, p in model.named_parameters():  # a tied weight appears once
         if p.requires_grad:
             groups[parameter_kind(name, p, settings.optimizer)]['params'].append(p)
     # torch.distributed.checkpoint refuses an empty group beside a second optimizer
@@ -94,7 +94,7 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
 
 
 def group_settings(settings):
-    """Return {kind: settings of the group}. Muon's groups have `parts`, see there."""
+    """Return {kind: settings of the group}. Only Muon's groups have `parts`."""
     lr, decay = settings.learning_rate, settings.weight_decay
     rest_decay = decay if settings.decay_groups == 'all' else 0.0
     if settings.optimizer == 'adamw':
@@ -125,7 +125,7 @@ def parameter_kind(name, p, optimizer):
 
 
 def has_fused_adamw(device):
-    """Whether AdamW(fused=True) works on a device. torch tells at the first step only."""
+    """Whether AdamW(fused=True) works on a device. torch raises only at the first step."""
     probe = torch.zeros(1, device=device, requires_grad=True)
     probe.grad = torch.zeros_like(probe)
     try:
@@ -175,12 +175,12 @@ class Muon(torch.optim.Optimizer):
         p      <- p - lr * weight_decay * p - lr * sqrt(max(1, R / C)) * update
 
     params    parameters, or groups of them. Each parameter of a group consists of `parts` matrices, one below
-              another (3 in the fused Q, K, V), which are orthogonalized separately
-    ns_dtype  to orthogonalize in; None = the parameters'. In bfloat16 the last bit of a gradient can turn a
-              direction that the gradient hardly has, by 1e-2 of the step: numbers of ranks differ by that
+              another (3 in the fused Q, K, V), orthogonalized separately
+    ns_dtype  to orthogonalize in; None = the parameters'. In bfloat16 the last bit of a gradient can change a
+              step by 1e-2 of its size, so runs on different numbers of ranks differ by as much
     source    https://kellerjordan.github.io/posts/muon/; decoupled weight decay arXiv:2502.16982
 
-    Each of several ranks orthogonalizes a share of the matrices. FSDP's shards are gathered for that.
+    Each rank orthogonalizes a share of the matrices. FSDP's shards are gathered first.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, ns_dtype=None):
@@ -194,7 +194,7 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        # matrices of one shape are multiplied together, whatever group they belong to
+        # multiply matrices of one shape together, also across groups
         batches = defaultdict(list)
         for group in self.param_groups:
             settings = group['lr'], group['momentum'], group['weight_decay']
@@ -218,7 +218,7 @@ class Muon(torch.optim.Optimizer):
         updates = torch._foreach_lerp(grads, new_buffers, momentum)
 
         matrices = torch.cat(self.gather(updates, params)).view(-1, *shape)  # (K, R, C)
-        rows = self.share_out(matrices).view(-1, shape[1]).split([p.size(0) for p in params])
+        rows = self.orthogonalize_shares(matrices).view(-1, shape[1]).split([p.size(0) for p in params])
         updates = [own_rows(update, p) for update, p in zip(rows, params, strict=True)]
         new_weights = torch._foreach_mul(weights, 1 - lr * weight_decay)
         torch._foreach_add_(new_weights, updates, alpha=-lr * math.sqrt(max(1, shape[0] / shape[1])))
@@ -234,13 +234,13 @@ class Muon(torch.optim.Optimizer):
         return state['momentum_buffer']
 
     def gather(self, shards, params):
-        """Return the whole tensors of FSDP's shards, in the dtype of orthogonalization."""
+        """Return the whole tensors of FSDP's shards, in ns_dtype."""
         if not isinstance(params[0], DTensor):
             return shards
         group, n_ranks = shard_group(params[0])
         wholes = []
         for shard, p in zip(shards, params, strict=True):
-            n_rows = -(-p.size(0) // n_ranks)  # the last ranks may have fewer rows, or none
+            n_rows = -(-p.size(0) // n_ranks)  # the last ranks may have fewer
             padded = shard.new_zeros(n_rows, p.size(1), dtype=self.ns_dtype)
             padded[:len(shard)] = shard
             whole = padded.new_empty(n_ranks * n_rows, p.size(1))
@@ -248,13 +248,13 @@ class Muon(torch.optim.Optimizer):
             wholes.append(whole[:p.size(0)])
         return wholes
 
-    def share_out(self, matrices):
-        """Orthogonalize matrices (K, R, C), the same on every rank: each rank does a share of them."""
+    def orthogonalize_shares(self, matrices):
+        """Orthogonalize matrices (K, R, C) that every rank has: each rank does a share of them."""
         if not dist.is_initialized():
             return orthogonalize(matrices, dtype=self.ns_dtype)
         n_ranks = dist.get_world_size()
         n_own = -(-len(matrices) // n_ranks)
-        own = matrices[dist.get_rank() * n_own:][:n_own]  # the last ranks may have fewer matrices, or none
+        own = matrices[dist.get_rank() * n_own:][:n_own]  # the last ranks may have fewer
         done = matrices.new_zeros(n_own, *matrices.shape[1:], dtype=self.ns_dtype)
         if len(own):
             done[:len(own)] = orthogonalize(own, dtype=self.ns_dtype)
@@ -274,7 +274,7 @@ def shard_group(p):
 
 
 def own_rows(update, p):
-    """Return the rows of an update (of p's whole shape) that this rank has of p, in p's dtype."""
+    """Return this rank's rows of an update of the whole p, in p's dtype."""
     if isinstance(p, DTensor):
         group, n_ranks = shard_group(p)
         n_rows = -(-p.size(0) // n_ranks)
@@ -286,20 +286,20 @@ def own_rows(update, p):
 # skipped steps
 
 SMOOTHING = 0.95
-MIN_TAKEN = 20  # steps before spikes are looked for: a running mean of fewer says little
+MIN_TAKEN = 20  # steps taken before spikes are judged: a running mean of fewer is noise
 
 
 class StepJudge:
-    """Decide whether to skip a step, and count. The numbers are 0-d float32 tensors on the device: the host
-    need not wait for them. To read several, stack them first.
+    """Decide whether to skip a step, and count. The numbers are 0-d float32 tensors on the device, so the
+    host need not wait for them. To read several, stack them first.
 
     skip_spikes       skip a step whose gradient norm or loss exceeds this multiple of its running mean;
                       0 = only a step in which one of them is not finite
-    state             as state() returned it
+    state             from state()
     skipped           steps skipped so far
-    skipped_in_a_row  of those, the last in a row
+    skipped_in_a_row  steps skipped since the last step taken
     taken             steps taken
-    norm_sum, loss_sum  sums over the steps taken, each weighing 0.95 of the next, times 0.05
+    norm_sum, loss_sum  exponential moving averages over the steps taken, before bias correction
     """
 
     def __init__(self, device, skip_spikes: float = 0.0, state=(0.0, 0.0, 0.0, 0.0, 0.0)):
@@ -318,7 +318,7 @@ class StepJudge:
         return self.loss_sum / (1 - SMOOTHING ** self.taken)
 
     def judge(self, grad_norm, loss):
-        """Return 1 if the step is to be skipped, else 0. All are 0-d float32, the same on all ranks."""
+        """Return 1 to skip the step, else 0. All are 0-d float32, the same on all ranks."""
         now = torch.stack((grad_norm, loss))
         sums = torch.stack((self.norm_sum, self.loss_sum))
         skip = ~now.isfinite().all()
@@ -335,7 +335,7 @@ class StepJudge:
 
 
 def step_unless(optimizer, skip):
-    """Call optimizer.step(), which changes nothing if skip is 1. The host waits only for an unfused AdamW."""
+    """Call optimizer.step(), without effect if skip is 1. The host waits only with an unfused AdamW."""
     if optimizer.defaults.get('fused') is False:
         if not skip:
             optimizer.step()
@@ -351,7 +351,7 @@ def step_unless(optimizer, skip):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning-rate schedule. Each warms up linearly over warmup_iters first, then follows its kind.
+    """A learning-rate schedule: linear warm-up over warmup_iters, then as its kind says.
 
     kind      'cosine': half a cosine down to min_lr_ratio at lr_decay_iters (None = max_iters), as in nanoGPT
               'wsd': 1, then linearly down to min_lr_ratio over the last decay_fraction of max_iters
