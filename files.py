@@ -1,4 +1,4 @@
-"""Files and messages, shared by all rooms: atomic writes, locks, JSON lines, one-line errors.
+"""Files and messages: atomic writes, locks, JSON lines, one-line errors.
 
     write_atomically('out/run.json', lambda f: f.write(data))    # the whole file or none of it
     with one_line_errors():                                      # a user's mistake: one line, exit code 2
@@ -36,8 +36,7 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # a failed write does not name its file
-        if isinstance(error, OSError) and error.errno and error.filename is None:
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a failed write
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     sync_folder(path.parent)
@@ -68,7 +67,7 @@ def remove_leftovers(folder):
 def lock(folder):
     """Claim a folder for this process until the returned file is closed or the process ends.
 
-    raises  ValueError if another process holds the lock; the message says which
+    raises  ValueError that names the process holding the lock
     """
     path = Path(folder) / '.lock'
     f = open(path, 'a+', encoding='utf-8', errors='replace')
@@ -78,7 +77,7 @@ def lock(folder):
             fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
             import msvcrt
-            f.seek(1 << 30)  # a byte past the text, so that others can still read who holds the lock
+            f.seek(1 << 30)  # past the text, which others read to name the holder
             msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
         if not isinstance(error, (BlockingIOError, PermissionError)):
@@ -101,7 +100,7 @@ def lock(folder):
 
 
 def read_json(path):
-    """Return the JSON value in a UTF-8 file. ValueError that names the file if there is none."""
+    """Return the JSON value in a UTF-8 file. Raise ValueError that names the file if it is not JSON."""
     try:
         return json.loads(Path(path).read_bytes().decode('utf-8-sig'))
     except (ValueError, RecursionError) as error:
@@ -138,7 +137,7 @@ def print0(*args, **kwargs):
     except BrokenPipeError:
         raise
     except OSError:
-        pass  # nowhere is left to report it
+        pass  # there is no place left to report it
 
 
 def printable(text):
@@ -173,7 +172,7 @@ def one_line_errors():
 
 
 def one_line(error):
-    """The message for an error that a user can do something about; None for any other."""
+    """Return the message for an error that a user can mend; None for any other."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f'{error.filename}: {error.strerror}'
     if isinstance(error, (ValueError, OSError)):
