@@ -3,25 +3,25 @@
     python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
     python train.py --help
 
-A script calls this under its __main__ guard, before it binds other plain names at module level:
+A script calls this before it binds other plain names at module level:
 
     with one_line_errors():
         explicit = configure(globals())
 
 A setting is a module-level name, lower case and without leading underscore, that holds a bool, int, float or
-str. It accepts the type of its default, or what an annotation says; None needs one:
+str. It accepts the type of its default, or of its annotation. None needs an annotation:
 
     top_k: int | None = 200
     compile: bool | Literal['auto'] = 'auto'
 
-A config file whose settings follow from others defines a function, which is called once the flags are known:
+A config file that computes settings from others defines a function, called after the flags are read:
 
     def derive(depth: int = 12, head_dim: int = 128, max_iters=None):
         return dict(n_layer=depth, n_head=depth * 64 // head_dim, ...)
 
-A parameter with an annotation is a setting of the file's own, which flags may give as well; any other is a
-setting of the script. Its value is the flag's or file's, else its default here, else the script's. The
-settings that derive() returns override the files, and flags override them.
+An annotated parameter is a setting of this file, which flags may also give. Any other is a setting of the
+script. Its value comes from a flag, a file, its default here or the script, in this order. What derive()
+returns overrides the files, and flags override that.
 """
 
 import ast
@@ -45,11 +45,11 @@ BOOLS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, 
 
 
 def configure(settings: dict, argv: list[str] | None = None) -> set[str]:
-    """Override settings by config files, in their order, and then by flags. Print the changes.
+    """Override settings by config files in order, then by flags. Print the changes.
 
-    settings  the script's globals(), changed in place, and only if all arguments are right
-    argv      the arguments, sys.argv[1:] if None
-    returns   names of the settings that a file or flag gave, even if it gave the default
+    settings  the script's globals(), changed in place only if all arguments are valid
+    argv      None = sys.argv[1:]
+    returns   names of the settings given by a file or flag, even with the default value
     raises    ValueError, FileNotFoundError: one line with source, name, value and what is accepted
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -57,14 +57,14 @@ def configure(settings: dict, argv: list[str] | None = None) -> set[str]:
         print(help_text(settings), flush=True)
         raise SystemExit(0)
     accepted, defaults, given = accepted_by(settings), config_of(settings), {}
-    known = dict(accepted)  # with the settings of the files' own
-    for file in parse(argv, known, strict=False)[0]:
+    all_accepted = dict(accepted)  # plus the files' own settings
+    for file in parse(argv, all_accepted, strict=False)[0]:
         values, derive = read_config(file, settings.get('__file__', ''), {**defaults, **given}, accepted)
         given.update(values)
-        known = {**own_settings(derive), **known}
-        _, flags = parse(argv, known, strict=False)
+        all_accepted = {**own_settings(derive), **all_accepted}
+        _, flags = parse(argv, all_accepted, strict=False)
         given.update(call_derive(file, derive, given, flags, defaults, accepted))
-    _, flags = parse(argv, known)
+    _, flags = parse(argv, all_accepted)
     given.update((name, value) for name, value in flags.items() if name in accepted)
     settings.update(given)
     changed = [f'{name} = {settings[name]!r}' for name in defaults if settings[name] != defaults[name]]
@@ -107,7 +107,7 @@ def phrase(options):
 
 
 def from_text(text, options):
-    """Return the value that the text of a flag stands for, or the text itself."""
+    """Parse the text of a flag. Return the text itself if it is no bool, None or number."""
     if bool in options and text in BOOLS:
         return BOOLS[text]
     if types.NoneType in options and text == 'None':
@@ -120,9 +120,9 @@ def from_text(text, options):
 
 
 def checked(value, options: list, source: str):
-    """Return the value in the type of the setting: 1 as 1.0 for a float, 1e3 as 1000 for an int.
+    """Convert a value to the type of its setting: 1 to 1.0 for a float, 1e3 to 1000 for an int.
 
-    source  the value's origin for the error: '--dtype=bf16' or "config/x.py: dtype = 'bf16'"
+    source  for the error: '--dtype=bf16' or "config/x.py: dtype = 'bf16'"
     """
     if isinstance(value, str) and (str in options or value in options):
         return str(value)
@@ -141,7 +141,7 @@ def checked(value, options: list, source: str):
 
 
 def nearest(word, choices, remedy, otherwise=''):
-    """Return the remedy with the choice that is spelled most like the word; `otherwise` if none is close."""
+    """Format the remedy with the choice spelled most like the word; return `otherwise` if none is close."""
     near = difflib.get_close_matches(word, choices, n=1)
     return remedy.format(near[0]) if near else otherwise
 
@@ -151,10 +151,9 @@ def nearest(word, choices, remedy, otherwise=''):
 
 
 def parse(argv, accepted, strict=True):
-    """Split the command line into config files, in order, and flags by name. The last of several equal
-    flags wins.
+    """Split the command line into config files, in order, and flags by name. A later flag wins.
 
-    strict  False: skip unknown flags, which may belong to the files
+    strict  False: skip unknown flags, which may belong to config files
     """
     files, flags, rest = [], {}, list(argv)
     while rest:
@@ -175,7 +174,7 @@ def parse(argv, accepted, strict=True):
         if not equals:
             following = rest[0] if rest and not rest[0].startswith('--') else None
             if bool in options and following not in (*BOOLS, 'None', *options):
-                text = 'True'  # a bare --flag; the next word may be a config file
+                text = 'True'  # a bare --flag
             elif following is None:
                 raise ValueError(f'{key}: no value, write {key}=VALUE: accepted {phrase(options)}')
             else:
@@ -185,11 +184,9 @@ def parse(argv, accepted, strict=True):
 
 
 def read_config(file, script, current, accepted):
-    """Run a config file that sees the current settings. Return the values that it gives by name, and its
-    derive().
+    """Run a config file that sees the current settings. Return its settings by name, and its derive().
 
-    Imports, functions, classes and names with a leading underscore are the file's own. Any other unknown
-    name is an error.
+    Unknown names are errors, except imports, functions, classes and names with a leading underscore.
     """
     folder = os.path.dirname(script)
     path = next(filter(os.path.isfile, (file, os.path.join(folder, file))), None)
@@ -203,7 +200,7 @@ def read_config(file, script, current, accepted):
         result = runpy.run_path(path, init_globals=current)
     except (Exception, SystemExit) as e:
         raise ValueError(where(file, path, e)) from e
-    # a file gives the settings that it assigns, even the default, and those that an `import *` changed
+    # a file gives the settings that it assigns, and those that an `import *` changed
     assigned = [symbol.get_name() for symbol in symbols if symbol.is_assigned()]
     for name in assigned:
         value = result.get(name)
@@ -221,9 +218,7 @@ def read_config(file, script, current, accepted):
 
 
 def where(file, path, error):
-    """'config/x.py:3: ZeroDivisionError: division by zero', with the last line of the file in the
-    traceback.
-    """
+    """'config/x.py:3: ZeroDivisionError: division by zero', for the innermost line of the file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     line = lines[-1] if lines else getattr(error, 'lineno', None)  # of a SyntaxError
     return f'{file}:{line or 1}: {type(error).__name__}: {getattr(error, "msg", error)}'
@@ -236,14 +231,14 @@ def own_settings(derive):
 
 
 def call_derive(file, derive, given, flags, defaults, accepted):
-    """Return the settings that follow from the others, by name."""
+    """Return the settings that derive() computes, by name."""
     if derive is None:
         return {}
     arguments = {}
     for name, parameter in inspect.signature(derive).parameters.items():
-        known = [values[name] for values in (flags, given) if name in values]
+        chosen = [values[name] for values in (flags, given) if name in values]
         own = parameter.default if parameter.default is not parameter.empty else defaults.get(name)
-        arguments[name] = known[0] if known else own
+        arguments[name] = chosen[0] if chosen else own
     try:
         values = derive(**arguments)
     except Exception as e:
@@ -261,9 +256,7 @@ def call_derive(file, derive, given, flags, defaults, accepted):
 
 
 def help_text(settings):
-    """Return the script's docstring and its settings: default, remark and accepted values, under their
-    headings.
-    """
+    """Return the script's docstring and its settings with headings, defaults, remarks and accepted values."""
     remarks = read_remarks(settings['__file__']) if '__file__' in settings else {}
     lines = [(settings.get('__doc__') or '').strip(), '', 'Settings, as flags or in a config file:']
     for name, options in accepted_by(settings).items():
@@ -276,9 +269,7 @@ def help_text(settings):
 
 
 def read_remarks(script):
-    """Return the comment lines above, and the comment after, each top-level assignment of a script, by
-    name.
-    """
+    """Return {name: (comment lines above, comment after)} of a script's top-level assignments."""
     with tokenize.open(script) as f:
         source = f.read()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -296,5 +287,3 @@ def read_remarks(script):
             if isinstance(target, ast.Name):
                 remarks[target.id] = heading, comments.get(node.end_lineno, '')
     return remarks
-
-
