@@ -1,9 +1,9 @@
-"""Devices, dtypes, process groups, gradients over many ranks, signals.
+"""Process groups, gradients over many ranks, signals.
 
 Under torchrun each process is a rank of a process group, even a single one. Otherwise there is no group.
 Every rank holds all weights ('ddp'), or a shard of each weight ('fsdp', FSDP2).
 
-torch's DistributedDataParallel is not used. It fills its buckets anew after the first backward pass, so a
+torch's DistributedDataParallel is not used. It rebuilds its buckets after the first backward pass, so a
 resumed run adds in another order: losses of 3 ranks differed by 6e-8 after resuming (torch 2.13, gloo).
 """
 
@@ -28,7 +28,9 @@ import devices
 RANK_VARIABLES = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
 BUCKET_BYTES = 64 << 20  # of gradients in one all-reduce
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
-all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)  # the name since torch 2.13
+all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)  # renamed in torch 2.13
+
+
 @dataclass(frozen=True)
 class Place:
     """The rank of this process, and its device."""
@@ -52,7 +54,7 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
 
     device     'auto' (an accelerator if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', 'mps'
     backend    'auto' or 'nccl' (NCCL for GPUs, gloo for CPUs), or another backend of torch.distributed
-    timeout_s  how long a rank waits for the others before it fails
+    timeout_s  a rank fails after waiting this long for the others
     raises     ValueError for a device or backend that is not available
     """
     grouped = any(name in os.environ for name in RANK_VARIABLES)
@@ -67,7 +69,7 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
         if 'TORCHELASTIC_RUN_ID' in os.environ:
             threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
         if backend in ('auto', 'nccl'):  # nanoGPT's configs say nccl everywhere
-            # gloo besides NCCL: what only the hosts exchange then makes no GPU wait
+            # gloo exchanges the hosts' values, so that no GPU waits for them
             backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         if backend == 'mpi' and not dist.is_mpi_available():
             raise ValueError('backend=mpi: this PyTorch was built without MPI: use --backend=auto')
@@ -89,7 +91,7 @@ def read_rank_variables():
 
 
 def end_with_parent(parent):
-    """End this process soon after torchrun's agent. An orphan would train on and hold out_dir's lock."""
+    """End this process soon after torchrun's agent. An orphan would train on and keep the lock."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)  # blocked in a collective, the main thread could not exit by itself
@@ -175,10 +177,10 @@ def note_signal(number, frame):
 
 
 def exit_at_second_sigint(read_end):
-    """Read the numbers of signals as they arrive, in a thread: Python calls note_signal() only after the main
-    thread's wait for other ranks, in C++, which may last for ever.
+    """Read the numbers of signals in a thread, because Python cannot call note_signal() while the main thread
+    waits for other ranks in C++.
     """
-    # torchrun passes a Ctrl-C on to ranks that have had it from the terminal
+    # torchrun forwards a Ctrl-C that the terminal has already sent to the ranks
     echo_s = 3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0
     first_s = None
     while number := read_end.recv(1):
@@ -186,12 +188,12 @@ def exit_at_second_sigint(read_end):
             continue
         now_s = time.monotonic()
         if first_s is not None and now_s - first_s > echo_s:
-            os._exit(130)  # no cleanup, which could wait; a file being written remains a temporary file
+            os._exit(130)  # skip the cleanup, which could wait
         first_s = first_s or now_s
 
 
 def signal_to_stop() -> str | None:
-    """Return the name of a stop signal that any rank has received; all ranks agree, and no GPU waits."""
+    """Return the name of a stop signal that any rank has received, the same on all ranks. No GPU waits."""
     number = torch.tensor(received[0] if received else 0)
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -253,8 +255,8 @@ def shard(model, place, shard_ranks, dtype):
     if dtype == torch.bfloat16:  # autocast casts the inputs, and leaves the residual sum in float32
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        # Whole blocks compile without a graph break. In bfloat16 that casts the norms' weights, too, which
-        # torch's LayerNorm accepts on CUDA but not on a CPU: there the norms belong to the root.
+        # Whole blocks compile without a graph break. In bfloat16 the norms' weights are cast, too, which
+        # torch's LayerNorm does not accept on a CPU: there the norms stay with the root.
         whole_block = place.device.type == 'cuda' or dtype != torch.bfloat16
         fully_shard(block if whole_block else [block.attn, block.mlp], mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
@@ -267,7 +269,7 @@ def shard(model, place, shard_ranks, dtype):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            # FSDP keeps the tensors of its first pass. Made in inference mode, they could not be trained on.
+            # FSDP reuses the tensors of its first pass, which must not be inference-mode tensors
             module.unshard()
             module.reshard()
     return model
@@ -276,8 +278,8 @@ def shard(model, place, shard_ranks, dtype):
 def compiled_loss(model):
     """Return model.loss, compiled for training. Call it after prepare().
 
-    With FSDP each block is compiled: gathering weights would break a larger graph between the blocks. Shapes
-    are static: training batches all have the same, and a graph for any batch size is slower.
+    With FSDP each block is compiled, because gathering weights would break a larger graph between blocks.
+    Shapes are static, because training batches have one shape and dynamic graphs are slower.
     """
     if not isinstance(model, FSDPModule):
         return torch.compile(model.loss, dynamic=False)
@@ -293,7 +295,7 @@ def sync_gradients(model, reduce: bool):
 
 
 def sum_gradients(model):
-    """Sum the gradients over all ranks after the last micro-step. FSDP has done so in its backward pass.
+    """Sum the gradients over all ranks after the last micro-step. FSDP already has.
 
     Buckets depend on the parameters' order and sizes alone, so a resumed run adds in the same order.
     """
