@@ -238,7 +238,8 @@ class Meter:
         self.name, self.progress, self.began_s, self.n_shards = name, progress, time.monotonic(), 1
         self.of_bytes = job.n_bytes is not None and job.max_docs is None
         total, unit = (job.n_bytes, 'B') if self.of_bytes else (job.max_docs, ' documents')
-        self.bar = tqdm(desc=name, initial=self.done(), total=total, unit=unit, unit_scale=True, disable=None)
+        self.options = dict(total=total, unit=unit, unit_scale=True)
+        self.bar = tqdm(desc=name, initial=self.done(), disable=None, **self.options)
 
     def done(self):
         return self.progress.n_read if self.of_bytes else self.progress.documents
@@ -249,7 +250,9 @@ class Meter:
         self.bar.update(self.done() - self.bar.n)
         if n_shards > self.n_shards:
             self.n_shards = n_shards
-            self.bar.write(f'{self.name}: {text} in {time.monotonic() - self.began_s:,.0f} s')
+            elapsed_s = time.monotonic() - self.began_s
+            self.bar.write(self.bar.format_meter(self.done(), elapsed=elapsed_s, prefix=self.name, ncols=0,
+                                                 postfix=text, **self.options))
             sys.stdout.flush()
 
 
