@@ -246,13 +246,18 @@ def read(path):
         check_bytes(f, path)
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            # torch maps only files whose names are UTF-8, and reads the others
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=is_utf8(path))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # pickle and torch raise many types for other files
         if 'allocate memory' in str(error):
             raise MemoryError(f'{path} does not fit into memory') from None
         raise ValueError(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
+
+
+def is_utf8(path):
+    return str(path).encode('utf-8', 'replace') == str(path).encode('utf-8', 'surrogatepass')
 
 
 def check_bytes(f, path):

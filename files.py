@@ -44,7 +44,8 @@ def write_atomically(path, write):
 
 def write_json(path, value, indent=1):
     text = json.dumps(value, indent=indent, ensure_ascii=False) + '\n'
-    write_atomically(path, lambda f: f.write(text.encode('utf-8')))
+    # half a surrogate pair, as in a file name outside the locale's encoding, becomes JSON's own \udc.. escape
+    write_atomically(path, lambda f: f.write(text.encode('utf-8', 'backslashreplace')))
 
 
 def sync_folder(folder):

@@ -71,6 +71,19 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         assert names(tmp_path) == ['file'] and path.read_bytes() == b'old'
 
 
+def test_a_file_name_outside_the_encoding_of_the_locale_is_written_and_read_back(tmp_path):
+    value = {'out_dir': '中文 \udce4'}
+    files.write_json(tmp_path / 'run.json', value)
+    assert files.read_json(tmp_path / 'run.json') == value
+
+
+def test_a_checkpoint_in_a_folder_whose_name_is_not_utf8_is_read(tmp_path):
+    path = tmp_path / os.fsdecode(b'\xe4') / 'ckpt.pt'
+    path.parent.mkdir()
+    files.write_atomically(path, lambda f: checkpoint.write_zip({'iter_num': 3}, f))
+    assert checkpoint.read(path) == {'iter_num': 3}
+
+
 def test_the_order_is_fsync_replace_fsync_of_the_folder(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
     path = tmp_path / 'file'
