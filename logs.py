@@ -17,7 +17,7 @@ import devices
 import distributed
 import files
 from files import print0, printable
-from report import environment, read_metrics, write_report, write_samples
+from report import FACTS, environment, read_dict, read_metrics, write_report, write_samples
 from scoring import table_row
 
 METRICS = ('acc', 'acc_norm', 'perplexity', 'core')  # numbers of a benchmark in metrics.jsonl
@@ -64,13 +64,13 @@ class Log:
         if is_new:
             checkpoint.set_aside(self.out_dir, checkpoint.run_files(self.out_dir))
         iter_num = self.progress.iter_num
+        run_file = self.path.with_name('run.json')
+        earlier = read_dict(run_file, FACTS) if iter_num else {}
         lines = read_metrics(self.path) if iter_num and self.path.exists() else []
         text = ''.join(json.dumps(line) + '\n' for line in lines if line['iter'] < iter_num)
         files.write_atomically(self.path, lambda f: f.write(text.encode('utf-8')))
 
         # run.json: the facts of this start, and a record of every start
-        run_file = self.path.with_name('run.json')
-        earlier = files.read_json(run_file) if iter_num and run_file.exists() else {}
         facts['environment'] = environment() | dict(
             device=facts.pop('device'), processes=self.place.world_size, dtype=facts.pop('dtype'),
             compiled=facts.pop('compiled'), python=platform.python_version(), torch=torch.__version__,

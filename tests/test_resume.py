@@ -182,6 +182,15 @@ def test_a_finished_run_resumed_changes_no_file_but_metrics(finished):
     assert {path.name: path.read_bytes() for path in finished.glob('*.pt')} == before
 
 
+@pytest.mark.parametrize('content', ['5', '{"starts": 5}', '{"settings": 3}'])
+def test_a_damaged_run_json_gets_one_line_and_leaves_metrics(finished, content):
+    (finished / 'run.json').write_text(content, encoding='utf-8')
+    before = (finished / 'metrics.jsonl').read_bytes()
+    code, _, stderr, _ = train_here('--init_from=resume', '--device=cpu', out_dir=finished)
+    assert code == 2 and 'run.json' in stderr and 'delete the file' in stderr and stderr.count('\n') == 1
+    assert (finished / 'metrics.jsonl').read_bytes() == before
+
+
 # -----------------------------------------------------------------------------
 # which checkpoint
 
