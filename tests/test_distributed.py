@@ -413,28 +413,31 @@ def in_a_child(work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+# in a new process: a forked one would inherit a heap in pieces
+REUSE = '''
+import os, re, resource, torch, devices
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+devices.keep_freed_memory()
+torch.ones(16 << 20)
+before = faults()
+# 16,384 small pages; the first may be shared with the block before, which was not advised
+address = torch.ones(16 << 20).data_ptr() + (32 << 20)
+assert faults() - before < 1000
+within = False
+for line in open('/proc/self/smaps', encoding='utf-8'):
+    if re.match('[0-9a-f]+-', line):
+        first, end = (int(x, 16) for x in line.split()[0].split('-'))
+        within = first <= address < end
+    elif within and line.startswith('VmFlags:'):
+        assert ' hg' in line or not os.path.exists('/sys/kernel/mm/transparent_hugepage')
+'''
+
+
 @pytest.mark.skipif(sys.platform != 'linux' or not hasattr(ctypes.CDLL(None), 'mallopt'), reason='needs glibc')
 def test_freed_memory_is_handed_out_again_in_large_pages():
-    import resource  # not on Windows
-
-    def faults():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-    def work():
-        devices.keep_freed_memory()
-        torch.ones(16 << 20)
-        before = faults()
-        # 16,384 small pages; the first may be shared with the block before, which was not advised
-        address = torch.ones(16 << 20).data_ptr() + (32 << 20)
-        assert faults() - before < 1000
-        within = False
-        for line in open('/proc/self/smaps', encoding='utf-8'):
-            if re.match('[0-9a-f]+-', line):
-                first, end = (int(x, 16) for x in line.split()[0].split('-'))
-                within = first <= address < end
-            elif within and line.startswith('VmFlags:'):
-                assert ' hg' in line or not os.path.exists('/sys/kernel/mm/transparent_hugepage')
-    assert in_a_child(work) == 0
+    done = subprocess.run([sys.executable, '-c', REUSE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
