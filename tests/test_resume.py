@@ -301,6 +301,13 @@ def test_settings_given_now_win_and_are_named(finished):
     assert {group['weight_decay'] for group in state['optimizer']['param_groups']} == {0.2, 0.0}
 
 
+def test_a_best_loss_of_other_windows_is_not_the_one_to_beat(finished):
+    before = read_checkpoint(finished / 'ckpt.pt')['best_val_loss']
+    stdout, lines = resume(finished, '--eval_iters=1', '--max_iters=25', '--eval_interval=5')
+    assert f'eval_iters changed: the best validation loss of {before:.4f} was measured on other windows' in stdout
+    assert read_checkpoint(finished / 'ckpt.pt')['best_val_loss'] == lines[-1]['val_loss']
+
+
 @pytest.mark.parametrize('flag, was', [('n_layer=3', 2), ('arch=modern', 'gpt2'), ('block_size=8', 16), ('optimizer=muon', 'adamw')])
 def test_what_cannot_change_fails_and_leaves_everything(finished, flag, was):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}

@@ -706,3 +706,9 @@ def test_a_short_last_batch_of_an_evaluation_compiles_nothing_anew(tiny, tmp_pat
     monkeypatch.setattr(torch, 'compile', lambda function, **settings: compile(function, backend=backend, **settings))
     train(*TINY, '--compile=True', '--eval_iters=0', '--max_iters=6', '--eval_interval=3', f'--dataset={tiny}', out_dir=tmp_path)
     assert [shapes for shapes in graphs if shapes] == [[(4, 16), (4, 16)]]  # the training step, once; 500 tokens end in 3 windows
+
+
+@pytest.mark.parametrize('flag, kind', [('--tokenizer=byte', 'dataset=stream:PATH'), ('--field=title', 'dataset=stream:PATH')])
+def test_a_flag_that_the_data_would_ignore_is_refused(tiny, tmp_path, flag, kind):
+    problem = refused(*TINY, flag, f'--dataset={tiny}', out_dir=tmp_path / 'out')
+    assert problem.startswith(flag[2:].split('=')[0]) and f' is for {kind}, the dataset is {tiny}: leave it out' in problem
