@@ -712,3 +712,10 @@ def test_a_short_last_batch_of_an_evaluation_compiles_nothing_anew(tiny, tmp_pat
 def test_a_flag_that_the_data_would_ignore_is_refused(tiny, tmp_path, flag, kind):
     problem = refused(*TINY, flag, f'--dataset={tiny}', out_dir=tmp_path / 'out')
     assert problem.startswith(flag[2:].split('=')[0]) and f' is for {kind}, the dataset is {tiny}: leave it out' in problem
+
+
+def test_the_whole_validation_split_is_evaluated_beside_as_many_training_windows(tiny, tmp_path, monkeypatch):
+    counts, measure = [], data.text_loss
+    monkeypatch.setattr(data, 'text_loss', lambda model, loader, windows, **settings: counts.append(len(windows)) or measure(model, loader, windows, **settings))
+    train(*TINY, '--eval_iters=0', '--eval_only=True', f'--dataset={tiny}', out_dir=tmp_path)
+    assert counts == [32, 32]  # 500 tokens in windows of 16; the training split has 65

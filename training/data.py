@@ -63,11 +63,10 @@ def open_data(settings: dict, place, grad_accum: int, rows: int, tokenizer) -> T
     train = Loader(folders, 'train', block_size=block_size, order=settings['sampling'], weights=weights,
                    isolate=isolate, **ranks)
     order = 'documents' if settings['sampling'] == 'documents' else 'sequential'
-    evals = []
-    for split in ('train', 'val'):
-        loader = Loader(folders, split, block_size=block_size, batch_size=batch_size, order=order,
-                        isolate=isolate)
-        evals.append(EvalSet(loader, spread_windows(loader, n_eval)))
+    in_order = dict(block_size=block_size, batch_size=batch_size, order=order, isolate=isolate)
+    loaders = [Loader(folders, split, **in_order) for split in ('train', 'val')]
+    n_eval = n_eval or loaders[1].n_windows  # of the training split no more than of the validation split
+    evals = [EvalSet(loader, spread_windows(loader, n_eval)) for loader in loaders]
     describe_origin(train.splits)
     if settings['verify_data']:
         for split in (*train.splits, *evals[1].loader.splits):
