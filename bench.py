@@ -45,6 +45,7 @@ bias = False
 # mode=step and mode=data
 batch_size: int | None = None  # windows in a step, or rows to decode; None = 12 windows, 1 row
 dataset = ''  # windows of this dataset; '' = random tokens, in mode=data shakespeare_char
+bf16_residual = False  # as in train.py
 loss_chunks: int | Literal['auto'] = 'auto'  # compute the loss in this many chunks; auto = by size
 optimizer: Literal['adamw', 'muon'] = 'adamw'
 warmup_steps = 5  # not measured: they compile, and allocate memory for the first time
@@ -143,7 +144,7 @@ class TrainingStep:
 
 
 def measure_step(model, device, precision, use_compile):
-    model.loss_chunks = loss_chunks
+    model.loss_chunks, model.bf16_residual = loss_chunks, bf16_residual
     settings = OptimizerSettings(optimizer, learning_rate=1e-4, weight_decay=1e-2)
     train_step = TrainingStep(model, device, precision, use_compile, settings=settings)
     n_steps, times_s = warmup_steps + steps, []

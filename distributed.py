@@ -278,13 +278,15 @@ def shard(model, place, shard_ranks, dtype):
 def compiled_loss(model):
     """Return model.loss, compiled for training. Call it after prepare().
 
-    With FSDP each block is compiled, because gathering weights would break a larger graph between blocks.
+    With FSDP each block is compiled, and the cross entropy, because gathering weights would break a larger
+    graph between blocks.
     Shapes are static, because training batches have one shape and dynamic graphs are slower.
     """
     if not isinstance(model, FSDPModule):
         return torch.compile(model.loss, dynamic=False)
     for block in model.transformer.h:
         block.compile(dynamic=False)
+    model.cross_entropy = torch.compile(model.cross_entropy, dynamic=False)
     return model.loss
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+import time
 from pathlib import Path
 
 CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')  # all control characters except tab and line feed
@@ -166,10 +167,26 @@ def one_line_errors():
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
             sys.exit(141)  # 128 + SIGPIPE, as `| head` ends any program
         code = 2
-    several_ranks = (os.environ.get('WORLD_SIZE') or '1') != '1'
-    rank = f'rank {os.environ.get("RANK")}: ' if several_ranks else ''
-    print(rank + printable(' '.join(map(str.strip, message.splitlines()))), file=sys.stderr)
+    message = printable(' '.join(map(str.strip, message.splitlines())))
+    if (os.environ.get('WORLD_SIZE') or '1') != '1':
+        message = f'rank {os.environ.get("RANK")}: {message}'
+        tell_torchrun(message)
+    print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def tell_torchrun(message):
+    """Put the message into torchrun's closing report. Let the first rank that fails be the only one to print.
+
+    Most errors are the same on all ranks. As soon as one rank has ended, torchrun ends the others.
+    """
+    report = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if report:
+        details = dict(message=message, extraInfo=dict(timestamp=str(int(time.time()))))
+        with contextlib.suppress(OSError):
+            write_json(report, dict(message=details))
+        if os.environ.get('RANK') != '0':
+            time.sleep(1 + int(os.environ.get('LOCAL_RANK') or 0))
 
 
 def one_line(error):

@@ -144,28 +144,37 @@ def decoding(context, cache):
 
 
 def loss_chunk_rows(n_rows, n_chunks, weight):
-    """Return how many rows of logits to hold at a time: n_rows / n_chunks; with 'auto', by CHUNK_BYTES.
+    """Return how many rows of logits to hold at a time, so that all chunks have about the same size.
 
-    weight  (V, C) of the head
+    n_chunks  'auto' = as many as keep a chunk within CHUNK_BYTES, in multiples of 128 rows
+    weight    (V, C) of the head
     """
-    if n_chunks != 'auto':
-        return max(-(-n_rows // max(n_chunks, 1)), 1)
-    n_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
-    fitting = max(n_bytes // (4 * weight.size(0)) // 128 * 128, 128)
-    return max(min(n_rows, fitting), 1)
+    multiple = 1
+    if n_chunks == 'auto':
+        n_bytes = 4 * weight.size(0) * n_rows
+        n_chunks = -(-n_bytes // CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES))
+        multiple = 128
+    per_chunk = -(-n_rows // max(n_chunks, 1))
+    return max(min(n_rows, -(-per_chunk // multiple) * multiple), 1)
 
 
-def chunked_cross_entropy(x, weight, targets, *, n_rows, softcap, dtype):
-    """Return the summed cross entropy of softcap(x weight'), (N, V), without holding all logits: 0-d float32.
+def cap(logits, softcap):
+    """Limit logits to +-softcap; None = no limit."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def cross_entropy(x, weight, targets, n_rows, softcap):
+    """Return the summed cross entropy of the logits cap(x weight'), 0-d float32.
 
     x        (N, C)  hidden states
     weight   (V, C)  of the head
     targets  (N,)    int64, IGNORE = no target
     n_rows   rows of logits in memory at a time
-    softcap  cap the logits at +-softcap; None = no cap
-    dtype    of the matrix products
     """
-    return ChunkedCrossEntropy.apply(x, weight, targets, n_rows, softcap, dtype)
+    if n_rows < len(targets):
+        return ChunkedCrossEntropy.apply(x, weight, targets, n_rows, softcap, compute_dtype(x))
+    logits = cap(F.linear(x, weight).float(), softcap)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction='sum')
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -159,7 +159,9 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = False  # True: recompute blocks in the backward pass
         self.compiled = False  # set by compile_blocks()
+        self.bf16_residual = False  # True: sum the outputs of the blocks in bfloat16, if it computes in that
         self.loss_chunks = 'auto'  # chunks of loss() and score(); 'auto' = by size of the logits
+        self.cross_entropy = kernels.cross_entropy  # may be compiled by itself
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.arch == 'gpt2':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
@@ -227,6 +229,8 @@ class GPT(nn.Module):
             x = F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
             rotary = self.cos[position].to(dtype), self.sin[position].to(dtype)  # ([B,] T, 1, 1, D)
         x = self.transformer.drop(x)
+        if self.bf16_residual and dtype == torch.bfloat16:
+            x = x.to(dtype)
         slots = [None] * self.config.n_layer
         if cache is not None:
             slots, mask = cache.slots(T), cache.mask_empty(mask, T, dtype)
@@ -241,8 +245,7 @@ class GPT(nn.Module):
 
     def head(self, x):
         """Return the logits of hidden states: (..., C) -> (..., V) float32."""
-        logits = self.lm_head(x).float()
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        return kernels.cap(self.lm_head(x).float(), self.softcap)
 
     def forward(self, idx, targets=None, cache=None, documents=None):
         """Return (B, T, V) logits and the mean loss; without targets (B, 1, V) and None, as in nanoGPT."""
@@ -256,10 +259,7 @@ class GPT(nn.Module):
         """Return the summed cross entropy of all targets, 0-d float32, without keeping the logits."""
         x, targets = self.hidden(idx, documents=documents).flatten(0, 1), targets.flatten()
         n_rows = kernels.loss_chunk_rows(len(targets), self.loss_chunks, self.lm_head.weight)
-        if n_rows < len(targets):
-            return kernels.chunked_cross_entropy(x, self.lm_head.weight, targets, n_rows=n_rows,
-                                                 softcap=self.softcap, dtype=kernels.compute_dtype(x))
-        return F.cross_entropy(self.head(x), targets, ignore_index=kernels.IGNORE, reduction='sum')
+        return self.cross_entropy(x, self.lm_head.weight, targets, n_rows, self.softcap)
 
     @torch.no_grad()
     def score(self, idx, targets, documents=None) -> Scores:

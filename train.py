@@ -112,6 +112,7 @@ restart_mult = 1  # cosine_restarts: length of each period relative to the last
 seed = 1337
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+bf16_residual = False  # with bfloat16: sum the blocks' outputs in bfloat16, not float32; faster on a GPU
 loss_chunks: int | Literal['auto'] = 'auto'  # compute the loss in this many chunks to save memory; 0 = one
 compile: bool | Literal['auto'] = 'auto'
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 more work
@@ -150,6 +151,7 @@ with one_line_errors(), distributed.signals_noted():
     torch.manual_seed(seed)
     model = make_model(start, settings, vocab_size, tokenizer_meta)
     model.activation_checkpointing, model.loss_chunks = activation_checkpointing, loss_chunks
+    model.bf16_residual = bf16_residual
     compute_dtype = devices.choose_dtype(dtype, place.device)
     model = distributed.prepare(model, place, parallel=parallel, shard_ranks=shard_ranks, dtype=compute_dtype)
     parameters = list(model.parameters())
