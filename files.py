@@ -181,12 +181,13 @@ def tell_torchrun(message):
     Most errors are the same on all ranks. As soon as one rank has ended, torchrun ends the others.
     """
     report = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if report:
-        details = dict(message=message, extraInfo=dict(timestamp=str(int(time.time()))))
-        with contextlib.suppress(OSError):
-            write_json(report, dict(message=details))
-        if os.environ.get('RANK') != '0':
-            time.sleep(1 + int(os.environ.get('LOCAL_RANK') or 0))
+    if not report:
+        return
+    if os.environ.get('RANK') != '0':
+        time.sleep(1 + int(os.environ.get('LOCAL_RANK') or 0))
+    details = dict(message=message, extraInfo=dict(timestamp=str(int(time.time()))))
+    with contextlib.suppress(OSError):
+        write_json(report, dict(message=details))
 
 
 def one_line(error):
