@@ -5,9 +5,13 @@ import json
 import math
 import os
 import platform
+import re
 import socket
+import subprocess
 import sys
+import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,7 +21,7 @@ import devices
 import distributed
 import files
 from files import print0, printable
-from report import FACTS, environment, read_dict, read_metrics, write_report, write_samples
+from report import read_metrics, read_record, write_report
 from scoring import table_row
 
 METRICS = ('acc', 'acc_norm', 'perplexity', 'core')  # numbers of a benchmark in metrics.jsonl
@@ -31,10 +35,9 @@ class Log:
     """
 
     def __init__(self, out_dir, place, progress, tokens_per_step: int, max_iters: int):
-        self.out_dir, self.place, self.progress = out_dir, place, progress
+        self.out_dir = Path(out_dir) if out_dir is not None and place.is_master else None  # None = no files
+        self.place, self.progress = place, progress
         self.tokens_per_step, self.max_iters = tokens_per_step, max_iters
-        self.writes = out_dir is not None and place.is_master
-        self.path = Path(out_dir or '.') / 'metrics.jsonl'
         self.lock = self.wandb = None
         self.peak_flops = None  # of all ranks together; None = unknown
         self.flops_per_token = 0
@@ -54,42 +57,39 @@ class Log:
         if peak and facts['dtype'] != 'float32':
             self.peak_flops = peak * self.place.world_size
         self.flops_per_token = facts['flops_per_token']
-        if self.out_dir is not None:
-            distributed.on_first_rank(lambda: self.claim(is_new, facts))
+        distributed.on_first_rank(lambda: self.claim(is_new, facts))
 
     def claim(self, is_new, facts):
-        os.makedirs(self.out_dir, exist_ok=True)
+        if self.out_dir is None:
+            return
+        self.out_dir.mkdir(parents=True, exist_ok=True)
         self.lock = files.lock(self.out_dir)
         files.remove_leftovers(self.out_dir)
         if is_new:
             checkpoint.set_aside(self.out_dir, checkpoint.run_files(self.out_dir))
-        iter_num = self.progress.iter_num
-        run_file = self.path.with_name('run.json')
-        earlier = read_dict(run_file, FACTS) if iter_num else {}
-        lines = read_metrics(self.path) if iter_num and self.path.exists() else []
-        text = ''.join(json.dumps(line) + '\n' for line in lines if line['iter'] < iter_num)
-        files.write_atomically(self.path, lambda f: f.write(text.encode('utf-8')))
+        path = self.out_dir / 'metrics.jsonl'
+        lines = [line for line in read_metrics(path) if line['iter'] < self.progress.iter_num]
+        text = ''.join(json.dumps(line) + '\n' for line in lines)
+        files.write_atomically(path, lambda f: f.write(text.encode('utf-8')))
 
         # run.json: the facts of this start, and a record of every start
-        facts['environment'] = environment() | dict(
-            device=facts.pop('device'), processes=self.place.world_size, dtype=facts.pop('dtype'),
-            compiled=facts.pop('compiled'), python=platform.python_version(), torch=torch.__version__,
+        earlier = read_record(self.out_dir / 'run.json', settings=dict, starts=list)
+        git, python = git_commit(), platform.python_version()
+        before, now = earlier['settings'], facts['settings']
+        changed = {name: [before[name], now[name]] for name in sorted(before.keys() & now.keys())
+                   if before[name] != now[name]}
+        start = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), iter_num=self.progress.iter_num,
+                     changed=changed, git=git, host=socket.gethostname(), argv=sys.argv,
+                     torch=torch.__version__, python=python)
+        facts['environment'] = dict(
+            git=git, device=facts.pop('device'), processes=self.place.world_size, dtype=facts.pop('dtype'),
+            compiled=facts.pop('compiled'), python=python, torch=torch.__version__,
             system=platform.platform())
-        starts = [*earlier.get('starts', []), self.start_record(facts, earlier)]
-        files.write_json(run_file, {**facts, 'starts': starts})
-
-    def start_record(self, facts, earlier):
-        """Return the entry of this start for `starts` in run.json."""
-        now, before = facts['settings'], earlier.get('settings', {})
-        names = [name for name in now.keys() & before.keys() if now[name] != before[name]]
-        changed = {name: [before[name], now[name]] for name in sorted(names)}
-        return dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), iter_num=self.progress.iter_num,
-                    changed=changed, git=environment().get('git'), host=socket.gethostname(), argv=sys.argv,
-                    torch=torch.__version__, python=platform.python_version())
+        files.write_json(self.out_dir / 'run.json', {**facts, 'starts': [*earlier['starts'], start]})
 
     def start_wandb(self, project, name, config):
         """Start or resume the wandb run: offline if there is no key, because training needs no network."""
-        if not self.writes:
+        if self.out_dir is None:
             return
         import wandb
         mode = os.environ.get('WANDB_MODE') or ('online' if wandb.api.api_key else 'offline')
@@ -97,7 +97,7 @@ class Log:
             print0('wandb: offline, for lack of a key or by WANDB_MODE: upload with `wandb sync`')
         resume = 'allow' if self.progress.wandb_id else None
         self.wandb = wandb.init(id=self.progress.wandb_id, resume=resume, mode=mode, project=project,
-                                name=name, config=config, dir=self.out_dir)
+                                name=name, config=config, dir=str(self.out_dir))
         self.progress.wandb_id = self.wandb.id
 
     # while training
@@ -134,81 +134,69 @@ class Log:
         text = f'iter {it}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.3f}, {dt_s * 1000:.1f}ms, '
         text += f'{tok_per_s:,.0f} tok/s, '
         text += f'mfu {mfu:.1%}, ' if mfu else ''
-        text += f'eta {duration(eta_s)}'
+        text += f'eta {timedelta(seconds=round(eta_s))}'
         if skipped_in_a_row:
             problem = 'SPIKE' if math.isfinite(loss + grad_norm) else 'NOT FINITE'
             text += f' {problem}, step skipped ({skipped:.0f} so far)'
         print0(text)
-        self.write(dict(iter=it, loss=loss, loss_smoothed=smoothed_loss, lr=lr, grad_norm=grad_norm,
-                        tok_per_s=tok_per_s, mfu=mfu, eta_s=eta_s, dt_s=dt_s, n_steps=n_steps,
-                        skipped=int(skipped),
-                        peak_memory_bytes=devices.peak_memory_bytes(self.place.device)))
+        self.write(loss=loss, loss_smoothed=smoothed_loss, lr=lr, grad_norm=grad_norm, tok_per_s=tok_per_s,
+                   mfu=mfu, eta_s=eta_s, dt_s=dt_s, n_steps=n_steps, skipped=int(skipped),
+                   peak_memory_bytes=devices.peak_memory_bytes(self.place.device))
         return int(skipped_in_a_row)
 
     def evaluation(self, losses):
         """Log the EvalLosses of the state after iter_num updates."""
-        it, bits_per_byte = self.progress.iter_num, losses.val.bits_per_byte
+        bits_per_byte = losses.val.bits_per_byte
         train_loss, val_loss = losses.train.nats_per_target, losses.val.nats_per_target
         bits = f', {bits_per_byte:.4f} bits per byte' if bits_per_byte else ''
-        print0(f'step {it}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{bits}')
-        self.write(dict(iter=it, train_loss=train_loss, val_loss=val_loss, val_bpb=bits_per_byte))
+        print0(f'step {self.progress.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{bits}')
+        self.write(train_loss=train_loss, val_loss=val_loss, val_bpb=bits_per_byte)
 
     def benchmark(self, name: str, numbers: dict | None):
-        """Log the numbers of a benchmark; CORE has a row for each of its tasks."""
+        """Log the numbers of a benchmark."""
         if numbers is None:
             return
-        it = self.progress.iter_num
-        print0(f'step {it}: {table_row(name, numbers)}')
-        line = dict(iter=it)
-        for key in METRICS:
-            if key in numbers:
-                line[name if key == name else f'{name}_{key}'] = numbers[key]
-        self.write(line)
-        rows = [dict(iter=it, task=task) | row for task, row in numbers.get('tasks', {name: numbers}).items()]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        self.table(f'{name}_table', columns, [[row.get(key) for key in columns] for row in rows])
+        print0(f'step {self.progress.iter_num}: {table_row(name, numbers)}')
+        columns = {key: name if key == name else f'{name}_{key}' for key in METRICS}
+        self.write(**{column: numbers[key] for key, column in columns.items() if key in numbers})
 
     def samples(self, samples):
-        if not self.writes:
+        """Write [(prompt, text)] to samples.md."""
+        if self.out_dir is None:
+            return
+        try:
+            write_samples(self.out_dir, self.progress.iter_num, samples)
+        except OSError as error:
+            print0(f'{error.filename}: {error.strerror}: the samples of iteration {self.progress.iter_num} '
+                   'are lost')
+
+    def write(self, **numbers):
+        """Append a line to metrics.jsonl, and send it to wandb. A full disk loses the line, not the run."""
+        if self.out_dir is None:
             return
         it = self.progress.iter_num
-        try:
-            write_samples(self.out_dir, it, samples)
-        except OSError as error:
-            print0(f'{error.filename}: {error.strerror}: the samples of iteration {it} are lost')
-        self.table('samples', ['iter', 'prompt', 'text'], [(it, *sample) for sample in samples])
-
-    def table(self, name, columns, rows):
-        if self.wandb is not None:
-            import wandb
-            self.wandb.log({name: wandb.Table(columns=columns, data=rows)}, step=self.progress.iter_num)
-
-    def write(self, line: dict):
-        """Append a line to metrics.jsonl, and send it to wandb. A full disk loses the line, not the run."""
-        if not self.writes:
-            return
-        line['time'] = round(time.time(), 1)
+        line = dict(iter=it, **numbers, time=round(time.time(), 1))
         for name, value in line.items():
             if isinstance(value, float) and not math.isfinite(value):
                 line[name] = None  # JSON has no NaN
-        size = None
+        path, size = self.out_dir / 'metrics.jsonl', None
         try:
-            with open(self.path, 'a', encoding='utf-8') as f:
+            with open(path, 'a', encoding='utf-8') as f:
                 size = f.tell()
                 f.write(json.dumps(line) + '\n')
         except OSError as error:
-            print0(f'{self.path}: {error.strerror}: the line of iteration {line["iter"]} is lost')
+            print0(f'{path}: {error.strerror}: the line of iteration {it} is lost')
             if size is not None:
                 with contextlib.suppress(OSError):  # readers skip a torn line
-                    os.truncate(self.path, size)
+                    os.truncate(path, size)
         if self.wandb is not None:
-            self.wandb.log(line, step=line['iter'])
+            self.wandb.log(line, step=it)
 
     # at the end
 
     def report(self):
         """Write report.md. A failure is only printed, because the run itself is saved."""
-        if not self.writes:
+        if self.out_dir is None:
             return
         try:
             print0(f'report: {write_report([self.out_dir])}')
@@ -234,10 +222,31 @@ class Log:
                    f'python sample.py --out_dir={out_dir}')
 
 
-def duration(seconds: float) -> str:
-    """83.2 -> '1m23s'"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f'{hours}h{minutes:02}m'
-    return f'{minutes}m{seconds:02}s' if minutes else f'{seconds}s'
+def git_commit() -> str | None:
+    """Return the commit of this code, with -dirty if files were changed; None without git."""
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def write_samples(folder, iter_num: int, samples: list[tuple[str, str]]):
+    """Add the samples of an iteration to samples.md, in place of those of this and later ones."""
+    path = Path(folder) / 'samples.md'
+    text = path.read_bytes().decode('utf-8', 'replace') if path.is_file() else ''
+    sections = re.split(r'^## Iteration ([0-9]+)\n', text, flags=re.MULTILINE)[1:]
+    page = ''
+    for at, body in zip(sections[::2], sections[1::2], strict=True):
+        if int(at) < iter_num:
+            page += f'## Iteration {at}\n{body}'
+    page += f'## Iteration {iter_num}\n\n'
+    for i, (prompt, text) in enumerate(samples, 1):
+        page += f'**{i}.** after the prompt\n\n{indented(prompt)}\n\ncomes\n\n{indented(text)}\n\n'
+    files.write_atomically(path, lambda f: f.write(page.encode('utf-8')))
+
+
+def indented(text):
+    # a block of code in Markdown, which nothing in the text can end
+    return textwrap.indent(printable(text), '    ', lambda line: True)

@@ -8,8 +8,6 @@ A run is a report.Run.
 import warnings
 from typing import NamedTuple
 
-import numpy as np
-
 from files import printable, write_atomically
 
 # Okabe and Ito's palette for colour-blind readers, without its faint yellow: https://jfly.uni-koeln.de/color/
@@ -20,143 +18,74 @@ CHINESE_FONTS = {'Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'WenQ
 
 
 class Panel(NamedTuple):
-    x: str  # tokens or seconds
+    x: str  # tokens or minutes
     x_scale: str
     label: str  # of the y axis
     y_scale: str
-    names: tuple[str, ...]  # curves
+    curves: tuple[str, ...]  # names in metrics.jsonl
 
 
-LOSSES = 'loss', 'loss_smoothed', 'val_loss'
+LOSS = 'loss (nats per token)', 'log', ('loss', 'loss_smoothed', 'val_loss')
+BITS = 'validation loss (bits per byte)', 'linear', ('val_bpb',)
 PICTURES = {
-    'loss.png': [Panel('tokens', 'log', 'loss (nats per token)', 'log', LOSSES),
-                 Panel('seconds', 'linear', 'loss (nats per token)', 'log', LOSSES)],
-    'bpb.png': [Panel('tokens', 'log', 'validation loss (bits per byte)', 'log', ('val_bpb',)),
-                Panel('seconds', 'linear', 'validation loss (bits per byte)', 'log', ('val_bpb',))],
+    'loss.png': [Panel('tokens', 'log', *LOSS), Panel('minutes', 'linear', *LOSS)],
+    'bpb.png': [Panel('tokens', 'log', *BITS), Panel('minutes', 'linear', *BITS)],
     'training.png': [Panel('tokens', 'linear', 'learning rate', 'linear', ('lr',)),
                      Panel('tokens', 'linear', 'gradient norm', 'log', ('grad_norm',)),
                      Panel('tokens', 'linear', 'tokens per second', 'linear', ('tok_per_s',))],
 }
-DASHED = dict(linewidth=1.2, linestyle='--', marker='o', markersize=5)
-STYLES = {  # curve -> its name in the legend, and how it is drawn
-    'loss': ('training, each logged step', dict(alpha=0.3, linewidth=0.8)),
-    'loss_smoothed': ('training, smoothed', dict(linewidth=1.8)),
-    'val_loss': ('validation', DASHED),
-    'val_bpb': ('validation', DASHED),
-}
+STYLES = {'loss': dict(alpha=0.3, linewidth=0.8), 'val_loss': dict(linestyle='--'),
+          'val_bpb': dict(linestyle='--')}
+TITLE = 'training: each step faint, smoothed solid; validation: dashed'
 
 
 def draw_all(runs, folder) -> list[str]:
     """Draw every picture that has something to show; return their names."""
-    names = [name for run in runs for name in run.curves.benchmarks.values if name != 'iter']
+    names = dict.fromkeys(name for run in runs for name in run.benchmark_names)
     # more than four would be too small to read
-    panels = [Panel('tokens', 'log', name, 'linear', (name,)) for name in list(dict.fromkeys(names))[:4]]
-    pictures = PICTURES | ({'benchmarks.png': panels} if panels else {})
+    benchmarks = [Panel('tokens', 'log', name, 'linear', (name,)) for name in list(names)[:4]]
+    pictures = PICTURES | {'benchmarks.png': benchmarks}
     return [name for name, panels in pictures.items() if draw(runs, panels, folder / name)]
 
 
 def draw(runs, panels, path) -> bool:
     """Draw panels side by side into a PNG. False if no run has a value to show."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 4.4), dpi=100, layout='constrained')
-    drawn = set()
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        drawn |= draw_panel(axes, runs, panel)
-    if not drawn:
+    from matplotlib.font_manager import get_font_names
+    from matplotlib.lines import Line2D
+    if not any(run.values(curve) for run in runs for panel in panels for curve in panel.curves):
         return False
-    add_legend(figure, [run.name for run in runs], drawn)
+    figure = Figure(figsize=(11, 4.2 + 0.2 * len(runs)), layout='constrained')
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw_panel(axes, runs, panel)
+
+    # a row of the legend for each run; 120 characters are as wide as the picture
+    handles = []
+    for i, run in enumerate(runs):
+        label = printable(run.name)[-120:].replace('$', r'\$')  # a $ would begin a formula
+        handles.append(Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=label))
+    # each character is taken from the first font that has it
+    fonts = ['DejaVu Sans', *sorted(CHINESE_FONTS & set(get_font_names()))]
+    figure.legend(handles=handles, loc='outside upper left', frameon=False, prop=dict(family=fonts))
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')  # the page has the names
-        write_atomically(path, lambda f: figure.savefig(f, format='png', pil_kwargs=dict(optimize=True)))
+        write_atomically(path, lambda f: figure.savefig(f, format='png'))
     return True
 
 
-def draw_panel(axes, runs, panel) -> set[str]:
-    """Draw the curves of all runs; return the names of those that have a visible value."""
-    unit_s, unit = time_unit(max(run.curves.seconds for run in runs))
-    drawn, heights = set(), []
+def draw_panel(axes, runs, panel):
+    from matplotlib.ticker import LogFormatter
     for i, run in enumerate(runs):
-        parts = run.curves.steps, run.curves.evaluations, run.curves.benchmarks
-        for name in panel.names:
-            part = next((part for part in parts if name in part.values), None)
-            if part is None:
-                continue
-            x, y = part.tokens, part[name]
-            if panel.x == 'seconds':
-                x = part.seconds / unit_s
-            visible = np.isfinite(y)
-            visible &= (x > 0) | (panel.x_scale == 'linear')
-            visible &= (y > 0) | (panel.y_scale == 'linear')
-            if not visible.any():
-                continue
-            style = {}
-            if visible.sum() == 1 or part is run.curves.benchmarks:  # one point makes no line
-                style.update(marker='o', markersize=5)
-            if name in STYLES:
-                style.update(STYLES[name][1])
-            axes.plot(x[visible], y[visible], color=COLOURS[i % len(COLOURS)], **style)
-            heights.extend(y[visible])
-            drawn.add(name)
-    xlabel = 'training tokens' if panel.x == 'tokens' else f'training time ({unit})'
-    axes.set(xlabel=xlabel, ylabel=panel.label)
+        for curve in panel.curves:
+            points = zip(run.values(panel.x, where=curve), run.values(curve), strict=True)
+            # a logarithmic axis has no place for the evaluation before the first step
+            points = [(x, y) for x, y in points if x > 0 or panel.x_scale == 'linear']
+            marker = 'o' if len(points) < 20 else None  # a single point makes no line
+            axes.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], marker=marker,
+                      markersize=4, **STYLES.get(curve, {}))
+    axes.set(xscale=panel.x_scale, xlabel=f'{panel.x} of training', yscale=panel.y_scale, ylabel=panel.label)
     axes.grid(alpha=0.25)
-    set_x_scale(axes, panel)
-    set_y_scale(axes, panel, heights)
-    return drawn
-
-
-def time_unit(seconds):
-    for unit_s, unit in ((3600, 'h'), (60, 'min')):
-        if seconds >= 2 * unit_s:
-            return unit_s, unit
-    return 1, 's'
-
-
-def add_legend(figure, names, drawn):
-    """A line for each run in its colour, and one for each kind of curve in its style."""
-    from matplotlib.font_manager import get_font_names
-    from matplotlib.lines import Line2D
-    handles = []
-    for i, name in enumerate(map(printable, names)):
-        name = name if len(name) <= 120 else '…' + name[-119:]  # 120 characters are as wide as the picture
-        handles.append(Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=name))
-    styles = dict(STYLES[name] for name in STYLES if name in drawn)  # the two validation curves share a name
-    handles += [Line2D([], [], color='#555555', label=label, **style) for label, style in styles.items()]
-    widest = max(len(handle.get_label()) for handle in handles)
-    n_columns = min(4, max(1, 135 // (widest + 7)))
-    legend = figure.legend(handles=handles, loc='outside upper center', ncols=n_columns, frameon=False)
-    # each character is taken from the first font that has it
-    fonts = ['DejaVu Sans', *sorted(CHINESE_FONTS & set(get_font_names()))]
-    for text in legend.get_texts():
-        text.set(parse_math=False, fontfamily=fonts)  # a $ in a folder's name is a $
-
-
-def set_x_scale(axes, panel):
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-    axes.set_xscale(panel.x_scale)
-    if panel.x_scale == 'log':
-        low, high = axes.get_xlim()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    if panel.x == 'tokens':
-        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
-
-
-def set_y_scale(axes, panel, heights):
-    """A linear axis includes zero; a logarithmic one of little more than a decade has plain numbers."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, ScalarFormatter
-    if not heights:
-        return
-    low, high = min(heights), max(heights)
-    if panel.y_scale == 'linear':
-        if low or high:
-            # with room for a marker; CORE may be below zero
-            axes.set_ylim(1.05 * min(low, 0), 1.05 * max(high, 0))
-        if high >= 1000:
-            axes.yaxis.set_major_formatter(EngFormatter(sep=''))
-        return
-    axes.set_yscale('log')
-    if high < 20 * low:
-        axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_locator(NullLocator())
+    if panel.y_scale == 'log':
+        axes.yaxis.set_minor_formatter(LogFormatter())  # 3 instead of 3 x 10^0
+    if 'val_loss' in panel.curves:
+        axes.set_title(TITLE, fontsize='small')

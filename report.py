@@ -1,58 +1,41 @@
-"""Show the course of training in words, tables and curves: of one run, or of several in the same pictures.
+"""Report on training runs in tables and curves: on one run, or on several in the same pictures.
 
     python report.py out-quickstart                  # report.md and its pictures in out-quickstart
     python report.py out-a out-b --out=comparison    # both runs in each picture, and settings that differ
 
-It reads the files that a run writes while it trains, so an unfinished run has a report too: metrics.jsonl,
-and if they exist run.json, samples.md and eval.json (evaluate.py). train.py calls it at the end.
+It reads metrics.jsonl and, if they exist, run.json, samples.md and eval.json (evaluate.py), so an unfinished
+run has a report too. A damaged line or field is skipped with a warning. train.py calls it at the end.
 """
 
 import argparse
 import contextlib
 import json
 import math
-import shlex
-import subprocess
-import textwrap
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
-from files import one_line_errors, printable, read_json, write_atomically
-
-FACTS = dict(settings=dict, defaults=dict, environment=dict, starts=list)  # parts of run.json
+from files import one_line_errors, print0, printable, read_json, write_atomically
 
 
-@dataclass
-class Columns:
-    """Lines of metrics.jsonl as columns of floats, nan for null, and where each line stands in training."""
-
-    values: dict[str, np.ndarray]  # by the names in the lines, (n,) each
-    tokens: np.ndarray  # (n,)
-    seconds: np.ndarray  # (n,) in training, without evaluation and saving
-
-    def __getitem__(self, name):
-        return self.values.get(name, np.full(len(self.tokens), np.nan))
-
-
-@dataclass
-class Curves:
-    steps: Columns
-    evaluations: Columns
-    benchmarks: Columns
-    n_updates: int
-    tokens: float
-    seconds: float
-
-
-@dataclass
-class Run:
+class Run(NamedTuple):
     name: str
-    curves: Curves
+    lines: list[dict]  # metrics.jsonl, with the updates, tokens and minutes of training before each line
     facts: dict  # run.json
     evals: dict  # eval.json
-    samples: list[tuple[int, str]]  # iteration, Markdown
+    samples: str  # the last section of samples.md
+
+    def values(self, name, where=None) -> list:
+        """Return a number of each line whose number `where` (default: the same one) is finite."""
+        return [line[name] for line in self.lines if math.isfinite(line.get(where or name, math.nan))]
+
+    @property
+    def benchmark_names(self):
+        own = 'iter', 'time', 'updates', 'tokens', 'minutes'
+        lines = [line for line in self.lines if 'loss' not in line and 'val_loss' not in line]
+        return [name for line in lines for name in line if name not in own]
 
 
 def main():
@@ -61,8 +44,7 @@ def main():
     parser.add_argument('runs', nargs='+', metavar='OUT_DIR')
     parser.add_argument('--out', help='folder for the report (default: the first OUT_DIR)')
     args = parser.parse_args()
-    path = write_report(args.runs, args.out)
-    print(f'{printable(str(path))}: {len(args.runs)} run{"s" * (len(args.runs) > 1)}')
+    print(printable(f'report: {write_report(args.runs, args.out)}'))
 
 
 def write_report(folders: list, out=None) -> Path:
@@ -71,24 +53,28 @@ def write_report(folders: list, out=None) -> Path:
     folders  out_dirs of train.py
     out      folder to write to; None = the first of folders
     returns  the path of report.md
-    raises   OSError, ValueError for a folder without a run, or with files of another form
+    raises   OSError, ValueError for a folder without a run
     """
-    runs, out = [read_run(folder) for folder in folders], Path(out or folders[0])
+    runs, out = [read_run(Path(folder)) for folder in folders], Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
     try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        print(f'the report has no curves: matplotlib cannot be imported ({error}): pip install matplotlib')
-    else:
         from pictures import draw_all
         pictures = draw_all(runs, out)
-    title = '# ' + ' and '.join(code(run.name) for run in runs)
-    links = [f'![{Path(name).stem}]({name})' for name in pictures]
-    sections = [title, summary(runs), *links, evaluations(runs), samples(runs), starts(runs), settings(runs),
-                environments(runs)]
-    text = '\n\n'.join(filter(None, sections)) + '\n'
-    write_atomically(out / 'report.md', lambda f: f.write(text.encode('utf-8')))
+    except ImportError as error:
+        print(f'the report has no curves: matplotlib cannot be imported ({error}): pip install matplotlib')
+    heads = ['', *(code(run.name) for run in runs)]
+    sections = [
+        '# ' + ' and '.join(heads[1:]),
+        table('', heads, side_by_side([summary(run) for run in runs])),
+        *(f'![{Path(name).stem}]({name})' for name in pictures),
+        table('Evaluation', heads, side_by_side([evaluation(run) for run in runs])),
+        *(f'## Samples of {code(run.name)}, iteration {run.samples}' for run in runs if run.samples),
+        *(starts(run) for run in runs), *settings(runs),
+        table('Environment', heads, side_by_side([run.facts['environment'] for run in runs]))]
+    page = printable('\n\n'.join(filter(None, sections)) + '\n')
+    # a name that the locale cannot express holds its bytes as surrogates
+    write_atomically(out / 'report.md', lambda f: f.write(page.encode('utf-8', 'surrogateescape')))
     return out / 'report.md'
 
 
@@ -96,308 +82,181 @@ def write_report(folders: list, out=None) -> Path:
 # what a run leaves in its folder
 
 
-def environment() -> dict:
-    """Describe the code: its git commit, with -dirty if files were changed; None without git."""
-    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
-    folder = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, encoding='utf-8', timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return dict(git=None)
-    return dict(git=done.stdout.strip() or None)
-
-
-def read_run(folder) -> Run:
-    folder = Path(folder)
+def read_run(folder: Path) -> Run:
     path = folder / 'metrics.jsonl'
-    if not path.exists():
-        raise FileNotFoundError(f'{path} does not exist: name the out_dir of a run that has begun to train')
-    lines = read_metrics(path)
+    lines = [{name: number(value) for name, value in line.items()} for line in read_metrics(path)]
     if not lines:
-        raise ValueError(f'{path} has no line yet: wait until the run has logged a step')
-    facts = read_dict(folder / 'run.json', FACTS)
-    evals = read_dict(folder / 'eval.json', dict(results=dict))
-    results = evals.get('results', {})
-    check_types(results, dict.fromkeys(results, dict), folder / 'eval.json')
-    return Run(str(folder), curves(lines), facts, evals, read_samples(folder / 'samples.md'))
+        raise ValueError(f'{path} has no line yet: name the out_dir of a run that has begun to train')
+    add_totals(lines)
+    facts = read_record(folder / 'run.json', settings=dict, defaults=dict, environment=dict, starts=list)
+    evals = read_record(folder / 'eval.json', results=dict)
+    path = folder / 'samples.md'
+    samples = path.read_bytes().decode('utf-8', 'replace') if path.is_file() else ''
+    name = str(folder).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
+    return Run(name, lines, facts, evals, f'\n{samples}'.rpartition('\n## Iteration ')[2].strip())
 
 
-def read_metrics(path) -> list[dict]:
-    """Read metrics.jsonl. Lines without an iteration, such as one torn by a crash, are passed over."""
-    check_regular(path)
+def read_metrics(path: Path) -> list[dict]:
+    """Read metrics.jsonl without damaged lines, such as one torn by a crash; [] if there is no file."""
+    texts = path.read_bytes().splitlines() if path.is_file() else []  # a pipe is no file
     lines = []
-    for text in Path(path).read_bytes().splitlines():
+    for text in texts:
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and type(line.get('iter')) is int and 0 <= line['iter'] < 2**53:
                 lines.append(line)
+    if len(lines) < len(texts):
+        print0(printable(f'{path}: {len(texts) - len(lines)} damaged lines are skipped'))
     return lines
 
 
-def read_dict(path, types) -> dict:
-    """Read a JSON file that holds a dict; {} if there is no file."""
-    if not path.exists():
-        return {}
-    check_regular(path)
-    value = read_json(path)
-    check_types({path.name: value}, {path.name: dict}, path)
-    check_types(value, types, path)
-    return value
+def read_record(path: Path, **types) -> dict:
+    """Read an object from a JSON file. A field of another type, or without a value, is an empty one."""
+    record = {}
+    if path.is_file():
+        try:
+            record = read_json(path)
+        except ValueError as error:
+            print0(printable(f'{error}: ignored'))
+    record = expect(record, dict, path)
+    return record | {name: expect(record.get(name), kind, f'{path}: {name}') for name, kind in types.items()}
 
 
-def check_regular(path):
-    if not Path(path).is_file():  # a pipe would be waited for without end
-        raise ValueError(f'{path} is not a regular file: remove it')
+def expect(value, kind, source):
+    if isinstance(value, kind):
+        return value
+    if value is not None:
+        print0(printable(f'{source} is of type {type(value).__name__}, expected is {kind.__name__}: ignored'))
+    return kind()
 
 
-def check_types(values, types, path):
-    for name, kind in types.items():
-        value = values.get(name)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ValueError(f'{path}: {name} is of type {type(value).__name__}, expected is '
-                             f'{kind.__name__}: delete the file, or write it anew')
+def number(value):
+    """Return the value if it is a number that fits a float, else nan."""
+    return value if type(value) in (int, float) and abs(value) < 1e300 else math.nan
 
 
-def curves(lines: list[dict]) -> Curves:
-    """Place the lines of metrics.jsonl over tokens and over seconds in training.
+def add_totals(lines: list[dict]):
+    """Add the updates, tokens and minutes of training before each line to it.
 
     A logged step carries the mean rate and time of the n_steps updates since the previous line. Other updates
     between two lines were done by a process that ended before it logged them: they count as the previous line
     says, whatever the first update of the new process cost. Before the first line no time is known.
     """
-    steps = [line for line in lines if 'loss' in line]
-    points = [(0, 0.0, 0.0)]  # updates done, tokens, seconds
-    tokens_per_step = dt_s = 0.0
-    for line in steps:
-        done, tokens, seconds = points[-1]
-        n_new = line['iter'] + 1 - done
-        n_timed = number(line.get('n_steps')) or (n_new if len(points) > 1 else 1)
-        last_dt_s, dt_s = dt_s, number(line.get('dt_s')) or 0.0
-        last_tokens_per_step, tokens_per_step = tokens_per_step, (number(line.get('tok_per_s')) or 0.0) * dt_s
-        if len(points) == 1:
-            last_tokens_per_step = tokens_per_step
-        tokens += n_timed * tokens_per_step + (n_new - n_timed) * last_tokens_per_step
-        seconds += n_timed * dt_s + (n_new - n_timed) * last_dt_s
-        points.append((done + n_new, tokens, seconds))
-
-    # updates after the last logged step cost what it cost
-    done, tokens, seconds = points[-1]
-    n_updates = max(line['iter'] + ('loss' in line) for line in lines)
-    if n_updates > done:
-        n_new = n_updates - done if steps else 0
-        points.append((n_updates, tokens + n_new * tokens_per_step, seconds + n_new * dt_s))
-    evaluations = [line for line in lines if 'val_loss' in line]
-    benchmarks = [line for line in lines if 'loss' not in line and 'val_loss' not in line]
-    columns = (columns_of(part, points) for part in (steps, evaluations, benchmarks))
-    return Curves(*columns, n_updates, points[-1][1], points[-1][2])
-
-
-def columns_of(lines, points) -> Columns:
-    names = {name for line in lines for name in line} - {'time'}  # the clock's time, not that of training
-    values = {}
-    for name in sorted(names):
-        values[name] = np.array([number(line.get(name), math.nan) for line in lines], dtype=float)
-    # a step is logged under the number of updates before it
-    done = np.array([line['iter'] + ('loss' in line) for line in lines], dtype=float)
-    updates, tokens, seconds = zip(*points, strict=True)
-    return Columns(values, np.interp(done, updates, tokens), np.interp(done, updates, seconds))
-
-
-def number(value, otherwise=None):
-    """The value if it is a number that fits a float, else the other value."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and abs(value) < 1e300 else otherwise
-
-
-# -----------------------------------------------------------------------------
-# samples.md: a heading for each iteration; below it, indented, the prompts and the model's continuations
-
-
-def write_samples(folder, iter_num: int, samples: list[tuple[str, str]]):
-    """Add the samples after iter_num updates to samples.md, in place of those of this and later iterations.
-
-    samples  [(prompt, text)]
-    """
-    path = Path(folder) / 'samples.md'
-    earlier = read_samples(path) if iter_num else []
-    parts = []
-    for i, (prompt, text) in enumerate(samples, 1):
-        parts.append(f'**{i}.** after the prompt\n\n{indented(prompt)}\n\ncomes\n\n{indented(text)}')
-    sections = [section for section in earlier if section[0] < iter_num] + [(iter_num, '\n\n'.join(parts))]
-    page = '\n\n'.join(f'## Iteration {at}\n\n{body}' for at, body in sections) + '\n'
-    write_atomically(path, lambda f: f.write(page.encode('utf-8')))
-
-
-def read_samples(path) -> list[tuple[int, str]]:
-    """Read samples.md as [(iteration, the Markdown below its heading)]; [] if there is no file."""
-    if not path.exists():
-        return []
-    check_regular(path)
-    sections = []
-    for part in ('\n' + path.read_bytes().decode('utf-8', 'replace')).split('\n## Iteration ')[1:]:
-        at, _, body = part.partition('\n')
-        if at.isdecimal():
-            sections.append((int(at), body.strip('\n')))
-    return sections
-
-
-def indented(text):
-    # a block of code in Markdown, which nothing in the text can end
-    return textwrap.indent(printable(text), '    ', lambda line: True)
-
-
-# -----------------------------------------------------------------------------
-# the sections of report.md, each a string; '' if there is nothing to say
-
-
-def summary(runs) -> str:
-    columns = [summary_of(run) for run in runs]
-    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    return table(['', *(code(run.name) for run in runs)], [row for row in rows if any(row[1:])])
-
-
-def summary_of(run) -> dict[str, str]:
-    steps, evaluations, facts = run.curves.steps, run.curves.evaluations, run.facts
-    updates, tokens = f'{run.curves.n_updates:,}', f'{run.curves.tokens:,.0f}'
-    max_iters = number(facts.get('settings', {}).get('max_iters'))
-    if max_iters:
-        updates += f' of {max_iters:,}' + ', unfinished' * (run.curves.n_updates < max_iters)
-    if number(facts.get('dataset_tokens')):
-        tokens += f' ({run.curves.tokens / facts["dataset_tokens"]:.2f} epochs)'
-    best_loss = best_bpb = cost = ''
-    if np.isfinite(evaluations['val_loss']).any():
-        best = int(np.nanargmin(evaluations['val_loss']))
-        best_loss = f'{evaluations["val_loss"][best]:.4f} (after {evaluations["iter"][best]:,.0f} updates)'
-        best_bpb = shown(evaluations['val_bpb'][best])
-    flops = number(facts.get('flops_per_token'))
-    if flops:
-        cost = f'{run.curves.tokens * flops:.3g} FLOPs ({flops:.3g} a token, forward and backward)'
-    parameters = number(facts.get('parameters'))
-    return {
-        'updates': updates, 'tokens': tokens, 'time in training': duration(run.curves.seconds),
-        'parameters': f'{parameters:,}' if parameters else '',
-        'last training loss, smoothed': shown(last(steps['loss_smoothed'])),
-        'best validation loss': best_loss, 'bits per byte then': best_bpb,
-        'tokens per second (median)': shown(median(steps['tok_per_s']), ',.0f'),
-        'model FLOPs utilisation (median)': shown(median(steps['mfu']), '.1%'), 'cost in training': cost,
-        'peak memory': shown(last(steps['peak_memory_bytes']) / 1e9, '.2f', ' GB')}
-
-
-def evaluations(runs) -> str:
-    """The results of evaluate.py: a row for each measure of each task."""
-    cells = {}
-    for i, run in enumerate(runs):
-        for task, measures in run.evals.get('results', {}).items():
-            for name, value in measures.items():
-                if number(value) is None or name.endswith('stderr'):
-                    continue
-                cell = f'{value:,}' if isinstance(value, int) else f'{value:.4f}'
-                error = number(measures.get(f'{name}_stderr'))
-                if error is not None:
-                    cell += f' ± {error:.4f}'
-                cells.setdefault((task, name), [''] * len(runs))[i] = cell
-    if not cells:
-        return ''
-    at = [f'{code(run.name)} after {run.evals["iter"]:,} updates' for run in runs
-          if number(run.evals.get('iter')) is not None]
-    rows = [[code(task), code(name), *values] for (task, name), values in cells.items()]
-    heads = ['task', 'measure', *(code(run.name) for run in runs)]
-    return f'## Evaluation\n\n{", ".join(at)}\n\n{table(heads, rows)}'
-
-
-def samples(runs) -> str:
-    """The last samples of each run."""
-    parts = []
-    for run in runs:
-        if run.samples:
-            at, body = run.samples[-1]
-            parts.append(f'### {code(run.name)}, after {at:,} updates\n\n{printable(body)}')
-    return '\n\n'.join(['## Samples', *parts]) if parts else ''
-
-
-def starts(runs) -> str:
-    """When, where and how each run was started, and the settings that a resumed run changed."""
-    rows = [[code(run.name), *start_cells(start)] for run in runs
-            for start in run.facts.get('starts', []) if isinstance(start, dict)]
-    heads = ['run', 'time', 'iteration', 'changed settings', 'git', 'host', 'torch', 'python', 'command']
-    return '## Starts\n\n' + table(heads, rows) if rows else ''
-
-
-def start_cells(start):
-    changed, argv = start.get('changed'), start.get('argv')
-    changes = []
-    if isinstance(changed, dict):
-        changes = [f'{name}: {values[0]!r} -> {values[1]!r}' for name, values in changed.items()
-                   if isinstance(values, list) and len(values) == 2]
-    command = shlex.join(map(str, argv)) if isinstance(argv, list) else ''
-    time, iter_num, *facts = (str(start.get(name, ''))
-                              for name in ('time', 'iter_num', 'git', 'host', 'torch', 'python'))
-    return [time, iter_num, code(', '.join(changes)), *facts, code(command)]
-
-
-def settings(runs) -> str:
-    """The settings of the last start that differ between the runs, and those that are not the defaults."""
-    of_runs = [run.facts.get('settings', {}) for run in runs]
-    defaults = next((run.facts['defaults'] for run in runs if run.facts.get('defaults')), {})
-    differ, changed = [], []
-    for name in dict.fromkeys(name for each in of_runs for name in each):
-        values = [repr(each[name]) if name in each else '' for each in of_runs]
-        default = repr(defaults.get(name))
-        if name == 'out_dir':
+    total, cost = np.zeros(3), np.array([1.0, 0.0, 0.0])  # updates, tokens, seconds: so far, of an update
+    points = [total]
+    for line in lines:
+        line['updates'] = line['iter'] + ('loss' in line)  # a step is logged under the updates before it
+        if 'loss' not in line:
             continue
-        if len(set(values)) > 1:
-            differ.append([code(name), *map(code, values), code(default)])
-        elif values[0] != default:
-            changed.append([code(name), code(values[0]), code(default)])
-    parts = []
-    if differ:
-        heads = ['setting', *(code(run.name) for run in runs), 'default']
-        parts += ['## Settings that differ', table(heads, differ)]
-    if changed:
-        parts += ['## Settings other than the defaults' + ', the same in all runs' * (len(runs) > 1),
-                  table(['setting', 'value', 'default'], changed)]
-    return '\n\n'.join(parts)
+        dt_s, is_first = line.get('dt_s', 0.0), len(points) == 1
+        previous_cost, cost = cost, np.nan_to_num([1.0, line.get('tok_per_s', 0.0) * dt_s, dt_s])
+        if is_first:
+            previous_cost = cost * [1, 1, 0]
+        n_new = line['updates'] - total[0]
+        n_timed = line.get('n_steps') or (1 if is_first else n_new)
+        total = total + n_timed * cost + (n_new - n_timed) * previous_cost
+        points.append(total)
+    # updates after the last logged step cost what it cost
+    points.append(total + max(lines[-1]['updates'] - total[0], 0) * cost)
+
+    updates, tokens, seconds = np.transpose(points)
+    for line in lines:
+        line['tokens'] = float(np.interp(line['updates'], updates, tokens))
+        line['minutes'] = float(np.interp(line['updates'], updates, seconds)) / 60
 
 
-def environments(runs) -> str:
-    of_runs = [run.facts.get('environment', {}) for run in runs]
-    names = dict.fromkeys(name for each in of_runs for name in each)
-    rows = [[name, *(str(each.get(name, '')) for each in of_runs)] for name in names]
-    return '## Environment\n\n' + table(['', *(code(run.name) for run in runs)], rows) if rows else ''
+# -----------------------------------------------------------------------------
+# the sections of report.md
 
 
-def table(heads, rows):
-    lines = []
+def summary(run) -> dict[str, str]:
+    last, steps = run.lines[-1], [line for line in run.lines if 'loss' in line]
+    tokens, flops = last['tokens'], number(run.facts.get('flops_per_token'))
+    dataset_tokens = number(run.facts.get('dataset_tokens')) or math.nan
+    evaluations = [line for line in run.lines if math.isfinite(line.get('val_loss', math.nan))]
+    best = min(evaluations, key=lambda line: line['val_loss'], default={})
+    last_step = steps[-1] if steps else {}
+    unit, per_minute = ('hours', 1 / 60) if last['minutes'] >= 120 else ('seconds', 60)
+    return formatted([
+        ('updates', '{:,}', last['updates']),
+        ('max_iters', '{:,}', run.facts['settings'].get('max_iters')),
+        ('tokens', '{:,.0f}', tokens),
+        ('epochs', '{:.2f}', tokens / dataset_tokens),
+        (f'{unit} in training', '{:,.1f}', last['minutes'] * per_minute),
+        ('parameters', '{:,}', run.facts.get('parameters')),
+        ('last training loss, smoothed', '{:.4f}', last_step.get('loss_smoothed')),
+        ('best validation loss', '{:.4f}', best.get('val_loss')),
+        ('bits per byte then', '{:.4f}', best.get('val_bpb')),
+        ('updates then', '{:,}', best.get('iter')),
+        ('tokens per second (median)', '{:,.0f}', median(run.values('tok_per_s') or [math.nan])),
+        ('model FLOPs utilisation (median)', '{:.1%}', median(run.values('mfu') or [math.nan])),
+        ('FLOPs in training', '{:.3g}', tokens * flops),
+        ('FLOPs per token, forward and backward', '{:.3g}', flops),
+        ('peak memory in GB', '{:.2f}', last_step.get('peak_memory_bytes', math.nan) / 1e9)])
+
+
+def evaluation(run) -> dict[str, str]:
+    """The results of evaluate.py by task and measure."""
+    rows = [('updates', '{:,}', run.evals.get('iter'))]
+    for task, measures in run.evals['results'].items():
+        measures = expect(measures, dict, f'{run.name}: eval.json: {task}')
+        for name, value in measures.items():
+            form = '{:,}' if isinstance(value, int) else '{:.4f}'
+            error = number(measures.get(f'{name}_stderr'))
+            if math.isfinite(error):
+                form += f' ± {error:.4f}'
+            if not name.endswith('_stderr'):
+                rows.append((f'{code(task)} {name}', form, value))
+    return formatted(rows)
+
+
+def formatted(rows) -> dict[str, str]:
+    """Format rows of (name, format, number); leave out those without a number."""
+    return {name: form.format(value) for name, form, value in rows if math.isfinite(number(value))}
+
+
+def starts(run) -> str:
+    """When, where and how the run was started, and the settings that a resumed run changed: [old, new]."""
+    records = [expect(start, dict, f'{run.name}: run.json: a start') for start in run.facts['starts']]
+    names = list(dict.fromkeys(name for start in records for name in start))
+    rows = [[code(str(start.get(name, ''))) for name in names] for start in records]
+    return table(f'Starts of {code(run.name)}', names, rows)
+
+
+def settings(runs) -> list[str]:
+    """The settings of the last start that differ between the runs, and those that are not the defaults."""
+    columns = []
+    for values in (*(run.facts['settings'] for run in runs), runs[0].facts['defaults']):
+        columns.append({name: code(repr(value)) for name, value in values.items() if name != 'out_dir'})
+    rows = [[code(name), *values] for name, *values in side_by_side(columns)]
+    differing = [row for row in rows if len(set(row[1:-1])) > 1]
+    changed = [[row[0], row[1], row[-1]] for row in rows if row not in differing and row[1] != row[-1]]
+    heads = ['setting', *(code(run.name) for run in runs), 'default']
+    return [table('Settings that differ', heads, differing),
+            table('Settings other than the defaults' + ', the same in all runs' * (len(runs) > 1),
+                  ['setting', 'value', 'default'], changed)]
+
+
+def side_by_side(columns: list[dict]) -> list[list]:
+    """Return a row for each key: the key, and its value in each column."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [[name, *(column.get(name, '') for column in columns)] for name in names]
+
+
+def table(title, heads, rows) -> str:
+    if not rows:
+        return ''
+    lines = [f'## {title}\n'] if title else []
     for cells in (heads, ['---'] * len(heads), *rows):
-        cells = [printable(cell).replace('|', '\\|').replace('\n', ' ') for cell in cells]
+        cells = [str(cell).replace('|', '\\|').replace('\n', ' ') for cell in cells]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
 def code(text):
-    text = printable(text)
     if '`' in text:
         return f'`` {text} ``'
     return f'`{text}`' if text else ''
-
-
-def shown(value, form='.4f', unit=''):
-    return format(value, form) + unit if math.isfinite(value) else ''
-
-
-def last(values):
-    return values[-1] if len(values) else math.nan
-
-
-def median(values):
-    values = values[np.isfinite(values)]
-    return float(np.median(values)) if len(values) else math.nan
-
-
-def duration(seconds):
-    if seconds < 120:
-        return f'{seconds:.1f} s'
-    return f'{seconds / 60:.1f} min' if seconds < 7200 else f'{seconds / 3600:.2f} h'
 
 
 if __name__ == '__main__':

@@ -2,15 +2,18 @@
 
 import json
 import os
-import runpy
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, differences, read_checkpoint, train_here
+from conftest import ROOT, TINY, differences, read_checkpoint, run_here, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from report import code, curves, read_metrics, read_run, read_samples, write_report, write_samples
+from logs import write_samples
+from report import add_totals, code, read_metrics, read_run, write_report
 from tokens.loader import Loader
 from training.samples import read_prompts
 
@@ -38,31 +41,29 @@ def write_run(folder, lines, torn='', **facts):
 
 
 # -----------------------------------------------------------------------------
-# curves
+# tokens and time
+
+
+def totals(lines):
+    """(updates, tokens, seconds) of each line."""
+    add_totals(lines)
+    return [pytest.approx((line['updates'], line['tokens'], 60 * line['minutes'])) for line in lines]
 
 
 def test_tokens_and_time_add_up_over_steps_that_are_not_logged_and_over_a_change_of_batch():
     # step 0 alone took 5 s; steps 1 to 10 took 1 s and 100 tokens each; then, resumed with twice the batch, steps 11 to 20 took 2 s
     lines = [evaluation(0, 4.0), step(0, 100, 5.0), step(10, 100, 1.0), evaluation(10, 3.5), step(20, 200, 2.0), evaluation(25, 3.0)]
-    run = curves(lines)
-    assert run.steps.tokens.tolist() == pytest.approx([100, 1100, 3100])
-    assert run.steps.seconds.tolist() == pytest.approx([5, 15, 35])
-    assert run.evaluations.tokens.tolist() == pytest.approx([0, 1000, 3900])  # after 25 updates: 4 more of 200 tokens
-    assert run.evaluations.seconds.tolist() == pytest.approx([0, 14, 43])
-    assert (run.n_updates, run.tokens, run.seconds) == (25, pytest.approx(3900), pytest.approx(43))
+    assert totals(lines) == [(0, 0, 0), (1, 100, 5), (11, 1100, 15), (10, 1000, 14), (21, 3100, 35), (25, 3900, 43)]
 
 
 def test_a_run_that_goes_on_from_another_folder_counts_its_tokens_but_only_its_own_time():
-    run = curves([evaluation(100, 2.0), step(100, 10, 60.0), step(101, 10, 1.0)])
-    assert run.steps.tokens.tolist() == pytest.approx([1010, 1020]) and run.steps.seconds.tolist() == pytest.approx([60, 61])
+    assert totals([evaluation(100, 2.0), step(100, 10, 60.0), step(101, 10, 1.0)])[1:] == [(101, 1010, 60), (102, 1020, 61)]
 
 
 def test_the_slow_first_step_of_a_resumed_run_counts_once():
     # steps 1 to 10 took 1 s each; 11 to 14 were done, saved, and not logged; resumed, step 15 took 60 s, with twice the batch
     lines = [step(0, 100, 5.0, n_steps=1), step(10, 100, 1.0, n_steps=10), step(15, 200, 60.0, n_steps=1), step(20, 200, 2.0, n_steps=5)]
-    run = curves(lines)
-    assert run.steps.seconds.tolist() == pytest.approx([5, 15, 15 + 4 + 60, 15 + 4 + 60 + 10])
-    assert run.steps.tokens.tolist() == pytest.approx([100, 1100, 1100 + 400 + 200, 1700 + 1000])
+    assert totals(lines) == [(1, 100, 5), (11, 1100, 15), (16, 1100 + 400 + 200, 15 + 4 + 60), (21, 1700 + 1000, 15 + 4 + 60 + 10)]
 
 
 # -----------------------------------------------------------------------------
@@ -76,10 +77,10 @@ def test_an_unfinished_run_with_a_torn_line_has_a_report(tmp_path):
                        parameters=1234, flops_per_token=2_000_000, dataset_tokens=400, environment=dict(git='abc-dirty'))
     (folder / 'eval.json').write_text(json.dumps(dict(iter=1, results=dict(piqa=dict(acc=0.5, acc_stderr=0.0123, n=1000)))), encoding='utf-8')
     page = write_report([folder]).read_text(encoding='utf-8')
-    for row in ('| updates | 2 of 50, unfinished |', '| tokens | 200 (0.50 epochs) |', '| time in training | 2.0 s |', '| parameters | 1,234 |',
-                '| best validation loss | 2.5000 (after 1 updates) |', '| bits per byte then | 3.0000 |', '| tokens per second (median) | 100 |',
-                '| cost in training | 4e+08 FLOPs (2e+06 a token, forward and backward) |', '| peak memory | 0.50 GB |',
-                '| `piqa` | `acc` | 0.5000 ± 0.0123 |', '| `piqa` | `n` | 1,000 |', '| `max_iters` | `50` | `9` |', '| git | abc-dirty |'):
+    for row in ('| updates | 2 |', '| max_iters | 50 |', '| tokens | 200 |', '| epochs | 0.50 |', '| seconds in training | 2.0 |', '| parameters | 1,234 |',
+                '| best validation loss | 2.5000 |', '| updates then | 1 |', '| bits per byte then | 3.0000 |', '| tokens per second (median) | 100 |',
+                '| FLOPs in training | 4e+08 |', '| FLOPs per token, forward and backward | 2e+06 |', '| peak memory in GB | 0.50 |',
+                '| `piqa` acc | 0.5000 ± 0.0123 |', '| `piqa` n | 1,000 |', '| `max_iters` | `50` | `9` |', '| git | abc-dirty |'):
         assert row in page.splitlines(), row
     assert '`seed`' not in page
     for name in ('loss.png', 'bpb.png', 'training.png', 'benchmarks.png'):
@@ -94,7 +95,7 @@ def test_two_runs_are_compared_in_one_page(tmp_path):
     page = write_report([tmp_path / 'a', tmp_path / 'b'], tmp_path / 'both').read_text(encoding='utf-8')
     assert "| `optimizer` | `'adamw'` | `'muon'` | `'adamw'` |" in page and "| `dataset` | `'x\\|y'` | `'owt'` |" in page
     assert page.index('Settings that differ') < page.index('`optimizer`') < page.index('the same in all runs') < page.index('`dataset`')
-    assert '    or not' in page and f'### `{tmp_path / "a"}`' not in page
+    assert '    or not' in page and f'## Samples of `{tmp_path / "a"}`' not in page
     assert not (tmp_path / 'both' / 'bpb.png').exists() and 'bpb.png' not in page  # nothing was evaluated
     assert not (tmp_path / 'a' / 'report.md').exists()
 
@@ -127,21 +128,25 @@ def test_long_names_stand_whole_in_the_legend_and_foreign_ones_bring_no_warnings
     assert (top[:, :3] > 0.9).all() and (top[:, -3:] > 0.9).all(), 'cut off at the edge'
 
 
+def test_a_folder_that_the_locale_cannot_express_has_a_report_with_its_name(tmp_path):
+    folder = write_run(tmp_path / '训练', [step(0, 100, 1.0)], starts=[dict(argv=['--out_dir=\udce8\udcae\udcad'])])
+    plain = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    subprocess.run([sys.executable, str(ROOT / 'report.py'), str(folder)], env=plain, check=True, capture_output=True)
+    page = (folder / 'report.md').read_text(encoding='utf-8')
+    assert '训练`' in page and (folder / 'loss.png').exists()
+
+
 def test_names_with_backticks_are_still_code():
     assert code('a`b') == '`` a`b ``' and code('a') == '`a`' and code('') == ''
 
 
-@pytest.mark.parametrize('content, message', [
-    (None, 'metrics.jsonl does not exist: name the out_dir of a run that has begun to train'),
-    ('{"iter": 0, "lo', 'metrics.jsonl has no line yet: wait until the run has logged a step'),
-])
-def test_a_folder_without_a_run_gets_one_line(tmp_path, monkeypatch, capsys, content, message):
+@pytest.mark.parametrize('content', [None, '', '{"iter": 0, "lo'])
+def test_a_folder_without_a_run_gets_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / 'metrics.jsonl').write_text(content, encoding='utf-8')
-    monkeypatch.setattr('sys.argv', ['report.py', str(tmp_path), '--out', str(tmp_path / 'new')])
-    with pytest.raises(SystemExit, match='2'):
-        runpy.run_path(str(ROOT / 'report.py'), run_name='__main__')
-    assert capsys.readouterr() == ('', f'{tmp_path}/{message}\n') and not (tmp_path / 'new').exists()
+    exit_code, stdout, stderr = run_here('report.py', tmp_path, '--out', tmp_path / 'new')
+    assert exit_code == 2 and stderr == f'{tmp_path}/metrics.jsonl has no line yet: name the out_dir of a run that has begun to train\n'
+    assert not (tmp_path / 'new').exists()
 
 
 def broken(folder, **files):
@@ -153,33 +158,34 @@ def broken(folder, **files):
 
 
 @pytest.mark.parametrize('files, message', [
-    (dict(run_json='{"settings": 7}'), 'run.json: settings is of type int, expected is dict: delete the file, or write it anew'),
-    (dict(run_json='{"starts": {"a": 1}}'), 'run.json: starts is of type dict, expected is list'),
-    (dict(run_json='[]'), 'run.json: run.json is of type list, expected is dict'),
-    (dict(run_json='[' * 200_000), 'run.json: not JSON in UTF-8'),
-    (dict(eval_json='{"results": 3}'), 'eval.json: results is of type int, expected is dict'),
-    (dict(eval_json='{"results": {"piqa": 3}}'), 'eval.json: piqa is of type int, expected is dict'),
+    (dict(run_json='{"settings": 7}'), '/run.json: settings is of type int, expected is dict: ignored'),
+    (dict(run_json='{"starts": {"a": 1}}'), '/run.json: starts is of type dict, expected is list: ignored'),
+    (dict(run_json='{"starts": [3]}'), ': run.json: a start is of type int, expected is dict: ignored'),
+    (dict(run_json='[]'), '/run.json is of type list, expected is dict: ignored'),
+    (dict(run_json='[' * 200_000), '/run.json: not JSON in UTF-8'),
+    (dict(eval_json='{"results": 3}'), '/eval.json: results is of type int, expected is dict: ignored'),
+    (dict(eval_json='{"results": {"piqa": 3}}'), ': eval.json: piqa is of type int, expected is dict: ignored'),
 ])
-def test_a_file_of_another_form_gets_one_line(tmp_path, files, message):
-    with pytest.raises(ValueError) as error:
-        write_report([broken(tmp_path / 'out', **files)])
-    assert str(error.value).startswith(f'{tmp_path / "out"}/{message}')
+def test_what_has_another_form_is_left_out_with_one_line(tmp_path, capsys, files, message):
+    page = write_report([broken(tmp_path / 'out', **files)]).read_text(encoding='utf-8')
+    assert capsys.readouterr().out.startswith(f'{tmp_path / "out"}{message}') and '| updates | 1 |' in page
 
 
 def test_values_of_another_form_are_left_out(tmp_path):
     evals = dict(iter={}, results=dict(piqa=dict(acc={}, n=5, f=0.5, f_stderr={}), core=dict(tasks={})))
     facts = dict(settings=dict(max_iters='x', seed=10**400), parameters=[], flops_per_token=10**400, dataset_tokens={},
-                 starts=[3, dict(changed=7, argv={}, git={})])
+                 starts=[dict(changed=7, argv={}, git={})])
     folder = broken(tmp_path / 'out', eval_json=json.dumps(evals), run_json=json.dumps(facts))
     page = write_report([folder]).read_text(encoding='utf-8')
-    assert '| `piqa` | `f` | 0.5000 |' in page and '`acc`' not in page and '| updates | 1 |' in page
+    assert '| `piqa` f | 0.5000 |' in page and 'acc' not in page and '| updates | 1 |' in page
 
 
-def test_lines_that_are_no_metrics_are_passed_over(tmp_path):
+def test_lines_that_are_no_metrics_are_passed_over(tmp_path, capsys):
     bad = ['[' * 200_000, '{"iter": true, "loss": 1}', '{"iter": -1}', '{"iter": 1e3}', '5', '{"iter": 1' + '0' * 400 + '}', '{"iter": 1, "lo']
     odd = dict(step(1, 100, 1.0), loss={}, tok_per_s='x', time=1e9, lr=10**400)
     folder = write_run(tmp_path / 'out', [step(0, 100, 1.0), odd, dict(iter=2, loss=1.0)], torn='\n'.join(bad) + '\n\udce9'.encode('utf-8', 'replace').decode())
     assert [line['iter'] for line in read_metrics(folder / 'metrics.jsonl')] == [0, 1, 2]
+    assert capsys.readouterr().out == f'{folder}/metrics.jsonl: 8 damaged lines are skipped\n'
     assert '| updates | 3 |' in write_report([folder]).read_text(encoding='utf-8')
 
 
@@ -189,7 +195,10 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     folder = write_run(tmp_path / 'out', [step(0, 100, 1.0)])
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(ValueError, match=f'{name} is not a regular file: remove it'):
+    if name == 'metrics.jsonl':
+        with pytest.raises(ValueError, match='metrics.jsonl has no line yet'):
+            write_report([folder])
+    else:
         write_report([folder])
 
 
@@ -198,8 +207,8 @@ def test_each_start_of_a_run_is_shown(tmp_path):
     second = dict(first, iter_num=500, changed=dict(learning_rate=[0.001, 0.0005]), git='def-dirty', host='two', argv=['train.py', '--out_dir=a b'])
     folder = write_run(tmp_path / 'out', [step(0, 100, 1.0)], settings={}, starts=[first, second])
     page = write_report([folder]).read_text(encoding='utf-8')
-    assert '| 2026-11-25T10:00:00+0000 | 0 |  | abc | one | 2.13.0 | 3.11.2 | `train.py` |' in page
-    assert "| 500 | `learning_rate: 0.001 -> 0.0005` | def-dirty | two | 2.13.0 | 3.11.2 | `train.py '--out_dir=a b'` |" in page
+    assert "| `2026-11-25T10:00:00+0000` | `0` | `{}` | `abc` | `one` | `['train.py']` | `2.13.0` | `3.11.2` |" in page
+    assert "| `500` | `{'learning_rate': [0.001, 0.0005]}` | `def-dirty` | `two` | `['train.py', '--out_dir=a b']` |" in page
 
 
 def test_nothing_of_a_run_can_steer_the_terminal(tmp_path):
@@ -209,7 +218,7 @@ def test_nothing_of_a_run_can_steer_the_terminal(tmp_path):
     page = write_report([folder]).read_text(encoding='utf-8')
     assert '\x1b' not in page and '\x9b' not in page and 'o\\x1b[2Jut' in page
     write_samples(folder, 5, [('a\tb\n', '\x1b[2J')])
-    assert '    a\tb\n' in (folder / 'samples.md').read_text(encoding='utf-8') and read_samples(folder / 'samples.md')[1][1].endswith('    \\x1b[2J')
+    assert '    a\tb\n' in (folder / 'samples.md').read_text(encoding='utf-8') and read_run(folder).samples.endswith('    \\x1b[2J')
 
 
 # -----------------------------------------------------------------------------
@@ -219,15 +228,15 @@ def test_nothing_of_a_run_can_steer_the_terminal(tmp_path):
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.text(), st.text(alphabet=st.sampled_from('\n\r## Iteration 7\u2028\x0b`*'))), min_size=1, max_size=3))
 def test_no_text_of_a_model_is_taken_for_a_heading(tmp_path_factory, pairs):
-    folder = tmp_path_factory.mktemp('samples')
+    folder = write_run(tmp_path_factory.mktemp('samples'), [step(0, 100, 1.0)])
     write_samples(folder, 0, pairs)
-    first = read_samples(folder / 'samples.md')
+    first = read_run(folder).samples
     write_samples(folder, 5, pairs)
     write_samples(folder, 9, pairs)
     write_samples(folder, 5, [('again', 'and again')])  # a run that was resumed does it anew
-    sections = read_samples(folder / 'samples.md')
-    assert [at for at, _ in sections] == [0, 5] and sections[:1] == first
-    assert 'and again' in sections[1][1]
+    page = (folder / 'samples.md').read_bytes().decode()
+    assert re.findall('^## Iteration .*', page, re.M) == ['## Iteration 0', '## Iteration 5'] and first in page
+    assert read_run(folder).samples.startswith('5\n') and 'and again' in read_run(folder).samples
 
 
 def test_samples_move_nothing_in_training(tiny, tmp_path):
@@ -237,10 +246,10 @@ def test_samples_move_nothing_in_training(tiny, tmp_path):
     a, b = (read_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('without', 'with'))
     assert not differences(a['model'], b['model']) and not differences(a['optimizer'], b['optimizer'])
     assert not (tmp_path / 'without' / 'samples.md').exists()
-    sections = read_run(tmp_path / 'with').samples
-    assert [at for at, _ in sections] == [0, 2, 4, 6]
-    prompts = [[part.partition('comes')[0] for part in body.split('after the prompt')] for _, body in sections]
-    assert len(prompts[0]) == 5 and all(each == prompts[0] for each in prompts[1:]) and len({body for _, body in sections}) == 4  # the weights change
+    sections = re.split('^## Iteration ', (tmp_path / 'with' / 'samples.md').read_text(encoding='utf-8'), flags=re.M)[1:]
+    assert [section.partition('\n')[0] for section in sections] == ['0', '2', '4', '6']
+    prompts = [[part.partition('comes')[0] for part in section.split('after the prompt')][1:] for section in sections]
+    assert len(prompts[0]) == 4 and all(each == prompts[0] for each in prompts[1:]) and len({section[1:] for section in sections}) == 4  # the weights change
 
 
 def test_prompts_end_with_the_last_token_before_the_answer_where_a_mask_says_where(tiny, tmp_path):
@@ -261,8 +270,8 @@ def test_training_ends_with_its_report(tiny, tmp_path):
     stdout = train(*TINY, '--max_iters=3', '--report=True', f'--dataset={tiny}', out_dir=tmp_path)
     assert f'report: {tmp_path}/report.md' in stdout and stdout.splitlines()[-1].startswith('done: ')
     page = (tmp_path / 'report.md').read_text(encoding='utf-8')
-    assert '| updates | 3 of 3 |' in page and '| device | cpu, 1 threads |' in page and '| `n_embd` | `16` | `768` |' in page
-    assert '| tokens | 384 (' in page  # 3 steps of 8 windows of 16
+    assert '| updates | 3 |' in page and '| max_iters | 3 |' in page and '| device | cpu, 1 threads |' in page and '| `n_embd` | `16` | `768` |' in page
+    assert '| tokens | 384 |' in page  # 3 steps of 8 windows of 16
     facts = json.loads((tmp_path / 'run.json').read_text(encoding='utf-8'))
     assert facts['settings']['n_embd'] == 16 and facts['defaults']['n_embd'] == 768 and facts['flops_per_token'] > 6 * 2 * 12 * 16**2
 
