@@ -5,14 +5,10 @@
     torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=out --core=eval_bundle
 
 It prints a table and writes out_dir/eval.json. Prompts, choices and scores of the benchmarks are those of
-lm-evaluation-harness 0.4.13 without examples in the prompt, item by item (docs/RESULTS.md):
-
-    acc         part of the items whose right choice has the largest log-likelihood
-    acc_norm    the same with the log-likelihood per character of the choice
-    acc_bytes   the same per UTF-8 byte
-    acc_tokens  the same per token
-    perplexity  exp of the mean negative log-likelihood of LAMBADA's last words
-    bpb         bits per byte of the dataset's validation split
+lm-evaluation-harness 0.4.13 without examples in the prompt, item by item (docs/RESULTS.md). acc is the part
+of the items whose right choice has the largest log-likelihood; acc_norm, acc_bytes and acc_tokens take it per
+character, per UTF-8 byte and per token of the choice. perplexity is that of LAMBADA's last words, and bpb the
+bits per byte of the dataset's validation split.
 """
 
 import time
@@ -54,49 +50,23 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 # -----------------------------------------------------------------------------
 
 
-def check_settings(settings: dict, names: list[str]):
-    accepted = ['bpb', *TASKS]
-    for name in names:
-        if name not in accepted:
-            raise ValueError(f'--tasks={settings["tasks"]}: {name!r} is not a task, '
-                             f'accepted are {", ".join(accepted)}')
-    if not names and not settings['core']:
-        raise ValueError('--tasks is empty and there is no --core: nothing to evaluate')
-    for name, least in (('max_examples', 0), ('batch_tokens', 1)):
-        if settings[name] < least:
-            raise ValueError(f'--{name}={settings[name]}: accepted is {least} or more')
-
-
-def open_text(name: str, trained_with: dict, block_size: int, *, batch_tokens: int,
-              tokenizer_meta: dict) -> Loader:
-    """Open the validation split for bpb, cut into windows as in training if it is the same dataset.
-
-    name          '' = the dataset of trained_with
-    trained_with  settings of the run that wrote the checkpoint
-    """
-    name = name or trained_with.get('dataset', '')
+def open_text(start, block_size: int) -> Loader:
+    """Open the validation split for bpb, cut into windows as in training if it is the same dataset."""
+    trained = start.settings
+    name = dataset or trained.get('dataset', '')
     if not name or name.startswith('stream:'):
-        need = 'a packed text, the model was trained on a stream' if name else 'a text'
-        raise ValueError(f'bpb needs {need}: name a dataset packed with the tokenizer of the model '
-                         'by --dataset, or leave bpb out of --tasks')
-    settings = trained_with if name == trained_with.get('dataset') else {}
-    order = 'documents' if settings.get('sampling') == 'documents' else 'sequential'
+        raise ValueError(f'bpb needs a packed text, the model was trained on {name or "an unknown one"}: '
+                         'name one packed with its tokenizer by --dataset, or leave bpb out of --tasks')
+    if name != trained.get('dataset'):
+        trained = {}
+    order = 'documents' if trained.get('sampling') == 'documents' else 'sequential'
     loader = Loader(dataset_folders(name)[0], 'val', block_size=block_size,
                     batch_size=max(1, batch_tokens // block_size), order=order,
-                    isolate=settings.get('isolate_documents', False))
-    if fingerprint(loader.splits[0].tokenizer) != fingerprint(tokenizer_meta):
+                    isolate=trained.get('isolate_documents', False))
+    if fingerprint(loader.splits[0].tokenizer) != fingerprint(start.tokenizer):
         raise ValueError(f'dataset {name} was packed with another tokenizer than that of the model: '
                          'name one that fits by --dataset')
     return loader
-
-
-def evaluate_text(model, tokenizer, loader: Loader, *, max_windows: int, place, autocast) -> dict:
-    windows = spread_windows(loader, max_windows)
-    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(place.device)
-    loss = text_loss(model, loader, windows, token_bytes=token_bytes, place=place, autocast=autocast)
-    source = ', '.join(str(split.folder) for split in loader.splits)
-    return dict(n=len(windows), loss=loss.nats_per_target, bpb=loss.bits_per_byte, tokens=loss.n_targets,
-                bytes=loss.n_bytes, source=source)
 
 
 if __name__ == '__main__':
@@ -104,7 +74,15 @@ if __name__ == '__main__':
         explicit = configure(globals())
         settings = config_of(globals())
         names = [name.strip() for name in tasks.split(',') if name.strip()]
-        check_settings(settings, names)
+        for name in names:
+            if name not in ('bpb', *TASKS):
+                raise ValueError(f'--tasks={tasks}: {name!r} is not a task, '
+                                 f'accepted are bpb, {", ".join(TASKS)}')
+        if not names and not core:
+            raise ValueError('--tasks is empty and there is no --core: nothing to evaluate')
+        if max_examples < 0 or batch_tokens < 1:
+            raise ValueError(f'--max_examples={max_examples} --batch_tokens={batch_tokens}: '
+                             'accepted are 0 or more, and 1 or more')
 
         # find the model, its tokenizer and the items before the weights are read
         place = distributed.start(device)
@@ -119,26 +97,28 @@ if __name__ == '__main__':
         bundle = read_core(core, tokenizer, max_examples) if core else []
         model = build_model(start, tokenizer).to(place.device)
         block_size = model.config.block_size
-        if 'bpb' in names:
-            text = open_text(dataset, start.settings, block_size, batch_tokens=batch_tokens,
-                             tokenizer_meta=start.tokenizer)
+        text = open_text(start, block_size) if 'bpb' in names else None
 
         # evaluate; the benchmarks that were skipped are not among benchmarks
         score = partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast)
         numbers = {}
         for name in names:
             if name == 'bpb':
-                numbers[name] = evaluate_text(model, tokenizer, text, max_windows=max_examples, place=place,
-                                              autocast=autocast)
+                windows = spread_windows(text, max_examples)
+                token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(place.device)
+                loss = text_loss(model, text, windows, token_bytes=token_bytes, place=place,
+                                 autocast=autocast)
+                numbers[name] = dict(
+                    n=len(windows), loss=loss.nats_per_target, bpb=loss.bits_per_byte, tokens=loss.n_targets,
+                    bytes=loss.n_bytes, source=', '.join(str(split.folder) for split in text.splits))
             elif name in benchmarks:
                 numbers[name] = evaluate_task(score, name, benchmarks[name])
             if name in numbers:
                 print0(table_row(name, numbers[name]))
         if core:
             numbers['core'] = evaluate_core(score, tokenizer, bundle, block_size=block_size)
-            for label, task_numbers in numbers['core']['tasks'].items():
+            for label, task_numbers in (*numbers['core']['tasks'].items(), ('core', numbers['core'])):
                 print0(table_row(label, task_numbers))
-            print0(table_row('core', numbers['core']))
 
         # write the results: not to the default out_dir if the model is another one
         is_own = init_from == 'resume' and not checkpoint_path

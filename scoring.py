@@ -1,10 +1,5 @@
 """Score a model: the log-likelihood of the ends of rows, and the loss on a text.
 
-    scores = score_rows(model, [Row(ids, start)], 'hellaswag', batch_tokens=8192, place=place,
-                        autocast=autocast)
-    loss = text_loss(model, loader, spread_windows(loader, 100), token_bytes=None, place=place,
-                     autocast=autocast)
-
 Each rank scores its share of the batches, and every rank gets all results. Models run eagerly, because each
 batch of rows has a shape of its own, for which a compiled function would be compiled again.
 

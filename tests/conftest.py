@@ -26,6 +26,7 @@ TINY = ('--batch_size=4', '--gradient_accumulation_steps=2', '--block_size=16', 
         '--learning_rate=1e-2', '--min_lr=1e-3', '--warmup_iters=2', '--lr_decay_iters=20', '--max_iters=20', '--eval_interval=5',
         '--eval_iters=2', '--device=cpu', '--dtype=float32', '--report=False')
 TINY_TOKENS = 65 * 16
+CHARS = ''.join(map(chr, [10, *range(32, 127)]))
 
 
 def pytest_configure(config):
@@ -61,6 +62,16 @@ def pack_chars(folder, train, val, chars=None):
     from tokens.tokenizer import CharTokenizer
     write_dataset(folder, CharTokenizer(chars or ''.join(sorted(set(train + val)))), {'train': [train], 'val': [val]}, 'a test')
     return folder
+
+
+@pytest.fixture(scope='session')
+def small():
+    """A model of CHARS whose guesses are far from even. Tests that change it put it back."""
+    from model import GPT, GPTConfig
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(block_size=32, vocab_size=len(CHARS), n_layer=2, n_head=2, n_embd=16)).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    return model
 
 
 @pytest.fixture(scope='session')

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    CHARS,
     ROOT,
     TINY,
     differences,
@@ -30,7 +31,6 @@ from reference_lm_eval import random_model, read_items
 import checkpoint
 import distributed
 from corpus.pack import write_dataset
-from model import GPT, GPTConfig
 from scoring import RowScore, score_rows, table_row
 from tasks import core, sources
 from tasks.items import (
@@ -50,21 +50,11 @@ from tasks.items import (
 from tokens.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
 EVALS = ROOT / '../shared/data/evals'
-CHARS = ''.join(map(chr, [10, *range(32, 127)]))
 PLACE = distributed.Place(0, 0, 1, torch.device('cpu'))
 
 
 def rater(model, batch_tokens=512):
     return partial(score_rows, model, batch_tokens=batch_tokens, place=PLACE, autocast=torch.autocast('cpu', enabled=False))
-
-
-@pytest.fixture(scope='module')
-def small():
-    """A model of characters whose guesses are far from even."""
-    torch.manual_seed(3)
-    model = GPT(GPTConfig(block_size=32, vocab_size=len(CHARS), n_layer=2, n_head=2, n_embd=16)).eval()
-    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
-    return model
 
 
 # -----------------------------------------------------------------------------
@@ -312,7 +302,7 @@ def test_bits_per_byte_are_of_the_windows_that_training_evaluated(tmp_path):
     (['--tasks='], '--tasks is empty and there is no --core: nothing to evaluate'),
     (['--tasks=copa', '--eval_dir={0}/items'], '{0}/items has no files for copa: one copa.jsonl is expected'),
     (['--tasks=lambada', '--eval_dir={0}'], '{0} has no files for lambada'),
-    (['--max_examples=-1'], '--max_examples=-1: accepted is 0 or more'),
+    (['--max_examples=-1'], '--max_examples=-1 --batch_tokens=8192: accepted are 0 or more, and 1 or more'),
 ])
 def test_errors(run_folder, flags, text):
     code, _, stderr = run_here('evaluate.py', '--device=cpu', f'--out_dir={run_folder}', *[flag.format(run_folder) for flag in flags])

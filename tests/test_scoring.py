@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import pack_chars, sentences
+from conftest import CHARS, pack_chars, sentences
 
 import distributed
 import scoring
@@ -16,17 +16,7 @@ from scoring import Interrupted, Row, score_rows, spread_windows, text_loss
 from tokens.loader import Loader
 from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
-CHARS = ''.join(map(chr, [10, *range(32, 127)]))
 HERE = dict(place=distributed.Place(0, 0, 1, torch.device('cpu')), autocast=contextlib.nullcontext())
-
-
-@pytest.fixture(scope='module')
-def small():
-    """A model of characters whose guesses are far from even."""
-    torch.manual_seed(3)
-    model = GPT(GPTConfig(block_size=32, vocab_size=len(CHARS), n_layer=2, n_head=2, n_embd=16)).eval()
-    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
-    return model
 
 
 def score(model, rows, batch_tokens=512, **options):
