@@ -101,7 +101,7 @@ def test_a_head_of_another_type(change, message):
     (dict(block_size=10**9), 'transformer.wpe.weight has shape (8, 8), the model expects (1000000000, 8)'),
     (dict(vocab_size=10**9), 'transformer.wte.weight has shape (13, 8), the model expects (1000000000, 8)'),
     (dict(n_layer=True), 'n_layer = True in its model_args is none that this version knows'),
-    (dict(n_head=[2]), 'n_head = a list in its model_args is none that this version knows'),
+    (dict(n_head=[2]), 'n_head = [2] in its model_args is none that this version knows'),
 ])
 def test_sizes_that_the_weights_contradict(sizes, message):
     """A model of 10**9 layers was built until memory ran out."""
@@ -147,12 +147,11 @@ def nested(depth):
     return pair
 
 
-@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_whose_tuples_never_end_is_refused(protocol):
+def test_a_pickle_whose_tuples_never_end_is_refused():
     """Reading a dict hashes its keys; the hash of 60 nested pairs has 2**60 parts."""
     state = {'k': [(1, 2), [], {}, None, b'x', 4.5, 'abc', nested(5)], 3: (nested(8),)}
-    foreign.check_pickle(pickle.dumps(state, protocol), 'x.pt')
-    hostile = pickle.dumps([nested(60)], protocol)
+    foreign.check_pickle(pickle.dumps(state, 2), 'x.pt')  # the protocol that torch reads
+    hostile = pickle.dumps([nested(60)], 2)
     assert error_of(foreign.check_pickle, hostile, 'x.pt') == (
         'x.pt is not a readable checkpoint (its pickle has tuples of more than 10,000 values)')
 
@@ -248,9 +247,11 @@ def test_load_weights_names_what_does_not_fit():
         foreign.load_weights(new_model(), extra, 'x.pt')
 
 
-def test_a_weight_that_stands_there_twice_is_refused():
-    with pytest.raises(ValueError, match='1 weights stand there twice'):
-        foreign.strip_prefixes({'x': 0, 'module.x': 1, 'module.y': 2})
+def test_a_weight_that_is_there_twice_is_refused():
+    weights = new_model().state_dict()
+    weights['module.transformer.wpe.weight'] = weights['transformer.wpe.weight'] + 1
+    assert error_of(foreign.from_foreign, dict(state_dict=weights), 'x.pt', 2) == (
+        'x.pt: transformer.wpe.weight is there twice, with and without a prefix: keep one')
 
 
 # -----------------------------------------------------------------------------

@@ -312,8 +312,7 @@ def test_what_cannot_change_fails_and_leaves_everything(finished, flag, was):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     code, _, stderr, _ = train_here('--init_from=resume', '--device=cpu', f'--{flag}', out_dir=finished)
     name = flag.split('=')[0]
-    assert (code, stderr) == (2, f'{flag}: {finished}/ckpt.pt has {name}={was}, which cannot change: give --{name}={was}, '
-                                 'or use another --out_dir\n')
+    assert (code, stderr) == (2, f'{flag}: {finished}/ckpt.pt has {name}={was}: give --{name}={was}\n')
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
@@ -339,8 +338,10 @@ def test_other_data_is_said(finished, tmp_path, tiny):
     (['--init_from=resume', '--checkpoint_path={}/best.pt'], '{}/best.pt holds weights only (best.pt?): resume from ckpt.pt or a numbered one, '
                                                              'or begin with its weights by --init_from=checkpoint --checkpoint_path=FILE\n'),
     (['--init_from=resume', '--checkpoint_path={}/none.pt'], '{}/none.pt does not exist\n'),
-    (['--checkpoint_path={}/ckpt.pt'], 'checkpoint_path={}/ckpt.pt is for resuming: add --init_from=resume, or leave it out\n'),
-    (['--init_from=a.pt', '--checkpoint_path={}/ckpt.pt'], 'init_from=a.pt and checkpoint_path={}/ckpt.pt name two files to begin with: give one\n'),
+    (['--checkpoint_path={}/ckpt.pt'], 'checkpoint_path={}/ckpt.pt is not used by init_from=scratch: add --init_from=resume to resume from it, '
+                                      '--init_from=checkpoint to begin with its weights, or leave it out\n'),
+    (['--init_from=a.pt', '--checkpoint_path={}/ckpt.pt'], 'init_from=a.pt, checkpoint_path={}/ckpt.pt: name one file to begin with, by --init_from=FILE.pt '
+                                                           'or by --init_from=checkpoint --checkpoint_path=FILE\n'),
 ])
 def test_checkpoint_path_that_cannot_be_resumed(finished, flags, problem, tmp_path):
     code, _, stderr, _ = train_here(*(flag.format(finished) for flag in flags), '--device=cpu', out_dir=tmp_path / 'new')

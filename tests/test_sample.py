@@ -146,11 +146,11 @@ def test_a_chinese_prompt_where_the_locale_is_not_utf8_and_a_closed_stdout(tmp_p
 
 
 def test_best_is_taken_where_the_run_asked_for_it(out_dir):
-    assert begin.find_checkpoint(out_dir).path.endswith('ckpt.pt')
+    assert begin.find_start(out_dir=out_dir).path.endswith('ckpt.pt')
     state = checkpoint.load(out_dir / 'ckpt.pt')
     state['config'] = dict(always_save_checkpoint=False)
     CheckpointFolder(out_dir, out_dir / 'ckpt.pt').save(state, is_best=True)
-    assert begin.find_checkpoint(out_dir).path.endswith('best.pt')
+    assert begin.find_start(out_dir=out_dir).path.endswith('best.pt')
 
 
 def test_a_damaged_checkpoint_is_refused_and_stays_where_it_is(out_dir):

@@ -15,10 +15,9 @@ class Benchmark(NamedTuple):
 
     def run(self, model, place, autocast, batch_tokens) -> dict | None:
         """Return the numbers of the benchmark; None after a signal to stop."""
-        score = partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast,
-                        stop=distributed.signal_to_stop)
         try:
-            return self.measure(score)
+            return self.measure(partial(score_rows, model, batch_tokens=batch_tokens, place=place,
+                                        autocast=autocast, stop=distributed.signal_to_stop))
         except Interrupted:
             return None
 
@@ -29,18 +28,16 @@ def open_benchmarks(settings: dict, tokenizer) -> list[Benchmark]:
     tokenizer  None if no benchmark is requested
     """
     intervals = {name: settings[f'{name}_interval'] for name in ('hellaswag', 'lambada', 'core')}
-    if not any(intervals.values()):
-        return []
-    from tasks import core, items  # imported here: most runs need neither
     names = [name for name in ('hellaswag', 'lambada') if intervals[name]]
-    max_examples, benchmarks = settings['max_examples'], []
-    tasks = items.read_benchmarks(names, settings['eval_dir'], max_examples, tokenizer=tokenizer)
-    for name in names:
-        measure = partial(items.evaluate_task, name=name, benchmark=tasks[name])
-        benchmarks.append(Benchmark(name, intervals[name], measure))
+    measures, max_examples = {}, settings['max_examples']
+    if names:
+        from tasks import items  # imported here: most runs need neither
+        tasks = items.read_benchmarks(names, settings['eval_dir'], max_examples, tokenizer=tokenizer)
+        for name in names:
+            measures[name] = partial(items.evaluate_task, name=name, benchmark=tasks[name])
     if intervals['core']:
+        from tasks import core
         bundle = core.read_core(settings['core'], tokenizer, max_examples)
-        measure = partial(core.evaluate_core, tokenizer=tokenizer, bundle=bundle,
-                          block_size=settings['block_size'])
-        benchmarks.append(Benchmark('core', intervals['core'], measure))
-    return benchmarks
+        measures['core'] = partial(core.evaluate_core, tokenizer=tokenizer, bundle=bundle,
+                                   block_size=settings['block_size'])
+    return [Benchmark(name, intervals[name], measure) for name, measure in measures.items()]

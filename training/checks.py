@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from types import SimpleNamespace
 
 # minimum, upper bound (excluded), and names of the settings; GPTConfig checks those of the model
 LIMITS = (
@@ -16,6 +17,9 @@ LIMITS = (
     (0, 2**63, 'seed'),
     (-1, math.inf, 'keep_last_n_checkpoints'),
 )
+# settings that the other kind of data would ignore
+FOR_STREAMS = ('tokenizer', 'stream_val', 'field', 'errors', 'shuffle_window')
+FOR_PACKED = ('sampling', 'verify_data')
 
 
 def check_limits(settings: dict):
@@ -31,57 +35,49 @@ def check_limits(settings: dict):
 def check_settings(settings: dict):
     """Raise ValueError for a setting that is invalid, alone or with another."""
     check_limits(settings)
-    check_optimization(settings)
-    check_files(settings)
-    is_stream = settings['dataset'].startswith('stream:')
-    if settings['isolate_documents'] and is_stream:
-        raise ValueError('isolate_documents=True is for packed datasets, a stream does not keep documents '
-                         'apart: pack the text, or leave isolate_documents out')
-    for name in ('shard_ranks', 'shard_gradients'):
-        if settings[name] and settings['parallel'] != 'fsdp':
-            raise ValueError(f'{name}={settings[name]} is for --parallel=fsdp: add it, or use --{name}=0')
-    if bool(settings['core_interval']) != bool(settings['core']):
-        raise ValueError(f'core_interval={settings["core_interval"]} and core={settings["core"]!r} '
-                         'go together: the interval, and the folder of the CORE bundle')
-    if settings['wandb_log'] and importlib.util.find_spec('wandb') is None:
-        raise ValueError('wandb_log=True: wandb is not installed: pip install wandb, '
-                         'or use --wandb_log=False')
-
-
-def check_optimization(settings):
-    learning_rate, min_lr = settings['learning_rate'], settings['min_lr']
-    decays = settings['decay_lr'] and settings['lr_schedule'] != 'constant'
-    if decays and min_lr > learning_rate:
-        raise ValueError(f'min_lr={min_lr} is above learning_rate={learning_rate}, which decays to it: '
-                         f'use --min_lr={learning_rate / 10:g}, or --decay_lr=False')
-    loss_chunks = settings['loss_chunks']
-    if loss_chunks != 'auto' and loss_chunks < 0:
-        raise ValueError(f'loss_chunks={loss_chunks}: accepted is 0 or more, or auto')
-    if not 0 <= settings['decay_fraction'] <= 1:
-        raise ValueError(f'decay_fraction={settings["decay_fraction"]}: accepted is 0 to 1, '
-                         'the part of max_iters')
-    if 0 < settings['skip_spikes'] <= 1:
-        raise ValueError(f'skip_spikes={settings["skip_spikes"]} would skip steps below the running mean: '
-                         'accepted is 0 (off) or more than 1, such as 3')
-
-
-def check_files(settings):
-    path, init_from = settings['checkpoint_path'], settings['init_from']
-    if not settings['out_dir']:
-        raise ValueError('out_dir is empty: name the folder for checkpoints and logs')
-    is_used = init_from in ('resume', 'checkpoint') or init_from.endswith('.pt') or settings['auto_resume']
-    if path and not is_used:
-        raise ValueError(f'checkpoint_path={path} is for resuming: add --init_from=resume, or leave it out')
+    s = SimpleNamespace(**settings)
+    decays = s.decay_lr and s.lr_schedule != 'constant'
+    reads_file = s.init_from in ('resume', 'checkpoint') or s.init_from.endswith('.pt') or s.auto_resume
+    problems = {  # message: whether it applies
+        f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}, which decays to it: '
+        f'use --min_lr={s.learning_rate / 10:g}, or --decay_lr=False':
+            decays and s.min_lr > s.learning_rate,
+        f'loss_chunks={s.loss_chunks}: accepted is 0 or more, or auto':
+            s.loss_chunks != 'auto' and s.loss_chunks < 0,
+        f'decay_fraction={s.decay_fraction}: accepted is 0 to 1, the part of max_iters':
+            not 0 <= s.decay_fraction <= 1,
+        f'skip_spikes={s.skip_spikes} would skip steps below the running mean: '
+        'accepted is 0 (off) or more than 1, such as 3':
+            0 < s.skip_spikes <= 1,
+        'out_dir is empty: name the folder for checkpoints and logs':
+            not s.out_dir,
+        f'checkpoint_path={s.checkpoint_path} is not used by init_from={s.init_from}: add --init_from=resume '
+        'to resume from it, --init_from=checkpoint to begin with its weights, or leave it out':
+            s.checkpoint_path and not reads_file,
+        'isolate_documents=True is for packed datasets, a stream does not keep documents apart: '
+        'pack the text, or leave isolate_documents out':
+            s.isolate_documents and s.dataset.startswith('stream:'),
+        f'shard_ranks={s.shard_ranks} is for --parallel=fsdp: add it, or use --shard_ranks=0':
+            s.shard_ranks and s.parallel != 'fsdp',
+        'shard_gradients=True is for --parallel=fsdp: add it, or use --shard_gradients=False':
+            s.shard_gradients and s.parallel != 'fsdp',
+        f'core_interval={s.core_interval} and core={s.core!r} go together: the interval, '
+        'and the folder of the CORE bundle':
+            bool(s.core_interval) != bool(s.core),
+        'wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False':
+            s.wandb_log and importlib.util.find_spec('wandb') is None,
+    }
+    for message, applies in problems.items():
+        if applies:
+            raise ValueError(message)
 
 
 def check_unused(settings: dict, explicit: set):
     """Raise ValueError for a flag that the chosen data would ignore."""
-    is_stream = settings['dataset'].startswith('stream:')
-    for_streams = {'tokenizer', 'stream_val', 'field', 'errors', 'shuffle_window'}
-    for_packed = {'sampling', 'verify_data'}
-    unused = explicit & (for_packed if is_stream else for_streams)
-    if unused:
-        name = sorted(unused)[0]
-        kind = 'a packed dataset' if is_stream else 'dataset=stream:PATH'
-        raise ValueError(f'{name}={settings[name]!r} is for {kind}, the dataset is {settings["dataset"]}: '
-                         'leave it out')
+    names, kind = FOR_STREAMS, 'dataset=stream:PATH'
+    if settings['dataset'].startswith('stream:'):
+        names, kind = FOR_PACKED, 'a packed dataset'
+    for name in names:
+        if name in explicit:
+            raise ValueError(f'{name}={settings[name]!r} is for {kind}, the dataset is '
+                             f'{settings["dataset"]}: leave it out')

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import secrets
 from dataclasses import dataclass
 
 from files import print0
@@ -16,15 +15,19 @@ class Progress:
     best_val_loss: float = math.inf
     since_best: int = 0  # evaluations since the best one
     to_evaluate: bool = False  # a signal prevented the evaluation due at iter_num
-    run_id: str | None = None  # the same in all checkpoints of a run
     wandb_id: str | None = None
 
     def __post_init__(self):
-        self.run_id = self.run_id or secrets.token_hex(4)
         self.started_at = self.iter_num
         self.resumes_evaluation = self.to_evaluate
         self.val_loss = 0.0  # the latest
         self.previous_best = self.best_val_loss, self.since_best
+
+    @classmethod
+    def of(cls, state: dict):
+        """Return the progress stored in a checkpoint, with defaults for the fields that it lacks."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: state[name] for name in names if state.get(name) is not None})
 
     @property
     def advanced(self) -> bool:
@@ -37,11 +40,10 @@ class Progress:
         self.previous_best = self.best_val_loss, self.since_best
         if not self.advanced:  # best.pt holds the weights of best_val_loss, and these are not saved
             return False
-        is_best = val_loss < self.best_val_loss
-        if is_best:
-            self.best_val_loss = val_loss
-        self.since_best = 0 if is_best else self.since_best + 1
-        return is_best
+        self.since_best += 1
+        if val_loss < self.best_val_loss:
+            self.best_val_loss, self.since_best = val_loss, 0
+        return self.since_best == 0
 
     def forget_best(self):
         """Undo the latest note_evaluation(): its weights could not be saved."""
@@ -53,9 +55,3 @@ class Progress:
         print0(f'no new best validation loss in {self.since_best} evaluations: '
                f'stopping here (patience={patience})')
         return True
-
-    @classmethod
-    def of(cls, state: dict):
-        """Return the progress stored in a checkpoint, with defaults for the fields that it lacks."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: state[name] for name in names if state.get(name) is not None})

@@ -22,8 +22,8 @@ def read_prompts(generate_prompts: str, tokenizer, loader) -> list[list[int]]:
     """
     if generate_prompts:
         return [tokenizer.encode(line) for line in generate_prompts.splitlines() if line]
-    batch = loader.windows(np.arange(4) * loader.n_windows // 4)
     prompts = []
+    batch = loader.windows(np.arange(4) * loader.n_windows // 4)
     for x, y in zip(batch.x, batch.y, strict=True):
         first_target = int((y != IGNORE).int().argmax())
         prompts.append(x[:first_target + 1 if first_target else 16].tolist())

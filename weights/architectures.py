@@ -11,8 +11,9 @@ import torch
 
 from weights.foreign import CONV1D
 
-ACTIVATION_NAMES = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu', 'relu2': 'relu2'}  # ours: transformers'
-SYNONYMS = {'gelu_pytorch_tanh': 'gelu_new'}
+# theirs: ours; the first name of each of ours is written
+ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu2': 'relu2', 'gelu_pytorch_tanh': 'gelu_tanh'}
+ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 ROPE = {'rope_theta': 10_000.0, 'rope_type': 'default'}
 
 
@@ -23,23 +24,21 @@ class ConfigReader:
         self.settings, self.path = settings, path
 
     def need(self, name, default, *accepted):
-        """The value of a setting, which must be one of those accepted. True is not 1 here."""
+        """Return the value of a setting, which must be one of those accepted."""
         value = self.settings.get(name, default)
-        if value not in accepted or isinstance(value, bool) != isinstance(accepted[0], bool):
+        if value not in accepted:
             raise ValueError(f'{self.path}: {name} = {value!r} is not supported, '
                              f'accepted is {" or ".join(map(repr, accepted))}')
         return value
 
-    def count(self, name, default):
-        value = self.settings.get(name, default)
-        if type(value) is not int or value < 1:
-            raise ValueError(f'{self.path}: {name} = {value!r} must be a whole number, 1 or more')
-        return value
-
-    def activation(self, name, default):
-        value = self.need(name, default, *ACTIVATION_NAMES.values(), *SYNONYMS)
-        value = SYNONYMS.get(value, value)
-        return next(ours for ours, theirs in ACTIVATION_NAMES.items() if theirs == value)
+    def counts(self, **names) -> dict:
+        """Return arguments of GPTConfig. names: argument = (their name, default)."""
+        counts = {}
+        for argument, (name, default) in names.items():
+            counts[argument] = value = self.settings.get(name, default)
+            if type(value) is not int or value < 1:
+                raise ValueError(f'{self.path}: {name} = {value!r} must be a whole number, 1 or more')
+        return counts
 
 
 @dataclass(frozen=True)
@@ -47,39 +46,39 @@ class Architecture:
     """One model class of transformers."""
 
     arch: str  # of GPTConfig
+    model_type: str  # in config.json
     class_name: str
     prefix: str  # of all names but the head's; a file saved without the head has none
     block: str  # what stands before the names in a block, {} = its number
     outside: dict  # our name: their names, outside the blocks
-    inside: dict  # our name in a block: their names there; several = split our rows among them
+    inside: dict  # our name in a block: their names there; several = our rows are split among them
     fixed: dict  # settings that model.py has no switch for; a config.json that lacks one means the same
     read: Callable  # ConfigReader -> arguments of GPTConfig
     write: Callable  # GPTConfig -> settings
     transposed: tuple = ()  # ends of our names of matrices that are stored as inputs x outputs
-    split: Callable = lambda config, tensor, n: tensor.chunk(n)  # our rows, for n weights of theirs
-    fits: Callable = lambda config: True  # GPTConfig of this arch -> whether this class has its switches
-    biased: re.Pattern | None = None  # our weights that always have a bias there: zeros if ours have none
+    biased: tuple = ()  # ends of our names of weights that always have a bias there; zeros if ours have none
 
-    def parts(self, name: str, tensor: torch.Tensor, config) -> list[tuple[str, torch.Tensor]]:
-        """Return their names of our weight, each with a view of its part of the tensor, in their layout."""
-        match = re.fullmatch(r'transformer\.h\.(\d+)\.(.+)', name)
-        if match is None:
-            names = self.outside[name]
-        else:
-            names = [self.block.format(match[1]) + part for part in self.inside[match[2]]]
-        if name.endswith(self.transposed):
-            tensor = tensor.t()
-        views = [tensor] if len(names) == 1 else self.split(config, tensor, len(names))
-        return list(zip(names, views, strict=True))
+    def parts(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return views of our tensors by their names: parts of them, in their layout."""
+        parts = {}
+        for name, tensor in tensors.items():
+            match = re.fullmatch(r'transformer\.h\.(\d+)\.(.+)', name)
+            if match is None:
+                names = self.outside[name]
+            else:
+                names = [self.block.format(match[1]) + part for part in self.inside[match[2]]]
+            if name.endswith(self.transposed):
+                tensor = tensor.t()
+            parts.update(zip(names, tensor.chunk(len(names)), strict=True))
+        return parts
 
 
 def read_gpt2(config):
-    C = config.count('n_embd', 768)
-    config.need('n_inner', None, None, 4 * C)
-    return dict(block_size=config.count('n_positions', 1024), vocab_size=config.count('vocab_size', 50257),
-                n_layer=config.count('n_layer', 12), n_head=config.count('n_head', 12), n_embd=C,
-                bias=config.settings.get('bias', True) is not False,
-                activation=config.activation('activation_function', 'gelu_new'))
+    args = config.counts(block_size=('n_positions', 1024), vocab_size=('vocab_size', 50257),
+                         n_layer=('n_layer', 12), n_head=('n_head', 12), n_embd=('n_embd', 768))
+    config.need('n_inner', None, None, 4 * args['n_embd'])
+    activation = ACTIVATIONS[config.need('activation_function', 'gelu_new', *ACTIVATIONS)]
+    return dict(args, bias=config.settings.get('bias', True) is not False, activation=activation)
 
 
 def write_gpt2(c):
@@ -91,21 +90,18 @@ def write_gpt2(c):
 
 
 def read_nanochat(config):
-    C, H = config.count('hidden_size', 768), config.count('num_attention_heads', 6)
+    args = config.counts(
+        block_size=('max_position_embeddings', 2048), vocab_size=('vocab_size', 50304),
+        n_layer=('num_hidden_layers', 12), n_head=('num_attention_heads', 6), n_embd=('hidden_size', 768))
+    C, H = args['n_embd'], args['n_head']
     config.need('num_key_value_heads', None, None, H)
     config.need('intermediate_size', 8192, 4 * C)
     config.need('head_dim', None, None, C // H)
     # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
-    stored = config.settings.get('rope_parameters') or config.settings.get('rope_scaling') or {}
-    if not isinstance(stored, dict):
-        stored = {'rope_type': stored}
-    rope = ROPE | {'rope_theta': config.settings.get('rope_theta', ROPE['rope_theta'])} | stored
-    if rope != ROPE:
-        raise ValueError(f'{config.path}: rope_parameters = {rope} are not supported, '
-                         'accepted is rope_theta 10000 of rope_type default')
-    return dict(block_size=config.count('max_position_embeddings', 2048), n_embd=C, n_head=H, bias=False,
-                vocab_size=config.count('vocab_size', 50304), n_layer=config.count('num_hidden_layers', 12),
-                activation=config.activation('hidden_act', 'relu2'))
+    config.need('rope_parameters', None, None, ROPE)
+    config.need('rope_theta', ROPE['rope_theta'], ROPE['rope_theta'])
+    config.need('rope_scaling', None, None)
+    return dict(args, bias=False, activation=ACTIVATIONS[config.need('hidden_act', 'relu2', *ACTIVATIONS)])
 
 
 def write_nanochat(c):
@@ -115,22 +111,23 @@ def write_nanochat(c):
 
 
 def same(*names):
-    """A table for names that are ours, too, with weight and bias."""
+    """Return a table of names that are ours, too, with weight and bias."""
     return {f'{name}.{kind}': [f'{name}.{kind}'] for name in names for kind in ('weight', 'bias')}
 
 
-# by model_type in config.json
-ARCHITECTURES = {
-    'gpt2': Architecture(
-        arch='gpt2', class_name='GPT2LMHeadModel', prefix='transformer.', block='transformer.h.{}.',
+ARCHITECTURES = [
+    Architecture(
+        arch='gpt2', model_type='gpt2', class_name='GPT2LMHeadModel',
+        prefix='transformer.', block='transformer.h.{}.',
         outside=same('transformer.wte', 'transformer.wpe', 'transformer.ln_f'),
         inside=same('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj'),
         fixed=dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
                    add_cross_attention=False, tie_word_embeddings=True),
         read=read_gpt2, write=write_gpt2, transposed=CONV1D,
-        biased=re.compile(r'(ln_[12f]|c_attn|c_proj|c_fc)\.weight$')),
-    'nanochat': Architecture(
-        arch='modern', class_name='NanoChatForCausalLM', prefix='model.', block='model.layers.{}.',
+        biased=(*CONV1D, 'ln_1.weight', 'ln_2.weight', 'ln_f.weight')),
+    Architecture(
+        arch='modern', model_type='nanochat', class_name='NanoChatForCausalLM',
+        prefix='model.', block='model.layers.{}.',
         outside={
             'transformer.wte.weight': ['model.embed_tokens.weight'],
             'lm_head.weight': ['lm_head.weight'],
@@ -144,12 +141,9 @@ ARCHITECTURES = {
         fixed=dict(rms_norm_eps=1e-6, final_logit_softcapping=15.0, attention_bias=False,
                    tie_word_embeddings=False),
         read=read_nanochat, write=write_nanochat),
-}
+]
 
 
-def model_type_of(config) -> str:
-    """Return the model_type of the class that a GPTConfig amounts to."""
-    for name, architecture in ARCHITECTURES.items():
-        if architecture.arch == config.arch and architecture.fits(config):
-            return name
-    raise ValueError(f'arch={config.arch} has no model class in transformers')
+def architecture_of(config) -> Architecture:
+    """Return the class that a GPTConfig amounts to."""
+    return next(architecture for architecture in ARCHITECTURES if architecture.arch == config.arch)

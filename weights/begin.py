@@ -8,6 +8,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import checkpoint
@@ -53,10 +54,27 @@ class Start:
         skipped, _, *rest = (self.state or {}).get('history') or [0.0] * 5
         return [skipped, 0.0, *rest]
 
-    @classmethod
-    def of_checkpoint(cls, state, path):
-        return cls(str(path), state['model_args'], state['model'], state.get('tokenizer'), state.get('style'),
-                   state['config'], Progress.of(state))
+    def take(self, state, path):
+        """Take over a checkpoint. Return its (path, iter_num); ('', 0) if there is none."""
+        if state is None:
+            return '', 0
+        self.path, self.state, self.settings = str(path), state, state['config']
+        self.model_args, self.weights = state['model_args'], state['model']
+        self.tokenizer, self.style = state.get('tokenizer'), state.get('style')
+        self.progress = Progress.of(state)
+        return self.path, self.progress.iter_num
+
+
+def read_chosen(choose) -> Start:
+    """Read the checkpoint that choose() returns on the first rank, as (state, path). Each rank reads once."""
+    start = Start()
+    path, iter_num = distributed.on_first_rank(lambda: start.take(*choose()))
+    if path and not start.path:  # another rank than the first
+        start.take(checkpoint.load(path), path)
+        if start.progress.iter_num != iter_num:
+            raise ValueError(f'{path} was of iteration {iter_num} and is now of {start.progress.iter_num}: '
+                             'copy it, as its run is still training, and name the copy by --checkpoint_path')
+    return start
 
 
 # -----------------------------------------------------------------------------
@@ -70,13 +88,13 @@ def begin(settings: dict, explicit: set) -> Start:
     explicit  names of the settings that the user gave
     raises    ValueError, OSError in one line
     """
-    out_dir, init_from = settings['out_dir'], settings['init_from']
-    path = settings['checkpoint_path']
-    if settings['auto_resume'] or init_from == 'resume':
-        start = find_run(out_dir, path if init_from in ('resume', 'scratch') else '', settings['auto_resume'])
-        if start is not None:
+    out_dir, init_from, path = (settings[name] for name in ('out_dir', 'init_from', 'checkpoint_path'))
+    auto_resume = settings['auto_resume']
+    if auto_resume or init_from == 'resume':
+        start = find_run(out_dir, path if init_from in ('resume', 'scratch') else '', auto_resume)
+        if start.path:
             return start
-        if not settings['auto_resume']:
+        if not auto_resume:
             raise FileNotFoundError(f'{out_dir} has no checkpoint to resume: use --init_from=scratch, '
                                     'or another --out_dir')
     elif (Path(out_dir) / 'ckpt.pt').exists() and not settings['eval_only']:
@@ -85,38 +103,32 @@ def begin(settings: dict, explicit: set) -> Start:
     if init_from in ('scratch', 'resume'):
         return Start()
     if init_from != 'checkpoint' and not init_from.endswith('.pt'):
-        folder = pretrained.find(init_from, also=['scratch', 'resume', 'checkpoint'])
+        folder = pretrained.find(init_from)
         tokenizer = pretrained.read_tokenizer(init_from)
         return Start(init_from, pretrained.read_model_args(folder), tokenizer=tokenizer)
 
     # only the weights and tokenizer of a checkpoint
-    if init_from.endswith('.pt') and path:
-        raise ValueError(f'init_from={init_from} and checkpoint_path={path} name two files to begin with: '
-                         'give one')
+    if (init_from == 'checkpoint') != bool(path):
+        raise ValueError(f'init_from={init_from}, checkpoint_path={path}: name one file to begin with, by '
+                         '--init_from=FILE.pt or by --init_from=checkpoint --checkpoint_path=FILE')
     path = path or init_from
-    if path == 'checkpoint':
-        raise ValueError('init_from=checkpoint: name the file with --checkpoint_path')
     state = checkpoint.load(path, settings['n_head'] if 'n_head' in explicit else None)
     return Start(path, state['model_args'], state['model'], state.get('tokenizer'))
 
 
-def find_run(out_dir, checkpoint_path, auto_resume):
-    """Return the run to resume: the newest checkpoint of out_dir, or checkpoint_path. None if there is none.
+def find_run(out_dir, checkpoint_path, auto_resume) -> Start:
+    """Return the run to resume: the newest checkpoint of out_dir, or checkpoint_path. path == '' if none.
 
     With auto_resume, checkpoint_path is used only until out_dir has a checkpoint of its own.
     """
-    path = checkpoint_path
-    if auto_resume or not path:
-        newest = distributed.on_first_rank(lambda: checkpoint.load_newest(out_dir, rename_damaged=True)[1])
-        path = newest or path
-    if not path:
-        return None
-    state = checkpoint.load(path)
-    if 'optimizer' not in state:
-        raise ValueError(f'{path} holds weights only (best.pt?): resume from ckpt.pt or a numbered one, '
-                         'or begin with its weights by --init_from=checkpoint --checkpoint_path=FILE')
-    start = Start.of_checkpoint(state, path)
-    start.state = state
+    start = Start()
+    if auto_resume or not checkpoint_path:
+        start = read_chosen(partial(checkpoint.load_newest, out_dir, rename_damaged=True))
+    if checkpoint_path and not start.path:
+        start.take(checkpoint.load(checkpoint_path), checkpoint_path)
+    if start.path and 'optimizer' not in start.state:
+        raise ValueError(f'{start.path} holds weights only (best.pt?): resume from ckpt.pt or a numbered '
+                         'one, or begin with its weights by --init_from=checkpoint --checkpoint_path=FILE')
     return start
 
 
@@ -126,42 +138,32 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
     accepted  accepted values of each setting of train.py
     raises    ValueError for a flag that contradicts the model or the optimizer's state, or a bad stored value
     """
-    stored = {}
-    if start.state is not None:
+    resumes, stored = start.state is not None, {}
+    if resumes:
         stored = {'optimizer': 'adamw'}
         if 'format' in start.state:  # nanoGPT's settings mean other things
-            stored.update((name, value) for name, value in start.settings.items() if name not in PER_START)
-    if start.model_args is not None:
-        stored.update((name, value) for name, value in start.model_args.items() if name in FIXED_ON_RESUME)
+            stored |= start.settings
+    stored |= {name: value for name, value in (start.model_args or {}).items() if name in FIXED_ON_RESUME}
     stored = {name: checked(value, accepted[name], f'{start.path}: {name} = {value!r}')
-              for name, value in stored.items() if name in settings}
+              for name, value in stored.items() if name in settings and name not in PER_START}
+    changed = [name for name in sorted(explicit & stored.keys()) if settings[name] != stored[name]]
 
-    for name in sorted(explicit & stored.keys()):
+    for name in changed:
         now, before = settings[name], stored[name]
-        if now == before or (start.state is None and name == 'block_size' and now < before):
+        may_shrink = name == 'block_size' and not resumes
+        if may_shrink and now < before:
             continue
         if name in FIXED_ON_RESUME:
-            remedy = f'give --{name}={before}'
-            if start.state is not None:
-                remedy += ', or use another --out_dir'
-            elif name == 'block_size':
-                remedy = 'use that or less'
-            raise ValueError(f'{name}={now}: {printable(start.path)} has {name}={before}, which cannot '
-                             f'change: {remedy}')
+            remedy = f'--{name}={before} or less' if may_shrink else f'--{name}={before}'
+            raise ValueError(f'{name}={now}: {printable(start.path)} has {name}={before}: give {remedy}')
         print0(f'{name} = {now!r} from now on, was {before!r}')
-    if start.state is not None:
-        forget_best_loss(start.progress, settings, stored, explicit)
+
+    other_windows, best = [name for name in changed if name in EVALUATION], start.progress.best_val_loss
+    if resumes and other_windows and best < float('inf'):
+        print0(f'{", ".join(other_windows)} changed: the best validation loss of {best:.4f} was measured on '
+               'other windows, a new best is kept from here on')
+        start.progress.best_val_loss, start.progress.since_best = float('inf'), 0
     return {name: value for name, value in stored.items() if name not in explicit}
-
-
-def forget_best_loss(progress, settings, stored, explicit):
-    """Reset the best validation loss if the validation windows have changed since it was measured."""
-    given = explicit & stored.keys()
-    changed = [name for name in EVALUATION if name in given and settings[name] != stored[name]]
-    if changed and progress.best_val_loss < float('inf'):
-        print0(f'{", ".join(changed)} changed: the best validation loss of {progress.best_val_loss:.4f} was '
-               'measured on other windows, a new best is kept from here on')
-        progress.best_val_loss, progress.since_best = float('inf'), 0
 
 
 def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: dict) -> GPT:
@@ -169,34 +171,28 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
 
     vocab_size, tokenizer_meta  of the dataset; must fit the model's
     """
-    dropout = settings['dropout']
     if start.model_args is None:
         # multiples of 64 suit the matrix kernels (50257 -> 50304), but cost a small vocabulary too much
         padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
         names = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'arch')
         return GPT(GPTConfig(vocab_size=padded, **{name: settings[name] for name in names}))
-    check_vocabulary(start, settings['dataset'], vocab_size, tokenizer_meta)
+
+    meta, most, dataset = start.tokenizer, start.model_args['vocab_size'], settings['dataset']
+    if vocab_size > most or (meta and fingerprint(meta) != fingerprint(tokenizer_meta)):
+        name, size = (fingerprint(meta), vocab_size_of(meta)) if meta else ('unknown', f'at most {most}')
+        raise ValueError(f'{start.path} was trained with tokenizer {name} of {size} tokens, dataset '
+                         f'{dataset} was packed with {fingerprint(tokenizer_meta)} of {vocab_size}: '
+                         'use the dataset it was trained on, or pack with its tokenizer')
+    if not meta and start.state is None:
+        print0(f'{start.path} does not say its tokenizer: taking that of {dataset}')
+
     if start.weights is None:
-        return GPT.from_pretrained(start.path, dropout, settings['block_size'])
-    model = GPT(GPTConfig(**{**start.model_args, 'dropout': dropout}))
+        return GPT.from_pretrained(start.path, settings['dropout'], settings['block_size'])
+    model = GPT(GPTConfig(**{**start.model_args, 'dropout': settings['dropout']}))
     if start.state is None:
         foreign.load_weights(model, start.weights, start.path, settings['strict'])
         model.crop_block_size(settings['block_size'])
     return model
-
-
-def check_vocabulary(start, dataset, vocab_size, tokenizer_meta):
-    if start.tokenizer and fingerprint(start.tokenizer) != fingerprint(tokenizer_meta):
-        raise ValueError(
-            f'{start.path} was trained with tokenizer {fingerprint(start.tokenizer)} of '
-            f'{vocab_size_of(start.tokenizer)} tokens, dataset {dataset} was packed with '
-            f'{fingerprint(tokenizer_meta)} of {vocab_size}: use the dataset it was trained on, '
-            'or pack with its tokenizer')
-    if vocab_size > start.model_args['vocab_size']:
-        raise ValueError(f'{start.path} knows {start.model_args["vocab_size"]} tokens, dataset {dataset} has '
-                         f'{vocab_size}: use the dataset it was trained on')
-    if not start.tokenizer and start.state is None:
-        print0(f'{start.path} does not say its tokenizer: taking that of {dataset}')
 
 
 # -----------------------------------------------------------------------------
@@ -210,55 +206,46 @@ def find_start(init_from='resume', out_dir='out', checkpoint_path='', n_head=Non
     returns  Start with a tokenizer
     """
     if init_from != 'resume':
-        pretrained.find(init_from, also=['resume'])
         tokenizer = pretrained.read_tokenizer(init_from)
         if tokenizer is None:
             print0(f"{init_from} has no tokenizer.json: using GPT-2's tokenizer")
         return Start(init_from, tokenizer=tokenizer or GPT2_META)
     if checkpoint_path:
-        start = Start.of_checkpoint(checkpoint.load(checkpoint_path, n_head), checkpoint_path)
+        start = Start()
+        start.take(checkpoint.load(checkpoint_path, n_head), checkpoint_path)
     else:
-        start = find_checkpoint(out_dir)
+        start = read_chosen(partial(choose_checkpoint, out_dir))
+    start.state = None  # nothing is resumed
     start.tokenizer = start.tokenizer or nanogpt_tokenizer(start.settings.get('dataset', ''))
     return start
 
 
-def find_checkpoint(out_dir):
-    """Return the newest checkpoint of out_dir; the best one of a run with always_save_checkpoint=False.
-
-    raises  ValueError if a run that still trains replaces the file before every rank has read it
-    """
-    path, iter_num = distributed.on_first_rank(lambda: choose_checkpoint(out_dir))
-    state = checkpoint.load(path)
-    if state['iter_num'] != iter_num:
-        raise ValueError(f'{path} was of iteration {iter_num} and is now of {state["iter_num"]}, the run is '
-                         'still training: copy it, and name the copy with --checkpoint_path')
-    return Start.of_checkpoint(state, path)
-
-
 def choose_checkpoint(out_dir):
+    """Return (state, path) of the newest checkpoint; of the best with always_save_checkpoint=False."""
     state, path = checkpoint.load_newest(out_dir)
     best = Path(out_dir) / 'best.pt'
     wants_best = state is None or not state['config'].get('always_save_checkpoint', True)
     if wants_best and best.exists():
-        state, path = checkpoint.load(best), best
+        return checkpoint.load(best), best
     if state is None:
         raise FileNotFoundError(f'{out_dir} has no checkpoint: train one with python train.py '
                                 f'--out_dir={out_dir}, or name another --out_dir')
-    return path, state['iter_num']
+    return state, path
 
 
 def nanogpt_tokenizer(dataset):
     """Return the tokenizer of the dataset of a checkpoint if data/ has it, else GPT-2's, as nanoGPT does."""
-    is_name = isinstance(dataset, str) and dataset and not re.search(r'[/\\]|\.\.', dataset)
     # a checkpoint from elsewhere must not open folders outside data/
-    for folder in dataset_folders(dataset)[0] if is_name else []:
-        if (folder / 'meta.pkl').exists():  # nanoGPT's rule, even without the tokens
-            print0(f'no tokenizer in the checkpoint: using the characters in {folder / "meta.pkl"}')
-            return read_meta_pkl(folder / 'meta.pkl')
-        if (folder / 'meta.json').exists():
-            print0(f'no tokenizer in the checkpoint: using that of {folder / "meta.json"}')
-            return read_meta(folder)['tokenizer']
+    if isinstance(dataset, str) and dataset and not re.search(r'[/\\]|\.\.', dataset):
+        for folder in dataset_folders(dataset)[0]:
+            tokenizer = None
+            if (folder / 'meta.pkl').exists():  # nanoGPT's rule, even without the tokens
+                tokenizer = read_meta_pkl(folder / 'meta.pkl')
+            elif (folder / 'meta.json').exists():
+                tokenizer = read_meta(folder)['tokenizer']
+            if tokenizer is not None:
+                print0(f'no tokenizer in the checkpoint: using that of {folder}')
+                return tokenizer
     print0("no tokenizer in the checkpoint: using GPT-2's, as nanoGPT does. If it was trained on characters, "
            f'copy the meta.pkl of dataset {printable(repr(dataset))} into data/NAME/')
     return GPT2_META

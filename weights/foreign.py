@@ -17,7 +17,8 @@ import torch
 from files import print0, printable
 
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # transformers' GPT-2 stores these transposed
-PREFIXES = ('module.', '_orig_mod.')  # of DistributedDataParallel and torch.compile
+# of DistributedDataParallel and torch.compile
+PREFIXES = re.compile(r'^((module|_orig_mod)\.)+')
 # causal masks and tables, which old versions of nanoGPT and transformers saved beside the weights
 BUFFERS = re.compile(r'\.attn\.(bias|masked_bias)$|rotary_emb\.')
 
@@ -39,19 +40,23 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
     """Convert the checkpoint of nanoGPT or another trainer to our format.
 
     state   nanoGPT's dict, or a dict of weights: bare, or under model, model_state_dict or state_dict
-    path    names the file in messages
     n_head  for a file that does not say it: the shapes of weights do not show heads
     raises  ValueError for a dict that is no checkpoint of GPT-2
     """
     keys = ('model', 'model_state_dict', 'state_dict')
-    weights = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
-    if not weights or not is_weights(weights):
+    stored = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
+    if not stored or not is_weights(stored):
         raise ValueError(f'{path} has no weights by name, itself or under '
                          'model, model_state_dict or state_dict: it is not a checkpoint')
-    weights = {name: tensor for name, tensor in strip_prefixes(weights).items() if not BUFFERS.search(name)}
+    weights = {}
+    for name, tensor in stored.items():
+        name = PREFIXES.sub('', name)
+        if name in weights:
+            raise ValueError(f'{path}: {name} is there twice, with and without a prefix: keep one')
+        if not BUFFERS.search(name):
+            weights[name] = tensor
     if 'wte.weight' in weights:  # transformers' GPT2Model, which has no head
-        weights = {name if name == 'lm_head.weight' else f'transformer.{name}': tensor
-                   for name, tensor in weights.items()}
+        weights = {f'transformer.{name}': tensor for name, tensor in weights.items()}
     check_dense(weights, path)
     wte = weights.get('transformer.wte.weight')
     head = weights.get('lm_head.weight', wte)
@@ -64,13 +69,21 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
         weights, args = adopt(weights, state, path, n_head)
         return dict(model=weights, model_args=args, iter_num=0, best_val_loss=None, config={})
     # nanoGPT's own format; nanoGPT uses the exact GELU
-    args = {name: plain(args[name]) for name in MODEL_ARGS if name in args}
+    args = {name: value for name, value in plain(args).items() if name in MODEL_ARGS}
     args |= dict(arch='gpt2', activation='gelu')
-    converted = dict(iter_num=0, config={}, best_val_loss=float('inf'))
-    converted |= {key: plain(value) for key, value in state.items()}
-    if isinstance(converted['config'], dict):
-        converted['config'] = {key: plain(value) for key, value in converted['config'].items()}
+    converted = dict(iter_num=0, best_val_loss=None) | plain(state)
+    if isinstance(converted.get('config'), dict):
+        converted['config'] = plain(converted['config'])
     return converted | dict(model=weights, model_args=args)
+
+
+def plain(values: dict) -> dict:
+    """Turn numbers of NumPy, and tensors of one element, into Python's."""
+    converted = {}
+    for name, value in values.items():
+        is_number = isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+        converted[name] = value.item() if is_number else value
+    return converted
 
 
 def adopt(weights, state, path, n_head):
@@ -82,7 +95,7 @@ def adopt(weights, state, path, n_head):
     wpe, c_attn = weights.get('transformer.wpe.weight'), weights.get('transformer.h.0.attn.c_attn.weight')
     if any(tensor is None or tensor.dim() != 2 for tensor in (wte, wpe, c_attn)):
         raise ValueError(f"{path} does not name its weights as nanoGPT or transformers name a GPT-2's "
-                         f'(transformer.wte.weight and so on, found {", ".join(sorted(weights)[:3])}): '
+                         f'(transformer.wte.weight and so on, found {first(weights)}): '
                          'rename them where it was written')
     C = wte.size(1)
     weights = {**weights, 'transformer.wte.weight': wte, 'lm_head.weight': wte}
@@ -92,46 +105,20 @@ def adopt(weights, state, path, n_head):
         weights |= {name: tensor.t() for name, tensor in weights.items()
                     if name.endswith(CONV1D) and tensor.dim() == 2}
 
-    stored_n_head = find_n_head(state)
-    if stored_n_head is None and n_head is None:
+    source = '--n_head'
+    for settings in state.values():
+        for name in ('n_head', 'n_heads', 'num_heads', 'num_attention_heads'):
+            if isinstance(settings, dict) and type(settings.get(name)) is int:
+                n_head, source = settings[name], 'a setting in it'
+    if n_head is None:
         raise ValueError(f'{path} does not say its number of heads, and weights do not show it: '
                          f"give --n_head ({max(C // 64, 1)} if its heads are 64 wide, as GPT-2's)")
     blocks = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
     args = dict(arch='gpt2', activation=activation, vocab_size=wte.size(0), block_size=wpe.size(0), n_embd=C,
-                n_head=stored_n_head or n_head, n_layer=len(blocks), dropout=0.0,
+                n_head=n_head, n_layer=len(blocks), dropout=0.0,
                 bias=any(name.endswith('.bias') for name in weights))
-    source = 'a setting in it' if stored_n_head else '--n_head'
-    print0(f'{path}: sizes from its weights, n_head = {args["n_head"]} from {source}, {layout}')
+    print0(f'{path}: sizes from its weights, n_head = {n_head} from {source}, {layout}')
     return weights, args
-
-
-def find_n_head(state):
-    """The number of heads that a dict inside a foreign checkpoint states, or None."""
-    for settings in state.values():
-        for name in ('n_head', 'n_heads', 'num_heads', 'num_attention_heads'):
-            if isinstance(settings, dict) and type(settings.get(name)) is int:
-                return settings[name]
-    return None
-
-
-def strip_prefixes(weights: dict) -> dict:
-    """Remove the prefixes that wrappers of a model put before the names of its weights."""
-    stripped = {}
-    for name, tensor in weights.items():
-        while name.startswith(PREFIXES):
-            name = name.split('.', 1)[1]
-        stripped[name] = tensor
-    if len(stripped) != len(weights):
-        raise ValueError(f'{len(weights) - len(stripped)} weights stand there twice, '
-                         'with a prefix such as module. and without: keep one of each')
-    return stripped
-
-
-def plain(value):
-    """Turn a number of NumPy, or a tensor of one element, into Python's."""
-    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
-        return value.item()
-    return value
 
 
 # -----------------------------------------------------------------------------
@@ -139,7 +126,7 @@ def plain(value):
 
 
 def check_state(state: dict, path):
-    """Refuse a checkpoint in our format with parts of a wrong type or more layers than weights."""
+    """Refuse a checkpoint in our format with parts of a wrong type or sizes that its weights contradict."""
     weights, args = state.get('model'), state.get('model_args')
     if not is_weights(weights) or not isinstance(args, dict):
         raise ValueError(f'{path} has no model and model_args: it is not a checkpoint of flatGPT or nanoGPT')
@@ -170,9 +157,8 @@ def check_model_args(args: dict, path, n_weights: int):
     """Refuse arguments of GPTConfig that are unknown, of a wrong type, or that the weights contradict."""
     for name, value in args.items():
         if type(value) not in MODEL_ARGS.get(name, ()):
-            is_plain = type(value) in (str, int, float, bool)
-            shown = repr(value)[:60] if is_plain else f'a {type(value).__name__}'
-            raise ValueError(f'{path}: {name} = {shown} in its model_args is none that this version knows')
+            raise ValueError(f'{path}: {name} = {value!r:.60} in its model_args is none '
+                             'that this version knows')
     # a model of 10**9 layers would be built for hours before its weights turn out to be missing
     if args.get('n_layer', 1) > n_weights:
         raise ValueError(f'{path}: n_layer = {args["n_layer"]} does not fit its {n_weights} weights')
@@ -192,35 +178,31 @@ def check_pickle(data: bytes, path):
     of pairs. This function counts the leaves by following the opcodes, without building an object.
     """
     stack, memo = [], {}  # the number of leaves of each object on the unpickler's stack; None = a mark
+    mark = pickletools.markobject
     try:
         for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
-                memo[len(memo) if argument is None else int(argument)] = stack[-1]
+            if 'PUT' in opcode.name:
+                memo[argument] = stack[-1]
                 continue
-            n_leaves = sum(pop_arguments(stack, opcode)) or 1
-            if opcode.name.endswith('GET'):
-                n_leaves = memo[int(argument)]
-            elif not opcode.name.startswith('TUPLE'):
-                n_leaves = None if opcode.name == 'MARK' else 1
-            elif n_leaves > MAX_LEAVES:
+            # take the part above the mark, and the arguments below it
+            taken, n_arguments = [], len(opcode.stack_before)
+            if mark in opcode.stack_before:
+                n_arguments = opcode.stack_before.index(mark)
+                while (n_leaves := stack.pop()) is not None:
+                    taken.append(n_leaves)
+            taken += [stack.pop() for _ in range(n_arguments)]
+            # put the result
+            n_leaves = None if opcode.name == 'MARK' else 1
+            if opcode.name.startswith('TUPLE'):
+                n_leaves = sum(taken)
+            elif 'GET' in opcode.name:
+                n_leaves = memo[argument]
+            if n_leaves is not None and n_leaves > MAX_LEAVES:
                 raise ValueError(f'tuples of more than {MAX_LEAVES:,} values')
             stack += [n_leaves] * len(opcode.stack_after)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         reason = f'its pickle has {error or type(error).__name__}'
         raise ValueError(f'{path} is not a readable checkpoint ({reason})') from None
-
-
-def pop_arguments(stack, opcode):
-    """Pop what a pickle opcode takes from the stack. Return the part above the mark, or all without one."""
-    before = opcode.stack_before
-    if pickletools.markobject not in before:
-        return [stack.pop() or 1 for _ in before]
-    above = []
-    while (n_leaves := stack.pop()) is not None:
-        above.append(n_leaves)
-    for _ in range(before.index(pickletools.markobject)):
-        stack.pop()
-    return above
 
 
 # -----------------------------------------------------------------------------
@@ -235,8 +217,8 @@ def load_weights(model, weights: dict, path, strict: bool = True):
     """
     missing, unexpected = check_weights(model, weights, path, strict, '; --strict=False takes those that fit')
     if len(unexpected) == len(weights):
-        raise ValueError(f'{path}: no weight fits the model, which has {", ".join(missing[:3])}; '
-                         f'the file has {", ".join(unexpected[:3])}: it belongs to another model')
+        raise ValueError(f'{path}: no weight fits the model, which has {first(missing)}; '
+                         f'the file has {first(unexpected)}: it belongs to another model')
     if missing:
         print0(f'{path}: {len(missing)} weights missing, left as a new model has them: {", ".join(missing)}')
     if unexpected:
@@ -248,12 +230,24 @@ def check_weights(model, weights: dict, path, strict: bool = True, remedy: str =
     """Return the names that weights lack and those that the model lacks. If strict, any is a ValueError."""
     expected = model.state_dict()
     for name, tensor in weights.items():
-        if name in expected and expected[name].shape != tensor.shape:
-            raise ValueError(f'{path}: {name} has shape {tuple(tensor.shape)}, '
-                             f'the model expects {tuple(expected[name].shape)}')
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+        if name in expected:
+            check_shape(name, tensor, expected[name], path)
+    return check_names(expected, weights, path, strict, remedy)
+
+
+def check_names(expected, stored, path, strict: bool = True, remedy: str = ''):
+    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if strict and (missing or unexpected):
-        raise ValueError(f'{path} does not fit the model: '
-                         f'{len(missing)} weights missing ({", ".join(missing[:3])}), '
-                         f'{len(unexpected)} unexpected ({", ".join(unexpected[:3])}){remedy}')
+        raise ValueError(f'{path} does not fit the model: {len(missing)} weights missing ({first(missing)}), '
+                         f'{len(unexpected)} unexpected ({first(unexpected)}){remedy}')
     return missing, unexpected
+
+
+def check_shape(name, stored, expected, path):
+    if stored.shape != expected.shape:
+        raise ValueError(f'{path}: {name} has shape {tuple(stored.shape)}, '
+                         f'the model expects {tuple(expected.shape)}')
+
+
+def first(names):
+    return ', '.join(sorted(names)[:3])
