@@ -9,7 +9,6 @@ is block_size + 1 tokens: whole conversations, then padding. The mask is 1 on an
 else 0.
 """
 
-import shutil
 import sys
 from bisect import bisect_left, insort
 from collections import Counter
@@ -26,9 +25,9 @@ from corpus.dialogue import answered, read_conversations
 from corpus.encode import split_by_hash
 from corpus.options import Parser, print_next
 from corpus.template import STYLES, check_tokenizer, encode
-from corpus.writer import SplitFiles, packing_folder, publish
+from corpus.writer import Piece, writing
 from files import one_line_errors
-from tokens.dataset import id_dtype, read_meta
+from tokens.dataset import read_meta
 from tokens.tokenizer import load_tokenizer, tokenizer_meta
 
 MAX_EVIDENCE_LOST = 0.05
@@ -139,17 +138,11 @@ def best_fit(lengths, size):
 
 def write_dataset(folder, tokenizer, splits, *, style, size, source):
     """Write the splits, {name: list of (ids, mask)}. Returns the dict in meta.json."""
-    with packing_folder(folder) as work:
-        try:
-            entries = {name: write_rows(work, name, conversations, tokenizer, size)
-                       for name, conversations in splits.items()}
-            meta = {'format': 1, 'dtype': id_dtype(tokenizer.vocab_size).name,
-                    'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.meta(),
-                    'source': source, 'row_tokens': size, 'style': style, 'splits': entries}
-            publish(work, folder, meta, masked=True)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    for name, entry in entries.items():
+    with writing(folder, tokenizer, list(splits), masked=True) as writer:
+        for name, conversations in splits.items():
+            write_rows(writer, name, conversations, size)
+        meta = writer.publish(source, row_tokens=size, style=style)
+    for name, entry in meta['splits'].items():
         n_targets = sum(int(mask.sum()) for _, mask in splits[name])
         n_used = sum(len(ids) for ids, _ in splits[name])
         n_tokens = entry['tokens']
@@ -159,21 +152,15 @@ def write_dataset(folder, tokenizer, splits, *, style, size, source):
     return meta
 
 
-def write_rows(work, name, encoded, tokenizer, size):
-    """Write the .bin, .mask and .idx of a split. Returns its entry in meta.json."""
-    token_bytes = tokenizer.token_bytes()
-    files = SplitFiles(work, name, id_dtype(tokenizer.vocab_size), masked=True)
+def write_rows(writer, name, encoded, size):
+    """Write the rows of a split."""
+    token_bytes, pad = writer.tokenizer.token_bytes(), writer.tokenizer.pad
     for row in best_fit([len(ids) for ids, _ in encoded], size):
-        ids = np.concatenate([encoded[i][0] for i in row])
-        mask = np.concatenate([encoded[i][1] for i in row])
-        lengths = np.array([len(encoded[i][0]) for i in row])
-        n_pad = size - len(ids)
-        index = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
-        n_bytes = int(token_bytes[ids].sum())
-        ids = np.pad(ids, (0, n_pad), constant_values=tokenizer.pad)
-        files.write(ids, index, n_bytes, np.pad(mask, (0, n_pad)))
-    files.sync(close=True)
-    return files.entry
+        pieces = []
+        for ids, mask in (encoded[i] for i in row):
+            pieces.append(Piece(ids, mask, int(token_bytes[ids].sum())))
+        n_pad = size - sum(len(piece.ids) for piece in pieces)
+        writer.append(name, [*pieces, Piece(np.full(n_pad, pad), np.zeros(n_pad))])
 
 
 # -----------------------------------------------------------------------------

@@ -3,11 +3,13 @@ import argparse
 import difflib
 import os
 import shlex
+import sys
 from pathlib import Path
 
 from corpus.readers import ERRORS, FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
+N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def boolean(text):
@@ -16,12 +18,19 @@ def boolean(text):
     return text.lower() in ('true', '1')
 
 
-def n_cores():
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+def count(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} must be 1 or more')
+    return int(text)
 
 
-# the options that several commands share, as add_argument takes them
+def share(text):
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} must lie between 0 and 1')
+    return float(text)
+
+
+# the options that several commands have, as add_argument takes them
 OPTIONS = {
     'input': dict(nargs='+', required=True, metavar='PATH', help='files, and folders of them'),
     'out': dict(type=Path, required=True, help='dataset folder'),
@@ -38,35 +47,35 @@ OPTIONS = {
                    help='bytes outside the encoding end the run, or become U+FFFD'),
     'clean': dict(type=boolean, nargs='?', const=True, default=False, metavar='True',
                   help='Unicode NFC, no control characters, each text only once'),
-    'min_chars': dict(type=int, default=1, help='leave shorter texts out (default: %(default)s)'),
-    'sample': dict(type=float, default=1.0, metavar='FRACTION',
-                   help='take this share of the texts, chosen by hash'),
-    'max_docs': dict(type=int, help='take only this many documents, the first ones'),
-    'val_fraction': dict(type=float, default=0.01, help='share for validation (default: %(default)s)'),
-    'shard_tokens': dict(type=int, help='tokens in a .bin file (default: %(default)s)'),
-    'workers': dict(type=int, default=n_cores(),
+    'min_chars': dict(type=count, default=1, help='leave shorter texts out (default: %(default)s)'),
+    'sample': dict(type=share, default=1.0, metavar='FRACTION',
+                   help='take this share of the texts, chosen by hash (default: all)'),
+    'max_docs': dict(type=count, help='take only this many documents, the first ones'),
+    'val_fraction': dict(type=share, default=0.01, help='share for validation (default: %(default)s)'),
+    'shard_tokens': dict(type=count, help='tokens in a .bin file (default: %(default)s)'),
+    'workers': dict(type=count, default=N_CORES,
                     help='threads that tokenize (default: one per core, %(default)s)'),
 }
 READING = ['input', 'format', 'field', 'encoding', 'errors']
-PACKING = ['max_docs', 'val_fraction', 'shard_tokens', 'workers']
-BUILDING = ['out', 'tokenizer', 'eot', 'clean', 'min_chars', 'sample', *PACKING]
-
-
-def add_options(parser, names, **defaults):
-    """Add shared options to a parser; with another default where one is given, which may replace a need."""
-    for name in names:
-        settings = dict(OPTIONS[name])
-        if name in defaults:
-            settings.update(default=defaults[name], required=False)
-        parser.add_argument(f'--{name}', **settings)
+BUILDING = ['out', 'tokenizer', 'eot', 'clean', 'min_chars', 'sample', 'max_docs', 'val_fraction',
+            'shard_tokens', 'workers']
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse in the project's dialect: --key=value or --key value, --switch or --switch=True."""
+    """argparse in the project's dialect: --key=value or --key value, --switch or --switch=True.
 
-    def __init__(self, doc, command=None):
+    options   names in OPTIONS
+    defaults  of these options, instead of those in OPTIONS; such an option is not required
+    """
+
+    def __init__(self, doc, command=None, options=(), **defaults):
         super().__init__(command, description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        for name in options:
+            settings = dict(OPTIONS[name])
+            if name in defaults:
+                settings.update(default=defaults[name], required=False)
+            self.add_argument(f'--{name}', **settings)
 
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
@@ -75,21 +84,21 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             remedy = f'did you mean {near[0]}?' if near else '--help lists all'
             raise ValueError(f'{flag}: unknown argument, {remedy}')
-        check_ranges(vars(args))
         return args
 
     def error(self, message):
         raise ValueError(message.removeprefix('argument '))
 
 
-def check_ranges(values):
-    for name in ('max_docs', 'shard_tokens', 'workers', 'min_chars', 'tokens', 'block_size'):
-        if values.get(name) is not None and values[name] < 1:
-            raise ValueError(f'--{name}={values[name]} must be 1 or more')
-    if not 0 < values.get('val_fraction', 0.5) < 1:
-        raise ValueError(f'--val_fraction={values["val_fraction"]} must lie between 0 and 1')
-    if not 0 < values.get('sample', 1) <= 1:
-        raise ValueError(f'--sample={values["sample"]} must be above 0, and at most 1')
+def run_command(doc, commands):
+    """Run the command that is the first argument, {name: function of the other arguments}."""
+    command = sys.argv[1] if len(sys.argv) > 1 else '--help'
+    if command in ('-h', '--help'):
+        print(f'{doc.strip()}\n\n{", ".join(commands)}: each has a --help that lists its options.')
+    elif command in commands:
+        commands[command](sys.argv[2:])
+    else:
+        raise ValueError(f'{command}: accepted are {", ".join(commands)}')
 
 
 def print_next(out, config, *, own_dataset=None):

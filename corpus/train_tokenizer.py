@@ -5,17 +5,15 @@
 
 The same text gives the same tokenizer, whatever the order of its files and the number of threads.
 """
-
-import argparse
 import hashlib
 import heapq
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
 
-from corpus import options, readers
+from corpus import readers
+from corpus.options import READING, Parser, count, run_command
 from files import one_line_errors, write_atomically, write_json
 from tokens.tokenizer import (
     BPE_PATTERN,
@@ -28,6 +26,7 @@ from tokens.tokenizer import (
 from tokens.tokenizer_json import byte_characters, tokenizer_config
 
 SAMPLE_BYTES = 20_000_000  # the trainer takes about 85 bytes of memory for each byte of Chinese
+COMPARED_BYTES = 10_000_000
 PIECE_CHARS = 1 << 14
 
 
@@ -35,15 +34,14 @@ def train_bpe(texts, vocab_size, max_bytes=SAMPLE_BYTES):
     """Train a BPETokenizer of vocab_size tokens, special ones included, on a sample of at most max_bytes."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     n_special = len(SPECIAL_TOKENS)
-    n_ordinary = vocab_size - n_special
-    if n_ordinary < 257:
+    if vocab_size < 257 + n_special:
         raise ValueError(f'vocab_size={vocab_size}: 256 bytes and {n_special} special tokens are '
                          f'there already, so {257 + n_special} or more is accepted')
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = pre_tokenizers.Split(Regex(BPE_PATTERN), 'isolated')
     engine = Tokenizer(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    trainer = trainers.BpeTrainer(vocab_size=n_ordinary, min_frequency=2,
+    engine.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(BPE_PATTERN), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - n_special, min_frequency=2,
                                   initial_alphabet=list(byte_characters()), show_progress=sys.stderr.isatty())
     sample = sample_pieces(texts, max_bytes)
     engine.train_from_iterator(sample, trainer, length=len(sample))
@@ -84,10 +82,6 @@ def save_tokenizer(tokenizer, folder):
     write_json(folder / 'tokenizer.json', content, indent=None)
 
 
-# -----------------------------------------------------------------------------
-# the commands
-
-
 def read_texts(args):
     """Yield the documents of args.input, with a progress bar."""
     from tqdm import tqdm
@@ -95,31 +89,41 @@ def read_texts(args):
     if any(file.format == 'blocks' for file in files):
         raise ValueError(f'{" ".join(args.input)}: blocks hold token ids, not text')
     n_bytes = sum(readers.n_bytes_of(file.path) for file in files)
-    fields = args.field.split(',')
-    documents = readers.read_documents(files, fields=fields, errors=args.errors, encoding=args.encoding)
+    documents = readers.read_documents(files, fields=args.field.split(','), errors=args.errors,
+                                       encoding=args.encoding)
     with tqdm(total=n_bytes, unit='B', unit_scale=True, desc='reading', disable=None) as bar:
         for document in documents:
             yield document.text
             bar.update(document.n_read - bar.n)
 
 
-def train(args):
+def train(argv):
+    """Train a byte-level BPE on text."""
+    parser = Parser(train.__doc__, 'python -m corpus.train_tokenizer train', READING)
+    add = parser.add_argument
+    add('--vocab_size', type=count, default=16384, help='number of tokens, special ones too')
+    add('--out', type=Path, required=True, help='folder, such as data/tokenizers/mine')
+    add('--max_bytes', type=count, default=SAMPLE_BYTES, help='size of the sample to train on')
+    args = parser.parse_args(argv)
     began = time.perf_counter()
     tokenizer = train_bpe(read_texts(args), args.vocab_size, args.max_bytes)
     save_tokenizer(tokenizer, args.out)
     print(f'{args.out}: {tokenizer.vocab_size:,} tokens, of which {len(tokenizer.special)} special, '
           f'fingerprint {fingerprint(tokenizer.meta())}, in {time.perf_counter() - began:.0f} s')
-    words = ['--input', *args.input, '--tokenizers', 'gpt2', str(args.out)]
-    print('next: python -m corpus.train_tokenizer compare', shlex.join(words))
 
 
-def compare(args):
+def compare(argv):
+    """Compare how well tokenizers compress a text."""
+    parser = Parser(compare.__doc__, 'python -m corpus.train_tokenizer compare', [*READING, 'eot'])
+    parser.add_argument('--tokenizers', nargs='+', default=['gpt2', 'byte'], metavar='NAME',
+                        help='gpt2, byte, or folders with tokenizer.json')
+    args = parser.parse_args(argv)
     tokenizers = {name: load_tokenizer(tokenizer_meta(name, eot=args.eot)) for name in args.tokenizers}
     texts, n_bytes = [], 0
     for text in read_texts(args):
         texts.append(text)
         n_bytes += len(text.encode('utf-8', 'replace'))
-        if n_bytes >= args.max_bytes:
+        if n_bytes >= COMPARED_BYTES:
             break
     n_chars, width = sum(map(len, texts)), max(map(len, [*tokenizers, 'tokenizer']))
     if not n_chars:
@@ -134,27 +138,6 @@ def compare(args):
               f'{n_bytes / n_tokens:11.3f}  {rate:6.1f}')
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', required=True, metavar='train | compare')
-    trainer = commands.add_parser('train', help='train a byte-level BPE on text')
-    comparer = commands.add_parser('compare', help='compare how well tokenizers compress a text')
-    for command in (trainer, comparer):
-        options.add_options(command, options.READING)
-    trainer.add_argument('--vocab_size', type=int, default=16384, help='number of tokens, special ones too')
-    trainer.add_argument('--out', type=Path, required=True, help='folder, such as data/tokenizers/mine')
-    trainer.add_argument('--max_bytes', type=int, default=SAMPLE_BYTES, help='size of the sample to train on')
-    comparer.add_argument('--tokenizers', nargs='+', default=['gpt2', 'byte'], metavar='NAME',
-                          help='gpt2, byte, or folders with tokenizer.json')
-    comparer.add_argument('--eot', default='', help='end-of-text token, for a folder that names none')
-    comparer.add_argument('--max_bytes', type=int, default=10_000_000, help='size of the text to encode')
-    args = parser.parse_args()
-    if args.max_bytes < 1:
-        raise ValueError(f'--max_bytes={args.max_bytes} must be 1 or more')
-    {'train': train, 'compare': compare}[args.command](args)
-
-
 if __name__ == '__main__':
     with one_line_errors():
-        main()
+        run_command(__doc__, {'train': train, 'compare': compare})

@@ -1,117 +1,234 @@
-"""Write the files of a dataset into the .packing folder below it, and publish them all at once."""
+"""Write a dataset. Its files grow in .packing below its folder and take their places when all is written.
+
+    with writing('data/mine', tokenizer, ['train', 'val']) as writer:
+        writer.append('train', [Piece(ids, n_bytes=12), Piece([eot]), Piece(more_ids, n_bytes=34)])
+        writer.publish('my notes')
+
+An error leaves the old dataset as it was. With a recipe, save() notes in .packing/progress.json how many
+records were read and how much of each file they make. The next run with this recipe continues there; what a
+killed run wrote after its last save() is cut off and written again.
+"""
+import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
-import sqlite3
 import zlib
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from files import lock, read_json, sync_folder, write_atomically
+from files import lock, read_json, sync_folder, write_atomically, write_json
+from tokens.dataset import id_dtype
 
-IDX_DTYPE = np.dtype('<i8')
 UNFINISHED = b'{"format": 1, "unfinished": true}'
+MERGE_SEEN = 1 << 20  # hashes in a set, of about 100 bytes each; the others are in a sorted array
 DATASET_FILE = re.compile(r'(train|val)(_\d+)?\.(bin|mask|idx)|meta\.pkl')
 
 
+class Piece(NamedTuple):
+    """Token ids to append: a document, or what stands between documents, such as end-of-text and padding."""
+
+    ids: np.ndarray  # (n,)
+    mask: np.ndarray | None = None  # (n,) 1 where a token is a target; None: all are
+    n_bytes: int | None = None  # of the document's text; None: this is no document
+
+
+@dataclass
+class Progress:
+    recipe: dict | None
+    splits: dict  # name -> its entry in meta.json
+    n_records: int = 0  # read so far
+    n_read: int = 0  # bytes of the corpus on disk read so far
+    documents: int = 0  # written so far
+    last_taken: int = 0  # number of the last record that was written
+    left_out: dict = field(default_factory=dict)  # reason -> number of documents
+
+
 class Unusable(Exception):
-    """Raised for the files of an unfinished run that are not as it wrote them."""
+    """Raised for an unfinished run whose files are not as it wrote them."""
 
 
-class SplitFiles:
-    """The files of one split while they are written: .bin files one after the other, .idx, perhaps .mask.
+@contextlib.contextmanager
+def writing(folder, tokenizer, splits, **options):
+    """Lock a dataset folder and yield the Writer of its next contents. The arguments are those of Writer."""
+    folder = Path(folder)
+    work = folder / '.packing'
+    work.mkdir(parents=True, exist_ok=True)
+    with lock(work):
+        undo_publishing(work, folder)
+        try:
+            with contextlib.closing(Writer(folder, tokenizer, splits, **options)) as writer:
+                yield writer
+        except OSError as error:
+            if error.errno is None or error.filename:
+                raise  # its message says where
+            raise OSError(f'{folder} cannot be written ({error.strerror}): '
+                          'make room and run this again') from error
 
-    entry   the split's entry in meta.json; given one, its files are continued where it says that they end
-    raises  Unusable for a file that ends before
+
+class Writer:
+    """A dataset while it is written.
+
+    shard_tokens  tokens of a .bin file; None: one file per split
+    masked        whether to write .mask files
+    unique        whether is_new() will be asked
+    recipe        plain values that the contents depend on; None: the run cannot be continued
+    raises        ValueError for an unfinished run with another recipe
     """
 
-    def __init__(self, work, name, dtype, *, shard_tokens=None, masked=False, entry=None):
-        self.work, self.name, self.dtype, self.shard_tokens = work, name, np.dtype(dtype), shard_tokens
-        self.entry = entry or {'tokens': 0, 'bytes': 0, 'documents': 0, 'shards': []}
-        self.idx = self.open(f'{name}.idx', self.entry['documents'] * IDX_DTYPE.itemsize * 2)
-        self.mask = self.open(f'{name}.mask', self.entry['tokens']) if masked else None
-        self.bin = None
-        for shard in self.entry['shards']:
-            file = self.open(shard['file'], shard['tokens'] * self.dtype.itemsize)
-            if shard['tokens'] == shard_tokens:
-                file.close()
-            else:
-                self.bin = file
+    def __init__(self, folder, tokenizer, splits, *, shard_tokens=None, masked=False, unique=False,
+                 recipe=None):
+        self.folder, self.work, self.name = folder, folder / '.packing', folder.resolve().name
+        self.tokenizer, self.dtype = tokenizer, id_dtype(tokenizer.vocab_size)
+        self.splits, self.shard_tokens, self.masked, self.unique = splits, shard_tokens, masked, unique
+        self.recipe = json.loads(json.dumps(recipe))  # as it is read from progress.json
+        self.files, self.seen, self.more_seen = {}, np.array([], dtype='<u8'), set()
+        if recipe is None or not (self.work / 'progress.json').exists():
+            return self.start_over()
+        try:
+            self.resume()
+            print(f'{self.name}: continuing after {self.progress.documents:,} documents', flush=True)
+        except Unusable as error:
+            print(f'{self.name}: the unfinished run cannot be continued ({error}): starting over', flush=True)
+            self.start_over()
 
-    def open(self, name, size):
-        """Open a file to be written from `size` on; what lies beyond is cut off."""
-        path = self.work / name
-        if size and (not path.exists() or path.stat().st_size < size):
-            raise Unusable(f'{name} is shorter than the {size:,} bytes that were written')
-        file = open(path, 'r+b' if size else 'wb')
-        file.truncate(size)
-        file.seek(size)
-        return file
+    def start_over(self):
+        self.close_files()
+        clear(self.work)
+        entries = {name: {'tokens': 0, 'bytes': 0, 'documents': 0, 'shards': []} for name in self.splits}
+        self.progress = Progress(self.recipe, entries)
 
-    def write_documents(self, documents, eot):
-        """Write documents of corpus/encode.py; eot stands between those that take it."""
-        if not documents:
-            return
-        pieces, masks, index, n_tokens = [], [], [], 0
-        for document in documents:
-            length = len(document.ids)
-            if eot is not None and document.takes_eot and (n_tokens or self.entry['tokens']):
-                pieces.append([eot])
-                masks.append([1])
-                n_tokens += 1
-            index.append((n_tokens, length))
-            pieces.append(document.ids)
-            masks.append(np.ones(length, dtype=np.uint8) if document.mask is None else document.mask)
-            n_tokens += length
-        ids = np.concatenate(pieces, dtype=self.dtype, casting='unsafe')
-        mask = np.concatenate(masks, dtype=np.uint8, casting='unsafe')
-        self.write(ids, np.array(index), sum(document.n_bytes for document in documents), mask)
+    def resume(self):
+        """Take up the files where progress.json says that they end."""
+        try:
+            values = read_json(self.work / 'progress.json')
+            is_whole = values.pop('sha256') == digest_of(values)
+            self.progress = Progress(**values)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            is_whole = False
+        if not is_whole:
+            raise Unusable('progress.json was altered or cut short')
+        old = self.progress.recipe
+        changed = [f'{key}={json.dumps(old[key], ensure_ascii=False)[:60]}'
+                   for key in old if old[key] != self.recipe.get(key)]
+        if changed:
+            raise ValueError(f'{self.work} holds an unfinished run with {", ".join(changed)}: '
+                             'continue it with the same, or delete that folder to start over')
+        for name, size in self.sizes().items():
+            with open(self.work / name, 'ab') as file:
+                if file.tell() < size:
+                    raise Unusable(f'{name} is shorter than the {size:,} bytes that were written')
+                file.truncate(size)
+        if self.unique:
+            self.seen = np.unique(np.fromfile(self.work / 'seen', dtype='<u8'))
+            if len(self.seen) != self.progress.documents:
+                raise Unusable('seen was altered')
 
-    def write(self, ids, index, n_bytes, mask):
-        """Append tokens and the documents in them. A document may continue in the next shard.
+    def sizes(self):
+        """Return {file: bytes} of all files."""
+        sizes = {'seen': 8 * self.progress.documents} if self.unique else {}
+        for split, entry in self.progress.splits.items():
+            sizes[f'{split}.idx'] = 16 * entry['documents']
+            if self.masked:
+                sizes[f'{split}.mask'] = entry['tokens']
+            for shard in entry['shards']:
+                sizes[shard['file']] = shard['tokens'] * self.dtype.itemsize
+        return sizes
 
-        index    (D, 2) offset in ids and length of each document
-        n_bytes  of the text
-        mask     (n,) uint8, 1 where a token is a target
-        """
-        self.idx.write((index + [self.entry['tokens'], 0]).astype(IDX_DTYPE).tobytes())
-        if self.mask is not None:
-            self.mask.write(mask.tobytes())
-        self.entry['tokens'] += len(ids)
-        self.entry['bytes'] += n_bytes
-        self.entry['documents'] += len(index)
+    def append(self, split, pieces):
+        """Append Pieces to a split. A document may continue in the next shard."""
+        entry = self.progress.splits[split]
+        ids = np.concatenate([piece.ids for piece in pieces], dtype=self.dtype, casting='unsafe')
+        index, offset = [], entry['tokens']
+        for piece in pieces:
+            if piece.n_bytes is not None:
+                index.append((offset, len(piece.ids)))
+                entry['bytes'] += piece.n_bytes
+            offset += len(piece.ids)
+        self.file(f'{split}.idx').write(np.array(index, dtype='<i8').tobytes())
+        if self.masked:
+            masks = [np.ones(len(piece.ids)) if piece.mask is None else piece.mask for piece in pieces]
+            mask = np.concatenate(masks, dtype=np.uint8, casting='unsafe')
+            self.file(f'{split}.mask').write(mask.tobytes())
+        entry['documents'] += len(index)
+        entry['tokens'] += len(ids)
         while len(ids):
-            ids = ids[self.write_to_shard(ids):]
+            ids = ids[self.write_to_shard(split, entry['shards'], ids):]
 
-    def write_to_shard(self, ids):
-        """Write as many ids as the current shard holds; return their number."""
-        shards = self.entry['shards']
-        if self.bin is None:
-            name = f'{self.name}_{len(shards):06d}.bin' if self.shard_tokens else f'{self.name}.bin'
+    def write_to_shard(self, split, shards, ids):
+        """Write as many ids as the last shard has room for. Returns their number."""
+        if not shards or shards[-1]['tokens'] == self.shard_tokens:
+            name = f'{split}_{len(shards):06d}.bin' if self.shard_tokens else f'{split}.bin'
             shards.append({'file': name, 'tokens': 0, 'crc32': 0})
-            self.bin = self.open(name, 0)
+            self.file(name, 'wb')
         shard = shards[-1]
         if self.shard_tokens:
             ids = ids[:self.shard_tokens - shard['tokens']]
-        data = ids.astype(self.dtype).tobytes()
-        self.bin.write(data)
+        data = ids.tobytes()
+        self.file(shard['file']).write(data)
         shard['crc32'] = zlib.crc32(data, shard['crc32'])
         shard['tokens'] += len(ids)
         if shard['tokens'] == self.shard_tokens:
-            sync(self.bin)
-            self.bin.close()
-            self.bin = None
+            self.close_file(shard['file'])
         return len(ids)
 
-    def sync(self, close=False):
-        for file in (self.idx, self.mask, self.bin):
-            if file is not None:
-                sync(file)
-                if close:
-                    file.close()
+    def is_new(self, value):
+        """Tell whether no document with this hash was written, and note it. Memory holds 8 bytes of each."""
+        nearest = self.seen[np.searchsorted(self.seen, np.uint64(value)):][:1]
+        if value in self.more_seen or value in nearest:
+            return False
+        self.more_seen.add(value)
+        self.file('seen').write(value.to_bytes(8, 'little'))
+        if len(self.more_seen) == MERGE_SEEN:
+            self.seen = np.union1d(self.seen, np.fromiter(self.more_seen, dtype='<u8'))
+            self.more_seen.clear()
+        return True
+
+    def file(self, name, mode='ab'):
+        if name not in self.files:
+            self.files[name] = open(self.work / name, mode)
+        return self.files[name]
+
+    def empty_split(self):
+        """Return the name of a split without tokens, or None."""
+        return next((name for name, entry in self.progress.splits.items() if not entry['tokens']), None)
+
+    def save(self):
+        """Make a killed run continue here."""
+        if self.recipe is None:
+            return
+        for file in self.files.values():
+            sync(file)
+        values = asdict(self.progress)
+        write_json(self.work / 'progress.json', {**values, 'sha256': digest_of(values)})
+
+    def publish(self, source, **more) -> dict:
+        """Put the dataset into its folder. Returns the dict in meta.json, where `more` is added."""
+        self.close_files()
+        meta = {'format': 1, 'dtype': self.dtype.name, 'vocab_size': self.tokenizer.vocab_size,
+                'tokenizer': self.tokenizer.meta(), 'source': source, **more, 'splits': self.progress.splits}
+        publish(self.work, self.folder, meta, [name for name in self.sizes() if name != 'seen'])
+        self.recipe = None  # nothing is left to continue
+        return meta
+
+    def close_file(self, name):
+        sync(self.files[name])
+        self.files.pop(name).close()
+
+    def close_files(self):
+        for name in list(self.files):
+            self.close_file(name)
+
+    def close(self):
+        try:
+            self.close_files()
+        finally:
+            if self.recipe is None:
+                shutil.rmtree(self.work, ignore_errors=True)
 
 
 def sync(file):
@@ -119,62 +236,25 @@ def sync(file):
     os.fsync(file.fileno())
 
 
-class Seen:
-    """The hashes of all documents taken so far, on disk. Memory holds at most 64 MB of them.
+def digest_of(values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-    path         of the SQLite database; '' is a temporary one
-    n_documents  taken so far; documents recorded after these are forgotten
-    raises       Unusable for a database that does not hold these documents
-    """
 
-    def __init__(self, path, n_documents=0):
-        self.database = sqlite3.connect(path)
-        try:
-            for pragma in ('cache_size=-64000', 'synchronous=off', 'locking_mode=exclusive'):
-                self.database.execute(f'pragma {pragma}')
-            columns = 'hash integer primary key, document integer'
-            self.database.execute(f'create table if not exists seen ({columns})')
-            self.database.execute('delete from seen where document >= ?', (n_documents,))
-            self.database.commit()
-            n_hashes = self.database.execute('select count(*) from seen').fetchone()[0]
-        except sqlite3.DatabaseError as error:
-            if 'full' in str(error):
-                raise
-            raise Unusable(f'{os.path.basename(path)}: {error}') from None
-        if n_hashes != n_documents:
-            raise Unusable(f'{os.path.basename(path)} holds {n_hashes:,} of {n_documents:,} hashes')
-
-    def add(self, value, n_documents):
-        """Return whether a hash is new, and remember it as that of document number n_documents."""
-        row = (value - 2**64 if value >= 2**63 else value, n_documents)  # SQLite's integers are signed
-        return self.database.execute('insert or ignore into seen values (?, ?)', row).rowcount == 1
+def clear(work):
+    """Delete all files of a .packing folder but its lock."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != '.lock':
+            path.unlink()
 
 
 # -----------------------------------------------------------------------------
 # publishing
 
 
-@contextmanager
-def packing_folder(folder):
-    """Lock the .packing folder of a dataset and yield its path; first undo an interrupted publication."""
-    work = Path(folder) / '.packing'
-    work.mkdir(parents=True, exist_ok=True)
-    with lock(work):
-        undo_publishing(work, Path(folder))
-        yield work
-
-
-def clear(work):
-    """Delete all files of a .packing folder but its lock."""
-    for path in work.iterdir():
-        if path.name == 'replaced':
-            shutil.rmtree(path)
-        elif path.name != '.lock':
-            path.unlink()
-
-
-def publish(work, folder, meta, masked):
-    """Put the files in work in place of the dataset in folder; if that fails, put the old dataset back.
+def publish(work, folder, meta, names):
+    """Put the files `names` of work in place of the dataset in folder; if that fails, put the old one back.
 
     All bytes are on the disk before the first file is renamed. Until the last rename meta.json says that the
     dataset is unfinished, so that no reader takes a mixture of old and new files for a dataset.
@@ -184,9 +264,6 @@ def publish(work, folder, meta, masked):
     replaced.mkdir()
     if (folder / 'meta.json').exists():
         write_bytes(replaced / 'meta.json', (folder / 'meta.json').read_bytes())
-    endings = ['.idx', '.mask'] if masked else ['.idx']
-    names = [f'{split}{ending}' for split in meta['splits'] for ending in endings]
-    names += [shard['file'] for entry in meta['splits'].values() for shard in entry['shards']]
     write_bytes(work / 'unfinished.json', UNFINISHED)
     write_bytes(work / 'meta.json', json.dumps(meta, indent=1, ensure_ascii=False).encode('utf-8'))
     write_bytes(work / 'publishing.json', json.dumps(names).encode())
@@ -209,17 +286,15 @@ def undo_publishing(work, folder):
     """Bring back the state before publish(), if that was interrupted. This may be interrupted as well."""
     if not (work / 'publishing.json').exists():
         return
-    if not (work / 'meta.json').exists():  # it was not interrupted before its end
-        clear(work)
-        return
-    for name in filter(DATASET_FILE.fullmatch, read_json(work / 'publishing.json')):
+    if not (work / 'meta.json').exists():  # only the cleaning after it was interrupted
+        return clear(work)
+    for name in read_json(work / 'publishing.json'):
         if (folder / name).exists() and not (work / name).exists():
             os.replace(folder / name, work / name)
-    replaced = work / 'replaced'
+    replaced, meta = work / 'replaced', folder / 'meta.json'
     for path in list(replaced.iterdir()):
         if path.name != 'meta.json':
             os.replace(path, folder / path.name)
-    meta = folder / 'meta.json'
     if (replaced / 'meta.json').exists():
         os.replace(replaced / 'meta.json', meta)
     elif meta.exists() and meta.read_bytes() == UNFINISHED:

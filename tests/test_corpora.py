@@ -1,4 +1,4 @@
-"""Corpora: corpus/run.py and the prepare scripts of OpenWebText, FineWeb and Shakespeare, on Parquet files written here."""
+"""Corpora: corpus/pack.py and the prepare scripts of OpenWebText, FineWeb and Shakespeare, on Parquet files written here."""
 import contextlib
 import filecmp
 import http.server
@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,9 +18,8 @@ from conftest import survives
 from test_prepare import SHARED, contents, data, run  # noqa: F401 (data is a fixture)
 
 from corpus import encode, pack
-from corpus import run as packing
 from corpus.encode import Encoder, Record, split_by_hash
-from corpus.run import Job
+from corpus.pack import Corpus
 from tokens.dataset import read_meta
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
@@ -55,13 +53,14 @@ def make_texts(n, seed=0):
 
 TEXTS = make_texts(400)
 CHARS = CharTokenizer(''.join(sorted(set(''.join(TEXTS)))))
-PACK = dict(source='a test', val_fraction=0.1, shard_tokens=3000)
+PACK = dict(val_fraction=0.1, clean=False, max_docs=None, n_threads=1)
 
 
-def pack_texts(folder, texts=TEXTS, tokenizer=None, read=None, **changed):
-    settings = {**PACK, **changed}
-    encoder = Encoder(tokenizer or Bytes(), val_fraction=settings.pop('val_fraction'), clean=settings.pop('clean', False))
-    return packing.pack(folder, encoder, Job(read or (lambda start: records_of(texts, start)), recipe={}, **settings))
+def pack_texts(folder, texts=TEXTS, tokenizer=None, read=None, shard_tokens=3000, **changed):
+    tokenizer, settings = tokenizer or Bytes(), {**PACK, **changed}
+    recipe = {'tokenizer': tokenizer.meta(), 'shard_tokens': shard_tokens, **settings, 'n_threads': None}
+    corpus = Corpus(read or (lambda start: records_of(texts, start)), 'a test', recipe)
+    return pack.pack(folder, corpus, Encoder(tokenizer, **settings), shard_tokens=shard_tokens)
 
 
 def records_of(texts, start=0):
@@ -86,7 +85,7 @@ def whole(tmp_path_factory):
 def small_batches(monkeypatch):
     """Many batches, and progress saved after each."""
     monkeypatch.setattr(encode, 'BATCH_DOCUMENTS', 20)
-    monkeypatch.setattr(packing, 'SAVE_EVERY_S', -1)
+    monkeypatch.setattr(pack, 'SAVE_EVERY_S', -1)
     monkeypatch.setattr(os, 'fsync', lambda file: None)  # it matters where the power fails, and takes most of the time here
     monkeypatch.setattr('tqdm.tqdm.monitor_interval', 0)  # no thread whose lock a forked child could inherit
 
@@ -149,9 +148,9 @@ def test_a_failed_run_keeps_its_progress_and_the_old_dataset(whole, tmp_path, sm
 
 
 @pytest.mark.parametrize('changed, error', [
-    ({'shard_tokens': 2000}, 'shard_tokens 3000 instead of 2000'),
-    ({'max_docs': 10, 'val_fraction': 0.2}, 'val_fraction 0.1 instead of 0.2 and max_docs null instead of 10'),
-    ({'tokenizer': CharTokenizer('ab')}, 'tokenizer {"kind": "bytes"} instead of {"kind": "char", "chars": "ab"}')])
+    ({'shard_tokens': 2000}, 'shard_tokens=3000'),
+    ({'max_docs': 10, 'val_fraction': 0.2}, 'val_fraction=0.1, max_docs=null'),
+    ({'tokenizer': CharTokenizer('ab')}, 'tokenizer={"kind": "bytes"}')])
 def test_an_unfinished_run_with_other_settings_is_not_continued(tmp_path, small_batches, changed, error):
     def failing(start):
         yield from records_of(TEXTS[:100])
@@ -287,14 +286,14 @@ ARGS = ['--val_fraction=0.05', '--shard_tokens=5000']
 KILLED = """
 import os, runpy, signal, sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(sys.argv[1]))))
-from corpus import encode, run
-encode.BATCH_DOCUMENTS, run.SAVE_EVERY_S, write_json, left = 100, -1, run.write_json, [int(sys.argv.pop())]
+from corpus import encode, pack, writer
+encode.BATCH_DOCUMENTS, pack.SAVE_EVERY_S, write_json, left = 100, -1, writer.write_json, [int(sys.argv.pop())]
 def write_and_die(path, *rest):
     write_json(path, *rest)
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-run.write_json = write_and_die
+writer.write_json = write_and_die
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
@@ -379,7 +378,7 @@ def nothing(folder):
 def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, damage, args):
     folder = tmp_path / 'in'
     folder.mkdir()
-    error = damage(folder) if damage is not write_parquet else f'{args[0]} must '
+    error = damage(folder) if damage is not write_parquet else args[0].replace('=', ': ') + ' must '
     code, stderr = prepare_here(monkeypatch, capsys, '--input', folder, '--out', tmp_path / 'out', '--workers=1', *args)
     assert code == 2 and stderr.startswith(error) and stderr.count('\n') == 1
     assert not (tmp_path / 'out' / 'meta.json').exists()
@@ -470,10 +469,9 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     for n_mb in (64, 128):  # what the allocators hold on to is there with the first
         texts = pa.array([f'{n:b}'.translate({48: 'a', 49: 'b'}) + 'some bad cafe' * 750 for n in range(n_mb * 100)])
         pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet', compression='none', use_dictionary=False)
-        code = ('import re; from corpus.pack import pack_files; from corpus import readers; from tokens.tokenizer import *; from types import SimpleNamespace\n'
-                'args = SimpleNamespace(field="text", errors="strict", encoding="utf-8", clean=False, min_chars=1, sample=1.0, val_fraction=0.5, shard_tokens=10**7, '
-                'max_docs=None, workers=1)\n'
-                'pack_files("out", readers.find_files(["a.parquet"]), CharTokenizer("abcdefmos "), "", args)\n'
+        code = ('import re; from pathlib import Path; from types import SimpleNamespace; from corpus.pack import pack_files\n'
+                'pack_files(SimpleNamespace(input=["a.parquet"], format="auto", field="text", errors="strict", encoding="utf-8", tokenizer="char", eot="", '
+                'clean=False, min_chars=1, sample=1.0, val_fraction=0.5, shard_tokens=10**7, max_docs=None, workers=1, out=Path("out")), "")\n'
                 'print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])')
         done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, encoding='utf-8',
                               env={**os.environ, 'PYTHONPATH': str(Path(pack.__file__).parents[1])})
@@ -506,18 +504,16 @@ def cut_in_half(name):
     return damage
 
 
-def other_database(work):
-    (work / 'seen.sqlite').unlink()
-    with contextlib.closing(sqlite3.connect(work / 'seen.sqlite')) as database:
-        database.execute('create table seen (hash integer primary key, document integer)')
+def other_hashes(work):
+    (work / 'seen').write_bytes(bytes((work / 'seen').stat().st_size))
 
 
 @pytest.mark.parametrize('damage, reason', [
     (cut_in_half('progress.json'), 'progress.json was altered or cut short'),
     (lambda work: (work / 'progress.json').write_text('[1]'), 'progress.json was altered or cut short'),
     (forged_number, 'progress.json was altered or cut short'),
-    (lambda work: (work / 'seen.sqlite').write_bytes(b'no database' * 100), 'seen.sqlite: file is not a database'),
-    (other_database, 'seen.sqlite holds 0 of'),
+    (cut_in_half('seen'), 'seen is shorter than the'),
+    (other_hashes, 'seen was altered'),
     (lambda work: (work / 'train.idx').unlink(), 'train.idx is shorter than the'),
     (cut_in_half('train_000000.bin'), 'train_000000.bin is shorter than the')])
 def test_an_unfinished_run_that_is_damaged_starts_over(tmp_path, small_batches, capsys, damage, reason):

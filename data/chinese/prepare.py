@@ -20,12 +20,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from corpus.fetch import fetch
-from corpus.options import BUILDING, READING, Parser, add_options, print_next
+from corpus.options import BUILDING, READING, Parser, print_next
 from corpus.pack import name_source, pack_files
-from corpus.readers import find_files
-from corpus.train_tokenizer import SAMPLE_BYTES, read_texts, save_tokenizer, train_bpe
+from corpus.train_tokenizer import read_texts, save_tokenizer, train_bpe
 from files import one_line_errors, write_atomically
-from tokens.tokenizer import load_tokenizer, tokenizer_meta
 
 POEMS_SHA256 = '25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86'
 POEMS = f'npm:chinese-poetry@2.0.1#{POEMS_SHA256}!'
@@ -76,22 +74,17 @@ def read_reference(archive):
 
 
 def main():
-    parser = Parser(__doc__)
-    add_options(parser, [*READING, *BUILDING], input=None, out=HERE, tokenizer=None)
+    parser = Parser(__doc__, None, [*READING, *BUILDING], input=None, out=HERE, tokenizer=None)
     parser.add_argument('--vocab_size', type=int, default=4096,
                         help='of the tokenizer to make, unless --tokenizer names one (default: %(default)s)')
     args = parser.parse_args()
     if not args.input:
         args.input, args.format = [str(fetch_text(HERE))], 'paragraphs'
-    files = find_files(args.input, args.format)
-    if args.tokenizer:
-        tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer, eot=args.eot))
-    else:
-        folder = HERE.parent / 'tokenizers' / args.out.resolve().name
-        tokenizer = train_bpe(read_texts(args), args.vocab_size, SAMPLE_BYTES)
-        save_tokenizer(tokenizer, folder)
-        print(f'{folder}: {tokenizer.vocab_size:,} tokens', flush=True)
-    pack_files(args.out, files, tokenizer, ', '.join(name_source([path]) for path in args.input), args)
+    if not args.tokenizer:
+        args.tokenizer = str(HERE.parent / 'tokenizers' / args.out.resolve().name)
+        save_tokenizer(train_bpe(read_texts(args), args.vocab_size), args.tokenizer)
+        print(f'{args.tokenizer}: {args.vocab_size:,} tokens', flush=True)
+    pack_files(args, ', '.join(name_source([path]) for path in args.input))
     print_next(args.out, ['config/train_chinese.py'], own_dataset='chinese')
 
 

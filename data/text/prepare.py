@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from corpus.options import Parser, add_options, print_next
+from corpus.options import Parser, print_next
 from corpus.pack import name_source, write_dataset
 from corpus.readers import find_files, read_text
 from files import one_line_errors
@@ -28,10 +28,8 @@ def characters(paths, encoding, start, end):
 
 
 def main():
-    parser = Parser(__doc__)
-    add_options(parser, ['input', 'out', 'encoding', 'tokenizer', 'eot', 'val_fraction'], out=HERE,
-                val_fraction=0.1)
-    args = parser.parse_args()
+    options = ['input', 'out', 'encoding', 'tokenizer', 'eot', 'val_fraction']
+    args = Parser(__doc__, None, options, out=HERE, val_fraction=0.1).parse_args()
 
     # A first pass counts the characters and finds which there are.
     tokenizer = None
