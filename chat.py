@@ -1,4 +1,4 @@
-"""Talk in the terminal with a model that was tuned on conversations. --help lists the settings.
+"""Talk in the terminal with a model that was tuned on conversations. The settings are sample.py's.
 
     python chat.py --out_dir=out-dolly
     python chat.py --out_dir=out-dolly --temperature=0 < questions.txt
@@ -11,47 +11,25 @@ the end of input ends the program, Ctrl-C stops an answer. Answers go to stdout,
 import codecs
 import contextlib
 import json
+import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 import devices
-import distributed
-import files
-from configurator import configure
 from corpus.template import ROLE_TOKENS, STYLES, Fitted, check_tokenizer, encode
-from tokens.tokenizer import load_tokenizer
-from weights.begin import Start, build_model, find_start
+from files import printable, write_atomically
 
 # -----------------------------------------------------------------------------
-# the model
-init_from = 'resume'  # the checkpoint in out_dir; or a folder in transformers' format, or an .npz file
-out_dir = 'out'
-checkpoint_path = ''  # this file instead of the checkpoint in out_dir
-n_head: int | None = None  # for a checkpoint_path that does not say it
-strict = True  # False: checkpoint_path may lack weights or have others, which are listed
-style: Literal['auto', 'chat', 'alpaca'] = 'auto'  # prompt template; auto = the one the model was tuned with
-# the answers
-max_new_tokens = 500
-temperature = 0.8  # lower is more predictable, 0 always takes the most likely token
-top_k: int | None = 200  # draw among this many most likely tokens; 0 or None = all
-top_p: float | None = None  # draw among the fewest tokens with this total probability; None = all
-seed = 1337
-# system
-device = 'auto'  # cpu, cuda, cuda:1, mps
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
-compile: bool | Literal['auto'] = 'auto'  # auto = eager
-quantize: Literal['none', 'int8'] = 'none'  # int8 = one byte per weight, on the CPU
-# -----------------------------------------------------------------------------
+# answers of a model
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. The names are settings of sample.py and chat.py, and arguments of GPT.stream()."""
+    """How to draw tokens. The fields are settings of sample.py and arguments of GPT.stream()."""
 
     max_new_tokens: int
     temperature: float
@@ -76,15 +54,16 @@ class Sampling:
         limits = limits or [self.max_new_tokens] * len(idx)
         steps = model.stream(idx, max(limits), temperature=self.temperature, top_k=self.top_k,
                              top_p=self.top_p, vocab_size=tokenizer.vocab_size, documents=documents)
-        has_ended = [False] * len(limits)
+        ended = set()  # rows
         for n_tokens, ids in enumerate(steps):
             tokens = ids.tolist()
             for row, token in enumerate(tokens):
-                if token in stop_ids or n_tokens >= limits[row]:
-                    has_ended[row] = True
-            if all(has_ended):
+                if row in ended or token in stop_ids or n_tokens >= limits[row]:
+                    ended.add(row)
+                    tokens[row] = None
+            if len(ended) == len(tokens):
                 return
-            yield [None if ended else token for token, ended in zip(tokens, has_ended, strict=True)]
+            yield tokens
 
 
 def check(name, value, is_valid, accepted):
@@ -118,23 +97,27 @@ class Answerer:
         it, and each answer is the one that the prompt gets alone.
         """
         longest = max(len(prompt) for prompt in prompts)
-        paddings = [[0] * (longest - len(prompt)) for prompt in prompts]
-        rows = [padding + prompt for padding, prompt in zip(paddings, prompts, strict=True)]
+        idx = torch.zeros(len(prompts), longest, dtype=torch.long)  # (B, T)
+        documents = torch.zeros_like(idx)
+        for row, prompt in enumerate(prompts):
+            idx[row, longest - len(prompt):] = torch.tensor(prompt)
+            documents[row, longest - len(prompt):] = 1
         device = next(self.model.parameters()).device
-        idx, documents = torch.tensor(rows, device=device), None  # (B, T)
-        if any(paddings):
-            rows = [padding + [1] * (longest - len(padding)) for padding in paddings]
-            documents = torch.tensor(rows, device=device)  # (B, T)
-        n_free = [self.model.config.block_size - len(prompt) for prompt in prompts]
-        limits = [min(self.sampling.max_new_tokens, n) for n in n_free]
+        documents = None if documents.all() else documents.to(device)
+
+        max_new_tokens, block_size = self.sampling.max_new_tokens, self.model.config.block_size
+        limits = [min(max_new_tokens, block_size - len(prompt)) for prompt in prompts]
         special = self.tokenizer.special
         stop_ids = {self.tokenizer.eot, *(special[name] for name in ROLE_TOKENS.values() if name in special)}
-        return self.sampling.stream(self.model, self.tokenizer, idx, stop_ids=stop_ids, limits=limits,
-                                    documents=documents)
+        return self.sampling.stream(self.model, self.tokenizer, idx.to(device), stop_ids=stop_ids,
+                                    limits=limits, documents=documents)
 
 
-def choose_style(style: str, trained: Start, tokenizer) -> str:
-    """Return the prompt template: the setting, or for 'auto' the one that the model was tuned with."""
+def choose_style(style: str, trained, tokenizer) -> str:
+    """Return the prompt template: the setting, or for 'auto' the one that the model was tuned with.
+
+    trained  a weights.begin.Start
+    """
     check_tokenizer(tokenizer)
     chosen = trained.style if style == 'auto' else style
     if chosen not in STYLES:
@@ -144,7 +127,7 @@ def choose_style(style: str, trained: Start, tokenizer) -> str:
     return chosen
 
 
-def prepare_decoding(model, device, *, compile, quantize):
+def prepare_decoding(model, device, compile, quantize):
     """Compile the model, or pack its weights for fast reading."""
     if compile is True and devices.choose_compile(True, device):
         model.compile_blocks()
@@ -152,9 +135,9 @@ def prepare_decoding(model, device, *, compile, quantize):
         model.pack(None if quantize == 'none' else quantize)
 
 
-def check_compile(compile, quantize):
-    if compile is True and quantize != 'none':
-        raise ValueError(f'--compile=True and --quantize={quantize} do not go together: leave one out')
+def json_line(value) -> bytes:
+    """Return a line of a JSONL file. Half a surrogate pair becomes JSON's own escape."""
+    return (json.dumps(value, ensure_ascii=False) + '\n').encode('utf-8', 'backslashreplace')
 
 
 # -----------------------------------------------------------------------------
@@ -162,13 +145,12 @@ def check_compile(compile, quantize):
 
 
 class Conversation:
+    """The turns since the start or /reset."""
+
     def __init__(self, answerer: Answerer):
         self.answerer = answerer
-        self.reset()
-
-    def reset(self):
         self.turns = []
-        self.remarks = set()  # each is printed once in a conversation
+        self.remarks = set()  # each is printed once
 
     def ask(self, question: str):
         """Print the answer while it is drawn. Ctrl-C ends it early."""
@@ -184,7 +166,7 @@ class Conversation:
             for tokens in self.answerer.stream([prompt.ids.tolist()]):
                 piece = decoder.decode(self.answerer.tokenizer.decode_bytes(tokens))
                 answer += piece
-                print(files.printable(piece), end='', flush=True)
+                print(printable(piece), end='', flush=True)
         except KeyboardInterrupt:
             print(' [stopped]', end='')
         print(flush=True)
@@ -198,12 +180,10 @@ class Conversation:
     def save(self, path: Path):
         """Append the conversation to a JSONL file. A file that cannot be written does not end the program."""
         messages = [{'role': role, 'content': text} for role, text in self.turns]
-        line = json.dumps({'messages': messages}, ensure_ascii=False) + '\n'
         try:
-            content = path.read_bytes() if path.exists() else b''
-            if content and not content.endswith(b'\n'):
-                content += b'\n'
-            files.write_atomically(path, lambda f: f.write(content + line.encode('utf-8')))
+            lines = path.read_bytes().splitlines() if path.exists() else []
+            content = b'\n'.join([*lines, json_line({'messages': messages})])
+            write_atomically(path, lambda f: f.write(content))
             print(f'{path}: {len(self.turns)} turns saved', file=sys.stderr)
         except OSError as error:
             print(f'{path}: {error.strerror}', file=sys.stderr)
@@ -234,30 +214,15 @@ def talk(answerer: Answerer):
         if command == '/quit':
             return
         if command == '/reset':
-            conversation.reset()
+            conversation = Conversation(answerer)
         elif command == '/save':
             conversation.save(Path(argument.strip() or 'chat.jsonl'))
         elif command.startswith('/'):
-            print(f'{files.printable(command)}: accepted are /reset, /save FILE, /quit', file=sys.stderr)
+            print(f'{printable(command)}: accepted are /reset, /save FILE, /quit', file=sys.stderr)
         elif line:
             conversation.ask(line)
 
 
-def main():
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    check_compile(compile, quantize)
-    place = distributed.start(device)
-    precision = devices.choose_dtype(dtype, place.device)
-    trained = find_start(init_from, out_dir, checkpoint_path, n_head)
-    tokenizer = load_tokenizer(trained.tokenizer)
-    template = choose_style(style, trained, tokenizer)
-    model = build_model(trained, tokenizer, precision, strict).to(place.device, precision)
-    prepare_decoding(model, place.device, compile=compile, quantize=quantize)
-    torch.manual_seed(seed)
-    talk(Answerer(model, tokenizer, template, sampling))
-
-
 if __name__ == '__main__':
-    with files.one_line_errors():
-        configure(globals())
-        main()
+    sys.argv.insert(1, '--chat')
+    runpy.run_path(str(Path(__file__).with_name('sample.py')), run_name='__main__')

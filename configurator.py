@@ -1,40 +1,27 @@
 """Settings of a script: its module-level names, overridden by config files, overridden by flags.
 
+    explicit = configure(globals())    # in the script, before it binds other plain names
+
     python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
-    python train.py --help
 
-A script calls this before it binds other plain names at module level:
+A setting is a lower-case name without leading underscore that holds a bool, int, float or str. It accepts
+the type of its default, or of its annotation, as in `top_k: int | None = 200`. None needs an annotation.
 
-    with one_line_errors():
-        explicit = configure(globals())
-
-A setting is a module-level name, lower case and without leading underscore, that holds a bool, int, float or
-str. It accepts the type of its default, or of its annotation. None needs an annotation:
-
-    top_k: int | None = 200
-    compile: bool | Literal['auto'] = 'auto'
-
-A config file that computes settings from others defines a function, called after the flags are read:
-
-    def derive(depth: int = 12, head_dim: int = 128, max_iters=None):
-        return dict(n_layer=depth, n_head=depth * 64 // head_dim, ...)
-
-An annotated parameter is a setting of this file, which flags may also give. Any other is a setting of the
-script. Its value comes from a flag, a file, its default here or the script, in this order. What derive()
-returns overrides the files, and flags override that.
+A config file may compute settings in a function derive(), as config/depth.py does. The function's annotated
+parameters are settings of the file, which flags may also give. Its other parameters are settings of the
+script. Their values come from a flag, a file, the default in derive() or the script, in this order. What
+derive() returns overrides the files, and flags override that.
 """
 
-import ast
 import contextlib
 import difflib
 import inspect
-import io
 import numbers
 import os
+import re
 import runpy
 import symtable
 import sys
-import tokenize
 import traceback
 import types
 import typing
@@ -48,7 +35,6 @@ def configure(settings: dict, argv: list[str] | None = None) -> set[str]:
     """Override settings by config files in order, then by flags. Print the changes.
 
     settings  the script's globals(), changed in place only if all arguments are valid
-    argv      None = sys.argv[1:]
     returns   names of the settings given by a file or flag, even with the default value
     raises    ValueError, FileNotFoundError: one line with source, name, value and what is accepted
     """
@@ -56,14 +42,16 @@ def configure(settings: dict, argv: list[str] | None = None) -> set[str]:
     if '--help' in argv or '-h' in argv:
         print(help_text(settings), flush=True)
         raise SystemExit(0)
-    accepted, defaults, given = accepted_by(settings), config_of(settings), {}
-    all_accepted = dict(accepted)  # plus the files' own settings
-    for file in parse(argv, all_accepted, strict=False)[0]:
-        values, derive = read_config(file, settings.get('__file__', ''), {**defaults, **given}, accepted)
+    defaults, accepted, given = config_of(settings), accepted_by(settings), {}
+    all_accepted = dict(accepted)  # with the config files' own settings
+    for file in parse(argv, accepted, skip_unknown=True)[0]:
+        values, derive = run_config(file, settings.get('__file__', ''), {**defaults, **given}, accepted)
         given.update(values)
-        all_accepted = {**own_settings(derive), **all_accepted}
-        _, flags = parse(argv, all_accepted, strict=False)
-        given.update(call_derive(file, derive, given, flags, defaults, accepted))
+        if derive is not None:
+            own = {name: options_of(hint) for name, hint in typing.get_type_hints(derive).items()}
+            all_accepted = {**own, **all_accepted}
+            _, flags = parse(argv, all_accepted, skip_unknown=True)
+            given.update(call_derive(file, derive, defaults, {**given, **flags}, accepted))
     _, flags = parse(argv, all_accepted)
     given.update((name, value) for name, value in flags.items() if name in accepted)
     settings.update(given)
@@ -106,19 +94,6 @@ def phrase(options):
     return 'is ' + ' or '.join(words) if len(words) < 3 and bool not in options else 'are ' + ', '.join(words)
 
 
-def from_text(text, options):
-    """Parse the text of a flag. Return the text itself if it is no bool, None or number."""
-    if bool in options and text in BOOLS:
-        return BOOLS[text]
-    if types.NoneType in options and text == 'None':
-        return None
-    if int in options or float in options:
-        for number in (int, float):
-            with contextlib.suppress(ValueError):
-                return number(text)
-    return text
-
-
 def checked(value, options: list, source: str):
     """Convert a value to the type of its setting: 1 to 1.0 for a float, 1e3 to 1000 for an int.
 
@@ -150,40 +125,51 @@ def nearest(word, choices, remedy, otherwise=''):
 # flags and config files
 
 
-def parse(argv, accepted, strict=True):
-    """Split the command line into config files, in order, and flags by name. A later flag wins.
+def parse(argv, accepted, skip_unknown=False):
+    """Split the command line into config files, in order, and values of flags by name. A later flag wins.
 
-    strict  False: skip unknown flags, which may belong to config files
+    skip_unknown  skip unknown flags, which may belong to config files
     """
     files, flags, rest = [], {}, list(argv)
     while rest:
         arg = rest.pop(0)
-        key, equals, text = arg.partition('=')
-        name = key.lstrip('-').replace('-', '_')
-        if not key.startswith('-') and name not in accepted:
+        flag, equals, text = arg.partition('=')
+        name = flag.lstrip('-').replace('-', '_')
+        options = accepted.get(name)
+        if not flag.startswith('-') and not options:
             files.append(arg)
             continue
-        if not strict and name not in accepted:
-            if not equals and rest and not rest[0].startswith('--'):
-                rest.pop(0)
-            continue
-        if not key.startswith('--') or name not in accepted:
-            near = nearest(name, accepted, ', did you mean --{}?', ', --help lists all')
-            raise ValueError(f'{key}: unknown setting{near}')
-        options = accepted[name]
         if not equals:
-            following = rest[0] if rest and not rest[0].startswith('--') else None
-            if bool in options and following not in (*BOOLS, 'None', *options):
+            word = rest[0] if rest and not rest[0].startswith('--') else None
+            if options and bool in options and word not in (*BOOLS, 'None', *options):
                 text = 'True'  # a bare --flag
-            elif following is None:
-                raise ValueError(f'{key}: no value, write {key}=VALUE: accepted {phrase(options)}')
             else:
-                text = rest.pop(0)
-        flags[name] = checked(from_text(text, options), options, f'{key}={text}')
+                text = rest.pop(0) if word is not None else None
+        if not options and skip_unknown:
+            continue
+        if not options or not flag.startswith('--'):
+            near = nearest(name, accepted, ', did you mean --{}?', ', --help lists all')
+            raise ValueError(f'{flag}: unknown setting{near}')
+        if text is None:
+            raise ValueError(f'{flag}: no value, write {flag}=VALUE: accepted {phrase(options)}')
+        flags[name] = checked(from_text(text, options), options, f'{flag}={text}')
     return files, flags
 
 
-def read_config(file, script, current, accepted):
+def from_text(text, options):
+    """Return the bool, None or number that the text of a flag stands for, or the text itself."""
+    if bool in options and text in BOOLS:
+        return BOOLS[text]
+    if types.NoneType in options and text == 'None':
+        return None
+    if int in options or float in options:
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(text)
+    return text
+
+
+def run_config(file, script, current, accepted):
     """Run a config file that sees the current settings. Return its settings by name, and its derive().
 
     Unknown names are errors, except imports, functions, classes and names with a leading underscore.
@@ -194,27 +180,43 @@ def read_config(file, script, current, accepted):
         stems = [p.stem for base in ('', folder) for p in Path(base, 'config').glob('*.py')]
         near = nearest(Path(file).stem, stems, ', did you mean config/{}.py?')
         raise FileNotFoundError(f'{file}: no such config file{near}')
-    source = Path(path).read_bytes()
     try:
-        symbols = symtable.symtable(source, path, 'exec').get_symbols()
+        symbols = symtable.symtable(Path(path).read_bytes(), path, 'exec').get_symbols()
         result = runpy.run_path(path, init_globals=current)
-    except (Exception, SystemExit) as e:
-        raise ValueError(where(file, path, e)) from e
+    except (Exception, SystemExit) as error:
+        raise ValueError(where(file, path, error)) from error
     # a file gives the settings that it assigns, and those that an `import *` changed
-    assigned = [symbol.get_name() for symbol in symbols if symbol.is_assigned()]
-    for name in assigned:
-        value = result.get(name)
-        is_own = name.startswith('_') or name not in result or callable(value) or inspect.ismodule(value)
-        if name not in accepted and not is_own:
-            near = nearest(name, accepted, ', did you mean {}?', ' (a name of its own begins with _)')
-            raise ValueError(f'{file}: unknown setting {name}{near}')
+    assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
     values = {}
-    for name in current.keys() & result.keys():
-        value = result[name]
-        if name in assigned or value is not current[name]:
-            values[name] = checked(value, accepted[name], f'{file}: {name} = {value!r}')
+    for name, value in result.items():
+        is_own = name.startswith('_') or callable(value) or inspect.ismodule(value)
+        is_given = name in assigned or (name in current and value is not current[name])
+        if is_given and (name in accepted or not is_own):
+            values[name] = value
     derive = result.get('derive')
-    return values, derive if inspect.isfunction(derive) else None
+    return check_values(values, accepted, file), derive if inspect.isfunction(derive) else None
+
+
+def call_derive(file, derive, defaults, given, accepted):
+    """Return the settings that derive() computes, by name."""
+    parameters = inspect.signature(derive).parameters.values()
+    own = {p.name: p.default for p in parameters if p.default is not p.empty}
+    chosen = {**defaults, **own, **given}
+    try:
+        values = derive(**{p.name: chosen[p.name] for p in parameters})
+    except Exception as error:
+        raise ValueError(where(file, derive.__code__.co_filename, error)) from error
+    return check_values(values, accepted, f'{file}, derive()')
+
+
+def check_values(values, accepted, source):
+    """Return the values that a config file gives, each converted to the type of its setting."""
+    for name in values:
+        if name not in accepted:
+            near = nearest(name, accepted, ', did you mean {}?', ' (a name of its own begins with _)')
+            raise ValueError(f'{source}: unknown setting {name}{near}')
+    return {name: checked(value, accepted[name], f'{source}: {name} = {value!r}')
+            for name, value in values.items()}
 
 
 def where(file, path, error):
@@ -224,35 +226,10 @@ def where(file, path, error):
     return f'{file}:{line or 1}: {type(error).__name__}: {getattr(error, "msg", error)}'
 
 
-def own_settings(derive):
-    """Return the accepted values of the annotated parameters of a file's derive()."""
-    hints = typing.get_type_hints(derive) if derive else {}
-    return {name: options_of(hint) for name, hint in hints.items()}
-
-
-def call_derive(file, derive, given, flags, defaults, accepted):
-    """Return the settings that derive() computes, by name."""
-    if derive is None:
-        return {}
-    arguments = {}
-    for name, parameter in inspect.signature(derive).parameters.items():
-        chosen = [values[name] for values in (flags, given) if name in values]
-        own = parameter.default if parameter.default is not parameter.empty else defaults.get(name)
-        arguments[name] = chosen[0] if chosen else own
-    try:
-        values = derive(**arguments)
-    except Exception as e:
-        raise ValueError(where(file, derive.__code__.co_filename, e)) from e
-    for name in values:
-        if name not in accepted:
-            near = nearest(name, accepted, ', did you mean {}?')
-            raise ValueError(f'{file}: derive() gives {name}, an unknown setting{near}')
-    return {name: checked(value, accepted[name], f'{file}: {name} = {value!r}')
-            for name, value in values.items()}
-
-
 # -----------------------------------------------------------------------------
 # --help
+
+ASSIGNMENT = re.compile(r'(\w+)(?:: .+?)? = .+?(?:  # (.*))?\n')
 
 
 def help_text(settings):
@@ -270,20 +247,13 @@ def help_text(settings):
 
 def read_remarks(script):
     """Return {name: (comment lines above, comment after)} of a script's top-level assignments."""
-    with tokenize.open(script) as f:
-        source = f.read()
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {}
-    for token in tokens:
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip('#').strip()
-    lines, remarks = source.split('\n'), {}
-    for node in ast.parse(source).body:
-        start = node.lineno
-        while start > 1 and (lines[start - 2].startswith('#') or not lines[start - 2].strip()):
-            start -= 1
-        heading = [comments[line] for line in range(start, node.lineno) if comments.get(line, '').strip('-')]
-        for target in getattr(node, 'targets', [getattr(node, 'target', None)]):
-            if isinstance(target, ast.Name):
-                remarks[target.id] = heading, comments.get(node.end_lineno, '')
+    remarks, heading = {}, []
+    for line in Path(script).read_text(encoding='utf-8').splitlines(keepends=True):
+        assignment = ASSIGNMENT.fullmatch(line)
+        if assignment:
+            remarks.setdefault(assignment[1], (heading, assignment[2] or ''))
+        if line.startswith('#'):
+            heading = [*heading, *filter(None, [line.strip('#- \n')])]
+        elif line.strip():
+            heading = []
     return remarks

@@ -13,7 +13,6 @@ A sample ends where the model ends the document.
 """
 
 import codecs
-import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -22,12 +21,12 @@ import torch
 
 import devices
 import distributed
-import files
-from chat import Answerer, Sampling, check, check_compile, choose_style, prepare_decoding, talk
+from chat import Answerer, Sampling, check, choose_style, json_line, prepare_decoding, talk
 from configurator import configure
 from corpus.dialogue import read_conversations
 from corpus.readers import read_text
 from corpus.template import chat_template
+from files import one_line_errors, printable, write_atomically
 from tokens.tokenizer import load_tokenizer, opening
 from weights.begin import build_model, find_start
 
@@ -71,12 +70,12 @@ def encode_prompt(text, tokenizer, is_default):
     except UnicodeError:
         raise ValueError(f'--start={text!r}: accepted is text in UTF-8') from None
     text = text.replace('\r\n', '\n')  # as corpora are read
-    if text == '' or (is_default and tokenizer.eot is None):
-        ids = opening(tokenizer)
-        if is_default and tokenizer.decode(ids) != text:
-            print(f'the vocabulary has no line break, so this starts with {tokenizer.decode(ids)!r}')
-        return ids
-    return tokenizer.encode(text, allowed_special={'<|endoftext|>'})
+    if text and not (is_default and tokenizer.eot is None):
+        return tokenizer.encode(text, allowed_special={'<|endoftext|>'})
+    ids = opening(tokenizer)
+    if is_default and tokenizer.decode(ids) != text:
+        print(f'the vocabulary has no line break, so this starts with {tokenizer.decode(ids)!r}')
+    return ids
 
 
 def print_samples(steps, tokenizer, prompt_text, n_samples):
@@ -84,17 +83,17 @@ def print_samples(steps, tokenizer, prompt_text, n_samples):
     rule = '\n---------------\n'
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may span several tokens
     rows = [[] for _ in range(n_samples)]
-    print(files.printable(prompt_text), end='', flush=True)
+    print(printable(prompt_text), end='', flush=True)
     for tokens in steps:
         for row, token in zip(rows, tokens, strict=True):
             if token is not None:
                 row.append(token)
         if tokens[0] is not None:
             piece = decoder.decode(tokenizer.decode_bytes(tokens[:1]))
-            print(files.printable(piece), end='', flush=True)
-    print(files.printable(decoder.decode(b'', final=True)), end=rule)
+            print(printable(piece), end='', flush=True)
+    print(printable(decoder.decode(b'', final=True)), end=rule)
     for row in rows[1:]:
-        print(files.printable(prompt_text + tokenizer.decode(row)), end=rule)
+        print(printable(prompt_text + tokenizer.decode(row)), end=rule)
 
 
 def read_questions(path):
@@ -113,17 +112,17 @@ def read_questions(path):
 def answer_questions(answerer, questions, batch_size):
     """Return the answer to each question."""
     from tqdm import tqdm
-    fitted = [answerer.fit(turns) for turns, _ in questions]
-    if n := sum(prompt.n_left_out > 0 or prompt.n_cut > 0 for prompt in fitted):
-        print(f'{n:,} of {len(fitted):,} questions are too long for the context of '
+    prompts = [answerer.fit(turns) for turns, _ in questions]
+    if n_cut := sum(prompt.n_left_out > 0 or prompt.n_cut > 0 for prompt in prompts):
+        print(f'{n_cut:,} of {len(prompts):,} questions are too long for the context of '
               f'{answerer.model.config.block_size} tokens: their beginnings are cut off')
-    replies = [[] for _ in fitted]
-    by_length = sorted(range(len(fitted)), key=lambda i: len(fitted[i].ids))  # for little padding
+    replies = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # for little padding
     hides_bar = sys.stderr is None or not sys.stderr.isatty()
-    with tqdm(total=len(fitted), unit=' answers', disable=hides_bar) as bar:
-        for first in range(0, len(fitted), batch_size):
+    with tqdm(total=len(prompts), unit=' answers', disable=hides_bar) as bar:
+        for first in range(0, len(prompts), batch_size):
             batch = by_length[first:first + batch_size]
-            for tokens in answerer.stream([fitted[i].ids.tolist() for i in batch]):
+            for tokens in answerer.stream([prompts[i].ids.tolist() for i in batch]):
                 for i, token in zip(batch, tokens, strict=True):
                     if token is not None:
                         replies[i].append(token)
@@ -132,38 +131,36 @@ def answer_questions(answerer, questions, batch_size):
 
 
 def write_answers(path, questions, replies):
-    """Write a line of JSON for each question. Return how many answers were expected, and how many exact."""
+    """Write a line of JSON for each question. Return how the answers compare with the expected ones."""
     expected = {}  # one question may have several answers in the file
     for turns, answer in questions:
         expected.setdefault(str(turns), set()).update([answer] if answer else [])
-    lines, n_expected, n_exact = [], 0, 0
+    lines = []
     for (turns, _), reply in zip(questions, replies, strict=True):
         texts = [text for role, text in turns[-2:] if role in ('user', 'context')]
         line = {'question': '\n\n'.join(texts), 'answer': reply}
         if accepted := sorted(expected[str(turns)]):
-            line.update(expected=accepted, exact=reply in accepted)
-            n_expected += 1
-            n_exact += reply in accepted
-        lines.append(json.dumps(line, ensure_ascii=False) + '\n')
-    files.write_atomically(path, lambda f: f.write(''.join(lines).encode('utf-8')))
-    return n_expected, n_exact
+            line |= dict(expected=accepted, exact=reply in accepted)
+        lines.append(line)
+    write_atomically(path, lambda f: f.writelines(map(json_line, lines)))
 
-
-def reader_of(path):
-    if path.endswith('.npz'):
-        return f"numpy.load('{path}')"
-    return f"AutoModelForCausalLM.from_pretrained('{path}') and AutoTokenizer.from_pretrained('{path}')"
+    exact = [line['exact'] for line in lines if 'exact' in line]
+    message = f'{path}: {len(lines):,} answers'
+    if exact:
+        share = f'{sum(exact):,} of {len(exact):,} ({sum(exact) / len(exact):.1%})'
+        message += f', {share} exactly as expected'
+    return message
 
 
 if __name__ == '__main__':
-    with files.one_line_errors():
+    with one_line_errors():
         explicit = configure(globals())
 
-        # everything that can be wrong with the settings is found before the weights are read
+        # find mistakes in the settings before the weights are read
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
         check('num_samples', num_samples, num_samples >= 1, '1 or more')
         check('batch_size', batch_size, batch_size >= 1, '1 or more')
-        check_compile(compile, quantize)
+        check('quantize', quantize, quantize == 'none' or compile is not True, 'none with --compile=True')
         if bool(prompts) != bool(answers) or (chat and prompts):
             raise ValueError('--prompts=FILE and --answers=FILE go together, and without --chat')
         if answers and (Path(answers).is_dir() or not Path(answers).parent.is_dir()):
@@ -185,23 +182,18 @@ if __name__ == '__main__':
         # export, or generate
         torch.manual_seed(seed)
         if not export:
-            prepare_decoding(model, place.device, compile=compile, quantize=quantize)
+            prepare_decoding(model, place.device, compile, quantize)
         answerer = Answerer(model, tokenizer, template, sampling)
         if export:
             jinja = chat_template(trained.style, tokenizer) if trained.style else None
             for file in model.save_pretrained(export, tokenizer, jinja):
                 print(f'{file}: {file.stat().st_size:,} bytes')
-            print(f'read it with {reader_of(export)}, or here with --init_from={export}')
+            reader = 'numpy.load' if export.endswith('.npz') else 'AutoModelForCausalLM.from_pretrained'
+            print(f"read it with {reader}('{export}'), or here with --init_from={export}")
         elif chat:
             talk(answerer)
         elif prompts:
-            replies = answer_questions(answerer, questions, batch_size)
-            n_expected, n_exact = write_answers(answers, questions, replies)
-            message = f'{answers}: {len(replies):,} answers'
-            if n_expected:
-                share = f'{n_exact:,} of {n_expected:,} ({n_exact / n_expected:.1%})'
-                message += f', {share} exactly as in {prompts}'
-            print(message)
+            print(write_answers(answers, questions, answer_questions(answerer, questions, batch_size)))
         else:
             idx = torch.tensor(prompt, device=place.device).repeat(num_samples, 1)  # (num_samples, T)
             steps = sampling.stream(model, tokenizer, idx, stop_ids={tokenizer.eot})

@@ -476,8 +476,8 @@ def test_flags_of_a_files_own_settings_are_checked(config, argv, problem):
 
 
 @pytest.mark.parametrize('body, problem', [
-    ("    return dict(batchsize=3)", ': derive() gives batchsize, an unknown setting, did you mean batch_size?'),
-    ("    return dict(batch_size='3')", ": batch_size = '3': accepted is a whole number"),
+    ("    return dict(batchsize=3)", ', derive(): unknown setting batchsize, did you mean batch_size?'),
+    ("    return dict(batch_size='3')", ", derive(): batch_size = '3': accepted is a whole number"),
     ("    x = 1\n    return dict(batch_size=x // depth)", ':4: ZeroDivisionError: integer division or modulo by zero'),
 ])
 def test_a_derive_that_fails_names_file_and_line(config, body, problem):
