@@ -11,7 +11,7 @@ A checkpoint is one dict of tensors and plain values in torch's zip format, load
     scaler        state of the float16 loss scaler
     model_args    arguments of GPTConfig
     config        all settings of the run
-    history       five numbers of optim.StepJudge: steps skipped and taken, running means
+    history       optim.StepJudge.state()
     iter_num, best_val_loss, ...                  the fields of training.progress.Progress
     tokenizer, vocab_size (without padding), data (fingerprint), position, style, format
 """
@@ -33,7 +33,7 @@ from files import print0, remove_leftovers, write_atomically
 from weights import foreign
 
 FORMAT = 1
-NUMBERED = re.compile(r'ckpt_\d{8,}\.pt')
+NUMBERED = re.compile(r'ckpt_(\d{8,})\.pt')
 # the parts of a NumPy scalar, such as best_val_loss = np.float64(1.9), which weights_only=True would refuse
 _SCALAR = np.float64(0).__reduce__()[0]  # under two names: NumPy 2's and NumPy 1's
 NUMPY_SCALARS = [(_SCALAR, 'numpy.core.multiarray.scalar'), (_SCALAR, 'numpy._core.multiarray.scalar')]
@@ -52,12 +52,13 @@ class CheckpointFolder:
 
     def __init__(self, out_dir, resumed_from='', iter_num=0):
         self.out_dir = Path(out_dir)
-        self.newest = self.out_dir / 'ckpt.pt'
-        self.resumed_from, self.resumed_iter = Path(resumed_from), iter_num
-        self.saved_iter = None  # iter_num of ckpt.pt if it is this run's
-        if resumed_from and self.resumed_from.resolve() == self.newest.resolve():
-            self.saved_iter = iter_num
-        self.saved_stat = None  # file_stat() of ckpt.pt as this process wrote it
+        self.newest, self.best = self.out_dir / 'ckpt.pt', self.out_dir / 'best.pt'
+        resumed_from = Path(resumed_from)
+        is_own = resumed_from.parent.resolve() == self.out_dir.resolve()
+        self.last_own = iter_num if is_own else -1  # later checkpoints were not written by this run
+        # iter_num of ckpt.pt if this run wrote it
+        self.saved_iter = iter_num if resumed_from.resolve() == self.newest.resolve() else None
+        self.has_saved = False
 
     def save_or_warn(self, state, progress, *, keep_last_n: int, is_best: bool, must_succeed: bool):
         """Save on the first rank. On a full disk continue without this checkpoint, unless must_succeed.
@@ -70,7 +71,7 @@ class CheckpointFolder:
                 lambda: is_finite(state, progress) and self.save(state, keep_last_n, is_best))
         except OSError as error:
             saved, problem = False, f'{error.filename}: {error.strerror}'
-            if 'ckpt.pt' not in Path(error.filename or '').name:  # best.pt failed, too
+            if is_best and 'ckpt.pt' not in Path(error.filename or '').name:  # best.pt is not written yet
                 progress.forget_best()
             if must_succeed:
                 raise
@@ -80,11 +81,11 @@ class CheckpointFolder:
             print0(f'NOT SAVED at iteration {state["iter_num"]}, {problem}: {self.what_is_saved()}')
 
     def what_is_saved(self) -> str:
-        paths = [path for path in (self.newest, self.out_dir / 'best.pt') if path.is_file()]
         if self.saved_iter is not None:
             return f'the last good checkpoint is {self.newest} of iteration {self.saved_iter}'
-        if paths:
-            return f'{paths[0]} is from before this start'
+        for path in (self.newest, self.best):
+            if path.is_file():
+                return f'{path} is from before this start'
         return 'no checkpoint has been saved yet'
 
     def too_many_skipped(self, n: int, iter_num: int) -> str:
@@ -98,43 +99,46 @@ class CheckpointFolder:
         raises       OSError, on a full disk for example: ckpt.pt and the older ones are then unchanged
         """
         remove_leftovers(self.out_dir)
-        if self.saved_stat is None:
-            self.set_others_aside(state)
-        if keep_last_n and self.saved_iter not in (None, state['iter_num']) and self.newest_is_sound():
+        if not self.has_saved:
+            # move checkpoints away that are not earlier states of this run
+            others = [path for iter_num, path in numbered(self.out_dir).items() if iter_num > self.last_own]
+            if self.saved_iter is None and os.path.lexists(self.newest):
+                others.append(self.newest)
+            set_aside(self.out_dir, others)
+        if keep_last_n and self.saved_iter not in (None, state['iter_num']):
             # keep the previous state under a numbered name before ckpt.pt is replaced
             link_or_copy(self.newest, self.out_dir / f'ckpt_{self.saved_iter:08d}.pt')
         if is_best:
             weights = {key: value for key, value in state.items() if key not in ('optimizer', 'scaler')}
-            write_atomically(self.out_dir / 'best.pt', lambda f: write_zip(weights, f))
+            write_atomically(self.best, lambda f: write_zip(weights, f))
         write_atomically(self.newest, lambda f: write_zip(state, f))
-        self.saved_iter, self.saved_stat = state['iter_num'], file_stat(self.newest)
-        for old in numbered(self.out_dir)[keep_last_n:] if keep_last_n >= 0 else []:
-            old.unlink(missing_ok=True)
+        self.saved_iter, self.has_saved = state['iter_num'], True
+        if keep_last_n >= 0:
+            for old in list(numbered(self.out_dir).values())[keep_last_n:]:
+                old.unlink(missing_ok=True)
         return True
-
-    def set_others_aside(self, state):
-        """Move checkpoints away that are not earlier states of this run, before the first save."""
-        is_own = self.resumed_from.parent.resolve() == self.out_dir.resolve()
-        others = [path for path in numbered(self.out_dir) if not is_own or number(path) > self.resumed_iter]
-        if self.saved_iter is None and os.path.lexists(self.newest):
-            others.append(self.newest)
-        set_aside(self.out_dir, others)
-
-    def newest_is_sound(self):
-        """Whether ckpt.pt is intact. A damaged file must not push a good one out."""
-        if file_stat(self.newest) == self.saved_stat:
-            return True
-        try:
-            read(self.newest)
-            return True
-        except (ValueError, OSError) as error:
-            print0(f'{error}: not kept as an older checkpoint')
-            return False
 
 
 def is_finite(state, progress):
     finite = all(tensor.isfinite().all() for tensor in state['model'].values())
     return finite and math.isfinite(progress.val_loss)
+
+
+def numbered(out_dir) -> dict[int, Path]:
+    """Return the older checkpoints of a folder by iter_num, newest first."""
+    paths = {}
+    for path in Path(out_dir).iterdir():
+        if match := NUMBERED.fullmatch(path.name):
+            paths[int(match[1])] = path
+    return dict(sorted(paths.items(), reverse=True))
+
+
+def run_files(out_dir):
+    """Return the files of a run in out_dir, ckpt.pt last: an interrupted move leaves the run in place."""
+    names = ('best.pt', 'metrics.jsonl', 'run.json', 'samples.md', 'eval.json', 'report.md')
+    out_dir = Path(out_dir)
+    paths = [*(out_dir / name for name in names), *numbered(out_dir).values(), out_dir / 'ckpt.pt']
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def set_aside(out_dir, paths):
@@ -151,12 +155,14 @@ def set_aside(out_dir, paths):
     print0(f'{out_dir}: {", ".join(path.name for path in paths)} moved to {folder}')
 
 
-def run_files(out_dir):
-    """Return the files of a run in out_dir, ckpt.pt last: an interrupted move leaves the run in place."""
-    names = ('best.pt', 'metrics.jsonl', 'run.json', 'samples.md', 'eval.json', 'report.md')
-    out_dir = Path(out_dir)
-    paths = [*(out_dir / name for name in names), *reversed(numbered(out_dir)), out_dir / 'ckpt.pt']
-    return [path for path in paths if os.path.lexists(path)]
+def link_or_copy(path, name):
+    """Hard-link a file under a second name; copy it where the file system has no hard links."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:
+        with open(path, 'rb') as source:
+            write_atomically(name, lambda f: shutil.copyfileobj(source, f))
 
 
 def write_zip(state, f):
@@ -180,124 +186,12 @@ def checksum_ending(f, size):
     return len(comment).to_bytes(2, 'little') + comment
 
 
-def link_or_copy(path, name):
-    """Hard-link a file under a second name; copy it where the file system has no hard links."""
-    name.unlink(missing_ok=True)
-    try:
-        os.link(path, name)
-    except OSError:
-        with open(path, 'rb') as source:
-            write_atomically(name, lambda f: shutil.copyfileobj(source, f))
-
-
-def file_stat(path):
-    stat = os.stat(path)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def numbered(out_dir):
-    """Return the numbered checkpoints of a folder, newest first."""
-    paths = [path for path in Path(out_dir).iterdir() if NUMBERED.fullmatch(path.name)]
-    return sorted(paths, key=number, reverse=True)
-
-
-def number(path):
-    return int(path.stem.removeprefix('ckpt_'))
-
-
 # -----------------------------------------------------------------------------
 # reading
 
 
 class Damaged(ValueError):
     """A checkpoint file whose bytes are not what was written."""
-
-
-def load(path, n_head: int | None = None) -> dict:
-    """Return the verified checkpoint at path, converted if nanoGPT or another trainer wrote it.
-
-    n_head  for a file of weights alone, whose shapes do not show it
-    raises  ValueError, OSError in one line if it cannot be read; Damaged
-    """
-    state = read(path)
-    if not isinstance(state, dict):
-        raise ValueError(f'{path} holds a {type(state).__name__}, not a checkpoint dict')
-    if type(state.get('format', FORMAT)) is not int or state.get('format', FORMAT) != FORMAT:
-        raise ValueError(f'{path} has format {state["format"]}, this version reads {FORMAT}: '
-                         'use a newer flatGPT')
-    if 'format' not in state:
-        state = foreign.from_foreign(state, path, n_head)
-    foreign.check_state(state, path)
-    return state | dict(config=state.get('config') or {})
-
-
-def read(path):
-    """Return what was saved at path, verified. The tensors are mapped from the file, not copied.
-
-    raises  OSError, MemoryError, Damaged; ValueError for a sound file that holds more than plain values
-    """
-    path = Path(path)
-    if not path.is_file():
-        if path.is_symlink():
-            raise FileNotFoundError(f'{path} is a link to {os.readlink(path)}, which does not exist')
-        reason = 'is a folder, a checkpoint is a file such as ckpt.pt' if path.is_dir() else 'does not exist'
-        raise FileNotFoundError(f'{path} {reason}')
-    with open(path, 'rb') as f:
-        check_bytes(f, path)
-    try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            # torch maps only files whose names are UTF-8, and reads the others
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=is_utf8(path))
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # pickle and torch raise many types for other files
-        if 'allocate memory' in str(error):
-            raise MemoryError(f'{path} does not fit into memory') from None
-        raise ValueError(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
-
-
-def is_utf8(path):
-    return str(path).encode('utf-8', 'replace') == str(path).encode('utf-8', 'surrogatepass')
-
-
-def check_bytes(f, path):
-    """Verify the checksums of a checkpoint file, which torch.load ignores.
-
-    raises  Damaged; ValueError for a file of torch before 1.6; OSError, MemoryError
-    """
-    head, pickle = f.read(4), b''
-    try:
-        with zipfile.ZipFile(f) as archive:
-            # one flipped bit turns a record into a folder, which torch.load skips silently
-            for record in archive.infolist():
-                if record.external_attr:
-                    raise Damaged(f'{path} is damaged: the attributes of {record.filename} are set')
-            size = f.seek(-2 - len(archive.comment), os.SEEK_END)
-            ending = f.read()
-            if ending == b'\0\0':  # no comment: nanoGPT's, or another trainer's
-                broken = archive.testzip()
-                if broken is not None:
-                    raise Damaged(f'{path} is damaged: the checksum of {broken} does not match')
-            elif ending != checksum_ending(f, size):
-                raise Damaged(f'{path} is damaged: the checksum of the file does not match')
-            for name in archive.namelist():
-                if name.endswith('data.pkl'):
-                    pickle = archive.read(name)
-    except (OSError, MemoryError, Damaged):
-        raise
-    except Exception as error:  # zipfile raises a dozen types
-        if head[:1] == b'\x80':
-            raise ValueError(f'{path} is in the format of torch before 1.6, or a plain pickle, which is not '
-                             'read: save it anew with torch.save where it was written') from None
-        raise Damaged(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
-    foreign.check_pickle(pickle, path)
-
-
-def reason_of(error):
-    """Return the informative part of an error of zipfile or torch.load, in one line."""
-    words = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2] or type(error).__name__
-    name = re.search(r'GLOBAL (\S+)', words)
-    return f'it asks for {name[1]}, and only tensors and plain values are read' if name else words[:150]
 
 
 def load_newest(out_dir, rename_damaged: bool = False):
@@ -309,7 +203,7 @@ def load_newest(out_dir, rename_damaged: bool = False):
     if not os.path.lexists(out_dir):
         return None, None
     newest = Path(out_dir) / 'ckpt.pt'
-    paths = [newest, *numbered(out_dir)] if os.path.lexists(newest) else numbered(out_dir)
+    paths = [path for path in (newest, *numbered(out_dir).values()) if os.path.lexists(path)]
     for path in paths:
         try:
             state = load(path)
@@ -327,6 +221,88 @@ def load_newest(out_dir, rename_damaged: bool = False):
         raise ValueError(f'{out_dir} has no readable checkpoint left: see the damaged files there, '
                          'or start again with another --out_dir')
     return None, None
+
+
+def load(path, n_head: int | None = None) -> dict:
+    """Return the verified checkpoint at path, converted if nanoGPT or another trainer wrote it.
+
+    n_head  for a file of weights alone, whose shapes do not show it
+    raises  ValueError, OSError in one line if it cannot be read; Damaged
+    """
+    state = read(path)
+    if not isinstance(state, dict):
+        raise ValueError(f'{path} holds a {type(state).__name__}, not a checkpoint dict')
+    if 'format' not in state:
+        state = foreign.from_foreign(state, path, n_head)
+    elif str(state['format']) != str(FORMAT):
+        raise ValueError(f'{path} has format {state["format"]}, this version reads {FORMAT}: '
+                         'use a newer flatGPT')
+    foreign.check_state(state, path)
+    return state | dict(config=state.get('config') or {})
+
+
+def read(path):
+    """Return what was saved at path, verified. The tensors are mapped from the file, not copied.
+
+    raises  OSError, MemoryError, Damaged; ValueError for a sound file that holds more than plain values
+    """
+    path = Path(path)
+    if not path.is_file():
+        reason = 'is a folder, a checkpoint is a file such as ckpt.pt' if path.is_dir() else 'does not exist'
+        if path.is_symlink():
+            reason = f'is a link to {os.readlink(path)}, which {reason}'
+        raise FileNotFoundError(f'{path} {reason}')
+    with open(path, 'rb') as f:
+        check_bytes(f, path)
+    try:
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            # torch maps only files whose names are UTF-8; half a surrogate pair is not printable
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=str(path).isprintable())
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # pickle and torch raise many types for other files
+        if 'allocate memory' in str(error):
+            raise MemoryError(f'{path} does not fit into memory') from None
+        raise ValueError(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
+
+
+def check_bytes(f, path):
+    """Verify the checksums of a checkpoint file, which torch.load ignores.
+
+    raises  Damaged; ValueError for a file of torch before 1.6; OSError, MemoryError
+    """
+    head, pickle = f.read(1), b''
+    try:
+        with zipfile.ZipFile(f) as archive:
+            # one flipped bit turns a record into a folder, which torch.load skips silently
+            if any(record.external_attr for record in archive.infolist()):
+                raise Damaged(f'{path} is damaged: the attributes of a record are set')
+            size = f.seek(-2 - len(archive.comment), os.SEEK_END)
+            ending = f.read()
+            if ending == b'\0\0':  # no comment: nanoGPT's, or another trainer's
+                broken = archive.testzip()
+                if broken is not None:
+                    raise Damaged(f'{path} is damaged: the checksum of {broken} does not match')
+            elif ending != checksum_ending(f, size):
+                raise Damaged(f'{path} is damaged: the checksum of the file does not match')
+            for name in archive.namelist():
+                if name.endswith('data.pkl'):
+                    pickle = archive.read(name)
+    except (OSError, MemoryError, Damaged):
+        raise
+    except Exception as error:  # zipfile raises a dozen types
+        if head == b'\x80':
+            raise ValueError(f'{path} is in the format of torch before 1.6, or a plain pickle, which is not '
+                             'read: save it anew with torch.save where it was written') from None
+        raise Damaged(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
+    foreign.check_pickle(pickle, path)
+
+
+def reason_of(error):
+    """Return the informative part of an error of zipfile or torch.load, in one line."""
+    words = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2] or type(error).__name__
+    name = re.search(r'GLOBAL (\S+)', words)
+    return f'it asks for {name[1]}, and only tensors and plain values are read' if name else words[:150]
 
 
 # -----------------------------------------------------------------------------
@@ -374,25 +350,19 @@ def scatter(state, model, optimizers):
         order = [name for group in groups for name in group['params']]
         moments = {order[i]: moments[i] for i in moments if i in range(len(order))}
     foreign.check_weights(model, state['model'], 'the checkpoint')
-    check_moments(model, moments, groups)
+
     # the optimizer keeps these tensors, so copy them out of the mapped file
-    copies = {}
-    for name, tensors in moments.items():
-        copies[name] = {key: value.clone() for key, value in tensors.items()}
-    optimizer_state = dict(state=copies, param_groups=groups)
-    dcp.set_state_dict(model, optimizers, model_state_dict=state['model'], optim_state_dict=optimizer_state,
-                       options=dcp.StateDictOptions(full_state_dict=True))
-
-
-def check_moments(model, moments, groups):
     shapes = {name: p.shape for name, p in model.named_parameters()}
+    copies = {}
     for group in groups:
         keys = {'momentum_buffer'} if 'momentum' in group else {'step', 'exp_avg', 'exp_avg_sq'}
+        like_p = sorted(keys - {'step'})
         for name in group['params']:
-            own = moments.get(name, {})
-            fits = own.keys() == keys and all(own[key].shape == shapes[name] for key in keys - {'step'})
-            if not fits:
-                missing = ' and '.join(sorted(keys - {'step'}))
-                shape = tuple(shapes[name])
-                raise ValueError(f'the checkpoint has no {missing} of {name} with shape {shape}: '
-                                 'resume it with the optimizer that it was written with')
+            own, shape = moments.get(name, {}), shapes[name]
+            if own.keys() != keys or any(own[key].shape != shape for key in like_p):
+                raise ValueError(f'the checkpoint has no {" and ".join(like_p)} of {name} with shape '
+                                 f'{tuple(shape)}: resume it with the optimizer that it was written with')
+            copies[name] = {key: value.clone() for key, value in own.items()}
+    dcp.set_state_dict(model, optimizers, model_state_dict=state['model'],
+                       optim_state_dict=dict(state=copies, param_groups=groups),
+                       options=dcp.StateDictOptions(full_state_dict=True))

@@ -1,23 +1,23 @@
 """Optimizers and learning-rate schedules: AdamW in nanoGPT's groups, or Muon for matrices beside AdamW.
 
-    settings = OptimizerSettings('muon', learning_rate=3e-3, matrix_lr=0.02)
-    optimizers = configure_optimizers(model, settings)
+    optimizers = configure_optimizers(model, OptimizerSettings('muon', learning_rate=3e-3, matrix_lr=0.02))
     schedule = Schedule('wsd', warmup_iters=20, max_iters=900)
     set_lr(optimizers, lr_scale(iter_num, schedule), muon_momentum(iter_num))
     skip = judge.judge(grad_norm, loss)    # judge = StepJudge(device)
     for optimizer in optimizers:
         step_unless(optimizer, skip)
 
-K matrices of one shape, R rows (outputs), C columns (inputs).
+Shapes: K matrices of R rows (outputs) and C columns (inputs).
 """
 
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distributed import all_gather
 
@@ -33,30 +33,20 @@ class OptimizerSettings:
                    'muon': the blocks' matrices by Muon at matrix_lr, the rest by AdamW
     embedding_lr   with muon, of wpe and of wte, which may be the head too; None = learning_rate
     head_lr        with muon, of an untied lm_head; None = learning_rate
-    decay_groups   'matrices': decay AdamW's matrices, embeddings included, as nanoGPT does; with muon only
-                   Muon's, because the decay is lr * weight_decay and embeddings have large rates.
-                   'all': decay every parameter
+    decay_groups   'matrices': AdamW decays matrices and embeddings, as in nanoGPT; with muon, Muon alone,
+                   because the decay is lr * weight_decay and embeddings have large rates. 'all': decay all
     fused          AdamW's fused kernel; None = where the device has one
     """
 
-    optimizer: str = 'adamw'
+    optimizer: Literal['adamw', 'muon'] = 'adamw'
     learning_rate: float = 6e-4
     matrix_lr: float = 0.02
     embedding_lr: float | None = None
     head_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
-    decay_groups: str = 'matrices'
+    decay_groups: Literal['matrices', 'all'] = 'matrices'
     fused: bool | None = None
-
-    def __post_init__(self):
-        check('optimizer', self.optimizer, ('adamw', 'muon'))
-        check('decay_groups', self.decay_groups, ('matrices', 'all'))
-
-
-def check(name, value, accepted):
-    if value not in accepted:
-        raise ValueError(f'{name}={value} is unknown: accepted are {", ".join(accepted)}')
 
 
 def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32) -> list:
@@ -66,15 +56,14 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
     returns  optimizers, whose groups have a 'kind' (what they hold) and a 'peak_lr' (lr at scale 1).
              load_state_dict() keeps these settings, so a resumed run can change them
     """
-    groups = group_settings(settings)
-    for group in groups.values():
-        group['params'] = []
+    settings_of = group_settings(settings)
+    params = {kind: [] for kind in settings_of}
     for name, p in model.named_parameters():  # a tied weight appears once
         if p.requires_grad:
-            groups[parameter_kind(name, p, settings.optimizer)]['params'].append(p)
+            params[parameter_kind(name, p, settings.optimizer)].append(p)
     # torch.distributed.checkpoint refuses an empty group beside a second optimizer
-    groups = [dict(group, kind=kind, peak_lr=group['lr'])
-              for kind, group in groups.items() if group['params']]
+    groups = [dict(settings_of[kind], params=params[kind], kind=kind, peak_lr=settings_of[kind]['lr'])
+              for kind in params if params[kind]]
     for_adamw = [group for group in groups if 'parts' not in group]
     for_muon = [group for group in groups if 'parts' in group]
 
@@ -87,9 +76,6 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
         optimizers.append(Muon(for_muon, ns_dtype=ns_dtype))
     for optimizer in optimizers:
         optimizer.register_load_state_dict_pre_hook(keep_settings)
-
-    optimized = [id(p) for each in optimizers for group in each.param_groups for p in group['params']]
-    assert sorted(optimized) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     return optimizers
 
 
@@ -210,16 +196,20 @@ class Muon(torch.optim.Optimizer):
 
     def step_batch(self, params, shape, lr, momentum, weight_decay):
         """Update parameters that consist of matrices of one shape."""
-        # local tensors: DTensor lacked _foreach_lerp up to torch 2.12
+        for p in params:
+            if 'momentum_buffer' not in self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        # of FSDP's shards the local tensors: DTensor lacked _foreach_lerp up to torch 2.12
         weights = [local(p) for p in params]
         grads = [local(p.grad) for p in params]
-        buffers = [local(self.momentum_buffer(p)) for p in params]
+        buffers = [local(self.state[p]['momentum_buffer']) for p in params]
         new_buffers = torch._foreach_lerp(buffers, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, new_buffers, momentum)
 
-        matrices = torch.cat(self.gather(updates, params)).view(-1, *shape)  # (K, R, C)
-        rows = self.orthogonalize_shares(matrices).view(-1, shape[1]).split([p.size(0) for p in params])
-        updates = [own_rows(update, p) for update, p in zip(rows, params, strict=True)]
+        wholes = [self.gather(update, p) for update, p in zip(updates, params, strict=True)]
+        matrices = self.orthogonalize_shares(torch.cat(wholes).view(-1, *shape))  # (K, R, C)
+        wholes = matrices.view(-1, shape[1]).split([p.size(0) for p in params])
+        updates = [own_shard(whole, p).to(p.dtype) for whole, p in zip(wholes, params, strict=True)]
         new_weights = torch._foreach_mul(weights, 1 - lr * weight_decay)
         torch._foreach_add_(new_weights, updates, alpha=-lr * math.sqrt(max(1, shape[0] / shape[1])))
 
@@ -227,26 +217,12 @@ class Muon(torch.optim.Optimizer):
         for old, new in zip([*buffers, *weights], [*new_buffers, *new_weights], strict=True):
             old.copy_(new if skip is None else torch.where(skip > 0, old, new))
 
-    def momentum_buffer(self, p):
-        state = self.state[p]
-        if 'momentum_buffer' not in state:
-            state['momentum_buffer'] = torch.zeros_like(p)
-        return state['momentum_buffer']
-
-    def gather(self, shards, params):
-        """Return the whole tensors of FSDP's shards, in ns_dtype."""
-        if not isinstance(params[0], DTensor):
-            return shards
-        group, n_ranks = shard_group(params[0])
-        wholes = []
-        for shard, p in zip(shards, params, strict=True):
-            n_rows = -(-p.size(0) // n_ranks)  # the last ranks may have fewer
-            padded = shard.new_zeros(n_rows, p.size(1), dtype=self.ns_dtype)
-            padded[:len(shard)] = shard
-            whole = padded.new_empty(n_ranks * n_rows, p.size(1))
-            all_gather(whole, padded, group=group)
-            wholes.append(whole[:p.size(0)])
-        return wholes
+    def gather(self, shard, p):
+        """Return the whole tensor of which `shard` is this rank's part, as of p. FSDP's come in ns_dtype."""
+        if not isinstance(p, DTensor):
+            return shard
+        return DTensor.from_local(shard.to(self.ns_dtype), p.device_mesh, p.placements,
+                                  shape=p.shape, stride=p.stride()).full_tensor()
 
     def orthogonalize_shares(self, matrices):
         """Orthogonalize matrices (K, R, C) that every rank has: each rank does a share of them."""
@@ -267,19 +243,11 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_group(p):
-    """Return the process group that FSDP shards a parameter over, and its size."""
-    group = p.device_mesh.get_group('shard')
-    return group, dist.get_world_size(group)
-
-
-def own_rows(update, p):
-    """Return this rank's rows of an update of the whole p, in p's dtype."""
-    if isinstance(p, DTensor):
-        group, n_ranks = shard_group(p)
-        n_rows = -(-p.size(0) // n_ranks)
-        update = update[dist.get_rank(group) * n_rows:][:len(p.to_local())]
-    return update.to(p.dtype)
+def own_shard(whole, p):
+    """Return this rank's part of a tensor, as of p."""
+    if not isinstance(p, DTensor):
+        return whole
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
 
 
 # -----------------------------------------------------------------------------
@@ -295,7 +263,6 @@ class StepJudge:
 
     skip_spikes       skip a step whose gradient norm or loss exceeds this multiple of its running mean;
                       0 = only a step in which one of them is not finite
-    state             from state()
     skipped           steps skipped so far
     skipped_in_a_row  steps skipped since the last step taken
     taken             steps taken
@@ -308,7 +275,7 @@ class StepJudge:
         self.skipped, self.skipped_in_a_row, self.taken, self.norm_sum, self.loss_sum = numbers.unbind()
 
     def state(self) -> list[float]:
-        """Return what a checkpoint stores as `history`."""
+        """Return what a checkpoint stores as `history`, and __init__ takes."""
         fields = self.skipped, self.skipped_in_a_row, self.taken, self.norm_sum, self.loss_sum
         return torch.stack(fields).tolist()
 
@@ -360,7 +327,7 @@ class Schedule:
     source    arXiv:1608.03983 (restarts), arXiv:2404.06395 (wsd)
     """
 
-    kind: str
+    kind: Literal['cosine', 'wsd', 'cosine_restarts', 'constant']
     warmup_iters: int
     max_iters: int
     lr_decay_iters: int | None = None
@@ -368,12 +335,6 @@ class Schedule:
     decay_fraction: float = 0.4
     restart_iters: int = 1000
     restart_mult: int = 1
-
-    def __post_init__(self):
-        check('lr_schedule', self.kind, ('cosine', 'wsd', 'cosine_restarts', 'constant'))
-        if self.restart_iters < 1 or self.restart_mult < 1:
-            raise ValueError(f'restart_iters={self.restart_iters}, restart_mult={self.restart_mult}: '
-                             'accepted is 1 or more for both')
 
 
 def lr_scale(it: int, schedule: Schedule) -> float:
