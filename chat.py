@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import devices
-from corpus.template import ROLE_TOKENS, STYLES, Fitted, check_tokenizer, encode
+from corpus.template import ROLE_TOKENS, STYLES, Fitted, Template, check_tokenizer
 from files import printable, write_atomically
 
 # -----------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class Answerer:
         """Encode a conversation that ends with a question. Leave a quarter of the context for the answer."""
         block_size = self.model.config.block_size
         n_reserved = min(self.sampling.max_new_tokens, max(1, block_size // 4))
-        fitted = encode(turns, self.tokenizer, self.style, block_size - n_reserved)
+        fitted = Template(self.tokenizer, self.style).fit(turns, block_size - n_reserved)
         if fitted is None:
             raise ValueError(f'a context of {block_size} tokens has no room for a prompt '
                              f'in style {self.style}')

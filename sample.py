@@ -25,7 +25,7 @@ from chat import Answerer, Sampling, check, choose_style, json_line, prepare_dec
 from configurator import configure
 from corpus.dialogue import read_conversations
 from corpus.readers import read_text
-from corpus.template import chat_template
+from corpus.template import Template
 from files import one_line_errors, printable, write_atomically
 from tokens.tokenizer import load_tokenizer, opening
 from weights.begin import build_model, find_start
@@ -185,7 +185,7 @@ if __name__ == '__main__':
             prepare_decoding(model, place.device, compile, quantize)
         answerer = Answerer(model, tokenizer, template, sampling)
         if export:
-            jinja = chat_template(trained.style, tokenizer) if trained.style else None
+            jinja = Template(tokenizer, trained.style).jinja() if trained.style else None
             for file in model.save_pretrained(export, tokenizer, jinja):
                 print(f'{file}: {file.stat().st_size:,} bytes')
             reader = 'numpy.load' if export.endswith('.npz') else 'AutoModelForCausalLM.from_pretrained'

@@ -13,6 +13,7 @@ import sys
 from bisect import bisect_left, insort
 from collections import Counter
 from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,9 @@ from tqdm import tqdm
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from corpus import dialogue
-from corpus.dialogue import answered, read_conversations
 from corpus.encode import split_by_hash
-from corpus.options import Parser, print_next
-from corpus.template import STYLES, check_tokenizer, encode
+from corpus.options import Parser, count, print_next, run_command
+from corpus.template import STYLES, Template
 from corpus.writer import Piece, writing
 from files import one_line_errors
 from tokens.dataset import read_meta
@@ -44,17 +44,14 @@ def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbo
     returns     the dict in meta.json
     raises      ValueError, FileNotFoundError; the old dataset then stays
     """
-    check_tokenizer(tokenizer)
-    if isinstance(val, float) and not 0 < val < 1:
-        raise ValueError(f'--val_fraction={val} must lie between 0 and 1')
-    encoder = Encoder(tokenizer, style, block_size + 1, verbose)
+    template, size = Template(tokenizer, style), block_size + 1
+    encoded = encode_all(dialogue.read_conversations(paths, **reading), template, size, verbose)
     splits = {'train': [], 'val': []}
     if isinstance(val, float):
-        for key, conversations in encoder.encode_all(read_conversations(paths, **reading)).items():
+        for key, conversations in encoded.items():
             splits[split_by_hash(key, val)] += conversations
     else:
-        held_out = encoder.encode_all(read_conversations(val, **reading))
-        encoded = encoder.encode_all(read_conversations(paths, **reading))
+        held_out = encode_all(dialogue.read_conversations(val, **reading), template, size, verbose)
         n_held_out = sum(len(encoded.pop(key, ())) for key in held_out)
         if n_held_out:
             print(f'{n_held_out:,} about what the validation files ask, left out of training')
@@ -64,53 +61,38 @@ def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbo
     for name, conversations in splits.items():
         if not conversations:
             raise ValueError(f'there is no conversation for the {name} split: {remedies[name]}')
-    return write_dataset(Path(folder), tokenizer, splits, style=style, size=block_size + 1,
-                         source=', '.join(Path(path).name for path in paths))
+    source = ', '.join(Path(path).name for path in paths)
+    return write_dataset(Path(folder), tokenizer, splits, style=style, size=size, source=source)
 
 
-class Encoder:
-    """Conversations to (ids, mask), and counts of those that were left out or cut."""
+def encode_all(conversations, template, size, verbose):
+    """Encode conversations to {key: list of (ids, mask)}, and print how many were left out or cut."""
+    encoded, counts, n_evidence = {}, Counter(), 0
+    for where, turns, key in tqdm(conversations, desc='tokenizing', unit=' conversations', disable=None):
+        kept = dialogue.answered(turns)
+        fitted = template.fit(kept, size) if kept else None
+        events = {
+            'left out, having no answer': not kept,
+            'ended before an empty answer': kept and ('assistant', '') in turns,
+            'left out, the answer alone being longer than a row': kept and fitted is None,
+        }
+        if fitted is not None:
+            encoded.setdefault(key, []).append((fitted.ids, fitted.mask))
+            n_evidence += fitted.evidence is not None
+            events['cut to fit a row'] = fitted.n_left_out or fitted.n_cut
+            events[EVIDENCE_LOST] = fitted.evidence is False
+        for event in filter(events.get, events):
+            counts[event] += 1
+            if verbose:
+                tqdm.write(f'{where}: {event}')
 
-    def __init__(self, tokenizer, style, size, verbose):
-        self.tokenizer, self.style, self.size, self.verbose = tokenizer, style, size, verbose
-
-    def encode_all(self, conversations):
-        """Return {key: list of (ids, mask)}, and print the counts."""
-        encoded = {}
-        self.counts, self.n_evidence = Counter(), 0
-        for conversation in tqdm(conversations, desc='tokenizing', unit=' conversations', disable=None):
-            fitted = self.encode(conversation.where, conversation.turns)
-            if fitted is not None:
-                encoded.setdefault(conversation.key, []).append((fitted.ids, fitted.mask))
-        for event, n in self.counts.items():
-            print(f'{event}: {n:,}' + ('' if self.verbose else ' (-v names them)'))
-        share = self.counts[EVIDENCE_LOST] / max(self.n_evidence, 1)
-        if share > MAX_EVIDENCE_LOST:
-            print(f'warning: {share:.0%} of the answers are no longer in their passages, '
-                  'so the model would learn to answer without them: use a larger --block_size')
-        return encoded
-
-    def encode(self, where, turns):
-        """Return a conversation as Fitted, None if it was left out."""
-        kept = answered(turns)
-        if not kept:
-            return self.count(where, 'left out, having no answer')
-        if ('assistant', '') in turns:
-            self.count(where, 'ended before an empty answer')
-        fitted = encode(kept, self.tokenizer, self.style, self.size)
-        if fitted is None:
-            return self.count(where, 'left out, the answer alone being longer than a row')
-        if fitted.n_left_out or fitted.n_cut:
-            self.count(where, 'cut to fit a row')
-        self.n_evidence += fitted.evidence is not None
-        if fitted.evidence is False:
-            self.count(where, EVIDENCE_LOST)
-        return fitted
-
-    def count(self, where, event):
-        self.counts[event] += 1
-        if self.verbose:
-            tqdm.write(f'{where}: {event}')
+    for event, n in counts.items():
+        print(f'{event}: {n:,}' + ('' if verbose else ' (-v names them)'))
+    share = counts[EVIDENCE_LOST] / max(n_evidence, 1)
+    if share > MAX_EVIDENCE_LOST:
+        print(f'warning: {share:.0%} of the answers are no longer in their passages, '
+              'so the model would learn to answer without them: use a larger --block_size')
+    return encoded
 
 
 # -----------------------------------------------------------------------------
@@ -138,29 +120,24 @@ def best_fit(lengths, size):
 
 def write_dataset(folder, tokenizer, splits, *, style, size, source):
     """Write the splits, {name: list of (ids, mask)}. Returns the dict in meta.json."""
+    token_bytes = tokenizer.token_bytes()
     with writing(folder, tokenizer, list(splits), masked=True) as writer:
         for name, conversations in splits.items():
-            write_rows(writer, name, conversations, size)
+            for row in best_fit([len(ids) for ids, _ in conversations], size):
+                pieces = []
+                for ids, mask in (conversations[i] for i in row):
+                    pieces.append(Piece(ids, mask, int(token_bytes[ids].sum())))
+                n_pad = size - sum(len(piece.ids) for piece in pieces)
+                writer.append(name, [*pieces, Piece(np.full(n_pad, tokenizer.pad), np.zeros(n_pad))])
         meta = writer.publish(source, row_tokens=size, style=style)
-    for name, entry in meta['splits'].items():
-        n_targets = sum(int(mask.sum()) for _, mask in splits[name])
-        n_used = sum(len(ids) for ids, _ in splits[name])
-        n_tokens = entry['tokens']
-        print(f'{folder.resolve().name}/{name}: conversations: {entry["documents"]:,}, '
+    for name, conversations in splits.items():
+        n_targets = sum(int(mask.sum()) for _, mask in conversations)
+        n_used = sum(len(ids) for ids, _ in conversations)
+        n_tokens = meta['splits'][name]['tokens']
+        print(f'{folder.resolve().name}/{name}: conversations: {len(conversations):,}, '
               f'in {n_tokens // size:,} rows of {size:,} tokens; '
               f'{n_targets:,} targets ({n_targets / n_tokens:.1%}), {1 - n_used / n_tokens:.1%} padding')
     return meta
-
-
-def write_rows(writer, name, encoded, size):
-    """Write the rows of a split."""
-    token_bytes, pad = writer.tokenizer.token_bytes(), writer.tokenizer.pad
-    for row in best_fit([len(ids) for ids, _ in encoded], size):
-        pieces = []
-        for ids, mask in (encoded[i] for i in row):
-            pieces.append(Piece(ids, mask, int(token_bytes[ids].sum())))
-        n_pad = size - sum(len(piece.ids) for piece in pieces)
-        writer.append(name, [*pieces, Piece(np.full(n_pad, pad), np.zeros(n_pad))])
 
 
 # -----------------------------------------------------------------------------
@@ -171,15 +148,14 @@ def as_text(ids, mask, tokenizer, colour):
     """Return a row as text: targets in green, or between ⟦ and ⟧, and special tokens by name."""
     names = {i: name for name, i in tokenizer.special.items()}
     begin, end = ('\x1b[32m', '\x1b[0m') if colour else ('⟦', '⟧')
-    borders = np.flatnonzero(np.diff(mask, prepend=mask[0])).tolist()
-    text = []
-    for start, stop in zip([0, *borders], [*borders, len(ids)], strict=True):
-        piece = ''
-        for is_special, group in groupby(ids[start:stop].tolist(), names.__contains__):
-            run = list(group)  # a character may be several tokens
-            piece += ''.join(map(names.get, run)) if is_special else tokenizer.decode(run)
-        text.append(f'{begin}{piece}{end}' if mask[start] else piece)
-    return ''.join(text)
+    text = ''
+    for is_target, tokens in groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=itemgetter(1)):
+        part = ''
+        for is_special, run in groupby((token for token, _ in tokens), key=names.__contains__):
+            run = list(run)  # a character may be several tokens
+            part += ''.join(map(names.get, run)) if is_special else tokenizer.decode(run)
+        text += f'{begin}{part}{end}' if is_target else part
+    return text
 
 
 def show(folder, split='train', n_rows=3):
@@ -196,7 +172,7 @@ def show(folder, split='train', n_rows=3):
     index = np.fromfile(folder / f'{split}.idx', '<i8').reshape(-1, 2)
     for row in range(min(n_rows, len(ids))):
         spans = index[index[:, 0] // size == row]
-        n_used = int(spans.sum(axis=1).max()) - row * size
+        n_used = int(spans[:, 1].sum())
         print(f'--- row {row} of {len(ids):,}: conversations: {len(spans)}, targets: {int(mask[row].sum())}, '
               f'padding: {size - n_used}')
         print(as_text(ids[row, :n_used], mask[row, :n_used], tokenizer, sys.stdout.isatty()))
@@ -227,29 +203,30 @@ def build_command(argv, doc=None, folder=None, download=None, style='chat'):
     download      function that returns the path of its file, where --input names none
     style         the default
     """
-    command = None if doc else 'python -m corpus.conversations build'
-    parser = Parser(doc or f'{__doc__}\n{dialogue.__doc__}', command)
+    defaults = {'val_fraction': 0.05}
+    if download:
+        defaults['input'] = None
+    if folder:
+        defaults['out'] = folder
+    parser = Parser(doc or f'{__doc__}\n{dialogue.__doc__}',
+                    None if doc else 'python -m corpus.conversations build',
+                    ['input', 'val_fraction', 'encoding', 'out'], **defaults)
     add = parser.add_argument
-    add('--input', nargs='+', required=download is None, metavar='PATH', help='files and folders')
     add('--val', nargs='+', default=[], metavar='PATH', help='files for validation, instead of a share')
-    add('--val_fraction', type=float, default=0.05, help='share for validation (default: %(default)s)')
     add('--question', default='', metavar='NAME', help='the column of the questions, if no layout has it')
     add('--answer', default='', metavar='NAME', help='the column of the answers')
-    add('--encoding', default='utf-8', help='of text files: gb18030, big5, utf-16 ... (default: %(default)s)')
     add('--tokenizer', default='gpt2',
         help='gpt2, byte, a checkpoint, or a folder with tokenizer.json (default: %(default)s)')
-    add('--block_size', type=int, default=1024,
+    add('--block_size', type=count, default=1024,
         help='as in training; a row has one token more (default: %(default)s)')
     add('--style', choices=list(STYLES), default=style, help='prompt template (default: %(default)s)')
-    add('--out', type=Path, default=folder, required=folder is None, help='dataset folder')
     add('-v', '--verbose', action='store_true', help='name each conversation that is left out or cut')
     args = parser.parse_args(argv)
     build(args.out, open_tokenizer(args.tokenizer), args.input or [download()], block_size=args.block_size,
           style=args.style, val=args.val or args.val_fraction, verbose=args.verbose,
           question=args.question, answer=args.answer, encoding=args.encoding)
-    base = 'CHECKPOINT'
-    if args.tokenizer == 'gpt2' or Path(args.tokenizer).suffix == '.pt':
-        base = args.tokenizer
+    is_base = args.tokenizer == 'gpt2' or args.tokenizer.endswith('.pt')
+    base = args.tokenizer if is_base else 'CHECKPOINT'
     print_next(args.out, ['config/finetune_dolly.py', f'--init_from={base}'], own_dataset='dolly')
 
 
@@ -258,22 +235,11 @@ def show_command(argv):
                     'python -m corpus.conversations show')
     parser.add_argument('folder', type=Path)
     parser.add_argument('--split', choices=['train', 'val'], default='train')
-    parser.add_argument('--rows', type=int, default=3, help='number of rows (default: %(default)s)')
+    parser.add_argument('--rows', type=count, default=3, help='number of rows (default: %(default)s)')
     args = parser.parse_args(argv)
     show(args.folder, args.split, args.rows)
 
 
-def main():
-    commands = {'build': build_command, 'show': show_command}
-    command = sys.argv[1] if len(sys.argv) > 1 else ''
-    if command in ('', '-h', '--help'):
-        print(f'{__doc__}\nbuild --help and show --help list the settings.')
-        raise SystemExit(0 if command else 2)
-    if command not in commands:
-        raise ValueError(f'{command}: accepted are {", ".join(commands)}')
-    commands[command](sys.argv[2:])
-
-
 if __name__ == '__main__':
     with one_line_errors():
-        main()
+        run_command(__doc__, {'build': build_command, 'show': show_command})

@@ -8,27 +8,26 @@ transformers does. No token reaches from this prompt into the answer.
 
 import json
 import re
-from bisect import bisect_left, bisect_right
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 STYLES = {
-    'chat': {
-        'system': '### System:\n',
-        'user': '### User:\n',
-        'context': '',
-        'assistant': '### Assistant:\n',
-    },
-    'alpaca': {
-        'system': '',
-        'user': '### Instruction:\n',
-        'context': '### Context:\n',
-        'assistant': '### Response:\n',
-    },
+    'chat': {'system': '### System:\n', 'user': '### User:\n', 'context': '',
+             'assistant': '### Assistant:\n'},
+    'alpaca': {'system': '', 'user': '### Instruction:\n', 'context': '### Context:\n',
+               'assistant': '### Response:\n'},
 }
 ROLE_TOKENS = {role: f'<|{role}|>' for role in ('system', 'user', 'assistant')}
 GAP = '\n\n'  # after each turn that is not an answer, where roles are not tokens
+JINJA = r"""
+{%- for message in messages -%}
+{%- set text = message['content'] | replace('\r\n', '\n') | replace('\r', '\n') -%}
+{{- marks[message['role']] + (text | trim) -}}
+{{- end if message['role'] == 'assistant' else gap -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- marks['assistant'] -}}{%- endif -%}"""
 SENTENCE_END = re.compile(r'[。！？；!?\n]+[”’」』")]*|\.(?=\s)')
 
 
@@ -37,7 +36,7 @@ class Fitted(NamedTuple):
     ids: np.ndarray  # (n,) int64
     mask: np.ndarray  # (n,) uint8, 1 where a token is a target
     n_left_out: int  # turns
-    n_cut: int  # tokens of the turns that stayed
+    n_cut: int  # turns that lost a part of their text
     evidence: bool | None = None  # whether the passage still holds its answer; None where it never did
 
 
@@ -47,161 +46,163 @@ def check_tokenizer(tokenizer):
                          'conversations need gpt2, byte, or a trained tokenizer')
 
 
-def marks_of(tokenizer, style):
-    """Return the mark that opens each turn, by role, and the text after a turn that is not an answer."""
-    if style == 'chat' and set(ROLE_TOKENS.values()) <= set(tokenizer.special):
-        return {**ROLE_TOKENS, 'context': GAP}, ''
-    return STYLES[style], GAP
+class Template:
+    """The text around the turns of a conversation, in one of the STYLES and for one tokenizer."""
 
+    def __init__(self, tokenizer, style):
+        check_tokenizer(tokenizer)
+        self.tokenizer = tokenizer
+        self.marks, self.gap = STYLES[style], GAP  # marks open a turn of a role, the gap ends it
+        if style == 'chat' and set(ROLE_TOKENS.values()) <= set(tokenizer.special):
+            self.marks, self.gap = {**ROLE_TOKENS, 'context': GAP}, ''
 
-def chat_template(style: str, tokenizer) -> str:
-    """Return the style as a Jinja template for tokenizer_config.json.
+    def jinja(self) -> str:
+        """Return the chat_template of tokenizer_config.json, which gives the ids of training.
 
-    With it, transformers' apply_chat_template gives the ids of training. A message of the role tool or
-    context is the passage that the next answer is about.
-    """
-    check_tokenizer(tokenizer)
-    marks, gap = marks_of(tokenizer, style)
-    end = next(name for name, i in tokenizer.special.items() if i == tokenizer.eot)
-    mark_of = {**marks, 'developer': marks['system'], 'tool': marks['context']}
-    return (f'{{%- set marks = {json.dumps(mark_of)} -%}}'
-            "{%- for message in messages -%}"
-            "{%- set text = message['content'] | replace('\\r\\n', '\\n') | replace('\\r', '\\n') | trim -%}"
-            "{{- marks[message['role']] + text -}}"
-            f"{{{{- {json.dumps(end)} if message['role'] == 'assistant' else {json.dumps(gap)} -}}}}"
-            '{%- endfor -%}'
-            f"{{%- if add_generation_prompt -%}}{{{{- {json.dumps(marks['assistant'])} -}}}}{{%- endif -%}}")
-
-
-def encode_turns(turns, tokenizer, style):
-    """Write turns as (ids, mask), two lists. A last answer of None is opened and neither told nor ended."""
-    marks, gap = marks_of(tokenizer, style)
-    ids, mask, text = [], [], ''  # text is the prompt that is not encoded yet
-    for role, content in turns:
-        if marks[role] in tokenizer.special:
-            ids += [*tokenizer.encode(text), tokenizer.special[marks[role]]]
-            text = ''
-        else:
-            text += marks[role]
-        if role != 'assistant':
-            text += content + gap
-            continue
-        prompt = tokenizer.encode(text)
-        mask += [0] * (len(ids) + len(prompt) - len(mask))
-        ids += prompt
-        if content is not None:
-            together = tokenizer.encode(text + content)
-            clean_cut = together[:len(prompt)] == prompt
-            answer = together[len(prompt):] if clean_cut else tokenizer.encode(content)
-            ids += [*answer, tokenizer.eot]
-            mask += [1] * (len(answer) + 1)
-        text = ''
-    return ids, mask
-
-
-def encode(turns, tokenizer, style, size):
-    """Write turns in at most `size` tokens. Without an answer at their end, they are a prompt.
-
-    A long conversation loses, until it fits: its last passage, except for the sentences around the answer;
-    its oldest exchanges, but not the system turns; the beginning of its last question.
-
-    returns   Fitted; None where the last answer alone is too long
-    """
-    draft = Draft(turns, tokenizer, style, size)
-    n_turns, evidence = len(draft.turns), None
-    context = draft.last('context')
-    if context is not None:
-        answer = next(text for role, text in draft.turns[context:] if role == 'assistant')
-        span = find_answer(draft.turns[context][1], answer)
-        draft.shorten(context, span)
-        evidence = answer in draft.turns[context][1] if span else None
-    draft.drop_exchanges()
-    question = draft.last('user')
-    if question is not None:
-        draft.shorten(question)
-    if draft.is_too_long():
-        return None
-    ids, mask = np.array(draft.ids, dtype=np.int64), np.array(draft.mask, dtype=np.uint8)
-    return Fitted(ids, mask, n_turns - len(draft.turns), draft.n_cut, evidence)
-
-
-# -----------------------------------------------------------------------------
-# shortening
-
-
-class Draft:
-    """Turns that have to fit into `size` tokens, and the tokens they make now."""
-
-    def __init__(self, turns, tokenizer, style, size):
-        self.turns, self.tokenizer, self.style, self.size = list(turns), tokenizer, style, size
-        if self.turns[-1][0] != 'assistant':
-            self.turns.append(('assistant', None))
-        self.n_cut = 0  # tokens cut off the turns that stayed
-        self.encode()
-
-    def encode(self):
-        self.ids, self.mask = encode_turns(self.turns, self.tokenizer, self.style)
-        return not self.is_too_long()
-
-    def is_too_long(self):
-        return len(self.ids) > self.size
-
-    def last(self, role):
-        return max((i for i, turn in enumerate(self.turns) if turn[0] == role), default=None)
-
-    def drop_exchanges(self):
-        """Leave out the oldest exchanges, but neither the system turns nor the last answer."""
-        first = next(i for i, turn in enumerate(self.turns) if turn[0] != 'system')
-        roles = [role for role, _ in self.turns]
-        while self.is_too_long() and roles.count('assistant') > 1:
-            end = roles.index('assistant') + 1
-            del self.turns[first:end], roles[first:end]
-            self.encode()
-
-    def shorten(self, i, span=None):
-        """Cut the text of turn i until all turns fit, or to nothing.
-
-        span   the part to keep, with as much around it as fits: whole sentences, or characters if the
-               sentence is too long; None keeps the end of the text
+        A message of the role tool or context is the passage that the next answer is about.
         """
-        if not self.is_too_long():
-            return
-        n_before, text = len(self.ids), self.turns[i][1]
-        characters = range(len(text) + 1)
-        sentences = sorted({0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)})
-        window = span and (self.widest(i, text, sentences, span) or self.widest(i, text, characters, span))
-        window = window or self.widest(i, text, characters, (len(text), len(text))) or (0, 0)
-        self.fits(i, text, *window)
-        self.n_cut += n_before - len(self.ids)
+        end = next(name for name, i in self.tokenizer.special.items() if i == self.tokenizer.eot)
+        marks = {**self.marks, 'developer': self.marks['system'], 'tool': self.marks['context']}
+        settings = {'marks': marks, 'gap': self.gap, 'end': end}
+        lines = [f'{{%- set {name} = {json.dumps(value)} -%}}' for name, value in settings.items()]
+        return '\n'.join([*lines, JINJA])
 
-    def fits(self, i, text, begin, stop):
-        self.turns[i] = (self.turns[i][0], text[begin:stop].strip())
-        return self.encode()
+    def encode(self, turns) -> tuple[list, list]:
+        """Write turns as (ids, mask). A last answer of None is opened and neither told nor ended."""
+        tokenizer, ids, mask = self.tokenizer, [], []
+        text = ''  # the part of the prompt that is not encoded yet
+        for role, content in turns:
+            mark = self.marks[role]
+            if mark in tokenizer.special:
+                ids += [*tokenizer.encode(text), tokenizer.special[mark]]
+                text = ''
+            else:
+                text += mark
+            if role != 'assistant':
+                text += content + self.gap
+                continue
+            prompt = tokenizer.encode(text)
+            ids += prompt
+            mask += [0] * (len(ids) - len(mask))
+            if content is not None:
+                together = tokenizer.encode(text + content)
+                is_border = together[:len(prompt)] == prompt
+                answer = together[len(prompt):] if is_border else tokenizer.encode(content)
+                ids += [*answer, tokenizer.eot]
+                mask += [1] * (len(answer) + 1)
+            text = ''
+        return ids, mask
 
-    def widest(self, i, text, borders, span):
-        """Find the widest (begin, stop) on these borders, around a span, that fits; None if none does."""
-        first, last = bisect_right(borders, span[0]) - 1, bisect_left(borders, span[1])
-        end = len(borders) - 1
-        if not self.fits(i, text, borders[first], borders[last]):
+    def fit(self, turns, size) -> Fitted | None:
+        """Write turns in at most `size` tokens. Without an answer at their end, they are a prompt.
+
+        A long conversation loses, until it fits: its last passage, except for the sentences around the
+        answer; its oldest exchanges, but not the system turns; the beginning of its last question.
+
+        returns   None where the last answer alone is too long
+        """
+        whole, turns = turns, list(turns)
+        if turns[-1][0] != 'assistant':
+            turns.append(('assistant', None))
+        n_turns = len(turns)
+        ids, mask = self.encode(turns)
+
+        # the passage, except for the sentences around its answer
+        context, span = last(turns, 'context'), None
+        if context is not None:
+            answer = next(text for role, text in turns[context:] if role == 'assistant')
+            span = find_answer(turns[context][1], answer)
+            if len(ids) > size:
+                ids, mask = self.shorten(turns, context, len(ids) - size, size, span)
+        evidence = answer in turns[context][1] if span else None
+
+        # the oldest exchanges, but not the system turns
+        roles = [role for role, _ in turns]
+        first = next(i for i, role in enumerate(roles) if role != 'system')
+        while len(ids) > size and roles.count('assistant') > 1:
+            end = roles.index('assistant') + 1
+            del turns[first:end], roles[first:end]
+            ids, mask = self.encode(turns)
+
+        # the beginning of the question
+        question = last(turns, 'user')
+        if len(ids) > size and question is not None:
+            ids, mask = self.shorten(turns, question, len(ids) - size, size)
+        if len(ids) > size:
             return None
-        for left, right in ((1, 1), (1, 0), (0, 1)):  # to both sides, then on where only one has more
-            low, high = 0, end  # a binary search for the number of borders
-            while low < high:
-                n = (low + high + 1) // 2
-                begin, stop = borders[max(first - n * left, 0)], borders[min(last + n * right, end)]
-                if self.fits(i, text, begin, stop):
-                    low = n
-                else:
-                    high = n - 1
-            first, last = max(first - low * left, 0), min(last + low * right, end)
-        return borders[first], borders[last]
+        n_cut = sum(text is not None and (role, text) not in whole for role, text in turns)
+        ids, mask = np.array(ids, dtype=np.int64), np.array(mask, dtype=np.uint8)
+        return Fitted(ids, mask, n_turns - len(turns), n_cut, evidence)
+
+    def shorten(self, turns, i, n_over, size, span=None):
+        """Take n_over tokens or a few more from the text of turn i, until all turns fit or it is empty.
+
+        span     the part of the text to keep; None keeps its end
+        returns  (ids, mask) of all turns
+        """
+        role, text = turns[i]
+        n_before = self.count_tokens(text)
+        room = n_before[-1]
+        while True:
+            room -= n_over
+            begin, stop = widest_part(text, n_before, room, span)
+            turns[i] = (role, text[begin:stop].strip())
+            ids, mask = self.encode(turns)
+            n_over = len(ids) - size  # the first and last tokens of a part may differ from those of the whole
+            if n_over <= 0 or not turns[i][1]:
+                return ids, mask
+
+    def count_tokens(self, text):
+        """Return the (characters + 1,) number of tokens that end before each character of a text.
+
+        It is exact for tokens that keep the bytes of the text, else an estimate.
+        """
+        token_ends = np.cumsum(self.token_bytes[self.tokenizer.encode(text)])
+        n_bytes = [len(character.encode('utf-8', 'surrogatepass')) for character in text]
+        character_ends = np.cumsum([0, *n_bytes])
+        token_ends = token_ends * (character_ends[-1] / max(token_ends[-1], 1))
+        return np.searchsorted(token_ends, character_ends, side='right')
+
+    @cached_property
+    def token_bytes(self):
+        return self.tokenizer.token_bytes()
+
+
+def last(turns, role):
+    return max((i for i, turn in enumerate(turns) if turn[0] == role), default=None)
 
 
 def find_answer(passage, answer):
-    """Find (start, end) of the answer in its passage: where the data say, else where it is first."""
+    """Return (begin, stop) of the answer in its passage: where the data say, else where it is first."""
     if not answer:
         return None
     start = getattr(passage, 'answer_start', -1)
     if start < 0:
         start = passage.find(answer)
     return (start, start + len(answer)) if start >= 0 else None
+
+
+def widest_part(text, n_before, room, span):
+    """Find the widest part (begin, stop) of a text that takes at most `room` tokens.
+
+    n_before   (characters + 1,) tokens before each character
+    span       lies in this part, with whole sentences around it, or characters if its own sentence is too
+               long; None takes the end of the text
+    """
+    characters, end = np.arange(len(text) + 1), len(text)
+    attempts = [(characters, (end, end))]
+    if span:
+        sentence_ends = {match.end() for match in SENTENCE_END.finditer(text)}
+        attempts = [(np.array(sorted({0, *sentence_ends, end})), span), (characters, span), *attempts]
+    for borders, (begin, stop) in attempts:
+        n_tokens, steps = n_before[borders], np.arange(len(borders))
+        first, last = np.searchsorted(borders, begin, side='right') - 1, np.searchsorted(borders, stop)
+        if n_tokens[last] - n_tokens[first] > room:
+            continue
+        for left, right in ((1, 1), (1, 0), (0, 1)):  # widen on both sides, then where only one has more
+            firsts = np.maximum(first - left * steps, 0)
+            lasts = np.minimum(last + right * steps, steps[-1])
+            widest = np.count_nonzero(n_tokens[lasts] - n_tokens[firsts] <= room) - 1
+            first, last = firsts[widest], lasts[widest]
+        return borders[first], borders[last]
+    return 0, 0

@@ -16,7 +16,7 @@ from test_conversations import BYTES, other, write  # noqa: F401 (other is a fix
 
 from corpus import conversations
 from corpus.pack import write_dataset
-from corpus.template import encode
+from corpus.template import Template
 from model import GPT
 
 
@@ -75,7 +75,7 @@ def test_a_tuned_models_export_chats_in_transformers(tuned, tmp_path):
     turns = [('user', 'cow?'), ('assistant', 'moo'), ('user', '羊?')]
     messages = [{'role': role, 'content': text} for role, text in turns]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt', return_dict=False)
-    assert ids.tolist() == [encode(turns, BYTES, 'chat', 64).ids.tolist()]
+    assert ids.tolist() == [Template(BYTES, 'chat').fit(turns, 64).ids.tolist()]
 
 
 def test_settings_that_would_train_on_something_else(tuned, tmp_path):

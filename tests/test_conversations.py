@@ -16,7 +16,7 @@ from conftest import ROOT
 from corpus import conversations as chat
 from corpus.dialogue import Passage, answered, read_conversations
 from corpus.pack import write_dataset
-from corpus.template import chat_template, encode
+from corpus.template import Template
 from kernels import IGNORE
 from model import GPT, GPTConfig
 from tokens.dataset import read_meta
@@ -40,6 +40,10 @@ def write(path, content):
 def other(tmp_path_factory):
     """A file of one conversation, for validation."""
     return write(tmp_path_factory.mktemp('other') / 'other.csv', 'question,answer\nelse?,no\n')
+
+
+def encode(turns, tokenizer, style, size):
+    return Template(tokenizer, style).fit(turns, size)
 
 
 def read(tmp_path, name, content):
@@ -118,7 +122,7 @@ def test_layouts_of_real_files(file, n, first):
     ('x.json', '[\n {"prompt": "q"},\n {"prompt": "r"\n]', 'record 2: not JSON: parse error: '),
     ('x.json', '[' * 99_999, 'record 1: not JSON: nested more than 200 deep'),
     ('x.json', '[{"instruction": "q", "output": 5}]', 'record 1: its answer is a int, where a text is needed'),
-    ('x.json', '{"a": {"question": "q", "evidences": {"b": {"evidence": "c"}}}}', "record 1: KeyError 'answer' in its fields evidences, question, which "),
+    ('x.json', '{"a": {"question": "q", "evidences": {"b": 7}}}', "record 1: TypeError 'int' object is not a mapping in a nested field: python"),
     ('x.json', '[{"messages": [{"role": "narrator", "content": "q"}]}]', "record 1: the role 'narrator' is none of system, developer, user, human, "),
     ('x.json', '[7]', 'record 1: a int, where an object with fields is needed'),
     ('x.csv', 'question,answer\nq,a\nq\n', 'line 3: 1 fields where the first row names 2'),
@@ -182,8 +186,8 @@ def test_long_conversations_lose_context_then_old_exchanges_then_the_question():
         return chat.as_text(ids, mask, BYTES, False), n_left_out, n_cut
     question = [('user', 'who?'), ('context', 'abcdefgh'), ('assistant', 'me')]
     assert text(question, 19) == ('<|user|>who?\n\nabcdefgh<|assistant|>⟦me<|endoftext|>⟧', 0, 0)
-    assert text(question, 14) == ('<|user|>who?\n\nfgh<|assistant|>⟦me<|endoftext|>⟧', 0, 5)
-    assert text(question, 9) == ('<|user|>o?\n\n<|assistant|>⟦me<|endoftext|>⟧', 0, 10)
+    assert text(question, 14) == ('<|user|>who?\n\nfgh<|assistant|>⟦me<|endoftext|>⟧', 0, 1)
+    assert text(question, 9) == ('<|user|>o?\n\n<|assistant|>⟦me<|endoftext|>⟧', 0, 2)
     assert text(question, 6) is None
     turns = [('system', 'S'), ('user', '1'), ('assistant', '2'), ('user', '3'), ('assistant', '4'), ('user', '56'), ('assistant', '7')]
     assert text(turns, 18)[1:] == (0, 0) and text(turns, 17)[1:] == (2, 0)
@@ -323,7 +327,7 @@ def test_what_is_asked_for_validation_is_not_trained_on(tmp_path, capsys):
 def test_nothing_for_a_split_and_a_tokenizer_without_end(tmp_path):
     file = write(tmp_path / 'x.json', [{'question': 'q', 'answer': 'a'}])
     for settings, text in ((dict(val=0.01), 'there is no conversation for the val split: give --val FILE, or another --val_fraction'),
-                           (dict(val=1.0), '--val_fraction=1.0 must lie between 0 and 1'),
+                           (dict(val=1.0), 'there is no conversation for the train split: give more, or a larger --block_size'),
                            (dict(tokenizer=CharTokenizer('aq')), 'a char tokenizer has no end-of-text token, so no answer could end: '
                                                                 'conversations need gpt2, byte, or a trained tokenizer')):
         with pytest.raises(ValueError) as error:
@@ -431,7 +435,7 @@ def test_transformers_chat_template_gives_the_ids_of_training(tmp_path, make, st
     tokenizer = make()
     (tmp_path / 'tokenizer.json').write_text(json.dumps(tokenizer.tokenizer_json()), encoding='utf-8')
     reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'), clean_up_tokenization_spaces=False)
-    reference.chat_template = chat_template(style, tokenizer)
+    reference.chat_template = Template(tokenizer, style).jinja()
     [conversation] = read_conversations([write(tmp_path / 'x.json', [{'messages': SPEECH}])])
     ids = encode(conversation.turns, tokenizer, style, 10_000).ids
     assert reference.apply_chat_template(SPEECH, tokenize=True, return_dict=False) == ids.tolist()
@@ -509,7 +513,7 @@ def test_compressed_and_columnar_files_and_other_encodings(tmp_path, ending):
 def test_the_exported_chat_template_gives_the_ids_of_training(tmp_path):
     transformers = pytest.importorskip('transformers')
     model = GPT(GPTConfig(block_size=16, vocab_size=BYTES.vocab_size, n_layer=1, n_head=2, n_embd=16))
-    model.save_pretrained(tmp_path / 'exported', BYTES, chat_template('chat', BYTES))
+    model.save_pretrained(tmp_path / 'exported', BYTES, Template(BYTES, 'chat').jinja())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
     turns = [('user', 'cow?\n羊'), ('assistant', 'moo'), ('user', 'hen?')]
     messages = [{'role': role, 'content': text} for role, text in turns]
