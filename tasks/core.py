@@ -10,34 +10,40 @@ model.
 import csv
 import math
 import random
-from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from files import json_lines
-from scoring import Row, RowScore
-from tasks.items import check_gold, mean_stderr
+from scoring import Row
+from tasks.items import WRONG_FORM, Item, by_item, checked, mean_stderr
 from tokens.tokenizer import opening
 
-KINDS = ('multiple_choice', 'schema', 'language_modeling')
-# raised by values of an unexpected form
-WRONG_TYPES = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+
+def multiple_choice(raw: dict) -> Item:
+    return Item([(raw['query'], choice) for choice in raw['choices']], raw['gold'])
 
 
-@dataclass
-class CoreTask:
+def schema(raw: dict) -> Item:
+    return Item([(context, raw['continuation']) for context in raw['context_options']], raw['gold'])
+
+
+def language_modeling(raw: dict) -> Item:
+    return Item([(raw['context'].strip(), raw['continuation'])])
+
+
+KINDS = dict(multiple_choice=multiple_choice, schema=schema, language_modeling=language_modeling)
+
+
+class CoreTask(NamedTuple):
     label: str
     kind: str  # one of KINDS
     n_shots: int  # examples with their answers before each item
     delimiter: str  # between a question and its answer
     baseline: float  # accuracy of guessing
-    path: Path
-    items: list[dict] = field(default_factory=list)
-
-
-# -----------------------------------------------------------------------------
-# reading
+    items: list[Item]
 
 
 def read_core(folder: str, tokenizer, max_examples: int = 0) -> list[CoreTask]:
@@ -46,55 +52,34 @@ def read_core(folder: str, tokenizer, max_examples: int = 0) -> list[CoreTask]:
     max_examples  of each task, the first ones of its seeded order; 0 = all
     raises        OSError, ValueError in one line
     """
-    tasks = read_tasks(Path(folder))
-    for task in tasks:
-        if task.kind not in KINDS:
-            raise ValueError(f'{Path(folder) / "core.yaml"}: {task.label} is {task.kind}, '
-                             f'accepted are {", ".join(KINDS)}')
-        with open(task.path, 'rb') as f:
-            items = [item for _, item in json_lines(f, task.path)]
-        if not items:
-            raise ValueError(f'{task.path} has no items')
-        random.Random(1337).shuffle(items)
-        task.items = items[:max_examples or None]
-        for item in task.items:
-            check_item(task, item, tokenizer)
-        if task.n_shots >= len(task.items):
-            raise ValueError(f'{task.path}: {task.n_shots} examples are shown before each of '
-                             f'{len(task.items)} items: give a larger --max_examples')
-    return tasks
-
-
-def read_tasks(folder):
-    """Read core.yaml and the baselines in eval_meta_data.csv."""
     import yaml
+    folder, tasks, source = Path(folder), [], 'core.yaml, eval_meta_data.csv'
     try:
         described = yaml.safe_load((folder / 'core.yaml').read_text(encoding='utf-8-sig'))['icl_tasks']
         with open(folder / 'eval_meta_data.csv', encoding='utf-8-sig', newline='') as f:
             baselines = {row['Eval Task']: float(row['Random baseline']) / 100 for row in csv.DictReader(f)}
-        return [CoreTask(label=task['label'], kind=task['icl_task_type'], n_shots=task['num_fewshot'][0],
-                         delimiter=task.get('continuation_delimiter', ' '), baseline=baselines[task['label']],
-                         path=folder / 'eval_data' / task['dataset_uri']) for task in described]
-    except (*WRONG_TYPES, yaml.YAMLError) as error:
+        for entry in described:
+            source = entry['dataset_uri']
+            task = CoreTask(entry['label'], entry['icl_task_type'], entry['num_fewshot'][0],
+                            entry.get('continuation_delimiter', ' '), baselines[entry['label']], [])
+            with open(folder / 'eval_data' / source, 'rb') as f:
+                raw_items = [raw for _, raw in json_lines(f, source)]
+            random.Random(1337).shuffle(raw_items)
+            for raw in raw_items[:max_examples or None]:
+                source = f'{entry["dataset_uri"]}, {str(raw)[:100]} as an item of {task.kind}'
+                item = checked(KINDS[task.kind](raw))
+                for context, continuation in item.pairs:
+                    tokenizer.encode(context + task.delimiter + continuation)
+                task.items.append(item)
+            if task.n_shots >= len(task.items):
+                raise ValueError(f'{task.n_shots} examples are shown before each of {len(task.items)} items: '
+                                 'give a larger --max_examples')
+            tasks.append(task)
+    except (*WRONG_FORM, yaml.YAMLError) as error:
         reason = ' '.join(str(error).split())
-        raise ValueError(f'--core={folder} is not a CORE bundle ({type(error).__name__}: {reason})') from None
-
-
-def check_item(task, item, tokenizer):
-    """Raise ValueError for an item of another form, or with a character that the tokenizer lacks."""
-    try:
-        texts = texts_of(task, item, [item])
-        if task.kind != 'language_modeling':
-            check_gold(item['gold'], len(texts))
-        for text in texts:
-            tokenizer.encode(text)
-    except WRONG_TYPES as error:
-        raise ValueError(f'{task.path}: {str(item)[:100]} cannot be an item of {task.kind} '
-                         f'({type(error).__name__}: {error})') from None
-
-
-# -----------------------------------------------------------------------------
-# scores
+        raise ValueError(f'--core={folder} is not a CORE bundle for this tokenizer: {source}: '
+                         f'{type(error).__name__}: {reason}') from None
+    return tasks
 
 
 def evaluate_core(score, tokenizer, bundle: list[CoreTask], *, block_size: int) -> dict:
@@ -105,34 +90,40 @@ def evaluate_core(score, tokenizer, bundle: list[CoreTask], *, block_size: int) 
     """
     tasks = {}
     for task in bundle:
-        groups = [rows_of(task, i, tokenizer, block_size=block_size) for i in range(len(task.items))]
-        scores = iter(score([row for rows in groups for row in rows], task.label))
-        hits = []
-        for item, rows in zip(task.items, groups, strict=True):
-            hits.append(is_right(task, item, [next(scores) for _ in rows]))
+        rows = []
+        for i in range(len(task.items)):
+            rows += rows_of(task, i, tokenizer, block_size=block_size)
+        hits = [is_right(task.kind, *scored) for scored in by_item(task.items, score(rows, task.label))]
         numbers = mean_stderr('acc', hits)
         centered = (numbers['acc'] - task.baseline) / (1 - task.baseline)
-        tasks[task.label] = dict(n=len(task.items), **numbers, centered=centered, shots=task.n_shots)
+        tasks[task.label] = dict(n=len(hits), **numbers, centered=centered, shots=task.n_shots)
     n_items = sum(numbers['n'] for numbers in tasks.values())
     core = float(np.mean([numbers['centered'] for numbers in tasks.values()]))
     return dict(n=n_items, core=core, tasks=tasks)
 
 
 def rows_of(task: CoreTask, i: int, tokenizer, *, block_size: int) -> list[Row]:
-    """The rows of item i, after examples drawn from the other items: one per text, one for language_modeling.
+    """Return the rows of item i's pairs, after examples drawn from the other items.
 
     Only the last block_size tokens of a text are kept, as nanochat does.
     """
+    # the examples, then the item
     others = [n for n in range(len(task.items)) if n != i]
     shown = [task.items[n] for n in random.Random(1234 + i).sample(others, task.n_shots)]
-    texts = [opening(tokenizer) + tokenizer.encode(text) for text in texts_of(task, task.items[i], shown)]
-    if task.kind == 'schema':  # the contexts differ, and the end that they share is scored
+    answered = [item.pairs[item.gold] for item in shown]
+    before = ''.join(f'{context}{task.delimiter}{answer}\n\n' for context, answer in answered)
+    prompts = [f'{before}{context}{task.delimiter}' for context, _ in task.items[i].pairs]
+    texts = [prompt + answer for prompt, (_, answer) in zip(prompts, task.items[i].pairs, strict=True)]
+    texts = [opening(tokenizer) + tokenizer.encode(text) for text in texts]
+
+    # scored is the end that the texts share, or all after their shared beginning, or all after the prompt
+    if task.kind == 'schema':
         n_shared = shared_length([ids[::-1] for ids in texts])
         starts = [len(ids) - n_shared for ids in texts]
-    else:
+    elif task.kind == 'multiple_choice':
         starts = [shared_length(texts)] * len(texts)
-    if task.kind == 'language_modeling':
-        texts, starts = texts[1:], starts[1:]
+    else:
+        starts = [shared_length([opening(tokenizer) + tokenizer.encode(prompts[0].strip()), *texts])]
     rows = []
     for ids, start in zip(texts, starts, strict=True):
         n_cut = max(len(ids) - block_size, 0)
@@ -140,38 +131,16 @@ def rows_of(task: CoreTask, i: int, tokenizer, *, block_size: int) -> list[Row]:
     return rows
 
 
-def texts_of(task: CoreTask, item: dict, shown: list[dict]) -> list[str]:
-    """The texts of an item, one per choice or context.
-
-    For language_modeling: the prompt, and the prompt with its continuation.
-    """
-    end = task.delimiter
-    if task.kind == 'multiple_choice':
-        before = ''.join(f'{each["query"]}{end}{each["choices"][each["gold"]]}\n\n' for each in shown)
-        return [f'{before}{item["query"]}{end}{choice}' for choice in item['choices']]
-    if task.kind == 'schema':
-        before = ''.join(f'{each["context_options"][each["gold"]]}{end}{each["continuation"]}\n\n'
-                         for each in shown)
-        return [f'{before}{context}{end}{item["continuation"]}' for context in item['context_options']]
-    before = ''.join(f'{each["context"].strip()}{end}{each["continuation"]}\n\n' for each in shown)
-    prompt = f'{before}{item["context"].strip()}{end}'
-    return [prompt.strip(), prompt + item['continuation']]
-
-
 def shared_length(sequences):
-    """Number of tokens that all sequences share at their beginning."""
-    shared = 0
-    for tokens in zip(*sequences, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        shared += 1
-    return shared
+    """Count the tokens that all sequences share at their beginning."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
 
 
-def is_right(task: CoreTask, item: dict, scores: list[RowScore]) -> bool:
-    """Whether the right text has the smallest loss per token; or each token is the most likely one."""
-    if task.kind == 'language_modeling':
+def is_right(kind, item, scores):
+    """Tell whether the right text has the smallest loss per token, or each token is the most likely one."""
+    if kind == 'language_modeling':
         return scores[0].is_greedy
     # a text without tokens of its own has no loss; min() then takes the first text, as in nanochat
     losses = [-row.log_likelihood / row.n_tokens if row.n_tokens else math.nan for row in scores]
-    return losses.index(min(losses)) == item['gold']
+    return losses.index(min(losses)) == item.gold

@@ -3,13 +3,15 @@
     benchmarks = read_benchmarks(['hellaswag', 'lambada'], '', 1000, tokenizer=tokenizer)
     numbers = evaluate_task(score, 'hellaswag', benchmarks['hellaswag'])     # {'n': 1000, 'acc': ..., ...}
 
-Prompts, choices and accuracies are those of lm-evaluation-harness 0.4.13 without examples in the prompt; the
-tests compare them item by item. `score` is scoring.score_rows for a model: (rows, title) -> [RowScore].
+Prompts, choices and accuracies are those of lm-evaluation-harness 0.4.13 without examples in the prompt.
+`score` is scoring.score_rows for a model: (rows, title) -> [RowScore].
 """
 
 import math
 import re
 import string
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +19,16 @@ import numpy as np
 import distributed
 from files import print0, printable
 from scoring import Row, RowScore
-from tasks import sources
+from tasks.sources import own_form, read_items
 from tokens.tokenizer import opening
 
 TYPICAL = string.ascii_letters + string.digits + ' .,:\'"'  # characters that occur in every benchmark
+WRONG_FORM = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # raised by items of another form
 
 
 class Item(NamedTuple):
     pairs: list[tuple[str, str]]  # a context and what follows it, for each choice
-    gold: int  # number of the right choice
+    gold: int = 0  # number of the right choice
 
 
 class Benchmark(NamedTuple):
@@ -42,9 +45,9 @@ class Unwritable(ValueError):
 # items
 
 
-def hellaswag(item: dict) -> Item:
-    context = clean_wikihow(f'{item["activity_label"]}: {item["ctx_a"]} {item["ctx_b"].capitalize()}')
-    return Item([(context, clean_wikihow(ending)) for ending in item['endings']], int(item['label']))
+def hellaswag(raw: dict) -> Item:
+    context = clean_wikihow(f'{raw["activity_label"]}: {raw["ctx_a"]} {raw["ctx_b"].capitalize()}')
+    return Item([(context, clean_wikihow(ending)) for ending in raw['endings']], int(raw['label']))
 
 
 def clean_wikihow(text):
@@ -52,40 +55,37 @@ def clean_wikihow(text):
     return re.sub(r'\[.*?\]', '', text).replace('  ', ' ')
 
 
-def lambada(item: dict) -> Item:
-    context, _, last_word = item['text'].rpartition(' ')
-    return Item([(context, last_word)], 0)
+def lambada(raw: dict) -> Item:
+    context, _, last_word = raw['text'].rpartition(' ')
+    return Item([(context, last_word)])
 
 
-def arc(item: dict) -> Item:
-    context = f'Question: {item["question"]}\nAnswer:'
-    choices = item['choices']
-    return Item([(context, choice) for choice in choices['text']], choices['label'].index(item['answerKey']))
+def arc(raw: dict) -> Item:
+    return openbookqa({**raw, 'question_stem': f'Question: {raw["question"]}\nAnswer:'})
 
 
-def openbookqa(item: dict) -> Item:
-    choices = item['choices']
-    gold = choices['label'].index(item['answerKey'].lstrip())
-    return Item([(item['question_stem'], choice) for choice in choices['text']], gold)
+def openbookqa(raw: dict) -> Item:
+    gold = raw['choices']['label'].index(raw['answerKey'].lstrip())
+    return Item([(raw['question_stem'], choice) for choice in raw['choices']['text']], gold)
 
 
-def piqa(item: dict) -> Item:
-    context = f'Question: {item["goal"]}\nAnswer:'
-    return Item([(context, item['sol1']), (context, item['sol2'])], int(item['label']))
+def piqa(raw: dict) -> Item:
+    context = f'Question: {raw["goal"]}\nAnswer:'
+    return Item([(context, raw['sol1']), (context, raw['sol2'])], int(raw['label']))
 
 
-def winogrande(item: dict) -> Item:
+def winogrande(raw: dict) -> Item:
     """Score the same ending after either name (arXiv:1806.02847)."""
-    before, _, after = item['sentence'].partition('_')
-    pairs = [(before + item[name], after.strip()) for name in ('option1', 'option2')]
-    return Item(pairs, int(item['answer']) - 1)
+    before, _, after = raw['sentence'].partition('_')
+    pairs = [(before + raw[name], after.strip()) for name in ('option1', 'option2')]
+    return Item(pairs, int(raw['answer']) - 1)
 
 
-def copa(item: dict) -> Item:
-    context = item['premise'].strip()[:-1] + {'cause': ' because', 'effect': ' therefore'}[item['question']]
-    # encode() adds a space before each choice, so two spaces stand there, as in the harness
-    pairs = [(context, f' {choice[0].lower()}{choice[1:]}') for choice in (item['choice1'], item['choice2'])]
-    return Item(pairs, int(item['label']))
+def copa(raw: dict) -> Item:
+    context = raw['premise'].strip()[:-1] + {'cause': ' because', 'effect': ' therefore'}[raw['question']]
+    # prepare() adds a space before each choice, so two spaces stand there, as in the harness
+    pairs = [(context, f' {choice[0].lower()}{choice[1:]}') for choice in (raw['choice1'], raw['choice2'])]
+    return Item(pairs, int(raw['label']))
 
 
 TASKS = dict(hellaswag=hellaswag, lambada=lambada, arc_easy=arc, arc_challenge=arc, piqa=piqa,
@@ -110,9 +110,8 @@ def read_benchmarks(names: list[str], eval_dir: str, max_examples: int, *, token
         except ValueError as error:  # nothing needs to be downloaded to know this
             print0(f'skipping {", ".join(names)}: {error}')
             return {}
-    found = distributed.on_first_rank(lambda: sources.read_items(names, eval_dir))
     benchmarks = {}
-    for name, (items, source) in found.items():
+    for name, (items, source) in distributed.on_first_rank(lambda: read_items(names, eval_dir)).items():
         try:
             benchmarks[name] = prepare(name, items[:max_examples or None], source, tokenizer=tokenizer)
         except Unwritable as error:
@@ -125,15 +124,14 @@ def read_benchmarks(names: list[str], eval_dir: str, max_examples: int, *, token
 def prepare(name: str, raw_items: list[dict], source: str, *, tokenizer) -> Benchmark:
     """Make a benchmark of items as their dataset has them. ValueError names an item of another form."""
     items, rows = [], []
-    for i, raw_item in enumerate(raw_items):
+    for i, raw in enumerate(raw_items):
         try:
-            item = TASKS[name](raw_item)
-            check_gold(item.gold, len(item.pairs))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            item = checked(TASKS[name](own_form(raw)))
+        except WRONG_FORM as error:
             raise ValueError(f'{source}: item {i} cannot be an item of {name} '
                              f'({type(error).__name__}: {error})') from None
         try:
-            rows += [encode_pair(tokenizer, context, ' ' + choice) for context, choice in item.pairs]
+            rows += [encode_pair(tokenizer, context, f' {choice}') for context, choice in item.pairs]
         except ValueError as error:
             raise Unwritable(f'{source}: item {i} cannot be scored with this tokenizer: {error}') from None
         items.append(item)
@@ -142,9 +140,10 @@ def prepare(name: str, raw_items: list[dict], source: str, *, tokenizer) -> Benc
     return Benchmark(items, rows, source)
 
 
-def check_gold(gold, n_choices):
-    if not 0 <= gold < n_choices:  # test splits that keep their answers secret say -1
-        raise ValueError(f'the right choice is number {gold} of {n_choices}, counted from 0')
+def checked(item: Item) -> Item:
+    if not 0 <= item.gold < len(item.pairs):  # test splits that keep their answers secret say -1
+        raise ValueError(f'the right choice is number {item.gold} of {len(item.pairs)}, counted from 0')
+    return item
 
 
 def encode_pair(tokenizer, context: str, continuation: str) -> Row:
@@ -153,12 +152,10 @@ def encode_pair(tokenizer, context: str, continuation: str) -> Row:
     Spaces at the end of the context belong to the continuation, because byte-level BPE joins a space and the
     word after it.
     """
-    bare = context.rstrip()
-    if bare:
-        before, whole = tokenizer.encode(bare), tokenizer.encode(context + continuation)
-    else:
+    before, whole = tokenizer.encode(context.rstrip()), tokenizer.encode(context + continuation)
+    if not context.rstrip():
         before = opening(tokenizer)
-        whole = before + tokenizer.encode(context + continuation)
+        whole = before + whole
     if len(whole) <= len(before):
         raise ValueError(f'{continuation!r} has no token of its own after {context[-40:]!r}')
     return Row(np.array(whole, dtype=np.int32), len(before))
@@ -183,33 +180,31 @@ def evaluate_task(score, name: str, benchmark: Benchmark) -> dict:
 
 
 def choice_accuracies(items: list[Item], scores: list[RowScore]) -> dict:
-    """Count how often the most likely choice is right: in total, per character, per byte and per token.
-
-    scores  of each pair of each item, in order
-    """
-    hits, first = dict(acc=[], acc_norm=[], acc_bytes=[], acc_tokens=[]), 0
-    for item in items:
-        rows = scores[first:first + len(item.pairs)]
-        first += len(item.pairs)
-        sizes = dict(acc=[1] * len(rows), acc_norm=[len(choice) for _, choice in item.pairs],
-                     acc_bytes=[len(choice.encode()) for _, choice in item.pairs],
-                     acc_tokens=[row.n_tokens for row in rows])
-        for name, units in sizes.items():
-            hits[name].append(most_likely(rows, units) == item.gold)
+    """Count how often the most likely choice is right: in total, per character, per byte and per token."""
+    hits = dict(acc=[], acc_norm=[], acc_bytes=[], acc_tokens=[])
+    for item, rows in by_item(items, scores):
+        sizes = [(1, len(choice), len(choice.encode()), row.n_tokens)
+                 for (_, choice), row in zip(item.pairs, rows, strict=True)]
+        for values, units in zip(hits.values(), zip(*sizes, strict=True), strict=True):
+            # an empty choice is never taken
+            likelihoods = [row.log_likelihood / n if n else -math.inf
+                           for row, n in zip(rows, units, strict=True)]
+            values.append(np.argmax(likelihoods) == item.gold)
     numbers = {}
     for name, values in hits.items():
         numbers |= mean_stderr(name, values)
     return numbers
 
 
-def most_likely(rows, sizes):
-    """Number of the choice with the largest log-likelihood per unit; an empty choice is never taken."""
-    return np.argmax([row.log_likelihood / size if size else -math.inf
-                      for row, size in zip(rows, sizes, strict=True)])
+def by_item(items: list[Item], scores: list[RowScore]) -> Iterator:
+    """Yield each item with the scores of its pairs."""
+    remaining = iter(scores)
+    for item in items:
+        yield item, list(islice(remaining, len(item.pairs)))
 
 
 def mean_stderr(name: str, values) -> dict:
-    """{name: mean, name_stderr: its standard error}; a single value has no error."""
+    """Return {name: mean, name_stderr: its standard error}; a single value has no error."""
     values = np.asarray(values, dtype=np.float64)
     numbers = {name: float(values.mean())}
     if len(values) > 1:

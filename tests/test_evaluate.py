@@ -144,11 +144,11 @@ def test_core_scores_the_right_tokens_behind_seeded_examples(bundle):
 
     tasks = core.read_core(bundle, CharTokenizer(CHARS))
     found = core.evaluate_core(rate, tokenizer, tasks, block_size=1000)
-    assert [item['query'] for item in tasks[0].items] == ['q1', 'q0', 'q3', 'q2', 'q5', 'q4'], 'random.Random(1337).shuffle'
+    assert [item.pairs[0][0] for item in tasks[0].items] == ['q1', 'q0', 'q3', 'q2', 'q5', 'q4'], 'random.Random(1337).shuffle'
     # before the first item, random.Random(1234).sample shows numbers 4 and 1 with their answers; the three choices share their first letter
     before = '\nq5\nAnswer: ac5\n\nq0\nAnswer: a0\n\nq1\nAnswer: a'
     assert seen['mc'][:3] == [(before, '1'), (before, 'b1'), (before, 'c1')]
-    i = tasks[1].items[0]['context_options'][0][1]
+    i = tasks[1].items[0].pairs[0][0][1]
     assert seen['schema'][:2] == [('\nx', f'{i} is it'), ('\nyy', f'{i} is it')], 'what the two texts share at their end'
     assert all(before.endswith(f'\n\nc{end[2]}') and end[:2] == ' d' for before, end in seen['lm']) and len(seen['lm']) == 3
     assert found['tasks']['lm']['acc'] == found['tasks']['lm']['centered'] == 1.0
@@ -169,11 +169,11 @@ def test_core_cuts_to_the_last_tokens_and_says_what_is_wrong_with_a_bundle(bundl
 
 
 @pytest.mark.parametrize('file, content, message', [
-    ('sub/mc', '', 'mc.jsonl has no items'),
-    ('sub/mc', '{"query": "q"}', r"mc.jsonl: {'query': 'q'} cannot be an item of multiple_choice \(KeyError: 'choices'"),
+    ('sub/mc', '', 'sub/mc.jsonl: ValueError: 2 examples are shown before each of 0 items'),
+    ('sub/mc', '{"query": "q"}', r"sub/mc.jsonl, {'query': 'q'} as an item of multiple_choice: KeyError: 'choices'"),
     ('schema', '{"context_options": ["a", "b"], "continuation": "c", "gold": -1}', 'the right choice is number -1 of 2, counted from 0'),
-    ('lm', '{"context": "weiß", "continuation": "x"}', r"lm.jsonl: .* character 'ß' \(U\+00DF\)"),
-    ('lm', '[1, 2]', r'lm.jsonl: \[1, 2\] cannot be an item of language_modeling'),
+    ('lm', '{"context": "weiß", "continuation": "x"}', r"lm.jsonl, .* character 'ß' \(U\+00DF\)"),
+    ('lm', '[1, 2]', r'lm.jsonl, \[1, 2\] as an item of language_modeling: TypeError'),
 ])
 def test_an_item_of_core_that_is_none_is_named_before_anything_is_scored(bundle, file, content, message):
     (bundle / f'eval_data/{file}.jsonl').write_text(content, encoding='utf-8')
@@ -182,7 +182,7 @@ def test_an_item_of_core_that_is_none_is_named_before_anything_is_scored(bundle,
 
 
 def test_choices_without_a_token_of_their_own_end_no_evaluation(small):
-    task = core.CoreTask('x', 'multiple_choice', n_shots=0, delimiter=' ', baseline=0.25, path=None, items=[dict(query='q', choices=['a', 'a'], gold=0)])
+    task = core.CoreTask('x', 'multiple_choice', n_shots=0, delimiter=' ', baseline=0.25, items=[Item([('q', 'a'), ('q', 'a')], 0)])
     found = core.evaluate_core(rater(small, 1), CharTokenizer(CHARS), [task], block_size=32)
     assert found['tasks']['x']['acc'] == 1.0  # nothing is said about them, and the first is taken, as nanochat does
 
@@ -230,7 +230,7 @@ def test_files_of_the_package_are_read_as_the_items_of_their_own_datasets():
     question = dict(native_id='a', doc=dict(id='a', query='Question: Why?\nAnswer:', choices=['so', 'no', 'oh'], gold=2))
     word = dict(native_id=0, doc=dict(query='To be or not to', choices=['be'], answers_text=['be']))
     data = gzip.compress('\n'.join(map(json.dumps, [question, question, word, word, question])).encode())
-    first, second = sources.read_table(data, Path('requests.jsonl.gz'))
+    first, second = map(sources.own_form, sources.read_table(data, Path('requests.jsonl.gz')))
     assert arc(first) == ([('Question: Why?\nAnswer:', choice) for choice in ('so', 'no', 'oh')], 2)
     assert openbookqa(first) == ([('Why?', choice) for choice in ('so', 'no', 'oh')], 2)
     assert lambada(second) == ([('To be or not to', 'be')], 0)
@@ -330,7 +330,7 @@ def test_default_tasks_leave_out_what_the_tokenizer_cannot_write(monkeypatch, tm
 
 def test_a_byte_order_mark_is_no_part_of_an_item_or_a_bundle(tmp_path, bundle):
     (tmp_path / 'piqa.jsonl').write_bytes(b'\xef\xbb\xbf{"goal": "g"}\n')
-    assert sources.from_folder('piqa', tmp_path).items == [dict(goal='g')]
+    assert sources.from_folder('piqa', tmp_path)[0] == [dict(goal='g')]
     for path in (bundle / 'eval_meta_data.csv', bundle / 'core.yaml', bundle / 'eval_data/lm.jsonl'):
         path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
     assert [task.baseline for task in core.read_core(bundle, CharTokenizer(CHARS))] == [0.25, 0.5, 0.0]
