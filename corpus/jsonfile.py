@@ -3,139 +3,80 @@
 ijson parses. It reads half a surrogate pair, such as "\\ud83d" alone, as a question mark.
 """
 
+import re
+
 import ijson
 
 from corpus.textfile import MAX_RECORD_CHARS, TextFile, too_long
 
-MAX_DEPTH = 200
+TOO_DEEP = re.compile(r'(?:[\[{]\s*(?:"[^"]*"\s*:\s*)?){200}')  # ijson keeps the path of every value above
 RECORD_LISTS = ('messages', 'conversations', 'paragraphs')  # lists of objects within one record
 
 
-class JsonEvents:
-    """Iterate over the events of ijson in a TextFile.
-
-    raises   ValueError where values are nested too deep, or `pending` characters were read since it was reset
-    """
+class Source:
+    """A TextFile as ijson reads it. It counts the characters since n_pending was last set to 0."""
 
     def __init__(self, file):
-        self.file, self.pending = file, 0
+        self.file, self.n_pending = file, 0
 
-    def read(self, size):
-        text = self.file.read(size)
-        self.pending += len(text)
-        if self.pending > MAX_RECORD_CHARS:
+    def read(self, n_chars):
+        text = self.file.read(n_chars)
+        self.n_pending += len(text)
+        if self.n_pending > MAX_RECORD_CHARS:
             raise too_long(f'{self.file.path}: a record')
+        if TOO_DEEP.search(text):
+            raise ValueError('nested more than 200 deep')
         return text.encode('utf-8')
 
-    def __iter__(self):
-        depth = 0
-        for event, value in ijson.basic_parse(self, multiple_values=True, use_float=True):
-            depth += step(event)
-            if depth > MAX_DEPTH:
-                raise ValueError(f'nested more than {MAX_DEPTH} deep')
-            yield event, value
 
-
-def read_json_records(path, reading):
+def read_json(path, reading):
     """Yield (record, where) of every record of a file."""
     n_records = 0
     try:
-        layout, list_key = find_layout(path, reading.encoding, reading.errors, reading.fields or ())
+        prefix = find_prefix(path, reading)
         with reading.open(path) as file:
-            events = JsonEvents(file)
-            for record in read_values(iter(events), layout, list_key):
-                n_records, events.pending = n_records + 1, 0
+            source = Source(file)
+            if prefix is None:
+                records = (record for _, record in ijson.kvitems(source, '', use_float=True))
+            else:
+                records = ijson.items(source, prefix, multiple_values=not prefix, use_float=True)
+            for record in records:
+                if prefix is None and not isinstance(record, dict):
+                    raise ValueError(f'{record!r:.40} is not an object, as the values before it are')
+                n_records, source.n_pending = n_records + 1, 0
                 yield record, f'{path}, record {n_records}'
     except (ValueError, ijson.JSONError) as error:
         if str(error).startswith(path):
             raise
         reason = str(error).partition('\n')[0].strip()
-        raise ValueError(f'{path}, record {n_records + 1}: not JSON: {reason}') from None
+        raise ValueError(f'{path}, record {n_records + 1}: not JSON: {reason} '
+                         '(if each line is a record, use --format=jsonl)') from None
 
 
-def step(event):
-    return event.startswith('start') - event.startswith('end')
+def find_prefix(path, reading):
+    """Tell from the first value of a file where its records are, as a prefix of ijson.
 
-
-def find_layout(path, encoding, errors, fields):
-    """Tell how a JSON file holds its records, from its first value.
-
-    fields   fields of a record that may hold lists
-    returns  ('values', None) for an object of objects; ('list', key) for {"data": [...]} and {"key": [...]};
-             ('sequence', None) for an array, and for one record after another
+    returns  'item' for an array, 'key.item' for {"key": [...]}, '' for one record after another, and None for
+             an object of objects
     """
     depth, key, kinds = 0, None, []
-    with TextFile(path, encoding, errors) as file:
-        events = JsonEvents(file)
-        for event, value in events:
-            events.pending = 0
+    with TextFile(path, reading.encoding, reading.errors) as file:
+        source = Source(file)
+        for event, value in ijson.basic_parse(source, multiple_values=True):
+            source.n_pending = 0
             if depth == 0 and event != 'start_map':
-                break
+                return 'item' if event == 'start_array' else ''
             if depth == 1 and event == 'map_key':
                 key = value
             elif depth == 1 and event != 'end_map':
                 kinds.append(event)
                 if (key, event) == ('data', 'start_array'):
-                    return 'list', key
-            depth += step(event)
+                    return 'data.item'
+            depth += event.startswith('start') - event.startswith('end')
             if depth == 0 or len(kinds) == 2 and depth == 1:
                 break
     if kinds and set(kinds) == {'start_map'}:
-        return 'values', None
-    if kinds == ['start_array'] and key not in (*RECORD_LISTS, *fields):
-        return 'list', key
-    return 'sequence', None
-
-
-def read_values(events, layout, list_key):
-    """Yield the records of a JSON file of this layout, from an iterator over its events."""
-    for event, value in events:
-        if event == 'start_array':
-            yield from elements(events)
-        elif event == 'start_map' and layout == 'values':
-            yield from members_of(events)
-        elif event == 'start_map' and layout == 'list':
-            yield from list_of(events, list_key)
-        else:
-            yield build(event, value, events)
-
-
-def elements(events):
-    for event, value in events:
-        if event == 'end_array':
-            return
-        yield build(event, value, events)
-
-
-def members_of(events):
-    for event, key in events:
-        if event == 'end_map':
-            return
-        member = build(*next(events), events)
-        if not isinstance(member, dict):
-            raise ValueError(f'{key!r:.40} is not an object, as the values before it are: '
-                             'if each line is a record, use --format=jsonl')
-        yield member
-
-
-def list_of(events, list_key):
-    for event, key in events:
-        if event == 'end_map':
-            return
-        event, value = next(events)
-        if key == list_key and event == 'start_array':
-            yield from elements(events)
-        else:
-            build(event, value, events)
-
-
-def build(event, value, events):
-    """Build the value that begins with an event."""
-    builder = ijson.ObjectBuilder()
-    builder.event(event, value)
-    depth = step(event)
-    while depth:
-        event, value = next(events)
-        depth += step(event)
-        builder.event(event, value)
-    return builder.value
+        return None
+    if kinds == ['start_array'] and key not in (*RECORD_LISTS, *(reading.fields or ())):
+        return f'{key}.item'
+    return ''

@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 from corpus.blocks import Row, check_blocks, read_rows
 from corpus.columns import read_arrow, read_parquet
-from corpus.textfile import MAX_RECORD_CHARS, TextFile, naming, no_field, too_long
+from corpus.textfile import MAX_RECORD_CHARS, TextFile, naming, too_long
 from corpus.wiki import plain_text, read_pages
 from files import json_lines, print0, read_json
 
@@ -89,9 +89,9 @@ def find_files(inputs, format: str = 'auto') -> list[File]:
                              f'one of {", ".join(FORMATS)}')
         else:
             files.append(File(path, kind))
-    for file in files:
-        if file.format in ('parquet', 'arrow') and COMPRESSED.search(file.path):
-            raise ValueError(f'{file.path}: Parquet and Arrow have their own compression: unpack this file')
+    for path, kind in files:
+        if kind in ('parquet', 'arrow') and COMPRESSED.search(path):
+            raise ValueError(f'{path}: Parquet and Arrow have their own compression: unpack this file')
     return files
 
 
@@ -182,8 +182,8 @@ class Reading:
     errors: str = 'strict'
     encoding: str = 'utf-8'
     to_skip: int = 0  # documents still to pass over
-    n_read: int = 0  # bytes of the file that is read, where no TextFile counts them
-    file: TextFile | None = None
+    n_read: int = 0  # bytes of the file that is read
+    file: TextFile | None = None  # it is read through, if it is text
 
     def __post_init__(self):
         if self.errors not in ERRORS:
@@ -194,16 +194,29 @@ class Reading:
             raise ValueError(f'--encoding={self.encoding}: unknown encoding, '
                              'examples are utf-8, gb18030, big5, utf-16') from None
 
-    def progress(self):
-        return self.file.n_read if self.file else self.n_read
-
     @contextlib.contextmanager
     def open(self, path):
         """Open a text file and measure the progress on it."""
-        with TextFile(path, self.encoding, self.errors) as file:
-            self.file = file
-            yield file
-            file.report_replaced()
+        with TextFile(path, self.encoding, self.errors) as self.file:
+            yield self.file
+            self.file.report_replaced()
+            self.progress()
+        self.file = None
+
+    def progress(self):
+        if self.file:
+            self.n_read = self.file.raw.tell()
+        return self.n_read
+
+    def check_fields(self, where, names):
+        """Raise ValueError if a field to take is not among these names."""
+        for field in self.fields or ():
+            if field not in names:
+                shown = ', '.join(list(names)[:20]) or 'none at all'
+                if len(names) > 20:
+                    shown += f' and {len(names) - 20:,} more'
+                raise ValueError(f'{where}: no field {field!r} with text, only {shown}: '
+                                 'name the field to take with --field')
 
 
 def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict', encoding: str = 'utf-8',
@@ -223,7 +236,7 @@ def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict
             check_blocks(folder, folders[0])
     n_before = 0  # bytes of the files before this one
     for path, format in files:
-        reading.file, text_of = None, TEXT_OF.get(format)
+        text_of = TEXT_OF.get(format)
         with naming(path):
             for record, where in READERS[format](path, reading):
                 if reading.to_skip:
@@ -231,7 +244,7 @@ def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict
                     continue
                 text = text_of(record, where, reading) if text_of else record
                 yield Document(text, where, n_before + reading.progress())
-        n_before += reading.progress()
+        n_before += reading.n_read
 
 
 def read_records(files: list[File], *, encoding: str = 'utf-8'):
@@ -272,63 +285,22 @@ def read_paragraphs(path, reading):
             if line.strip():
                 lines.append(line)
                 n_chars += len(line)
-            if n_chars > MAX_RECORD_CHARS:
-                raise too_long(f'{path}, line {first}: a paragraph')
-            if not line.strip():
-                yield '\n'.join(lines), f'{path}, line {first}'
+                if n_chars > MAX_RECORD_CHARS:
+                    raise too_long(f'{path}, line {first}: a paragraph')
+            else:
+                yield ''.join(lines).rstrip('\n'), f'{path}, line {first}'
                 lines, n_chars, first = [], 0, number + 1
-        yield '\n'.join(lines), f'{path}, line {first}'
+        yield ''.join(lines).rstrip('\n'), f'{path}, line {first}'
 
 
 def read_lines(path, reading):
     with reading.open(path) as file:
         for number, line in enumerate(file.lines(), 1):
-            yield line, f'{path}, line {number}'
+            yield line.rstrip('\n'), f'{path}, line {number}'
 
 
 # -----------------------------------------------------------------------------
 # records with fields
-
-
-def text_of_record(record, where, reading):
-    """Join a record's fields by line feeds. A list of texts is as good as a text, and so is a bare string."""
-    fields = reading.fields
-    if isinstance(record, str):
-        record, fields = {'': record}, ['']
-    if not isinstance(record, dict):
-        raise ValueError(f'{where}: an object or a string is needed, not {excerpt(record)}')
-    texts = []
-    for field in fields:
-        if field not in record:
-            raise no_field(where, field, record)
-        value = record[field]
-        if isinstance(value, list) and all(isinstance(text, str) for text in value):
-            value = '\n'.join(value)
-        if not isinstance(value, str | None):
-            raise ValueError(f'{where}: field {field!r} holds {excerpt(value)}, which is not text')
-        if value:
-            texts.append(value)
-    text = '\n'.join(texts)
-    if '\r' in text:  # JSON writes it as an escape, Parquet as it is
-        text = text.replace('\r\n', '\n').replace('\r', '\n')
-    return whole_characters(text, where, reading.errors)
-
-
-def excerpt(value):
-    return json.dumps(value, default=str, ensure_ascii=False)[:40]
-
-
-def whole_characters(text, where, errors):
-    r"""Refuse or replace half a surrogate pair, which JSON can express as "\ud83d" without its other half."""
-    try:
-        text.encode('utf-8')
-    except UnicodeEncodeError as error:
-        if errors == 'strict':
-            code = f'U+{ord(text[error.start]):04X}'
-            raise ValueError(f'{where}: half a surrogate pair ({code}) is not a character: '
-                             'correct it, or --errors=replace puts U+FFFD in its place') from None
-        return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
-    return text
 
 
 def read_jsonl(path, reading):
@@ -340,12 +312,10 @@ def read_jsonl(path, reading):
 def read_csv(path, reading, delimiter=','):
     csv.field_size_limit(MAX_RECORD_CHARS)
     with reading.open(path) as file:
-        rows = csv.reader((line + '\n' for line in file.lines()), delimiter=delimiter, strict=True)
+        rows = csv.reader(file.lines(), delimiter=delimiter, strict=True)
         try:
             names = next(rows, [])
-            for field in reading.fields or ():
-                if field not in names:
-                    raise no_field(path, field, names)
+            reading.check_fields(path, names)
             for row in filter(None, rows):
                 if len(row) != len(names):
                     raise ValueError(f'{path}, line {rows.line_num}: {len(row)} fields '
@@ -356,18 +326,54 @@ def read_csv(path, reading, delimiter=','):
 
 
 def read_json_file(path, reading):
-    from corpus.jsonfile import read_json_records  # imports ijson
-    yield from read_json_records(path, reading)
+    from corpus.jsonfile import read_json  # imports ijson
+    yield from read_json(path, reading)
+
+
+def text_of_record(record, where, reading):
+    """Join a record's fields by line feeds. A list of texts is as good as a text, and so is a bare string."""
+    if isinstance(record, str):
+        return clean(record, where, reading.errors)
+    if not isinstance(record, dict):
+        raise ValueError(f'{where}: an object or a string is needed, not {excerpt(record)}')
+    reading.check_fields(where, record)
+    texts = []
+    for field in reading.fields:
+        value = record[field]
+        if isinstance(value, list) and all(isinstance(text, str) for text in value):
+            value = '\n'.join(value)
+        if not isinstance(value, str | None):
+            raise ValueError(f'{where}: field {field!r} holds {excerpt(value)}, which is not text')
+        if value:
+            texts.append(value)
+    return clean('\n'.join(texts), where, reading.errors)
+
+
+def excerpt(value):
+    return json.dumps(value, default=str, ensure_ascii=False)[:40]
+
+
+def clean(text, where, errors):
+    r"""Make all line ends line feeds. Refuse or replace half a surrogate pair, as JSON's "\ud83d" alone."""
+    if '\r' in text:
+        text = text.replace('\r\n', '\n').replace('\r', '\n')
+    try:
+        text.encode('utf-8')
+    except UnicodeEncodeError as error:
+        if errors == 'strict':
+            code = f'U+{ord(text[error.start]):04X}'
+            raise ValueError(f'{where}: half a surrogate pair ({code}) is not a character: '
+                             'correct it, or --errors=replace puts U+FFFD in its place') from None
+        return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
+    return text
 
 
 # -----------------------------------------------------------------------------
-# Wikipedia and blocks
+# Wikipedia
 
 
 def read_wiki(path, reading):
-    unknown = set(reading.fields) - {'title', 'text'}
-    if unknown:
-        raise no_field(path, min(unknown), ['title', 'text'])
+    reading.check_fields(path, ('title', 'text'))
     with reading.open(path) as file:
         for page in read_pages(file, path):
             yield page, f'{path}, {page.title}'
@@ -377,7 +383,7 @@ def text_of_page(page, where, reading):
     values = {'title': page.title, 'text': plain_text(page.wikitext, page.hidden)}
     if not values['text']:
         return ''
-    return whole_characters('\n'.join(values[field] for field in reading.fields), where, 'replace')
+    return clean('\n'.join(values[field] for field in reading.fields), where, 'replace')
 
 
 READERS = {

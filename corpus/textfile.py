@@ -11,6 +11,9 @@ import re
 from files import print0
 
 MAX_RECORD_CHARS = 64 << 20  # a longer record means that the file has another format
+# The order matters: GB 18030 decodes most of Big5 to rare characters, and its common part GB 2312 does not.
+USUAL_ENCODINGS = {'utf-8': 'utf-8', 'utf-16': 'utf-16', 'gb2312': 'gb18030', 'big5': 'big5',
+                   'gb18030': 'gb18030'}
 
 
 @contextlib.contextmanager
@@ -34,9 +37,9 @@ def open_bytes(path):
     raw = open(path, 'rb')
     ending = os.path.splitext(path)[1].lower()
     if ending == '.gz':
-        return gzip.GzipFile(fileobj=raw), raw
+        return gzip.open(raw), raw
     if ending == '.bz2':
-        return bz2.BZ2File(raw), raw
+        return bz2.open(raw), raw
     if ending == '.zst':
         import pyarrow
         return io.BufferedReader(pyarrow.input_stream(raw, compression='zstd'), 1 << 20), raw
@@ -55,42 +58,36 @@ class TextFile:
     def __init__(self, path, encoding='utf-8', errors='strict'):
         self.path, self.encoding, self.errors = os.fspath(path), encoding, errors
         self.n_chars = self.n_replaced = 0
-        self.n_read = 0  # bytes of the file on disk
+        stream, self.raw = open_bytes(path)
+        if encoding == 'utf-8' and stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            self.encoding = 'utf-16'
+        self.text = io.TextIOWrapper(stream, self.encoding, errors.removesuffix('_all'), newline=None)
 
     def __enter__(self):
-        stream, self.raw = open_bytes(self.path)
-        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        if self.encoding == 'utf-8' and stream.peek(2)[:2] in marks:
-            self.encoding = 'utf-16'
-        self.text = io.TextIOWrapper(stream, self.encoding, self.errors.removesuffix('_all'), newline=None)
         return self
 
     def __exit__(self, *_):
         self.text.close()
         self.raw.close()
 
-    def lines(self):
-        """Yield every line, without its line end."""
-        number, begun = 1, []  # the parts of the line that has not ended
-        while chunk := self.read(1 << 16):
-            first, *others = chunk.split('\n')
-            begun.append(first)
-            if others:
-                yield ''.join(begun)
-                yield from others[:-1]
-                begun = others[-1:]
-            number += len(others)
-            if sum(map(len, begun)) > MAX_RECORD_CHARS:
-                raise too_long(f'{self.path}, line {number}: a line')
-        if any(begun):
-            yield ''.join(begun)
-
     def read(self, n_chars):
+        return self.checked(self.text.read, n_chars)
+
+    def lines(self):
+        """Yield every line, with its line feed."""
+        number = 1
+        while line := self.checked(self.text.readline, MAX_RECORD_CHARS + 1):
+            if len(line) > MAX_RECORD_CHARS:
+                raise too_long(f'{self.path}, line {number}: a line')
+            yield line
+            number += 1
+
+    def checked(self, read, n_chars):
         try:
-            text = self.text.read(n_chars)
-        except UnicodeError:
-            raise ValueError(wrong_encoding(self.path, self.encoding)) from None
-        self.n_read = self.raw.tell()
+            text = read(n_chars)
+        except UnicodeError as error:
+            reason = getattr(error, 'reason', error)
+            raise ValueError(wrong_encoding(self.path, self.encoding, reason)) from None
         if self.n_chars == 0:
             text = text.removeprefix('\ufeff')
         self.n_chars += len(text)
@@ -114,57 +111,36 @@ class TextFile:
                    f'because they are not {self.encoding}')
 
 
-def too_long(what):
-    return ValueError(f'{what} of more than {MAX_RECORD_CHARS >> 20} Mi characters: is the --format right?')
+def too_long(record):
+    return ValueError(f'{record} of more than {MAX_RECORD_CHARS >> 20} Mi characters: is the --format right?')
 
 
-def no_field(where, field, names):
-    shown = ', '.join(list(names)[:20]) or 'none at all'
-    if len(names) > 20:
-        shown += f' and {len(names) - 20:,} more'
-    return ValueError(f'{where}: no field {field!r} with text, only {shown}: '
-                      'name the field to take with --field')
-
-
-# -----------------------------------------------------------------------------
-# the encoding of a file
-
-
-def wrong_encoding(path, encoding):
+def wrong_encoding(path, encoding, reason):
     """Say where a file stops being text in this encoding, and which encoding fits it."""
-    line, reason = first_error(path, encoding)
     name = encoding.upper() if encoding.startswith('utf') else encoding
     remedy = fitting_encoding(path) or ('convert the file to UTF-8, name its encoding with --encoding, '
                                         'or --errors=replace puts U+FFFD in its place')
-    return f'{path}, line {line}: not {name} ({reason}): {remedy}'
+    return f'{path}, line {first_wrong_line(path, encoding)}: not {name} ({reason}): {remedy}'
 
 
 def fitting_encoding(path):
-    """Name the usual encoding that decodes all of a file; '' if there is none.
-
-    The order matters: GB 18030 decodes most of Big5 to rare characters, and its common part GB 2312 does not.
-    """
-    usual = {'utf-8': 'utf-8', 'utf-16': 'utf-16', 'gb2312': 'gb18030', 'big5': 'big5', 'gb18030': 'gb18030'}
-    for encoding, name in usual.items():
-        if first_error(path, encoding) is None:
+    """Name the usual encoding that decodes all of a file; '' if there is none."""
+    for encoding, name in USUAL_ENCODINGS.items():
+        if first_wrong_line(path, encoding) is None:
             return f'it is {name}: convert it to UTF-8, or use --encoding={name}'
     return ''
 
 
-def first_error(path, encoding):
-    """Find (line, reason) of the first bytes of a file that do not decode; None if all do."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
-    line = 1
+def first_wrong_line(path, encoding):
+    """Return the number of the first line with bytes outside an encoding; None if all of them decode."""
     stream, raw = open_bytes(path)
-    with raw:
-        while True:
-            data = stream.read(1 << 20)
-            try:
-                line += decoder.decode(data, final=not data).count('\n')
-            except UnicodeDecodeError as error:
-                before = error.object[:error.start].decode(encoding, 'replace')
-                return line + len(re.findall('\r\n?|\n', before)), error.reason
-            except UnicodeError as error:  # UTF-16 without a byte order mark
-                return line, str(error)
-            if not data:
-                return None
+    number = 1
+    with raw, io.TextIOWrapper(stream, encoding, errors='surrogateescape') as text:
+        try:
+            while part := text.readline(1 << 20):
+                if re.search('[\udc80-\udcff]', part):
+                    return number
+                number += part.endswith('\n')
+        except UnicodeError:  # UTF-16 without its byte order mark, or cut short
+            return number
+    return None
