@@ -110,18 +110,16 @@ def run_main(monkeypatch, capsys, module, *flags):
 
 def test_compare(tiny, monkeypatch, capsys):
     shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=16)
-    monkeypatch.setattr(compare, 'TRAINING', {'tiny': (shape, 3, 2)})
+    monkeypatch.setattr(compare, 'TRAINING', {'tiny': (shape, 3, 4)})
     monkeypatch.setattr(compare, 'DECODING', dict(shape, vocab_size=300))
-    words, result = run_main(monkeypatch, capsys, compare, f'--dataset={tiny}', '--steps=5', '--warmup_steps=1', '--prompt_tokens=8',
-                             '--max_new_tokens=4', '--rounds=1', '--device=cpu', '--dtype=float32')
+    monkeypatch.setattr(compare, 'WAYS', {'int8, 1 row': dict(quantize='int8')})
+    words, result = run_main(monkeypatch, capsys, compare, f'--dataset={tiny}', '--warmup_steps=1', '--prompt_tokens=8',
+                             '--max_new_tokens=4', '--rounds=1', '--device=cpu')
     training = result['training']['tiny']
-    assert training['ms']['n'] == training['reference_ms']['n'] == training['plain_ms']['n'] == 4
-    assert training['ratio'] == pytest.approx(training['reference_ms']['median'] / training['ms']['median'])
-    ours, reference, plain = training['losses']
-    assert len(ours) == 5 and ours == pytest.approx(reference, rel=1e-3)  # float32, and two kinds of GELU
-    assert training['deviation'] < 1e-3 and plain == reference and training['plain_deviation'] == 0  # the same code in two processes
-    assert set(result['decoding']['tok_per_s']) == {'float32, 1 row', 'float32, 8 rows', 'int8, 1 row'}
-    assert sum(line.startswith('| ') for line in words) == 2 + 3 + 3
+    assert training['ratio'] == pytest.approx(training['reference_ms'] / training['ms'])
+    assert training['loss'] == pytest.approx(training['reference_loss'], rel=1e-3)  # two kinds of GELU, maybe bfloat16
+    assert set(result['decoding']['tok_per_s']) == {'int8, 1 row'}
+    assert sum(line.startswith('| ') for line in words) == 2 + 2 + 1
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
