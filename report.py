@@ -142,24 +142,19 @@ def add_totals(lines: list[dict]):
     between two lines were done by a process that ended before it logged them: they count as the previous line
     says, whatever the first update of the new process cost. Before the first line no time is known.
     """
-    total, cost = np.zeros(3), np.array([1.0, 0.0, 0.0])  # updates, tokens, seconds: so far, of an update
-    points = [total]
     for line in lines:
         line['updates'] = line['iter'] + ('loss' in line)  # a step is logged under the updates before it
-        if 'loss' not in line:
-            continue
-        dt_s, is_first = line.get('dt_s', 0.0), len(points) == 1
-        previous_cost, cost = cost, np.nan_to_num([1.0, line.get('tok_per_s', 0.0) * dt_s, dt_s])
-        if is_first:
-            previous_cost = cost * [1, 1, 0]
-        n_new = line['updates'] - total[0]
-        n_timed = line.get('n_steps') or (1 if is_first else n_new)
-        total = total + n_timed * cost + (n_new - n_timed) * previous_cost
-        points.append(total)
     # updates after the last logged step cost what it cost
-    points.append(total + max(lines[-1]['updates'] - total[0], 0) * cost)
-
-    updates, tokens, seconds = np.transpose(points)
+    steps = [line for line in lines if 'loss' in line] + [dict(updates=lines[-1]['updates'], n_steps=0)]
+    names = 'updates', 'n_steps', 'tok_per_s', 'dt_s'
+    updates, n_timed, tok_per_s, dt_s = np.nan_to_num(
+        [[line.get(name, math.nan) for line in steps] for name in names])
+    n_other = np.diff(updates, prepend=0) - n_timed
+    per_step = tok_per_s * dt_s
+    tokens = np.cumsum(n_timed * per_step + n_other * np.append(per_step[0], per_step[:-1]))
+    seconds = np.cumsum(n_timed * dt_s + n_other * np.append(0, dt_s[:-1]))
+    # before the first step, nothing
+    updates, tokens, seconds = (np.append(0, values) for values in (updates, tokens, seconds))
     for line in lines:
         line['tokens'] = float(np.interp(line['updates'], updates, tokens))
         line['minutes'] = float(np.interp(line['updates'], updates, seconds)) / 60

@@ -24,8 +24,8 @@ def train(*flags, out_dir):
     return stdout
 
 
-def step(iter_num, tokens_per_step, dt_s, **more):
-    return dict(iter=iter_num, loss=3.0, loss_smoothed=3.25, lr=1e-3, grad_norm=1.0, tok_per_s=tokens_per_step / dt_s, dt_s=dt_s, mfu=None, **more)
+def step(iter_num, tokens_per_step, dt_s, n_steps=1, **more):
+    return dict(iter=iter_num, loss=3.0, loss_smoothed=3.25, lr=1e-3, grad_norm=1.0, tok_per_s=tokens_per_step / dt_s, dt_s=dt_s, n_steps=n_steps, mfu=None, **more)
 
 
 def evaluation(iter_num, val_loss, val_bpb=None):
@@ -52,7 +52,7 @@ def totals(lines):
 
 def test_tokens_and_time_add_up_over_steps_that_are_not_logged_and_over_a_change_of_batch():
     # step 0 alone took 5 s; steps 1 to 10 took 1 s and 100 tokens each; then, resumed with twice the batch, steps 11 to 20 took 2 s
-    lines = [evaluation(0, 4.0), step(0, 100, 5.0), step(10, 100, 1.0), evaluation(10, 3.5), step(20, 200, 2.0), evaluation(25, 3.0)]
+    lines = [evaluation(0, 4.0), step(0, 100, 5.0), step(10, 100, 1.0, n_steps=10), evaluation(10, 3.5), step(20, 200, 2.0, n_steps=10), evaluation(25, 3.0)]
     assert totals(lines) == [(0, 0, 0), (1, 100, 5), (11, 1100, 15), (10, 1000, 14), (21, 3100, 35), (25, 3900, 43)]
 
 
