@@ -39,8 +39,7 @@ class Log:
         self.place, self.progress = place, progress
         self.tokens_per_step, self.max_iters = tokens_per_step, max_iters
         self.lock = self.wandb = None
-        self.peak_flops = None  # of all ranks together; None = unknown
-        self.flops_per_token = 0
+        self.mfu_per_tok_per_s = None  # None = the device's peak is unknown
         self.logged_at = progress.iter_num  # iter_num after the last logged step
         self.last_line_s = time.perf_counter()  # paused() adds its duration
 
@@ -53,10 +52,9 @@ class Log:
         facts   plain values about the run for run.json, the settings under 'settings'
         raises  ValueError if another process trains there; OSError if it cannot be written
         """
-        peak = devices.peak_flops(self.place.device)
-        if peak and facts['dtype'] != 'float32':
-            self.peak_flops = peak * self.place.world_size
-        self.flops_per_token = facts['flops_per_token']
+        peak_flops = devices.peak_flops(self.place.device)
+        if peak_flops and facts['dtype'] != 'float32':
+            self.mfu_per_tok_per_s = facts['flops_per_token'] / (peak_flops * self.place.world_size)
         distributed.on_first_rank(lambda: self.claim(is_new, facts))
 
     def claim(self, is_new, facts):
@@ -73,19 +71,16 @@ class Log:
         files.write_atomically(path, lambda f: f.write(text.encode('utf-8')))
 
         # run.json: the facts of this start, and a record of every start
-        earlier = read_record(self.out_dir / 'run.json', settings=dict, starts=list)
-        git, python = git_commit(), platform.python_version()
-        before, now = earlier['settings'], facts['settings']
-        changed = {name: [before[name], now[name]] for name in sorted(before.keys() & now.keys())
-                   if before[name] != now[name]}
+        path = self.out_dir / 'run.json'
+        earlier, now = read_record(path, settings=dict, starts=list), facts['settings']
+        changed = {name: [value, now[name]] for name, value in earlier['settings'].items()
+                   if name in now and value != now[name]}
+        versions = dict(git=git_commit(), torch=torch.__version__, python=platform.python_version())
         start = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), iter_num=self.progress.iter_num,
-                     changed=changed, git=git, host=socket.gethostname(), argv=sys.argv,
-                     torch=torch.__version__, python=python)
-        facts['environment'] = dict(
-            git=git, device=facts.pop('device'), processes=self.place.world_size, dtype=facts.pop('dtype'),
-            compiled=facts.pop('compiled'), python=python, torch=torch.__version__,
-            system=platform.platform())
-        files.write_json(self.out_dir / 'run.json', {**facts, 'starts': [*earlier['starts'], start]})
+                     changed=changed, host=socket.gethostname(), argv=sys.argv, **versions)
+        environment = {name: facts.pop(name) for name in ('device', 'dtype', 'compiled')}
+        environment |= dict(processes=self.place.world_size, system=platform.platform(), **versions)
+        files.write_json(path, dict(**facts, environment=environment, starts=[*earlier['starts'], start]))
 
     def start_wandb(self, project, name, config):
         """Start or resume the wandb run: offline if there is no key, because training needs no network."""
@@ -95,9 +90,9 @@ class Log:
         mode = os.environ.get('WANDB_MODE') or ('online' if wandb.api.api_key else 'offline')
         if mode == 'offline':
             print0('wandb: offline, for lack of a key or by WANDB_MODE: upload with `wandb sync`')
-        resume = 'allow' if self.progress.wandb_id else None
-        self.wandb = wandb.init(id=self.progress.wandb_id, resume=resume, mode=mode, project=project,
-                                name=name, config=config, dir=str(self.out_dir))
+        run_id = self.progress.wandb_id
+        self.wandb = wandb.init(id=run_id, resume=run_id and 'allow', mode=mode, project=project, name=name,
+                                config=config, dir=str(self.out_dir))
         self.progress.wandb_id = self.wandb.id
 
     # while training
@@ -129,16 +124,15 @@ class Log:
         dt_s = (now_s - self.last_line_s) / n_steps
         self.last_line_s, self.logged_at = now_s, it + 1
         tok_per_s, eta_s = self.tokens_per_step / dt_s, (self.max_iters - it - 1) * dt_s
-        mfu = tok_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        mfu = self.mfu_per_tok_per_s and tok_per_s * self.mfu_per_tok_per_s
 
-        text = f'iter {it}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.3f}, {dt_s * 1000:.1f}ms, '
-        text += f'{tok_per_s:,.0f} tok/s, '
-        text += f'mfu {mfu:.1%}, ' if mfu else ''
-        text += f'eta {timedelta(seconds=round(eta_s))}'
+        utilisation = f'mfu {mfu:.1%}, ' if mfu else ''
+        warning = ''
         if skipped_in_a_row:
             problem = 'SPIKE' if math.isfinite(loss + grad_norm) else 'NOT FINITE'
-            text += f' {problem}, step skipped ({skipped:.0f} so far)'
-        print0(text)
+            warning = f' {problem}, step skipped ({skipped:.0f} so far)'
+        print0(f'iter {it}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.3f}, {dt_s * 1000:.1f}ms, '
+               f'{tok_per_s:,.0f} tok/s, {utilisation}eta {timedelta(seconds=round(eta_s))}{warning}')
         self.write(loss=loss, loss_smoothed=smoothed_loss, lr=lr, grad_norm=grad_norm, tok_per_s=tok_per_s,
                    mfu=mfu, eta_s=eta_s, dt_s=dt_s, n_steps=n_steps, skipped=int(skipped),
                    peak_memory_bytes=devices.peak_memory_bytes(self.place.device))
@@ -174,8 +168,7 @@ class Log:
         """Append a line to metrics.jsonl, and send it to wandb. A full disk loses the line, not the run."""
         if self.out_dir is None:
             return
-        it = self.progress.iter_num
-        line = dict(iter=it, **numbers, time=round(time.time(), 1))
+        line = dict(iter=self.progress.iter_num, **numbers, time=round(time.time(), 1))
         for name, value in line.items():
             if isinstance(value, float) and not math.isfinite(value):
                 line[name] = None  # JSON has no NaN
@@ -185,12 +178,12 @@ class Log:
                 size = f.tell()
                 f.write(json.dumps(line) + '\n')
         except OSError as error:
-            print0(f'{path}: {error.strerror}: the line of iteration {it} is lost')
+            print0(f'{path}: {error.strerror}: the line of iteration {line["iter"]} is lost')
             if size is not None:
                 with contextlib.suppress(OSError):  # readers skip a torn line
                     os.truncate(path, size)
         if self.wandb is not None:
-            self.wandb.log(line, step=it)
+            self.wandb.log(line, step=line['iter'])
 
     # at the end
 
@@ -207,19 +200,17 @@ class Log:
         """Print what is saved and what to do next."""
         if self.out_dir is None:
             return
-        progress, out_dir = self.progress, printable(str(self.out_dir))
-        it = progress.iter_num
-        if stop and not progress.advanced:
+        it, out_dir = self.progress.iter_num, printable(str(self.out_dir))
+        if stop and not self.progress.advanced:
             print0(f'stopped by {stop} at iteration {it}, where this run began: nothing new to save')
-        elif progress.advanced and folder.saved_iter != it:
+        elif self.progress.advanced and folder.saved_iter != it:
             print0(f'ended at iteration {it}, which is not saved: {folder.what_is_saved()}')
         elif stop:
             print0(f'stopped by {stop}: {out_dir}/ckpt.pt has iteration {it}; '
                    f'python train.py --init_from=resume --out_dir={out_dir} continues')
         else:
-            best = f'best val loss {progress.best_val_loss:.4f}'
-            print0(f'done: {out_dir}/ckpt.pt after {it} iterations, {best}; '
-                   f'python sample.py --out_dir={out_dir}')
+            print0(f'done: {out_dir}/ckpt.pt after {it} iterations, best val loss '
+                   f'{self.progress.best_val_loss:.4f}; python sample.py --out_dir={out_dir}')
 
 
 def git_commit() -> str | None:
@@ -236,11 +227,8 @@ def write_samples(folder, iter_num: int, samples: list[tuple[str, str]]):
     """Add the samples of an iteration to samples.md, in place of those of this and later ones."""
     path = Path(folder) / 'samples.md'
     text = path.read_bytes().decode('utf-8', 'replace') if path.is_file() else ''
-    sections = re.split(r'^## Iteration ([0-9]+)\n', text, flags=re.MULTILINE)[1:]
-    page = ''
-    for at, body in zip(sections[::2], sections[1::2], strict=True):
-        if int(at) < iter_num:
-            page += f'## Iteration {at}\n{body}'
+    sections = re.split(r'^(?=## Iteration [0-9]+\n)', text, flags=re.MULTILINE)
+    page = ''.join(section for section in sections[1:] if int(section.split()[2]) < iter_num)
     page += f'## Iteration {iter_num}\n\n'
     for i, (prompt, text) in enumerate(samples, 1):
         page += f'**{i}.** after the prompt\n\n{indented(prompt)}\n\ncomes\n\n{indented(text)}\n\n'

@@ -62,17 +62,16 @@ def score_rows(model, rows: list[Row], title: str, *, batch_tokens: int, place, 
     """
     rows = [cut_left(row, model.config.block_size + 1) for row in rows]
     # log-likelihood of each row, and its tokens that are not the most likely ones
-    sums = torch.zeros(len(rows), 2, dtype=exact_dtype(place))
+    sums = torch.zeros(len(rows), 2, dtype=torch.float64)
     with evaluation(model):
         for batch, counts in share(batch_rows(rows, batch_tokens), title, place=place, stop=stop):
             x, y = pad([rows[i] for i in batch])  # (B, T) each
             with autocast:
                 nats, is_argmax = model.score(x.to(place.device), y.to(place.device))
             if counts:
-                n_others = (~is_argmax.cpu() & (y != IGNORE)).sum(dim=1)  # (B,)
-                sums[batch, 0] = -nats.cpu().to(sums.dtype).sum(dim=1)
-                sums[batch, 1] = n_others.to(sums.dtype)
-    sums = distributed.all_reduce_sum(sums.to(place.device)).tolist()
+                sums[batch, 0] = -nats.cpu().double().sum(dim=1)
+                sums[batch, 1] = (~is_argmax.cpu() & (y != IGNORE)).sum(dim=1).double()
+    sums = distributed.all_reduce_sum(sums).tolist()
     return [RowScore(log_likelihood, n_others == 0, len(row.ids) - row.start)
             for row, (log_likelihood, n_others) in zip(rows, sums, strict=True)]
 
@@ -128,13 +127,14 @@ def text_loss(model, loader, windows: np.ndarray, *, token_bytes, place, autocas
     stop         called between batches on every rank; a true result raises Interrupted
     """
     batches = [windows[i:i + loader.batch_size] for i in range(0, len(windows), loader.batch_size)]
-    # nats, targets, nats of targets that have bytes, bytes
-    sums = torch.zeros(4, dtype=exact_dtype(place), device=place.device)
+    # nats, targets, nats of targets that have bytes, bytes; MPS has no float64
+    exact = torch.float32 if place.device.type == 'mps' else torch.float64
+    sums = torch.zeros(4, dtype=exact, device=place.device)
     with evaluation(model):
         for batch, counts in share(batches, 'the loss', place=place, stop=stop):
             x, y, documents = loader.windows(batch).to(place.device)  # (B, T) each
             with autocast:
-                nats = model.score(x, y, documents).nats.to(sums.dtype)  # (B, T), 0 where there is no target
+                nats = model.score(x, y, documents).nats.to(exact)  # (B, T), 0 where there is no target
             is_target = y != IGNORE
             n_bytes = torch.zeros_like(y)
             if token_bytes is not None:
@@ -171,10 +171,6 @@ def evaluation(model):
             yield
     finally:
         model.train(was_training)
-
-
-def exact_dtype(place):
-    return torch.float32 if place.device.type == 'mps' else torch.float64  # MPS has no float64
 
 
 def share(batches, title, *, place, stop) -> Iterator:
