@@ -1,16 +1,11 @@
-"""Turn documents into token ids, in threads: tiktoken and tokenizers release Python's global lock.
-
-    encoder = Encoder(tokenizer, val_fraction=0.01, n_threads=2)
-    for batch in encoder.encode_all(records):
-        ...                                     # a list with an Encoded for each Record
-"""
-import functools
+"""Turn documents into token ids, in threads: tiktoken and tokenizers release Python's global lock."""
 import hashlib
 import re
 import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,21 +17,19 @@ CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]')  # and the byte orde
 
 
 class Record(NamedTuple):
-    """A document to encode: a Document of corpus/readers.py, and the split it is for."""
+    """A document to encode."""
 
     text: Any  # a text, a row of token ids, or a pair (ids, mask) where mask is 1 for targets
     where: str = ''  # names the document in errors
-    n_read: int = 0  # bytes of the corpus on disk read so far
     split: str | None = None  # 'train' or 'val'; None: the hash of the document decides
 
 
 class Encoded(NamedTuple):
-    """A record as token ids. Without a piece, or with an empty one, it is left out."""
+    """A record as token ids. Without any it is left out."""
 
     record: Record
-    piece: Piece | None = None
+    piece: Piece = Piece(())
     hash: int = 0
-    reason: str = ''  # why it is left out; empty records need none
 
 
 def cleaned(text: str) -> str:
@@ -52,13 +45,10 @@ def hash_of(data, purpose=b''):
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=purpose).digest(), 'big')
 
 
-def split_of_hash(value, val_fraction):
+def split_by_hash(data, val_fraction: float) -> str:
+    """Return 'train' or 'val' for a text or its hash. Equal texts are never in both splits."""
+    value = hash_of(data) if isinstance(data, str) else data
     return 'val' if value < val_fraction * 2**64 else 'train'
-
-
-def split_by_hash(text: str, val_fraction: float) -> str:
-    """Return 'train' or 'val'. The text alone decides, so that equal texts are never in both splits."""
-    return split_of_hash(hash_of(text), val_fraction)
 
 
 @dataclass
@@ -74,33 +64,25 @@ class Encoder:
     eot_in_rows: bool = False  # put end-of-text between rows of ids as well
     n_threads: int = 1  # the ids do not depend on it
 
-    def recipe(self):
-        """Return what the files depend on, as plain values."""
-        return dict(val_fraction=self.val_fraction, clean=self.clean, min_chars=self.min_chars,
-                    sample=self.sample, max_docs=self.max_docs, tokenizer=self.tokenizer.meta())
-
     def choose(self, text):
-        """Return (text to encode, why it is left out). Rows of ids have no text."""
+        """Return the text to encode, '' to leave it out."""
         if not isinstance(text, str):
-            return '', ''
+            return ''
         text = cleaned(text) if self.clean else text
-        if 0 < len(text) < self.min_chars:
-            return '', 'too short'
-        if self.sample < 1 and text and hash_of(text, b'sample') >= self.sample * 2**64:
-            return '', 'not in the sample'
-        return text, ''
+        is_short = len(text) < self.min_chars
+        if is_short or self.sample < 1 and hash_of(text, b'sample') >= self.sample * 2**64:
+            return ''
+        return text
 
     def encode(self, records):
         """Return an Encoded for each record of a batch."""
-        chosen = [self.choose(record.text) for record in records]
-        ids_of_texts = self.tokenizer.encode_batch([text for text, _ in chosen])
-        batch = []
-        for record, (text, reason), ids in zip(records, chosen, ids_of_texts, strict=True):
+        texts, batch = [self.choose(record.text) for record in records], []
+        for record, text, ids in zip(records, texts, self.tokenizer.encode_batch(texts), strict=True):
             if text:
                 data = text.encode('utf-8', 'surrogatepass')
                 batch.append(Encoded(record, Piece(ids, n_bytes=len(data)), hash_of(data)))
             elif isinstance(record.text, str):
-                batch.append(Encoded(record, reason=reason))
+                batch.append(Encoded(record))
             else:
                 piece = self.row_piece(record)
                 batch.append(Encoded(record, piece, hash_of(piece.ids.tobytes())))
@@ -119,7 +101,7 @@ class Encoder:
                              f'outside the vocabulary of {vocab_size} tokens')
         return Piece(ids, mask, int(self.token_bytes[ids].sum()))
 
-    @functools.cached_property
+    @cached_property
     def token_bytes(self):
         return self.tokenizer.token_bytes()
 

@@ -31,7 +31,7 @@ def open_sources(datasets, out):
     return sources, weights
 
 
-def mixed_documents(splits, weights, max_tokens):
+def mixed_documents(splits, weights, max_tokens=2048):
     """Yield (ids, mask) of documents of several splits, always from the one furthest behind its share.
 
     Longer documents are cut, so that the shares hold throughout. The first source to end ends the mixture.
@@ -44,8 +44,8 @@ def mixed_documents(splits, weights, max_tokens):
         document = next(sources[k], None)
         if document is None:
             return
-        n_taken[k] += len(document[0]) + (eot is not None)
         yield document
+        n_taken[k] += len(document[0]) + (eot is not None)
 
 
 def documents_of(split, max_tokens, eot):
@@ -69,42 +69,24 @@ def inspect(argv):
     """Show what a dataset holds, with pieces of its text, and check that it is whole."""
     parser = Parser(inspect.__doc__, 'python -m corpus.pack inspect')
     parser.add_argument('folder', type=Path, metavar='DIR')
-    parser.add_argument('--windows', type=int, default=3,
-                        help='pieces of text to show of each split (default: %(default)s)')
-    args = parser.parse_args(argv)
-    folder, n_windows = args.folder, args.windows
+    folder = parser.parse_args(argv).folder
     meta = read_meta(folder)
     tokenizer = load_tokenizer(meta['tokenizer'])
     origin = '' if meta['origin'] == 'meta.json' else ", by nanoGPT's rules because meta.json is absent"
     print(f'{folder}: {meta["dtype"]}, {meta["tokenizer"]["kind"]} tokenizer of {meta["vocab_size"]:,} tokens'
           f'{origin}; source: {printable(meta["source"] or "unknown")}')
-    for name in meta['splits']:
+    for name, entry in meta['splits'].items():
         split = Split(folder, name)
-        counts = count_ids(split)
-        n_bytes = int(counts @ tokenizer.token_bytes())
-        documents = f'{len(split.documents()[0]):,} documents, ' if split.index.exists() else ''
-        print(f'\n{name}: {documents}{split.n_tokens:,} tokens, {n_bytes:,} bytes, '
-              f'{n_bytes / max(split.n_tokens, 1):.3f} bytes per token, '
-              f'{np.count_nonzero(counts):,} different tokens, shards: {len(split.shards)}')
-        for n in range(n_windows):
-            shard = split.shards[n * len(split.shards) // n_windows]
-            start = max(shard.n_tokens - 64, 0) * (n % 7 + 1) // 8
+        print(f'\n{name}: {split.n_tokens:,} tokens, shards: {len(split.shards)}')
+        if entry['bytes'] is not None:
+            print(f'{entry["documents"]:,} documents, {entry["bytes"]:,} bytes, '
+                  f'{entry["bytes"] / split.n_tokens:.3f} bytes per token')
+        shard = split.shards[0]
+        for start in (0, shard.n_tokens // 2):
             text = tokenizer.decode(shard.tokens[start:start + 64])
             print(f'{shard.path.name}, tokens {start:,} on: {text!r}')
+        if split.index.exists():
+            split.documents()  # which checks them
         split.verify()
         n_known = sum(crc is not None for crc in split.checksums)
         print(f'checksums verified: {n_known} of {len(split.shards)} shards')
-
-
-def count_ids(split):
-    """Count each id, (V,) int64. Raises ValueError that names the shard of a foreign id."""
-    counts = np.zeros(split.vocab_size, dtype=np.int64)
-    for shard in split.shards:
-        for start in range(0, shard.n_tokens, 1 << 20):
-            ids = shard.tokens[start:start + (1 << 20)]
-            if ids.max() >= split.vocab_size:
-                raise ValueError(f'{shard.path}: id {ids.max()} is beyond the vocabulary of '
-                                 f'{split.vocab_size}: the shard was altered or belongs to another '
-                                 'tokenizer, prepare it again')
-            counts += np.bincount(ids, minlength=split.vocab_size)
-    return counts

@@ -6,10 +6,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from corpus.readers import ERRORS, FORMATS
+from corpus.readers import ERRORS, FORMATS, n_bytes_of, read_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+LOG_EVERY_S = 60  # progress in a log file; a terminal shows a bar
 
 
 def boolean(text):
@@ -30,35 +31,27 @@ def share(text):
     return float(text)
 
 
-# the options that several commands have, as add_argument takes them
-OPTIONS = {
+READING = {
     'input': dict(nargs='+', required=True, metavar='PATH', help='files, and folders of them'),
-    'out': dict(type=Path, required=True, help='dataset folder'),
-    'tokenizer': dict(required=True, metavar='NAME',
-                      help='char, gpt2, byte, or a folder with tokenizer.json'),
-    'eot': dict(default='', metavar='TOKEN',
-                help='the token that ends a document, for a folder that names none'),
-    'format': dict(choices=['auto', *FORMATS], default='auto',
-                   help='format of all files (default: by the ending of each file)'),
-    'field': dict(default='text',
-                  help='fields that make a document, as in title,text (default: %(default)s)'),
-    'encoding': dict(default='utf-8', help='of text files, such as gb18030 (default: %(default)s)'),
-    'errors': dict(choices=ERRORS, default='strict',
-                   help='bytes outside the encoding end the run, or become U+FFFD'),
-    'clean': dict(type=boolean, nargs='?', const=True, default=False, metavar='True',
-                  help='Unicode NFC, no control characters, each text only once'),
-    'min_chars': dict(type=count, default=1, help='leave shorter texts out (default: %(default)s)'),
-    'sample': dict(type=share, default=1.0, metavar='FRACTION',
-                   help='take this share of the texts, chosen by hash (default: all)'),
-    'max_docs': dict(type=count, help='take only this many documents, the first ones'),
-    'val_fraction': dict(type=share, default=0.01, help='share for validation (default: %(default)s)'),
-    'shard_tokens': dict(type=count, help='tokens in a .bin file (default: %(default)s)'),
-    'workers': dict(type=count, default=N_CORES,
-                    help='threads that tokenize (default: one per core, %(default)s)'),
+    'format': dict(choices=['auto', *FORMATS], default='auto', help='of all files; auto: by their endings'),
+    'field': dict(default='text', help='fields that make a document, as in title,text'),
+    'encoding': dict(default='utf-8', help='of text files, such as gb18030'),
+    'errors': dict(choices=ERRORS, default='strict', help='bytes outside the encoding; replace: by U+FFFD'),
 }
-READING = ['input', 'format', 'field', 'encoding', 'errors']
-BUILDING = ['out', 'tokenizer', 'eot', 'clean', 'min_chars', 'sample', 'max_docs', 'val_fraction',
-            'shard_tokens', 'workers']
+PACKING = {
+    'out': dict(type=Path, required=True, help='dataset folder'),
+    'tokenizer': dict(required=True, help='char, gpt2, byte, or a folder with tokenizer.json'),
+    'eot': dict(default='', metavar='TOKEN', help='ends a document, for a folder that does not name one'),
+    'clean': dict(type=boolean, nargs='?', const=True, default=False,
+                  help='Unicode NFC, no control characters, each text only once'),
+    'min_chars': dict(type=count, default=1, help='leave shorter texts out'),
+    'sample': dict(type=share, default=1.0, help='take this share of the texts, chosen by hash'),
+    'max_docs': dict(type=count, help='take only this many documents, the first ones'),
+    'val_fraction': dict(type=share, default=0.01, help='share for validation, chosen by hash'),
+    'shard_tokens': dict(type=count, help='tokens in a .bin file; None: one file per split'),
+    'workers': dict(type=count, default=N_CORES, help='threads that tokenize'),
+}
+OPTIONS = {**READING, **PACKING}
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,6 +68,8 @@ class Parser(argparse.ArgumentParser):
             settings = dict(OPTIONS[name])
             if name in defaults:
                 settings.update(default=defaults[name], required=False)
+            if 'default' in settings:
+                settings['help'] += ' (default: %(default)s)'
             self.add_argument(f'--{name}', **settings)
 
     def parse_args(self, argv=None):
@@ -99,6 +94,19 @@ def run_command(doc, commands):
         commands[command](sys.argv[2:])
     else:
         raise ValueError(f'{command}: accepted are {", ".join(commands)}')
+
+
+def read_files(files, args, start=0):
+    """Yield the documents of files of corpus/readers.py after the first `start`, with a progress bar."""
+    from tqdm import tqdm
+    documents = read_documents(files, fields=args.field.split(','), errors=args.errors,
+                               encoding=args.encoding, start=start)
+    every_s = 0.1 if sys.stderr.isatty() else LOG_EVERY_S
+    with tqdm(total=sum(n_bytes_of(path) for path, _ in files), unit='B', unit_scale=True,
+              mininterval=every_s, delay=every_s) as bar:
+        for document in documents:
+            bar.update(document.n_read - bar.n)
+            yield document
 
 
 def print_next(out, config, *, own_dataset=None):

@@ -12,17 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from corpus import readers
-from corpus.options import READING, Parser, count, run_command
+from corpus.options import READING, Parser, count, read_files, run_command
+from corpus.readers import find_files
 from files import one_line_errors, write_atomically, write_json
-from tokens.tokenizer import (
-    BPE_PATTERN,
-    SPECIAL_TOKENS,
-    BPETokenizer,
-    fingerprint,
-    load_tokenizer,
-    tokenizer_meta,
-)
+from tokens.tokenizer import BPE_PATTERN, SPECIAL_TOKENS, BPETokenizer, load_tokenizer, tokenizer_meta
 from tokens.tokenizer_json import byte_characters, tokenizer_config
 
 SAMPLE_BYTES = 20_000_000  # the trainer takes about 85 bytes of memory for each byte of Chinese
@@ -33,23 +26,22 @@ PIECE_CHARS = 1 << 14
 def train_bpe(texts, vocab_size, max_bytes=SAMPLE_BYTES):
     """Train a BPETokenizer of vocab_size tokens, special ones included, on a sample of at most max_bytes."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    n_special = len(SPECIAL_TOKENS)
-    if vocab_size < 257 + n_special:
-        raise ValueError(f'vocab_size={vocab_size}: 256 bytes and {n_special} special tokens are '
-                         f'there already, so {257 + n_special} or more is accepted')
+    n_there = 256 + len(SPECIAL_TOKENS)
+    if vocab_size <= n_there:
+        raise ValueError(f'vocab_size={vocab_size}: {n_there} bytes and special tokens are there already, '
+                         f'so {n_there + 1} or more is accepted')
     engine = Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(BPE_PATTERN), 'isolated'),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - n_special, min_frequency=2,
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL_TOKENS), min_frequency=2,
                                   initial_alphabet=list(byte_characters()), show_progress=sys.stderr.isatty())
     sample = sample_pieces(texts, max_bytes)
     engine.train_from_iterator(sample, trainer, length=len(sample))
     merges = [' '.join(pair) for pair in json.loads(engine.to_str())['model']['merges']]
-    most = 256 + n_special + len(merges)
-    if most < vocab_size:
+    if n_there + len(merges) < vocab_size:
         raise ValueError(f'the text has too few pairs that occur twice for --vocab_size={vocab_size}: '
-                         f'give more text, or --vocab_size={most} or less')
+                         f'give more text, or --vocab_size={n_there + len(merges)} or less')
     return BPETokenizer(merges)
 
 
@@ -83,33 +75,22 @@ def save_tokenizer(tokenizer, folder):
 
 
 def read_texts(args):
-    """Yield the documents of args.input, with a progress bar."""
-    from tqdm import tqdm
-    files = readers.find_files(args.input, args.format)
+    """Yield the documents of args.input."""
+    files = find_files(args.input, args.format)
     if any(file.format == 'blocks' for file in files):
         raise ValueError(f'{" ".join(args.input)}: blocks hold token ids, not text')
-    n_bytes = sum(readers.n_bytes_of(file.path) for file in files)
-    documents = readers.read_documents(files, fields=args.field.split(','), errors=args.errors,
-                                       encoding=args.encoding)
-    with tqdm(total=n_bytes, unit='B', unit_scale=True, desc='reading', disable=None) as bar:
-        for document in documents:
-            yield document.text
-            bar.update(document.n_read - bar.n)
+    return (document.text for document in read_files(files, args))
 
 
 def train(argv):
     """Train a byte-level BPE on text."""
     parser = Parser(train.__doc__, 'python -m corpus.train_tokenizer train', READING)
-    add = parser.add_argument
-    add('--vocab_size', type=count, default=16384, help='number of tokens, special ones too')
-    add('--out', type=Path, required=True, help='folder, such as data/tokenizers/mine')
-    add('--max_bytes', type=count, default=SAMPLE_BYTES, help='size of the sample to train on')
+    parser.add_argument('--vocab_size', type=count, default=16384, help='number of tokens, special ones too')
+    parser.add_argument('--out', required=True, help='folder, such as data/tokenizers/mine')
     args = parser.parse_args(argv)
-    began = time.perf_counter()
-    tokenizer = train_bpe(read_texts(args), args.vocab_size, args.max_bytes)
+    tokenizer = train_bpe(read_texts(args), args.vocab_size)
     save_tokenizer(tokenizer, args.out)
-    print(f'{args.out}: {tokenizer.vocab_size:,} tokens, of which {len(tokenizer.special)} special, '
-          f'fingerprint {fingerprint(tokenizer.meta())}, in {time.perf_counter() - began:.0f} s')
+    print(f'{args.out}: {tokenizer.vocab_size:,} tokens, of which {len(tokenizer.special)} special')
 
 
 def compare(argv):
@@ -125,15 +106,15 @@ def compare(argv):
         n_bytes += len(text.encode('utf-8', 'replace'))
         if n_bytes >= COMPARED_BYTES:
             break
-    n_chars, width = sum(map(len, texts)), max(map(len, [*tokenizers, 'tokenizer']))
+    n_chars, width = sum(map(len, texts)), max(map(len, tokenizers))
     if not n_chars:
         raise ValueError(f'{" ".join(args.input)}: no text in there')
     print(f'{n_chars:,} characters, {n_bytes:,} bytes')
-    print(f'{"tokenizer":{width}}  vocabulary      tokens  characters/token  bytes/token    MB/s')
+    print(f'{"":{width}}  vocabulary      tokens  characters/token  bytes/token    MB/s')
     for name, tokenizer in tokenizers.items():
-        began = time.perf_counter()
+        began_s = time.perf_counter()
         n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
-        rate = n_bytes / (time.perf_counter() - began) / 1e6
+        rate = n_bytes / (time.perf_counter() - began_s) / 1e6
         print(f'{name:{width}}  {tokenizer.vocab_size:10,}  {n_tokens:10,}  {n_chars / n_tokens:16.3f}  '
               f'{n_bytes / n_tokens:11.3f}  {rate:6.1f}')
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +25,8 @@ from files import lock, read_json, sync_folder, write_atomically, write_json
 from tokens.dataset import id_dtype
 
 UNFINISHED = b'{"format": 1, "unfinished": true}'
-MERGE_SEEN = 1 << 20  # hashes in a set, of about 100 bytes each; the others are in a sorted array
 DATASET_FILE = re.compile(r'(train|val)(_\d+)?\.(bin|mask|idx)|meta\.pkl')
+MERGE_SEEN = 1 << 20  # hashes in a set, 100 bytes each; the others are in a sorted array, 8 bytes each
 
 
 class Piece(NamedTuple):
@@ -42,10 +42,8 @@ class Progress:
     recipe: dict | None
     splits: dict  # name -> its entry in meta.json
     n_records: int = 0  # read so far
-    n_read: int = 0  # bytes of the corpus on disk read so far
     documents: int = 0  # written so far
     last_taken: int = 0  # number of the last record that was written
-    left_out: dict = field(default_factory=dict)  # reason -> number of documents
 
 
 class Unusable(Exception):
@@ -86,7 +84,7 @@ class Writer:
         self.tokenizer, self.dtype = tokenizer, id_dtype(tokenizer.vocab_size)
         self.splits, self.shard_tokens, self.masked, self.unique = splits, shard_tokens, masked, unique
         self.recipe = json.loads(json.dumps(recipe))  # as it is read from progress.json
-        self.files, self.seen, self.more_seen = {}, np.array([], dtype='<u8'), set()
+        self.files = {}
         if recipe is None or not (self.work / 'progress.json').exists():
             return self.start_over()
         try:
@@ -101,6 +99,7 @@ class Writer:
         clear(self.work)
         entries = {name: {'tokens': 0, 'bytes': 0, 'documents': 0, 'shards': []} for name in self.splits}
         self.progress = Progress(self.recipe, entries)
+        self.seen, self.more_seen = np.array([], dtype='<u8'), set()
 
     def resume(self):
         """Take up the files where progress.json says that they end."""
@@ -113,8 +112,7 @@ class Writer:
         if not is_whole:
             raise Unusable('progress.json was altered or cut short')
         old = self.progress.recipe
-        changed = [f'{key}={json.dumps(old[key], ensure_ascii=False)[:60]}'
-                   for key in old if old[key] != self.recipe.get(key)]
+        changed = [f'{key}={str(old[key])[:60]}' for key in old if old[key] != self.recipe.get(key)]
         if changed:
             raise ValueError(f'{self.work} holds an unfinished run with {", ".join(changed)}: '
                              'continue it with the same, or delete that folder to start over')
@@ -124,8 +122,8 @@ class Writer:
                     raise Unusable(f'{name} is shorter than the {size:,} bytes that were written')
                 file.truncate(size)
         if self.unique:
-            self.seen = np.unique(np.fromfile(self.work / 'seen', dtype='<u8'))
-            if len(self.seen) != self.progress.documents:
+            self.seen, self.more_seen = np.sort(np.fromfile(self.work / 'seen', dtype='<u8')), set()
+            if (self.seen[1:] == self.seen[:-1]).any():
                 raise Unusable('seen was altered')
 
     def sizes(self):
@@ -156,42 +154,33 @@ class Writer:
             self.file(f'{split}.mask').write(mask.tobytes())
         entry['documents'] += len(index)
         entry['tokens'] += len(ids)
-        while len(ids):
-            ids = ids[self.write_to_shard(split, entry['shards'], ids):]
 
-    def write_to_shard(self, split, shards, ids):
-        """Write as many ids as the last shard has room for. Returns their number."""
-        if not shards or shards[-1]['tokens'] == self.shard_tokens:
-            name = f'{split}_{len(shards):06d}.bin' if self.shard_tokens else f'{split}.bin'
-            shards.append({'file': name, 'tokens': 0, 'crc32': 0})
-            self.file(name, 'wb')
-        shard = shards[-1]
-        if self.shard_tokens:
-            ids = ids[:self.shard_tokens - shard['tokens']]
-        data = ids.tobytes()
-        self.file(shard['file']).write(data)
-        shard['crc32'] = zlib.crc32(data, shard['crc32'])
-        shard['tokens'] += len(ids)
-        if shard['tokens'] == self.shard_tokens:
-            self.close_file(shard['file'])
-        return len(ids)
+        shards = entry['shards']
+        while len(ids):
+            if not shards or shards[-1]['tokens'] == self.shard_tokens:
+                self.close_files()  # so that few are open at a time
+                name = f'{split}_{len(shards):06d}.bin' if self.shard_tokens else f'{split}.bin'
+                shards.append({'file': name, 'tokens': 0, 'crc32': 0})
+                self.file(name, 'wb')
+            shard = shards[-1]
+            room = self.shard_tokens and self.shard_tokens - shard['tokens']
+            part, ids = np.split(ids, [room or len(ids)])
+            self.file(shard['file']).write(part.tobytes())
+            shard['crc32'] = zlib.crc32(part, shard['crc32'])
+            shard['tokens'] += len(part)
 
     def is_new(self, value):
-        """Tell whether no document with this hash was written, and note it. Memory holds 8 bytes of each."""
-        nearest = self.seen[np.searchsorted(self.seen, np.uint64(value)):][:1]
-        if value in self.more_seen or value in nearest:
+        """Tell whether no document with this hash was written, and note it."""
+        at = np.searchsorted(self.seen, np.uint64(value))
+        if value in self.seen[at:at + 1] or value in self.more_seen:
             return False
         self.more_seen.add(value)
         self.file('seen').write(value.to_bytes(8, 'little'))
         if len(self.more_seen) == MERGE_SEEN:
-            self.seen = np.union1d(self.seen, np.fromiter(self.more_seen, dtype='<u8'))
+            new = np.sort(np.fromiter(self.more_seen, dtype='<u8'))
+            self.seen = np.insert(self.seen, np.searchsorted(self.seen, new), new)
             self.more_seen.clear()
         return True
-
-    def file(self, name, mode='ab'):
-        if name not in self.files:
-            self.files[name] = open(self.work / name, mode)
-        return self.files[name]
 
     def empty_split(self):
         """Return the name of a split without tokens, or None."""
@@ -199,29 +188,23 @@ class Writer:
 
     def save(self):
         """Make a killed run continue here."""
-        if self.recipe is None:
-            return
-        for file in self.files.values():
-            sync(file)
-        values = asdict(self.progress)
-        write_json(self.work / 'progress.json', {**values, 'sha256': digest_of(values)})
+        if self.recipe is not None:
+            self.close_files()
+            values = asdict(self.progress)
+            write_json(self.work / 'progress.json', {**values, 'sha256': digest_of(values)})
 
-    def publish(self, source, **more) -> dict:
-        """Put the dataset into its folder. Returns the dict in meta.json, where `more` is added."""
-        self.close_files()
-        meta = {'format': 1, 'dtype': self.dtype.name, 'vocab_size': self.tokenizer.vocab_size,
-                'tokenizer': self.tokenizer.meta(), 'source': source, **more, 'splits': self.progress.splits}
-        publish(self.work, self.folder, meta, [name for name in self.sizes() if name != 'seen'])
-        self.recipe = None  # nothing is left to continue
-        return meta
-
-    def close_file(self, name):
-        sync(self.files[name])
-        self.files.pop(name).close()
+    def file(self, name, mode='ab'):
+        if name not in self.files:
+            self.files[name] = open(self.work / name, mode)
+        return self.files[name]
 
     def close_files(self):
-        for name in list(self.files):
-            self.close_file(name)
+        """Bring all bytes to the disk. file() opens the files again."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        self.files.clear()
 
     def close(self):
         try:
@@ -230,56 +213,40 @@ class Writer:
             if self.recipe is None:
                 shutil.rmtree(self.work, ignore_errors=True)
 
+    def publish(self, source, **more) -> dict:
+        """Put the dataset into its folder; if that fails, put the old one back.
 
-def sync(file):
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def digest_of(values):
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def clear(work):
-    """Delete all files of a .packing folder but its lock."""
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != '.lock':
-            path.unlink()
-
-
-# -----------------------------------------------------------------------------
-# publishing
-
-
-def publish(work, folder, meta, names):
-    """Put the files `names` of work in place of the dataset in folder; if that fails, put the old one back.
-
-    All bytes are on the disk before the first file is renamed. Until the last rename meta.json says that the
-    dataset is unfinished, so that no reader takes a mixture of old and new files for a dataset.
-    """
-    replaced = work / 'replaced'
-    shutil.rmtree(replaced, ignore_errors=True)
-    replaced.mkdir()
-    if (folder / 'meta.json').exists():
-        write_bytes(replaced / 'meta.json', (folder / 'meta.json').read_bytes())
-    write_bytes(work / 'unfinished.json', UNFINISHED)
-    write_bytes(work / 'meta.json', json.dumps(meta, indent=1, ensure_ascii=False).encode('utf-8'))
-    write_bytes(work / 'publishing.json', json.dumps(names).encode())
-    try:
-        os.replace(work / 'unfinished.json', folder / 'meta.json')
-        for path in list(folder.iterdir()):
-            if DATASET_FILE.fullmatch(path.name):
-                os.replace(path, replaced / path.name)
-        for name in names:
-            os.replace(work / name, folder / name)
+        All bytes are on the disk before the first file is renamed. Until the last rename meta.json says that
+        the dataset is unfinished, so that no reader takes a mixture of old and new files for a dataset.
+        Returns the dict in meta.json, which has these values more.
+        """
+        self.close_files()
+        meta = {'format': 1, 'dtype': self.dtype.name, 'vocab_size': self.tokenizer.vocab_size,
+                'tokenizer': self.tokenizer.meta(), 'source': source, **more, 'splits': self.progress.splits}
+        names = [name for name in self.sizes() if name != 'seen']
+        work, folder, replaced = self.work, self.folder, self.work / 'replaced'
+        shutil.rmtree(replaced, ignore_errors=True)
+        replaced.mkdir()
+        if (folder / 'meta.json').exists():
+            write_bytes(replaced / 'meta.json', (folder / 'meta.json').read_bytes())
+        write_bytes(work / 'unfinished.json', UNFINISHED)
+        write_bytes(work / 'meta.json', json.dumps(meta, indent=1, ensure_ascii=False).encode('utf-8'))
+        write_bytes(work / 'publishing.json', json.dumps(names).encode())
+        try:
+            os.replace(work / 'unfinished.json', folder / 'meta.json')
+            for path in list(folder.iterdir()):
+                if DATASET_FILE.fullmatch(path.name):
+                    os.replace(path, replaced / path.name)
+            for name in names:
+                os.replace(work / name, folder / name)
+            sync_folder(folder)
+            os.replace(work / 'meta.json', folder / 'meta.json')
+        except BaseException:
+            undo_publishing(work, folder)
+            raise
         sync_folder(folder)
-        os.replace(work / 'meta.json', folder / 'meta.json')
-    except BaseException:
-        undo_publishing(work, folder)
-        raise
-    sync_folder(folder)
+        self.recipe = None  # nothing is left to continue
+        return meta
 
 
 def undo_publishing(work, folder):
@@ -303,5 +270,18 @@ def undo_publishing(work, folder):
     (work / 'publishing.json').unlink()
 
 
+def clear(work):
+    """Delete all files of a .packing folder but its lock."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != '.lock':
+            path.unlink()
+
+
 def write_bytes(path, data):
     write_atomically(path, lambda file: file.write(data))
+
+
+def digest_of(values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -19,7 +19,6 @@ from test_prepare import SHARED, contents, data, run  # noqa: F401 (data is a fi
 
 from corpus import encode, pack
 from corpus.encode import Encoder, Record, split_by_hash
-from corpus.pack import Corpus
 from tokens.dataset import read_meta
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
@@ -59,8 +58,7 @@ PACK = dict(val_fraction=0.1, clean=False, max_docs=None, n_threads=1)
 def pack_texts(folder, texts=TEXTS, tokenizer=None, read=None, shard_tokens=3000, **changed):
     tokenizer, settings = tokenizer or Bytes(), {**PACK, **changed}
     recipe = {'tokenizer': tokenizer.meta(), 'shard_tokens': shard_tokens, **settings, 'n_threads': None}
-    corpus = Corpus(read or (lambda start: records_of(texts, start)), 'a test', recipe)
-    return pack.pack(folder, corpus, Encoder(tokenizer, **settings), shard_tokens=shard_tokens)
+    return pack.pack(folder, read or (lambda start: records_of(texts, start)), Encoder(tokenizer, **settings), 'a test', shard_tokens=shard_tokens, recipe=recipe)
 
 
 def records_of(texts, start=0):
@@ -149,8 +147,8 @@ def test_a_failed_run_keeps_its_progress_and_the_old_dataset(whole, tmp_path, sm
 
 @pytest.mark.parametrize('changed, error', [
     ({'shard_tokens': 2000}, 'shard_tokens=3000'),
-    ({'max_docs': 10, 'val_fraction': 0.2}, 'val_fraction=0.1, max_docs=null'),
-    ({'tokenizer': CharTokenizer('ab')}, 'tokenizer={"kind": "bytes"}')])
+    ({'max_docs': 10, 'val_fraction': 0.2}, 'val_fraction=0.1, max_docs=None'),
+    ({'tokenizer': CharTokenizer('ab')}, "tokenizer={'kind': 'bytes'}")])
 def test_an_unfinished_run_with_other_settings_is_not_continued(tmp_path, small_batches, changed, error):
     def failing(start):
         yield from records_of(TEXTS[:100])

@@ -107,7 +107,7 @@ def test_chinese_corpora_of_two_formats(tmp_path, monkeypatch, capsys):
     assert code == 0, stderr
     found = texts_in(tmp_path / 'out', 'train') + texts_in(tmp_path / 'out', 'val')
     assert len(set(found)) == len(found) and {cleaned(text) for text in passages} <= set(found)
-    assert stdout.startswith('out: left out: 1,103 there before\n')
+    assert stdout.startswith('out: 1,103 documents left out\n')
 
 
 def test_what_is_cleaned():
@@ -333,7 +333,7 @@ def test_a_run_on_a_mixture_resumes_at_the_same_windows(tmp_path):
 @pytest.mark.parametrize('args, error', [
     (['a,other'], 'other and a were packed with different tokenizers: pack them with one'),
     (['a', '--out=a'], '--out=a is one of the datasets to mix: name another folder'),
-    (['a,b', '--block_size=0'], '--block_size: 0 must be 1 or more'),
+    (['a,b', '--shard_tokens=0'], '--shard_tokens: 0 must be 1 or more'),
     (['a:x'], "dataset=a:x: 'a:x' is no NAME or NAME:WEIGHT with a weight above 0, such as zhwiki:0.7")])
 def test_mixtures_that_cannot_be(tmp_path, monkeypatch, capsys, args, error):
     monkeypatch.chdir(tmp_path)
@@ -348,14 +348,14 @@ def test_mixtures_that_cannot_be(tmp_path, monkeypatch, capsys, args, error):
 def test_inspect_shows_counts_and_text_and_verifies(tmp_path, monkeypatch, capsys):
     write_dataset(tmp_path, CharTokenizer('北京\n'), {'train': ['北京' * 100, '京\n'], 'val': ['北']}, 'two texts')
     capsys.readouterr()
-    code, stdout, stderr = run(monkeypatch, capsys, 'inspect', tmp_path, '--windows=1')
+    code, stdout, stderr = run(monkeypatch, capsys, 'inspect', tmp_path)
     assert code == 0, stderr
     assert stdout.splitlines() == [
         f'{tmp_path}: uint16, char tokenizer of 3 tokens; source: two texts', '',
-        'train: 2 documents, 202 tokens, 604 bytes, 2.990 bytes per token, 3 different tokens, shards: 1',
-        f'train.bin, tokens 17 on: {"京北" * 32!r}', 'checksums verified: 1 of 1 shards', '',
-        'val: 1 documents, 1 tokens, 3 bytes, 3.000 bytes per token, 1 different tokens, shards: 1',
-        "val.bin, tokens 0 on: '北'", 'checksums verified: 1 of 1 shards']
+        'train: 202 tokens, shards: 1', '2 documents, 604 bytes, 2.990 bytes per token',
+        f'train.bin, tokens 0 on: {"北京" * 32!r}', f'train.bin, tokens 101 on: {"京北" * 32!r}', 'checksums verified: 1 of 1 shards', '',
+        'val: 1 tokens, shards: 1', '1 documents, 3 bytes, 3.000 bytes per token',
+        "val.bin, tokens 0 on: '北'", "val.bin, tokens 0 on: '北'", 'checksums verified: 1 of 1 shards']
     data = bytearray((tmp_path / 'train.bin').read_bytes())
     data[100] ^= 1
     (tmp_path / 'train.bin').write_bytes(data)
@@ -367,13 +367,13 @@ def test_inspect_shows_counts_and_text_and_verifies(tmp_path, monkeypatch, capsy
 def test_inspect_reads_a_folder_of_nanogpt(tmp_path, monkeypatch, capsys):
     np.array([15496, 995, 50256, 15496, 995] * 20, dtype='<u2').tofile(tmp_path / 'train.bin')
     np.array([15496, 995], dtype='<u2').tofile(tmp_path / 'val.bin')
-    code, stdout, stderr = run(monkeypatch, capsys, 'inspect', tmp_path, '--windows=1')
+    code, stdout, stderr = run(monkeypatch, capsys, 'inspect', tmp_path)
     assert code == 0, stderr
-    assert "by nanoGPT's rules because meta.json is absent" in stdout and 'train: 100 tokens, 440 bytes, 4.400 bytes' in stdout
-    assert "tokens 4 on: ' worldHello world<|endoftext|>Hello" in stdout and 'checksums verified: 0 of 1 shards' in stdout
+    assert "by nanoGPT's rules because meta.json is absent" in stdout and 'train: 100 tokens' in stdout
+    assert "tokens 0 on: 'Hello world<|endoftext|>Hello" in stdout and 'checksums verified: 0 of 1 shards' in stdout
     np.array([50257], dtype='<u2').tofile(tmp_path / 'val.bin')
     code, _, stderr = run(monkeypatch, capsys, 'inspect', tmp_path)
-    assert code == 2 and stderr.startswith(f'{tmp_path}/val.bin: id 50257 is beyond the vocabulary of 50257: ')
+    assert (code, stderr) == (2, 'token id 50257 is outside the vocabulary of 50257 tokens\n')
 
 # -----------------------------------------------------------------------------
 # command lines
@@ -386,6 +386,17 @@ def test_one_document_is_cut_at_a_line_end(tmp_path, monkeypatch, capsys):
     [train], [val] = texts_in(tmp_path / 'out', 'train'), texts_in(tmp_path / 'out', 'val')
     assert train.endswith('\n') and train + val == '\n'.join(lines) and 5 <= len(val.splitlines()) <= 15
     assert 'out: all documents fell to one split: the last one is cut, its end is for validation\n' in stdout
+
+
+@pytest.mark.parametrize('options', [[], ['--clean'], ['--max_docs=3'], ['--clean', '--max_docs=3']])
+def test_of_few_documents_the_last_one_is_cut(tmp_path, monkeypatch, capsys, options):
+    texts = ['one', 'two', 'th\nree', *(['four'] if '--max_docs=3' in options else [])]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, texts)), encoding='utf-8')
+    code, _, stderr = run(monkeypatch, capsys, 'build', '--input', tmp_path / 'a.jsonl', '--tokenizer=char', '--val_fraction=0.001', '--out', tmp_path / 'out',
+                          *options)
+    assert code == 0, stderr
+    first = 'th' if '--clean' in options else 'th\n'
+    assert texts_in(tmp_path / 'out', 'train') == ['one', 'two', first] and texts_in(tmp_path / 'out', 'val') == ['ree']
 
 
 def test_characters_of_documents_beyond_max_docs_are_no_error(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from corpus.fetch import fetch
-from corpus.options import BUILDING, READING, Parser, print_next
+from corpus.options import OPTIONS, Parser, print_next
 from corpus.pack import name_source, pack_files
 from corpus.train_tokenizer import read_texts, save_tokenizer, train_bpe
 from files import one_line_errors, write_atomically
@@ -74,7 +74,7 @@ def read_reference(archive):
 
 
 def main():
-    parser = Parser(__doc__, None, [*READING, *BUILDING], input=None, out=HERE, tokenizer=None)
+    parser = Parser(__doc__, None, OPTIONS, input=None, out=HERE, tokenizer=None)
     parser.add_argument('--vocab_size', type=int, default=4096,
                         help='of the tokenizer to make, unless --tokenizer names one (default: %(default)s)')
     args = parser.parse_args()
