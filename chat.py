@@ -3,9 +3,9 @@
     python chat.py --out_dir=out-dolly
     python chat.py --out_dir=out-dolly --temperature=0 < questions.txt
 
-Each line is a question. The model sees the conversation so far, as far as its context reaches. /reset starts
-a new conversation. /save FILE appends this one to a JSONL file that corpus/conversations.py reads. /quit or
-the end of input ends the program, Ctrl-C stops an answer. Answers go to stdout, remarks to stderr.
+Each line is a question. The model sees as much of the conversation as fits into its context. /reset starts a
+new one, /save FILE appends it to a JSONL file that corpus/conversations.py reads, /quit or the end of input
+ends the program, and Ctrl-C stops an answer. Answers go to stdout, remarks to stderr.
 """
 
 import codecs
@@ -91,7 +91,7 @@ class Answerer:
         return fitted
 
     def stream(self, prompts) -> Iterator[list]:
-        """Answer several prompts (lists of ids) in one batch. Yields as Sampling.stream() does.
+        """Answer several prompts (lists of ids) in one batch. Yield as Sampling.stream() does.
 
         Shorter prompts are padded on the left. The padding is a document of its own, so no token attends to
         it, and each answer is the one that the prompt gets alone.

@@ -7,8 +7,8 @@
 A checkpoint is one dict of tensors and plain values in torch's zip format, loadable with weights_only=True:
 
     model         parameters by name
-    optimizer     state and param_groups by parameter name (absent in best.pt, which holds weights only)
-    scaler        state of the float16 loss scaler
+    optimizer     state and param_groups by parameter name (not in best.pt)
+    scaler        state of the float16 loss scaler (not in best.pt)
     model_args    arguments of GPTConfig
     config        all settings of the run
     history       optim.StepJudge.state()
@@ -55,9 +55,9 @@ class CheckpointFolder:
         self.newest, self.best = self.out_dir / 'ckpt.pt', self.out_dir / 'best.pt'
         resumed_from = Path(resumed_from)
         is_own = resumed_from.parent.resolve() == self.out_dir.resolve()
-        self.last_own = iter_num if is_own else -1  # later checkpoints were not written by this run
-        # iter_num of ckpt.pt if this run wrote it
-        self.saved_iter = iter_num if resumed_from.resolve() == self.newest.resolve() else None
+        self.last_own = iter_num if is_own else -1  # numbered checkpoints up to here are this run's
+        is_newest = resumed_from.resolve() == self.newest.resolve()
+        self.saved_iter = iter_num if is_newest else None  # of ckpt.pt if it is this run's
         self.has_saved = False
 
     def save_or_warn(self, state, progress, *, keep_last_n: int, is_best: bool, must_succeed: bool):
@@ -83,10 +83,8 @@ class CheckpointFolder:
     def what_is_saved(self) -> str:
         if self.saved_iter is not None:
             return f'the last good checkpoint is {self.newest} of iteration {self.saved_iter}'
-        for path in (self.newest, self.best):
-            if path.is_file():
-                return f'{path} is from before this start'
-        return 'no checkpoint has been saved yet'
+        best = f', but {self.best} holds weights' if self.best.is_file() else ''
+        return f'no checkpoint has been saved yet{best}'
 
     def too_many_skipped(self, n: int, iter_num: int) -> str:
         return (f'{n} steps in a row were skipped, up to iteration {iter_num}: {self.what_is_saved()}, '
@@ -105,9 +103,16 @@ class CheckpointFolder:
             if self.saved_iter is None and os.path.lexists(self.newest):
                 others.append(self.newest)
             set_aside(self.out_dir, others)
-        if keep_last_n and self.saved_iter not in (None, state['iter_num']):
+        is_older = self.saved_iter not in (None, state['iter_num']) and self.newest.exists()
+        if keep_last_n and is_older:
             # keep the previous state under a numbered name before ckpt.pt is replaced
-            link_or_copy(self.newest, self.out_dir / f'ckpt_{self.saved_iter:08d}.pt')
+            older = self.out_dir / f'ckpt_{self.saved_iter:08d}.pt'
+            older.unlink(missing_ok=True)
+            try:
+                os.link(self.newest, older)
+            except OSError:  # no hard links on this file system
+                with open(self.newest, 'rb') as f:
+                    write_atomically(older, lambda copy: shutil.copyfileobj(f, copy))
         if is_best:
             weights = {key: value for key, value in state.items() if key not in ('optimizer', 'scaler')}
             write_atomically(self.best, lambda f: write_zip(weights, f))
@@ -155,22 +160,14 @@ def set_aside(out_dir, paths):
     print0(f'{out_dir}: {", ".join(path.name for path in paths)} moved to {folder}')
 
 
-def link_or_copy(path, name):
-    """Hard-link a file under a second name; copy it where the file system has no hard links."""
-    name.unlink(missing_ok=True)
-    try:
-        os.link(path, name)
-    except OSError:
-        with open(path, 'rb') as source:
-            write_atomically(name, lambda f: shutil.copyfileobj(source, f))
-
-
 def write_zip(state, f):
     """Save with a checksum of the whole file as zip comment: zip's own checksums do not cover its headers."""
     try:
         torch.save(state, f)
-    except RuntimeError as error:  # torch hides the OSError of a failed write
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a failed write, which torch hides
+            raise error.__context__ from None
+        raise
     ending = checksum_ending(f, f.tell() - 2)
     f.seek(-2, os.SEEK_END)  # the length of the comment, zero so far
     f.write(ending)
@@ -227,7 +224,7 @@ def load(path, n_head: int | None = None) -> dict:
     """Return the verified checkpoint at path, converted if nanoGPT or another trainer wrote it.
 
     n_head  for a file of weights alone, whose shapes do not show it
-    raises  ValueError, OSError in one line if it cannot be read; Damaged
+    raises  as read() does
     """
     state = read(path)
     if not isinstance(state, dict):
@@ -244,14 +241,11 @@ def load(path, n_head: int | None = None) -> dict:
 def read(path):
     """Return what was saved at path, verified. The tensors are mapped from the file, not copied.
 
-    raises  OSError, MemoryError, Damaged; ValueError for a sound file that holds more than plain values
+    raises  Damaged; ValueError for a sound file that is not ours; OSError, MemoryError
     """
     path = Path(path)
-    if not path.is_file():
-        reason = 'is a folder, a checkpoint is a file such as ckpt.pt' if path.is_dir() else 'does not exist'
-        if path.is_symlink():
-            reason = f'is a link to {os.readlink(path)}, which {reason}'
-        raise FileNotFoundError(f'{path} {reason}')
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f'{path} is a link to {os.readlink(path)}, which does not exist')
     with open(path, 'rb') as f:
         check_bytes(f, path)
     try:
@@ -263,28 +257,27 @@ def read(path):
     except Exception as error:  # pickle and torch raise many types for other files
         if 'allocate memory' in str(error):
             raise MemoryError(f'{path} does not fit into memory') from None
-        raise ValueError(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
+        # such as '... WeightsUnpickler error: Unsupported global: GLOBAL os.mkdir was not an allowed global ...'
+        name = re.search(r'GLOBAL (\S+)', str(error))
+        reason = f'it asks for {name[1]}, and only tensors and plain values are read' if name else short(error)
+        raise ValueError(f'{path} is not a readable checkpoint ({reason})') from None
 
 
 def check_bytes(f, path):
-    """Verify the checksums of a checkpoint file, which torch.load ignores.
-
-    raises  Damaged; ValueError for a file of torch before 1.6; OSError, MemoryError
-    """
+    """Verify the checksums of a checkpoint file, which torch.load ignores. Raises as read() does."""
     head, pickle = f.read(1), b''
     try:
         with zipfile.ZipFile(f) as archive:
             # one flipped bit turns a record into a folder, which torch.load skips silently
-            if any(record.external_attr for record in archive.infolist()):
-                raise Damaged(f'{path} is damaged: the attributes of a record are set')
+            is_sound = not any(record.external_attr for record in archive.infolist())
             size = f.seek(-2 - len(archive.comment), os.SEEK_END)
             ending = f.read()
             if ending == b'\0\0':  # no comment: nanoGPT's, or another trainer's
-                broken = archive.testzip()
-                if broken is not None:
-                    raise Damaged(f'{path} is damaged: the checksum of {broken} does not match')
+                is_sound = is_sound and archive.testzip() is None
             elif ending != checksum_ending(f, size):
-                raise Damaged(f'{path} is damaged: the checksum of the file does not match')
+                is_sound = False
+            if not is_sound:
+                raise Damaged(f'{path} is damaged: its checksum does not match')
             for name in archive.namelist():
                 if name.endswith('data.pkl'):
                     pickle = archive.read(name)
@@ -294,15 +287,13 @@ def check_bytes(f, path):
         if head == b'\x80':
             raise ValueError(f'{path} is in the format of torch before 1.6, or a plain pickle, which is not '
                              'read: save it anew with torch.save where it was written') from None
-        raise Damaged(f'{path} is not a readable checkpoint ({reason_of(error)})') from None
+        raise Damaged(f'{path} is not a readable checkpoint ({short(error)})') from None
     foreign.check_pickle(pickle, path)
 
 
-def reason_of(error):
-    """Return the informative part of an error of zipfile or torch.load, in one line."""
-    words = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2] or type(error).__name__
-    name = re.search(r'GLOBAL (\S+)', words)
-    return f'it asks for {name[1]}, and only tensors and plain values are read' if name else words[:150]
+def short(error):
+    words = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2]
+    return words[:150] or type(error).__name__
 
 
 # -----------------------------------------------------------------------------
@@ -310,10 +301,7 @@ def reason_of(error):
 
 
 def gather(model, optimizers) -> dict:
-    """Return the model's and the optimizers' whole tensors by name, on the first rank. Every rank takes part.
-
-    returns  {'model': …, 'optimizer': …}
-    """
+    """Return the whole tensors of 'model' and 'optimizer', on the first rank. Every rank must call it."""
     fresh = [optimizer for optimizer in optimizers if not optimizer.state]
     if fresh:  # torch makes their state by a step at rate 0, which must not count
         dcp.get_optimizer_state_dict(model, fresh)
@@ -338,10 +326,7 @@ def restore(state, model, optimizers, scaler, loader):
 
 
 def scatter(state, model, optimizers):
-    """Load the dict of gather() into a model and its optimizers, which keep their own rates, decay and betas.
-
-    raises  ValueError if weights or moments do not fit the model
-    """
+    """Load the dict of gather(). The optimizers keep their own rates, decay and betas."""
     names = {p: name for name, p in model.named_parameters()}
     groups = [{**group, 'params': [names[p] for p in group['params']]}
               for optimizer in optimizers for group in optimizer.param_groups]

@@ -27,7 +27,8 @@ import types
 import typing
 from pathlib import Path
 
-WORDS = {bool: 'True, False', int: 'a whole number', float: 'a number', str: 'text', types.NoneType: 'None'}
+NoneType = type(None)
+WORDS = {bool: 'True, False', int: 'a whole number', float: 'a number', str: 'text', NoneType: 'None'}
 BOOLS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
 
 
@@ -101,7 +102,7 @@ def checked(value, options: list, source: str):
     """
     if isinstance(value, str) and (str in options or value in options):
         return str(value)
-    if type(value) in (bool, types.NoneType) and type(value) in options:
+    if type(value) in (bool, NoneType) and type(value) in options:
         return value
     if isinstance(value, numbers.Real) and not isinstance(value, bool):  # NumPy's too
         whole = isinstance(value, numbers.Integral) or (abs(value) <= 2**53 and value == int(value))
@@ -116,7 +117,7 @@ def checked(value, options: list, source: str):
 
 
 def nearest(word, choices, remedy, otherwise=''):
-    """Format the remedy with the choice spelled most like the word; return `otherwise` if none is close."""
+    """Return the remedy with the choice that is spelled most like the word, or `otherwise`."""
     near = difflib.get_close_matches(word, choices, n=1)
     return remedy.format(near[0]) if near else otherwise
 
@@ -160,7 +161,7 @@ def from_text(text, options):
     """Return the bool, None or number that the text of a flag stands for, or the text itself."""
     if bool in options and text in BOOLS:
         return BOOLS[text]
-    if types.NoneType in options and text == 'None':
+    if NoneType in options and text == 'None':
         return None
     if int in options or float in options:
         for number in (int, float):
@@ -170,10 +171,7 @@ def from_text(text, options):
 
 
 def run_config(file, script, current, accepted):
-    """Run a config file that sees the current settings. Return its settings by name, and its derive().
-
-    Unknown names are errors, except imports, functions, classes and names with a leading underscore.
-    """
+    """Run a config file that sees the current settings. Return its settings by name, and its derive()."""
     folder = os.path.dirname(script)
     path = next(filter(os.path.isfile, (file, os.path.join(folder, file))), None)
     if path is None:
@@ -189,9 +187,12 @@ def run_config(file, script, current, accepted):
     assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
     values = {}
     for name, value in result.items():
-        is_own = name.startswith('_') or callable(value) or inspect.ismodule(value)
-        is_given = name in assigned or (name in current and value is not current[name])
-        if is_given and (name in accepted or not is_own):
+        if name in current:
+            is_given = name in assigned or value is not current[name]
+        else:  # an unknown setting, if it is none of the file's own names
+            is_own = name.startswith('_') or callable(value) or inspect.ismodule(value)
+            is_given = name in assigned and not is_own
+        if is_given:
             values[name] = value
     derive = result.get('derive')
     return check_values(values, accepted, file), derive if inspect.isfunction(derive) else None
@@ -238,11 +239,11 @@ def help_text(settings):
     lines = [(settings.get('__doc__') or '').strip(), '', 'Settings, as flags or in a config file:']
     for name, options in accepted_by(settings).items():
         default, (heading, remark) = settings[name], remarks.get(name, ([], ''))
-        lines += ['', *heading] if heading else []
         shown = default if isinstance(default, str) and default.isprintable() else repr(default)
         limits = '' if options == [type(default)] else f'[{phrase(options).partition(" ")[2]}]'
-        lines.append(' '.join([f'  --{name}={shown}'.ljust(38), *filter(None, (remark, limits))]))
-    return '\n'.join(line.rstrip() for line in lines)
+        lines += ['', *heading] if heading else []
+        lines.append(' '.join([f'  --{name}={shown}'.ljust(38), *filter(None, (remark, limits))]).rstrip())
+    return '\n'.join(lines)
 
 
 def read_remarks(script):
@@ -252,8 +253,9 @@ def read_remarks(script):
         assignment = ASSIGNMENT.fullmatch(line)
         if assignment:
             remarks.setdefault(assignment[1], (heading, assignment[2] or ''))
-        if line.startswith('#'):
-            heading = [*heading, *filter(None, [line.strip('#- \n')])]
-        elif line.strip():
+        comment = line.strip('#- \n')
+        if line.startswith('#') and comment:
+            heading = [*heading, comment]
+        elif comment:
             heading = []
     return remarks

@@ -1,9 +1,8 @@
 """Optimizers and learning-rate schedules: AdamW in nanoGPT's groups, or Muon for matrices beside AdamW.
 
     optimizers = configure_optimizers(model, OptimizerSettings('muon', learning_rate=3e-3, matrix_lr=0.02))
-    schedule = Schedule('wsd', warmup_iters=20, max_iters=900)
     set_lr(optimizers, lr_scale(iter_num, schedule), muon_momentum(iter_num))
-    skip = judge.judge(grad_norm, loss)    # judge = StepJudge(device)
+    skip = judge.judge(grad_norm, loss)
     for optimizer in optimizers:
         step_unless(optimizer, skip)
 
@@ -24,37 +23,32 @@ from distributed import all_gather
 # -----------------------------------------------------------------------------
 # parameter groups
 
+FUSED_ADAMW = 'cpu', 'cuda', 'mps'  # device types with a fused kernel
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Settings of configure_optimizers().
+    """Settings of configure_optimizers()."""
 
-    optimizer      'adamw': every parameter by AdamW at learning_rate, in nanoGPT's groups and order
-                   'muon': the blocks' matrices by Muon at matrix_lr, the rest by AdamW
-    embedding_lr   with muon, of wpe and of wte, which may be the head too; None = learning_rate
-    head_lr        with muon, of an untied lm_head; None = learning_rate
-    decay_groups   'matrices': AdamW decays matrices and embeddings, as in nanoGPT; with muon, Muon alone,
-                   because the decay is lr * weight_decay and embeddings have large rates. 'all': decay all
-    fused          AdamW's fused kernel; None = where the device has one
-    """
-
-    optimizer: Literal['adamw', 'muon'] = 'adamw'
-    learning_rate: float = 6e-4
-    matrix_lr: float = 0.02
-    embedding_lr: float | None = None
-    head_lr: float | None = None
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: Muon for the blocks' matrices, AdamW for the rest
+    learning_rate: float = 6e-4  # peak, AdamW
+    matrix_lr: float = 0.02  # peak, Muon
+    embedding_lr: float | None = None  # peak with muon, of wpe and wte; None = learning_rate
+    head_lr: float | None = None  # peak with muon, of an untied lm_head; None = learning_rate
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
+    # matrices: AdamW decays matrices and embeddings, as in nanoGPT. With muon only Muon decays, because the
+    # decay is lr * weight_decay and embeddings have large rates. all: decay every parameter
     decay_groups: Literal['matrices', 'all'] = 'matrices'
-    fused: bool | None = None
+    fused: bool | None = None  # AdamW's fused kernel; None = where the device has one
 
 
 def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32) -> list:
-    """Make the optimizers of a model with GPT-2's parameter names; call step() on each.
+    """Make the optimizers of a model with GPT-2's parameter names.
 
     dtype    of the matrix products in training; Muon orthogonalizes in bfloat16 too, else in float32
-    returns  optimizers, whose groups have a 'kind' (what they hold) and a 'peak_lr' (lr at scale 1).
-             load_state_dict() keeps these settings, so a resumed run can change them
+    returns  optimizers, whose groups have a 'kind' and a 'peak_lr' (lr at scale 1). load_state_dict() keeps
+             these settings, so a resumed run can change them
     """
     settings_of = group_settings(settings)
     params = {kind: [] for kind in settings_of}
@@ -69,7 +63,7 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
 
     fused = settings.fused
     if fused is None:
-        fused = has_fused_adamw(for_adamw[0]['params'][0].device)
+        fused = for_adamw[0]['params'][0].device.type in FUSED_ADAMW
     optimizers = [torch.optim.AdamW(for_adamw, betas=settings.betas, eps=1e-8, fused=fused)]
     if for_muon:
         ns_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -108,17 +102,6 @@ def parameter_kind(name, p, optimizer):
         return 'head'
     assert '.wte.' in name or '.wpe.' in name, f'{name} belongs to neither block, head nor embedding'
     return 'embedding'
-
-
-def has_fused_adamw(device):
-    """Whether AdamW(fused=True) works on a device. torch raises only at the first step."""
-    probe = torch.zeros(1, device=device, requires_grad=True)
-    probe.grad = torch.zeros_like(probe)
-    try:
-        torch.optim.AdamW([probe], fused=True).step()
-    except RuntimeError:
-        return False
-    return True
 
 
 def keep_settings(optimizer, state_dict):
@@ -175,11 +158,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-
+        assert closure is None
         # multiply matrices of one shape together, also across groups
         batches = defaultdict(list)
         for group in self.param_groups:
@@ -192,7 +171,6 @@ class Muon(torch.optim.Optimizer):
             n_params = max(1, BATCH_BYTES // (4 * max(p.numel() for p in params)))
             for i in range(0, len(params), n_params):
                 self.step_batch(params[i:i + n_params], shape, *settings)
-        return loss
 
     def step_batch(self, params, shape, lr, momentum, weight_decay):
         """Update parameters that consist of matrices of one shape."""
@@ -263,9 +241,8 @@ class StepJudge:
 
     skip_spikes       skip a step whose gradient norm or loss exceeds this multiple of its running mean;
                       0 = only a step in which one of them is not finite
-    skipped           steps skipped so far
+    skipped, taken    numbers of steps so far
     skipped_in_a_row  steps skipped since the last step taken
-    taken             steps taken
     norm_sum, loss_sum  exponential moving averages over the steps taken, before bias correction
     """
 

@@ -1,19 +1,19 @@
 """Continue a prompt with a trained model, answer a file of questions, or export the model.
 
-    python sample.py --out_dir=out-quickstart
-    python sample.py --out_dir=out-quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=200 --top_k=50
+    python sample.py --out_dir=out-quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=200
     python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"
     python sample.py --out_dir=out-quickstart --export=exported    # for transformers; weights.npz for NumPy
     python sample.py --out_dir=out-dolly --prompts=questions.jsonl --answers=answers.jsonl --temperature=0
     python sample.py --out_dir=out-dolly --chat                    # the same as chat.py
 
---help lists the settings. All samples are drawn in one batch, and the first is printed while it is drawn.
-A sample ends where the model ends the document.
+All samples are drawn in one batch, and the first is printed while it is drawn. A sample ends where the model
+ends the document.
 """
 
 import codecs
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Literal
 
@@ -131,25 +131,24 @@ def answer_questions(answerer, questions, batch_size):
 
 
 def write_answers(path, questions, replies):
-    """Write a line of JSON for each question. Return how the answers compare with the expected ones."""
-    expected = {}  # one question may have several answers in the file
+    """Write a line of JSON for each question, and print how many answers are as expected."""
+    expected = defaultdict(set)  # one question may have several answers in the file
     for turns, answer in questions:
-        expected.setdefault(str(turns), set()).update([answer] if answer else [])
-    lines = []
+        expected[str(turns)].update([answer] if answer else [])
+    lines, is_exact = [], []
     for (turns, _), reply in zip(questions, replies, strict=True):
         texts = [text for role, text in turns[-2:] if role in ('user', 'context')]
         line = {'question': '\n\n'.join(texts), 'answer': reply}
         if accepted := sorted(expected[str(turns)]):
-            line |= dict(expected=accepted, exact=reply in accepted)
-        lines.append(line)
-    write_atomically(path, lambda f: f.writelines(map(json_line, lines)))
-
-    exact = [line['exact'] for line in lines if 'exact' in line]
-    message = f'{path}: {len(lines):,} answers'
-    if exact:
-        share = f'{sum(exact):,} of {len(exact):,} ({sum(exact) / len(exact):.1%})'
-        message += f', {share} exactly as expected'
-    return message
+            is_exact.append(reply in accepted)
+            line |= dict(expected=accepted, exact=is_exact[-1])
+        lines.append(json_line(line))
+    write_atomically(path, lambda f: f.writelines(lines))
+    share = ''
+    if is_exact:
+        n, n_exact = len(is_exact), sum(is_exact)
+        share = f', {n_exact:,} of {n:,} ({n_exact / n:.1%}) exactly as expected'
+    print(f'{path}: {len(lines):,} answers{share}')
 
 
 if __name__ == '__main__':
@@ -193,7 +192,7 @@ if __name__ == '__main__':
         elif chat:
             talk(answerer)
         elif prompts:
-            print(write_answers(answers, questions, answer_questions(answerer, questions, batch_size)))
+            write_answers(answers, questions, answer_questions(answerer, questions, batch_size))
         else:
             idx = torch.tensor(prompt, device=place.device).repeat(num_samples, 1)  # (num_samples, T)
             steps = sampling.stream(model, tokenizer, idx, stop_ids={tokenizer.eot})

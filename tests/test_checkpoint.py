@@ -171,6 +171,13 @@ def test_where_there_are_no_hard_links_it_is_a_copy(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / 'ckpt_00000020.pt')['iter_num'] == 20
 
 
+def test_a_checkpoint_that_somebody_moved_away_does_not_stop_the_saving(tmp_path):
+    checkpoints = save_many(tmp_path, [10, 20], keep_last_n=1)
+    (tmp_path / 'ckpt.pt').rename(tmp_path / 'mine.pt')
+    checkpoints.save(small_state(30), keep_last_n=1)
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt', 'mine.pt'] and checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 30
+
+
 def test_keeping_maps_no_file_that_is_about_to_be_replaced(tmp_path):
     if not os.path.exists('/proc/self/maps'):
         pytest.skip('needs /proc')
@@ -221,6 +228,20 @@ def test_a_run_goes_on_where_the_newest_was_damaged(tmp_path):
     state, path = checkpoint.load_newest(tmp_path, rename_damaged=True)
     save_many(tmp_path, [state['iter_num'] + 10], keep_last_n=2, resumed_from=path, at=state['iter_num'])
     assert names(tmp_path) == ['ckpt.pt', 'ckpt.pt.corrupt', 'ckpt_00000010.pt', 'ckpt_00000020.pt']
+
+
+def test_a_failed_copy_does_not_forget_a_best_loss_that_is_saved(tmp_path, monkeypatch):
+    checkpoints, progress = checkpoint.CheckpointFolder(tmp_path), Progress()
+    progress.iter_num = 10
+    progress.note_evaluation(3.0)
+    checkpoints.save_or_warn(small_state(10), progress, keep_last_n=1, is_best=True, must_succeed=False)
+
+    def full(*_):
+        raise OSError(28, 'No space left on device', str(tmp_path / 'ckpt_00000010.pt'))
+    monkeypatch.setattr(os, 'link', full)
+    monkeypatch.setattr(checkpoint, 'write_atomically', full)
+    checkpoints.save_or_warn(small_state(20), progress, keep_last_n=1, is_best=False, must_succeed=False)
+    assert progress.best_val_loss == 3.0
 
 
 # no space for the best weights, or for the checkpoint after them; nothing at all while the weights are not finite
@@ -351,7 +372,7 @@ def test_a_checkpoint_that_asks_for_code_is_refused(tmp_path):
 
 
 def test_a_missing_file_and_one_that_cannot_be_opened_are_no_damage(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match='does not exist'):
+    with pytest.raises(FileNotFoundError, match='No such file'):
         checkpoint.load(tmp_path / 'ckpt.pt')
     save_many(tmp_path, [10])
 
@@ -372,7 +393,7 @@ def test_the_newest_that_can_be_read_is_taken(tmp_path, capsys):
         state, path = checkpoint.load_newest(tmp_path, rename_damaged=True)
         assert (state['iter_num'], path) == (n, tmp_path / older)
         said = capsys.readouterr().out
-        assert said.startswith(f'{tmp_path / newest} is damaged: the checksum of ') and f'renamed to {newest}.corrupt' in said
+        assert said.startswith(f'{tmp_path / newest} is damaged: its checksum ') and f'renamed to {newest}.corrupt' in said
     damage(tmp_path / 'ckpt_00000010.pt')
     for _ in range(2):  # the second time too: nothing readable is not the same as nothing
         with pytest.raises(ValueError, match='has no readable checkpoint left'):

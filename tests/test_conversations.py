@@ -353,7 +353,7 @@ def test_the_command_line(tmp_path):
     os.close(end)
     assert (done.returncode, done.stderr) == (141, b'')
     bad = run('build', '--input', file, '--tokenizer', tmp_path / 'nothing.pt', '--out', 'y')
-    assert (bad.returncode, bad.stderr) == (2, f'{tmp_path / "nothing.pt"} does not exist\n')
+    assert (bad.returncode, bad.stderr) == (2, f'{tmp_path / "nothing.pt"}: No such file or directory\n')
     assert run('show', tmp_path).returncode == 2
 
 
