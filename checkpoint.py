@@ -257,9 +257,9 @@ def read(path):
     except Exception as error:  # pickle and torch raise many types for other files
         if 'allocate memory' in str(error):
             raise MemoryError(f'{path} does not fit into memory') from None
-        # such as '... WeightsUnpickler error: Unsupported global: GLOBAL os.mkdir was not an allowed global ...'
-        name = re.search(r'GLOBAL (\S+)', str(error))
-        reason = f'it asks for {name[1]}, and only tensors and plain values are read' if name else short(error)
+        reason = short(error)
+        if name := re.search(r'GLOBAL (\S+)', str(error)):
+            reason = f'it asks for {name[1]}, and only tensors and plain values are read'
         raise ValueError(f'{path} is not a readable checkpoint ({reason})') from None
 
 
@@ -292,6 +292,7 @@ def check_bytes(f, path):
 
 
 def short(error):
+    """Return the informative part of an error of zipfile or torch.load."""
     words = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2]
     return words[:150] or type(error).__name__
 
