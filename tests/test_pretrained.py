@@ -395,7 +395,8 @@ def test_a_tokenizer_in_a_format_that_is_not_read_is_refused(tmp_path, file):
 def test_an_export_has_what_other_programs_ask_for(tmp_path):
     """llama.cpp's converter stopped at n_ctx, CTranslate2 at a missing id."""
     tokenizer = CharTokenizer(CHARS)
-    tokenizer.eot, tokenizer.special = 3, {'<|pad|>': 5}
+    tokenizer.eot = tokenizer.bos = 3
+    tokenizer.pad, tokenizer.special = 5, {'<|pad|>': 5}
     ours(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path, tokenizer)
     for file in ('config.json', 'generation_config.json'):
         stored = json.loads((tmp_path / file).read_text(encoding='utf-8'))
