@@ -1,12 +1,14 @@
-"""The tensor operations of model.py: attention, the KV cache, cross entropy in chunks, packed layers.
+"""The tensor operations of model.py: attention, KV cache, sampling, cross entropy in chunks, packed layers.
 
 Each docstring states the plain meaning. The code departs from it to save time or memory on some hardware.
 
-B batch, H heads, T tokens in a row, S tokens seen so far, D head size, C width, V vocabulary, N loss rows
+B batch, H heads of queries, G of keys and values, D their size, T tokens in a row, S tokens seen so far,
+C width, V vocabulary, N loss rows
 """
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -34,18 +36,30 @@ def gelu_tanh(x):
     return F.gelu(x, approximate='none' if exact else 'tanh')
 
 
+ACTIVATIONS = {
+    'gelu_tanh': gelu_tanh,
+    'gelu': F.gelu,
+    'relu2': lambda x: F.relu(x).square(),  # arXiv:2109.08668 (Primer)
+    'silu': F.silu,
+}
+
+
 # -----------------------------------------------------------------------------
 # attention
 
 
 def attention(q, k, v, mask, dropout):
-    """Return softmax(q k' / sqrt(D)) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+    """Return softmax(q k' / sqrt(D)) v: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
+    Each head of k and v serves H / G heads of q.
     mask  added to the scores, expands to (B, H, T, S); None = causal, or all S tokens if T is 1
     """
     if mask is None or not prefers_matmul(q, q.size(2)):
         is_causal = mask is None and q.size(2) > 1
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        is_grouped = k.size(1) < q.size(1)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
+    if k.size(1) < q.size(1):
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     mask = mask.expand(*q.shape[:3], k.size(2)).flatten(0, 1)
     q_rows, k_rows, v_rows = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T or S, D)
     scores = torch.baddbmm(mask, q_rows, k_rows.mT, alpha=q.size(-1) ** -0.5)  # (B * H, T, S)
@@ -87,7 +101,7 @@ def document_mask(documents, T, dtype):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: two (B, H, max_tokens, D) a layer, allocated once.
+    """Keys and values of the tokens seen so far: two (B, G, max_tokens, D) a layer, allocated once.
 
     static  a single new token attends to all max_tokens slots, with the empty ones masked: the shapes stay
             constant, and one compiled block serves every token
@@ -96,7 +110,7 @@ class KVCache:
     def __init__(self, config, batch_size, max_tokens, device, dtype, static=False):
         self.static = static
         self.max_tokens = -(-max_tokens // 64) * 64 if static else max_tokens  # suits GPU kernels
-        shape = batch_size, config.n_head, self.max_tokens, config.n_embd // config.n_head
+        shape = batch_size, config.n_kv_head, self.max_tokens, config.head_size
         # zeros: a masked slot must not hold a NaN
         kv = torch.zeros(config.n_layer, 2, *shape, device=device, dtype=dtype)
         self.kv = [layer.unbind(0) for layer in kv]
@@ -106,7 +120,7 @@ class KVCache:
     def slots(self, T):
         """Return (keys, values, positions) of each layer, for storing and attending to the next T tokens.
 
-        keys, values  (B, H, S, D)
+        keys, values  (B, G, S, D)
         positions     (T,) int64 of those tokens; a tensor, because a graph would fix a number
         """
         end = self.n_tokens + T
@@ -138,9 +152,29 @@ def decoding(context, cache):
     with stance, backends:
         yield
 
+def draw(logits, temperature, top_k, top_p):
+    """Draw one token a row from logits (B, V): (B,) int64. Arguments as in GPT.stream()."""
+    if temperature < 1e-6:  # every other probability underflows in float32
+        return logits.argmax(dim=-1)
+    logits, order = logits / temperature, None
+    if top_k and top_k < logits.size(-1):  # drawing among k is 1 ms a row faster than among V
+        logits, order = logits.topk(top_k)
+    p = logits.softmax(dim=-1)  # (B, V) or (B, k)
+    if top_p is not None and top_p < 1.0:
+        if order is None:
+            p, order = p.sort(descending=True, dim=-1)
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # the most likely token always stays
+    choice = torch.multinomial(p, 1)  # (B, 1)
+    return (choice if order is None else order.gather(1, choice))[:, 0]
+
 
 # -----------------------------------------------------------------------------
 # the loss in chunks
+
+
+class Scores(NamedTuple):
+    nats: torch.Tensor  # (B, T) float32 cross entropy, 0 where there is no target
+    is_argmax: torch.Tensor  # (B, T) bool, whether the target has the largest logit
 
 
 def loss_chunk_rows(n_rows, n_chunks, weight):
@@ -252,7 +286,8 @@ class PackedLinear(nn.Module):
         if self.scale is None:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
         rows = x.flatten(0, -2)
-        if len(rows) <= 16:  # the int8 kernel's time grows with the rows
+        # the int8 kernel's time grows with the rows; it crashes on widths that are no multiple of 8
+        if len(rows) <= 16 and rows.size(1) % 8 == 0:
             y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale  # int8 is exact in bfloat16

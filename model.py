@@ -1,4 +1,4 @@
-"""GPT in one file: GPT-2 as OpenAI released it (arch='gpt2') and its modern sibling (arch='modern').
+"""GPT in one file, in three architectures that differ by the switches of GPTConfig.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128))
@@ -8,14 +8,15 @@
 gpt2    learned positions, LayerNorm, GELU, a head tied to the embedding; parameter names are nanoGPT's.
 modern  rotary positions, query-key norm, ReLU squared, RMSNorm without weights (also after the embedding), no
         biases, an untied head that starts at zero, logits capped at +-15: the `nanochat` of transformers.
+llama   rotary positions, RMSNorm, SwiGLU, grouped key and value heads: Llama, Qwen2, Qwen3, SmolLM2, Mistral.
 
-B batch, T tokens in a row, S tokens seen so far, C n_embd, H n_head, D = C / H, V vocab_size, L n_layer.
+B batch, T tokens in a row, S tokens seen so far, C n_embd, V vocab_size, L n_layer,
+H n_head, G n_kv_head (heads of keys and values), D head_size.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -24,24 +25,31 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
 
-RMS_EPS = 1e-6  # transformers' NanoChatConfig.rms_norm_eps
-ROPE_THETA = 10_000.0
 LOGIT_SOFTCAP = 15.0
-ACTIVATIONS = {
-    'gelu_tanh': kernels.gelu_tanh,
-    'gelu': F.gelu,
-    'relu2': lambda x: F.relu(x).square(),  # arXiv:2109.08668 (Primer)
+COUNTS = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_hidden'
+PRESETS = {
+    'gpt2': dict(bias=True, activation='gelu_tanh', norm_eps=1e-5, qk_norm=False, tied=True),
+    'modern': dict(bias=False, activation='relu2', norm_eps=1e-6, qk_norm=True, tied=False),
+    'llama': dict(bias=False, activation='silu', norm_eps=1e-5, qk_norm=False, tied=False),
 }
 
 
 @dataclass
 class GPTConfig:
-    """The architecture of a model, stored beside its weights.
+    """The architecture of a model, stored beside its weights. None = the value that PRESETS has for arch.
 
-    vocab_size  the default is GPT-2's 50257, padded to a multiple of 64 for the matrix kernels
-    bias        of linear and LayerNorm layers; None = True for gpt2, False for modern
-    activation  None = gelu_tanh for gpt2, relu2 for modern; nanoGPT uses gelu
-    raises      ValueError for shapes that do not fit together
+    vocab_size    the default is GPT-2's 50257, padded to a multiple of 64 for the matrix kernels
+    bias          of linear and LayerNorm layers
+    activation    nanoGPT uses gelu
+
+    Only for llama:
+    n_kv_head     heads of keys and values, each shared by H / G query heads; None = n_head
+    head_size     None = n_embd / n_head
+    n_hidden      width of the MLP; None = 8/3 n_embd, rounded up to a multiple of 64
+    rope_scaling  Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    qk_norm       normalize each query and key before the rotation, as Qwen3 does
+    qkv_bias      biases of queries, keys and values, as in Qwen2
+    tied          one matrix for embedding and head
     """
 
     block_size: int = 1024
@@ -53,46 +61,75 @@ class GPTConfig:
     bias: bool | None = None
     arch: str = 'gpt2'
     activation: str | None = None
+    n_kv_head: int | None = None
+    head_size: int | None = None
+    n_hidden: int | None = None
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None
+    norm_eps: float | None = None
+    qk_norm: bool | None = None
+    qkv_bias: bool = False
+    tied: bool | None = None
 
     def __post_init__(self):
-        if self.arch not in ('gpt2', 'modern'):
-            raise ValueError(f'arch={self.arch} is unknown: accepted are gpt2, modern')
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise ValueError(f'{name}={getattr(self, name)}: accepted is 1 or more, below 2**31')
+        if self.arch not in PRESETS:
+            raise ValueError(f'arch={self.arch} is unknown: accepted are {", ".join(PRESETS)}')
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 2**31:
+                raise ValueError(f'{name}={value}: accepted is 1 or more, below 2**31')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout={self.dropout}: accepted is 0.0 or more, below 1.0')
-        modern = self.arch == 'modern'
-        if modern and self.bias:
-            raise ValueError('bias=True: arch=modern has no biases, use bias=False or arch=gpt2')
-        unit = 2 * self.n_head if modern else self.n_head  # rotary positions need an even head size
-        if self.n_embd % unit:
+        llama, rotary = self.arch == 'llama', self.arch != 'gpt2'
+        unit = 2 * self.n_head if rotary else self.n_head  # rotary positions need an even head size
+        if self.n_embd % unit and not self.head_size:
             near = [n for n in (self.n_embd // unit * unit, (self.n_embd // unit + 1) * unit) if n]
-            raise ValueError(f'n_embd={self.n_embd} is not divisible by {"2 x " * modern}n_head={self.n_head}'
+            raise ValueError(f'n_embd={self.n_embd} is not divisible by {"2 x " * rotary}n_head={self.n_head}'
                              f': use n_embd={" or ".join(map(str, near))}')
-        self.bias = not modern if self.bias is None else bool(self.bias)
-        self.activation = self.activation or ('relu2' if modern else 'gelu_tanh')
-        if self.activation not in ACTIVATIONS:
-            accepted = ', '.join(ACTIVATIONS)
+
+        n_hidden = -(-8 * self.n_embd // 192) * 64 if llama else 4 * self.n_embd
+        preset = dict(PRESETS[self.arch], n_kv_head=self.n_head, head_size=self.n_embd // self.n_head,
+                      n_hidden=n_hidden, rope_theta=10_000.0, rope_scaling=None, qkv_bias=False)
+        switches = dict(gpt2={'activation', 'bias'}, modern={'activation'}, llama=preset.keys() - {'bias'})
+        for name, value in preset.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+            if getattr(self, name) != value and name not in switches[self.arch]:
+                raise ValueError(f'{name}={getattr(self, name)}: arch={self.arch} has {name}={value}: '
+                                 'use that, or another arch')
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
+        if self.head_size % 2 and rotary:
+            raise ValueError(f'head_size={self.head_size}: accepted is an even number')
+        if self.activation not in kernels.ACTIVATIONS:
+            accepted = ', '.join(kernels.ACTIVATIONS)
             raise ValueError(f'activation={self.activation} is unknown: accepted are {accepted}')
 
 
 def make_norm(config):
-    if config.arch == 'modern':
-        return nn.RMSNorm(config.n_embd, eps=RMS_EPS, elementwise_affine=False)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
+    if config.arch == 'gpt2':
+        return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.arch == 'llama')
 
 
 def rotary_table(config):
-    """Return cos and sin of every position for rotate(): (block_size, 1, 1, D) float32 each."""
-    D = config.n_embd // config.n_head
-    frequency = ROPE_THETA ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
-    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequency)[:, None, None]
-    return torch.cat((angle.cos(), angle.cos()), dim=-1), torch.cat((angle.sin(), -angle.sin()), dim=-1)
+    """Return cos and sin of every position for rotate(): (block_size, 1, D) float32 each."""
+    D, scaling = config.head_size, config.rope_scaling
+    frequency = config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
+    if scaling:  # Llama 3: stretch waves that are long against the original context
+        low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+        n_waves = scaling['original_max_position_embeddings'] * frequency / (2 * math.pi)
+        share = ((n_waves - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (share + (1 - share) / scaling['factor'])
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequency)[:, None]
+    if config.arch == 'modern':  # nanochat rotates the other way round
+        angle = -angle
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Apply rotary positions in their half-split form (arXiv:2104.09864) to x, (B, T, ..., D)."""
+    """Apply rotary positions in their half-split form (arXiv:2104.09864) to x, (B, T, heads, D)."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((b, a), dim=-1) * sin
 
@@ -100,39 +137,50 @@ def rotate(x, cos, sin):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.config = config
+        H, G, D = config.n_head, config.n_kv_head, config.head_size
+        self.c_attn = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=config.bias or config.qkv_bias)
+        self.c_proj = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        if config.arch == 'llama' and config.qk_norm:
+            self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotary, mask, slots):
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        if rotary is None:
-            q, k, v = qkv.unbind(2)  # (B, T, H, D) each
-        else:
-            qk = rotate(qkv[:, :, :2], *rotary)  # queries and keys in one call
-            q, k = F.rms_norm(qk, qk.shape[-1:], eps=RMS_EPS).unbind(2)  # arXiv:2010.04245
-            v = qkv[:, :, 2]
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        config, (B, T, _) = self.config, x.shape
+        H, G, D = config.n_head, config.n_kv_head, config.head_size
+        qk, v = self.c_attn(x).view(B, T, H + 2 * G, D).split((H + G, G), dim=2)
+        if config.arch == 'llama' and config.qk_norm:
+            q, k = qk.split((H, G), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2).to(v.dtype)
+        if rotary is not None:
+            qk = rotate(qk, *rotary)  # queries and keys in one call
+        if config.arch == 'modern':
+            qk = F.rms_norm(qk, (D,), eps=config.norm_eps)  # arXiv:2010.04245
+        q, k = qk.split((H, G), dim=2)  # (B, T, H, D), (B, T, G, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
         if slots is not None:  # of a layer, from KVCache.slots()
             keys, values, positions = slots
-            k, v = keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)  # (B, H, S, D)
-        y = kernels.attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
+            k, v = keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)  # (B, G, S, D)
+        y = kernels.attention(q, k, v, mask, config.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, H * D)
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.is_gated = config.arch == 'llama'  # SwiGLU, arXiv:2002.05202: c_fc gives gate and value
+        self.c_fc = nn.Linear(config.n_embd, config.n_hidden * (1 + self.is_gated), bias=config.bias)
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.activation = kernels.ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        if not self.is_gated:
+            return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        gate, value = self.c_fc(x).chunk(2, dim=-1)
+        return self.dropout(self.c_proj(self.activation(gate) * value))
 
 
 class Block(nn.Module):
@@ -148,11 +196,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Scores(NamedTuple):
-    nats: torch.Tensor  # (B, T) float32 cross entropy, 0 where there is no target
-    is_argmax: torch.Tensor  # (B, T) bool, whether the target has the largest logit
-
-
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -162,26 +205,30 @@ class GPT(nn.Module):
         self.bf16_residual = False  # True: sum the outputs of the blocks in bfloat16, if it computes in that
         self.loss_chunks = 'auto'  # chunks of loss() and score(); 'auto' = by size of the logits
         self.cross_entropy = kernels.cross_entropy  # may be compiled by itself
-        parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
+        parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd), drop=nn.Dropout(config.dropout))
         if config.arch == 'gpt2':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts['drop'] = nn.Dropout(config.dropout)
         parts['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         parts['ln_f'] = make_norm(config)
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.softcap = LOGIT_SOFTCAP if config.arch == 'modern' else None
-        if config.arch == 'gpt2':
+        self.finish()
+        self.init_weights()
+
+    def finish(self):
+        """Tie the head to the embedding, and compute the rotary tables."""
+        if self.config.tied:
             self.transformer.wte.weight = self.lm_head.weight
-        else:
-            cos, sin = rotary_table(config)
+        if self.config.arch != 'gpt2':
+            cos, sin = rotary_table(self.config)
             self.register_buffer('cos', cos, persistent=False)
             self.register_buffer('sin', sin, persistent=False)
-        self.init_weights()
+        return self
 
     @torch.no_grad()
     def init_weights(self):
-        """gpt2: N(0, 0.02), output projections divided by sqrt(2 L) (the GPT-2 paper).
+        """gpt2, llama: N(0, 0.02), output projections divided by sqrt(2 L) (the GPT-2 paper).
         modern: embedding N(0, 1), matrices of deviation 1/sqrt(C), output projections and head 0 (nanochat).
         """
         modern = self.config.arch == 'modern'
@@ -226,8 +273,9 @@ class GPT(nn.Module):
         if self.config.arch == 'gpt2':
             x = x + self.transformer.wpe.weight[position]
         else:
-            x = F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
-            rotary = self.cos[position].to(dtype), self.sin[position].to(dtype)  # ([B,] T, 1, 1, D)
+            rotary = self.cos[position].to(dtype), self.sin[position].to(dtype)  # ([B,] T, 1, D)
+        if self.config.arch == 'modern':
+            x = F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps)
         x = self.transformer.drop(x)
         if self.bf16_residual and dtype == torch.bfloat16:
             x = x.to(dtype)
@@ -262,7 +310,7 @@ class GPT(nn.Module):
         return self.cross_entropy(x, self.lm_head.weight, targets, n_rows, self.softcap)
 
     @torch.no_grad()
-    def score(self, idx, targets, documents=None) -> Scores:
+    def score(self, idx, targets, documents=None) -> kernels.Scores:
         """Return the cross entropy of each target, and whether its logit is the largest."""
         is_target = targets != kernels.IGNORE  # (B, T)
         x, target_ids = self.hidden(idx, documents=documents)[is_target], targets[is_target]  # (N, C), (N,)
@@ -274,20 +322,22 @@ class GPT(nn.Module):
             hits.append(logits.argmax(dim=-1) == target_chunk)
         nats = torch.zeros(targets.shape, device=targets.device)
         nats[is_target] = torch.cat(losses)
-        return Scores(nats, torch.zeros_like(is_target).masked_scatter(is_target, torch.cat(hits)))
+        return kernels.Scores(nats, torch.zeros_like(is_target).masked_scatter(is_target, torch.cat(hits)))
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Count the parameters; without the position embedding by default, as nanoGPT counts them."""
         n = sum(p.numel() for p in self.parameters())
-        has_wpe = self.config.arch == 'gpt2'
-        return n - self.transformer.wpe.weight.numel() if non_embedding and has_wpe else n
+        if non_embedding and self.config.arch == 'gpt2':
+            n -= self.transformer.wpe.weight.numel()
+        return n
 
     def flops_per_token(self, T: int | None = None) -> int:
         """Count the floating-point operations of training per token of a row of T tokens: 6 per matrix
-        weight, and 12 T C per layer for attention (arXiv:2204.02311).
+        weight, and 12 T H D per layer for attention (arXiv:2204.02311).
         """
+        c, T = self.config, T or self.config.block_size
         n_weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6 * n_weights + 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
+        return 6 * n_weights + 12 * c.n_layer * c.n_head * c.head_size * T
 
     @torch.no_grad()
     def crop_block_size(self, block_size: int):
@@ -297,8 +347,8 @@ class GPT(nn.Module):
                              'weights: use that or less')
         self.config.block_size = block_size
         if self.config.arch == 'gpt2':
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
-            self.transformer.wpe.num_embeddings = block_size
+            weight = self.transformer.wpe.weight[:block_size].clone()
+            self.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
         else:
             self.cos, self.sin = self.cos[:block_size], self.sin[:block_size]
 
@@ -315,11 +365,7 @@ class GPT(nn.Module):
         with torch.device('meta'):  # skip the initialization
             config = GPTConfig(**pretrained.read_model_args(path), dropout=dropout)
             model = cls(config).to(dtype or torch.float32)
-        model.to_empty(device='cpu')
-        if model.config.arch == 'gpt2':
-            model.transformer.wte.weight = model.lm_head.weight  # to_empty() untied them
-        else:
-            model.cos, model.sin = rotary_table(model.config)
+        model.to_empty(device='cpu').finish()
         pretrained.fill(model, path)
         model.crop_block_size(block_size or model.config.block_size)
         return model
@@ -370,7 +416,7 @@ class GPT(nn.Module):
             context_documents = None if documents is None else documents[:, -context.size(1):]
             with kernels.decoding(context, cache):
                 logits, _ = self(context, cache=cache, documents=context_documents)
-            next_id = draw(logits[:, -1, :vocab_size], temperature, top_k, top_p)  # (B,)
+            next_id = kernels.draw(logits[:, -1, :vocab_size], temperature, top_k, top_p)  # (B,)
             new = next_id[:, None]
             idx = torch.cat((idx, new), dim=1)
             if documents is not None:
@@ -382,19 +428,3 @@ class GPT(nn.Module):
         new = self.stream(idx, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                           vocab_size=vocab_size)
         return torch.cat([idx, *(next_id[:, None] for next_id in new)], dim=1)
-
-
-def draw(logits, temperature, top_k, top_p):
-    """Draw one token a row from logits (B, V): (B,) int64. Arguments as in GPT.stream()."""
-    if temperature < 1e-6:  # every other probability underflows in float32
-        return logits.argmax(dim=-1)
-    logits, order = logits / temperature, None
-    if top_k and top_k < logits.size(-1):  # drawing among k is 1 ms a row faster than among V
-        logits, order = logits.topk(top_k)
-    p = logits.softmax(dim=-1)  # (B, V) or (B, k)
-    if top_p is not None and top_p < 1.0:
-        if order is None:
-            p, order = p.sort(descending=True, dim=-1)
-        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # the most likely token always stays
-    choice = torch.multinomial(p, 1)  # (B, 1)
-    return (choice if order is None else order.gather(1, choice))[:, 0]

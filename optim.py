@@ -50,11 +50,11 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
     returns  optimizers, whose groups have a 'kind' and a 'peak_lr' (lr at scale 1). load_state_dict() keeps
              these settings, so a resumed run can change them
     """
-    settings_of = group_settings(settings)
+    settings_of = group_settings(settings, model.config)
     params = {kind: [] for kind in settings_of}
     for name, p in model.named_parameters():  # a tied weight appears once
         if p.requires_grad:
-            params[parameter_kind(name, p, settings.optimizer)].append(p)
+            params[parameter_kind(name, p, settings.optimizer, model.config.arch)].append(p)
     # torch.distributed.checkpoint refuses an empty group beside a second optimizer
     groups = [dict(settings_of[kind], params=params[kind], kind=kind, peak_lr=settings_of[kind]['lr'])
               for kind in params if params[kind]]
@@ -73,8 +73,11 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
     return optimizers
 
 
-def group_settings(settings):
-    """Return {kind: settings of the group}. Only Muon's groups have `parts`."""
+def group_settings(settings, config):
+    """Return {kind: settings of the group}. Only Muon's groups have `parts`.
+
+    The matrix of queries, keys and values falls into parts of n_kv_head heads.
+    """
     lr, decay = settings.learning_rate, settings.weight_decay
     rest_decay = decay if settings.decay_groups == 'all' else 0.0
     if settings.optimizer == 'adamw':
@@ -85,19 +88,24 @@ def group_settings(settings):
         'embedding': dict(lr=embedding_lr, weight_decay=rest_decay),
         'head': dict(lr=head_lr, weight_decay=rest_decay),
         'vector': dict(lr=lr, weight_decay=rest_decay),
-        'qkv': dict(lr=settings.matrix_lr, weight_decay=decay, parts=3),
+        'qkv': dict(lr=settings.matrix_lr, weight_decay=decay, parts=config.n_head // config.n_kv_head + 2),
+        'gate': dict(lr=settings.matrix_lr, weight_decay=decay, parts=2),
         'matrix': dict(lr=settings.matrix_lr, weight_decay=decay, parts=1),
     }
 
 
-def parameter_kind(name, p, optimizer):
+def parameter_kind(name, p, optimizer, arch):
     """Return the key of group_settings() that a parameter belongs to."""
     if optimizer == 'adamw':
         return 'decay' if p.dim() >= 2 else 'no_decay'
     if p.dim() < 2:
         return 'vector'
+    if name.endswith('attn.c_attn.weight'):
+        return 'qkv'
+    if name.endswith('mlp.c_fc.weight') and arch == 'llama':
+        return 'gate'
     if 'transformer.h.' in name:
-        return 'qkv' if name.endswith('attn.c_attn.weight') else 'matrix'
+        return 'matrix'
     if 'lm_head.' in name:
         return 'head'
     assert '.wte.' in name or '.wpe.' in name, f'{name} belongs to neither block, head nor embedding'

@@ -27,7 +27,7 @@ from optim import OptimizerSettings, Schedule, StepJudge
 from tokens.tokenizer import load_tokenizer
 from training.benchmarks import open_benchmarks
 from training.checks import check_limits, check_settings, check_unused
-from training.data import count_bytes, evaluate, open_data
+from training.data import check_ids, count_bytes, evaluate, open_data
 from training.samples import generate, read_prompts
 from weights.begin import adopted_settings, begin, make_model
 
@@ -77,12 +77,20 @@ field = 'text'  # fields of JSONL, CSV and Parquet to read; several: title,text
 errors: Literal['strict', 'replace'] = 'strict'  # replace: invalid UTF-8 becomes U+FFFD
 shuffle_window = 1024  # shuffle windows within consecutive groups of this size
 # model
-arch: Literal['gpt2', 'modern'] = 'gpt2'
+arch: Literal['gpt2', 'modern', 'llama'] = 'gpt2'
 n_layer = 12
 n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
 bias = False  # biases in linear and LayerNorm layers (gpt2 only)
+# model, for arch=llama only
+n_kv_head: int | None = None  # heads of keys and values; None = n_head
+head_size: int | None = None  # None = n_embd / n_head
+n_hidden: int | None = None  # width of the MLP; None = 8/3 n_embd, rounded up to a multiple of 64
+rope_theta = 10000.0
+qk_norm: bool | None = None  # normalize queries and keys, as Qwen3 does
+qkv_bias = False  # biases of queries, keys and values, as in Qwen2
+tied: bool | None = None  # one matrix for embedding and head
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: Muon for the blocks' matrices, AdamW for the rest
 learning_rate = 6e-4  # peak, AdamW
@@ -145,7 +153,7 @@ with one_line_errors(), distributed.signals_noted():
     tokens_per_step = grad_accum * rows * place.world_size * block_size
     stored_tokenizer = None if 'tokenizer' in explicit else start.tokenizer
     data = open_data(settings, place, grad_accum, rows, stored_tokenizer or tokenizer)
-    tokenizer_meta, vocab_size = data.train.tokenizer, data.train.vocab_size
+    tokenizer_meta, vocab_size = data.train.splits[0].tokenizer, data.train.vocab_size
 
     # model and optimizers
     torch.manual_seed(seed)
@@ -173,6 +181,7 @@ with one_line_errors(), distributed.signals_noted():
     folder = checkpoint.CheckpointFolder(out_dir, start.resumed_from, progress.iter_num)
     is_new = start.state is None
     start.state = start.weights = None  # the tensors now live in the model
+    check_ids(data, batch_size)
 
     # evaluations, benchmarks and samples
     token_bytes = count_bytes(tokenizer_meta, place)

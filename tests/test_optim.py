@@ -82,7 +82,8 @@ MUON = dict(optimizer='muon', learning_rate=1e-3, matrix_lr=0.02, embedding_lr=0
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(arch, kinds, prefixed):
     model = tiny(arch)
     if prefixed:  # as under a wrapper
-        model = torch.nn.ModuleDict({'module': model})
+        config, model = model.config, torch.nn.ModuleDict({'module': model})
+        model.config = config
     adamw, muon = configure_optimizers(model, **MUON)
     groups = adamw.param_groups + muon.param_groups
     assert {group['kind']: group['peak_lr'] for group in groups} == kinds

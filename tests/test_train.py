@@ -585,7 +585,7 @@ def refused(*flags, out_dir):
     ('--dropout=1.5', 'dropout=1.5: accepted is 0.0 or more, below 1.0'),
     ('--n_embd=15', 'n_embd=15 is not divisible by n_head=2: use n_embd=14 or 16'),
     ('--n_layer=0', 'n_layer=0: accepted is 1 or more, below 2**31'),
-    ('--arch=modern --bias=True', 'bias=True: arch=modern has no biases, use bias=False or arch=gpt2'),
+    ('--arch=modern --bias=True', 'bias=True: arch=modern has bias=False: use that, or another arch'),
     ('--device=cudda', 'device=cudda: accepted are auto, cpu, cuda, cuda:N, mps'),
     ('--dtype=float64', "--dtype=float64: accepted are auto, float32, bfloat16, float16; did you mean float16?"),
     ('--learnin_rate=1', '--learnin_rate: unknown setting, did you mean --learning_rate?'),
@@ -634,7 +634,7 @@ def test_a_dataset_that_is_not_prepared(tmp_path):
 def test_a_validation_split_that_is_too_short(tmp_path):
     folder = pack_chars(tmp_path / 'data', sentences(1000, 1), sentences(16, 1), ''.join(sorted(set(sentences(1000, 1)))))
     assert refused(*TINY, f'--dataset={folder}', out_dir=tmp_path / 'out') == \
-        f'{folder}: the val split has at most 16 tokens in a shard, too few for a window of block_size 16 and its last target: use a smaller --block_size or more text'
+        f'{folder}: the val split has 16 tokens, too few for one window of block_size 16 and the token after it: use --block_size=15 or less, or more text'
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])

@@ -5,25 +5,25 @@ One more architecture is one more entry of ARCHITECTURES: a table {our name: the
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 
 from weights.foreign import CONV1D
 
 # theirs: ours; the first name of each of ours is written
-ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu2': 'relu2', 'gelu_pytorch_tanh': 'gelu_tanh'}
+ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu2': 'relu2', 'gelu_pytorch_tanh': 'gelu_tanh',
+               'silu': 'silu'}
 ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 ROPE = {'rope_theta': 10_000.0, 'rope_type': 'default'}
+LLAMA3_SCALING = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
 
 
-@dataclass(frozen=True)
 class ConfigReader:
-    """The settings of a config.json. ValueError for a value that model.py has no switch for."""
+    """Reads the settings of a config.json. ValueError for a value that model.py has no switch for."""
 
-    settings: dict
-    path: Path  # for messages
+    def __init__(self, settings: dict, path):
+        self.settings, self.path = settings, path
 
     def need(self, name, default, *accepted):
         """Return the value of a setting, which must be one of those accepted."""
@@ -57,12 +57,13 @@ class Architecture:
     fixed: dict  # settings that model.py has no switch for; a config.json that lacks one means the same
     read: Callable  # ConfigReader -> arguments of GPTConfig
     write: Callable  # GPTConfig -> settings
-    transposed: tuple = ()  # ends of our names of matrices stored as inputs x outputs
-    biased: tuple = ()  # ends of our names of weights that have a bias there in any case; zeros if not ours
+    transposed: tuple = ()  # ends of our names of matrices that are stored as inputs x outputs
+    switches: tuple = ()  # (argument of GPTConfig, value) that tell classes of one arch apart
+    biased: tuple = ()  # ends of our names of weights that always have a bias there; zeros if ours have none
 
-    def parts(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def parts(self, tensors: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
         """Return views of our tensors by their names: parts of them, in their layout."""
-        parts = {}
+        parts, n_kv_rows = {}, config.n_kv_head * config.head_size
         for name, tensor in tensors.items():
             match = re.fullmatch(r'transformer\.h\.(\d+)\.(.+)', name)
             if match is None:
@@ -71,7 +72,10 @@ class Architecture:
                 names = [self.block.format(match[1]) + part for part in self.inside[match[2]]]
             if name.endswith(self.transposed):
                 tensor = tensor.t()
-            parts.update(zip(names, tensor.chunk(len(names)), strict=True))
+            rows = [len(tensor) // len(names)] * len(names)
+            if len(names) == 3:  # queries, keys and values
+                rows = [len(tensor) - 2 * n_kv_rows, n_kv_rows, n_kv_rows]
+            parts.update(zip(names, tensor.split(rows), strict=True))
         return parts
 
 
@@ -112,6 +116,40 @@ def write_nanochat(c):
                 hidden_act=ACTIVATION_NAMES[c.activation], attention_dropout=c.dropout, rope_parameters=ROPE)
 
 
+def read_llama(config):
+    args = config.counts(
+        block_size=('max_position_embeddings', 2048), vocab_size=('vocab_size', 32000),
+        n_layer=('num_hidden_layers', 32), n_head=('num_attention_heads', 32), n_embd=('hidden_size', 4096),
+        n_hidden=('intermediate_size', 11008))
+    settings = config.settings
+    defaults = dict(num_key_value_heads=args['n_head'], head_dim=args['n_embd'] // args['n_head'])
+    settings |= {name: value for name, value in defaults.items() if settings.get(name) is None}
+    args |= config.counts(n_kv_head=('num_key_value_heads', None), head_size=('head_dim', None))
+    for kind in settings.get('layer_types') or []:
+        if kind != 'full_attention':
+            raise ValueError(f'{config.path}: layer_types has {kind!r}, accepted is full_attention')
+    # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
+    rope = {'rope_theta': settings.get('rope_theta', 10_000.0)} | (settings.get('rope_scaling') or {})
+    rope = settings.get('rope_parameters') or rope
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    if kind not in ('default', 'llama3'):
+        raise ValueError(f'{config.path}: rope_type = {kind!r} is not supported, '
+                         'accepted are default, llama3')
+    scaling = {name: rope[name] for name in LLAMA3_SCALING} if kind == 'llama3' else None
+    return dict(args, bias=False, rope_theta=float(rope['rope_theta']), rope_scaling=scaling,
+                norm_eps=settings.get('rms_norm_eps', 1e-6), tied=settings.get('tie_word_embeddings', False),
+                activation=ACTIVATIONS[config.need('hidden_act', 'silu', *ACTIVATIONS)])
+
+
+def write_llama(c):
+    rope = {'rope_type': 'llama3', **c.rope_scaling} if c.rope_scaling else {'rope_type': 'default'}
+    return dict(max_position_embeddings=c.block_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
+                num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
+                head_dim=c.head_size, hidden_act=ACTIVATION_NAMES[c.activation], rms_norm_eps=c.norm_eps,
+                attention_dropout=c.dropout, tie_word_embeddings=c.tied,
+                rope_parameters={'rope_theta': c.rope_theta, **rope})
+
+
 def same(*names):
     """Return a table of names that are ours, too, with weight and bias."""
     return {f'{name}.{kind}': [f'{name}.{kind}'] for name in names for kind in ('weight', 'bias')}
@@ -144,8 +182,43 @@ ARCHITECTURES = [
                    tie_word_embeddings=False),
         read=read_nanochat, write=write_nanochat),
 ]
+LLAMA = Architecture(
+    arch='llama', model_type='llama', class_name='LlamaForCausalLM',
+    prefix='model.', block='model.layers.{}.',
+    outside={
+        'transformer.wte.weight': ['model.embed_tokens.weight'],
+        'transformer.ln_f.weight': ['model.norm.weight'],
+        'lm_head.weight': ['lm_head.weight'],
+    },
+    inside={
+        'ln_1.weight': ['input_layernorm.weight'],
+        'attn.c_attn.weight': [f'self_attn.{part}_proj.weight' for part in 'qkv'],
+        'attn.c_attn.bias': [f'self_attn.{part}_proj.bias' for part in 'qkv'],
+        'attn.q_norm.weight': ['self_attn.q_norm.weight'],
+        'attn.k_norm.weight': ['self_attn.k_norm.weight'],
+        'attn.c_proj.weight': ['self_attn.o_proj.weight'],
+        'ln_2.weight': ['post_attention_layernorm.weight'],
+        'mlp.c_fc.weight': ['mlp.gate_proj.weight', 'mlp.up_proj.weight'],
+        'mlp.c_proj.weight': ['mlp.down_proj.weight'],
+    },
+    fixed=dict(attention_bias=False, mlp_bias=False), read=read_llama, write=write_llama,
+    switches=(('qk_norm', False), ('qkv_bias', False)))
+ARCHITECTURES += [
+    LLAMA,
+    replace(LLAMA, model_type='mistral', class_name='MistralForCausalLM', fixed=dict(sliding_window=None)),
+    replace(LLAMA, model_type='qwen2', class_name='Qwen2ForCausalLM', fixed=dict(use_sliding_window=False),
+            switches=(('qk_norm', False), ('qkv_bias', True))),
+    replace(LLAMA, model_type='qwen3', class_name='Qwen3ForCausalLM',
+            fixed=dict(attention_bias=False, use_sliding_window=False),
+            switches=(('qk_norm', True), ('qkv_bias', False))),
+]
 
 
 def architecture_of(config) -> Architecture:
     """Return the class that a GPTConfig amounts to."""
-    return next(architecture for architecture in ARCHITECTURES if architecture.arch == config.arch)
+    for each in ARCHITECTURES:
+        switches_fit = all(getattr(config, name) == value for name, value in each.switches)
+        if each.arch == config.arch and switches_fit:
+            return each
+    raise ValueError(f'transformers has no class for arch={config.arch} with qk_norm={config.qk_norm} and '
+                     f'qkv_bias={config.qkv_bias}')

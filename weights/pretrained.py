@@ -36,14 +36,16 @@ def find(name: str) -> Path:
     """Return the folder or .npz file of a model. GPT-2's four sizes are downloaded if the cache lacks them.
 
     name    one of HUB, or a path; a folder named gpt2 is ./gpt2
-    raises  OSError if there is none, or the hub cannot be reached
+    raises  FileNotFoundError, or OSError if the hub cannot be reached
     """
     if name in HUB:
         return download(name)
     path = Path(name)
     if (path.is_file() and path.suffix == '.npz') or (path / 'config.json').is_file():
         return path
-    problem = 'a folder without config.json' if path.is_dir() else 'no such model'
+    problem = 'no such model'
+    if path.is_dir():
+        problem = 'a folder without config.json'
     if (path / 'ckpt.pt').is_file():
         problem = f'a folder of a run, name {path / "ckpt.pt"}'
     raise FileNotFoundError(f'init_from={name}: {problem}, accepted are scratch, resume, checkpoint, '
@@ -54,13 +56,14 @@ def find(name: str) -> Path:
 def download(name):
     """Return the folder of GPT-2's files in the hub's cache. HF_ENDPOINT and HF_HUB_OFFLINE apply."""
     import huggingface_hub as hub
-    (repository, commit), files = HUB[name], ('config.json', 'model.safetensors')
+    repository, commit = HUB[name]
+    files = ('config.json', 'model.safetensors')
     try:
-        if not hub.try_to_load_from_cache(repository, files[1], revision=commit):
+        if not hub.try_to_load_from_cache(repository, files[-1], revision=commit):
             # one request first: hf_hub_download tries a dead network for half a minute
             hub.get_hf_file_metadata(hub.hf_hub_url(repository, files[0], revision=commit))
-        paths = [hub.hf_hub_download(repository, file, revision=commit) for file in files]
-        return Path(paths[0]).parent
+        paths = [Path(hub.hf_hub_download(repository, file, revision=commit)) for file in files]
+        return paths[0].parent
     except Exception as error:  # the errors of its HTTP library change with its versions
         reason = ' '.join(str(error).split())[:150] or type(error).__name__
         raise OSError(f'{name} cannot be downloaded from {hub.constants.ENDPOINT} ({reason}): put '
@@ -69,7 +72,10 @@ def download(name):
 
 
 def read_tokenizer(name: str) -> dict | None:
-    """Return meta() of the tokenizer that belongs to a model, or None if the model has none."""
+    """Return meta() of the tokenizer that belongs to a model, or None if the model has none.
+
+    raises  ValueError for a tokenizer that is not supported: another one would give other ids
+    """
     if name in HUB:
         return dict(GPT2_META)
     path = find(name)
@@ -81,7 +87,10 @@ def read_tokenizer(name: str) -> dict | None:
 
 
 def read_model_args(path: Path) -> dict:
-    """Return the arguments of GPTConfig, but for dropout. ValueError for a model that it cannot be."""
+    """Return the arguments of GPTConfig, but for dropout, for a model that find() returned.
+
+    raises  ValueError for a model that model.py cannot be
+    """
     if path.is_file():
         args = Npz(path).model_args
         args.pop('dropout', None)
@@ -91,12 +100,12 @@ def read_model_args(path: Path) -> dict:
     model_type = settings.get('model_type') if isinstance(settings, dict) else None
     architecture = next((each for each in ARCHITECTURES if each.model_type == model_type), None)
     if architecture is None:
-        accepted = ' and '.join(f'{each.model_type} ({each.class_name})' for each in ARCHITECTURES)
+        accepted = ', '.join(f'{each.model_type} ({each.class_name})' for each in ARCHITECTURES)
         raise ValueError(f'{file}: model_type = {model_type!r} is not supported, accepted are {accepted}')
     config = ConfigReader(settings, file)
     for name, value in architecture.fixed.items():
         config.need(name, value, value)
-    args = dict(architecture.read(config), arch=architecture.arch)
+    args = dict(architecture.read(config), arch=architecture.arch, **dict(architecture.switches))
     weights = read_folder(path)
     check_model_args(args, file, len(weights))
     if architecture.biased and not args['bias']:
@@ -107,12 +116,15 @@ def read_model_args(path: Path) -> dict:
 
 @torch.no_grad()
 def fill(model, path: Path):
-    """Copy the weights at path into a model, a few rows at a time. ValueError if they do not fit."""
+    """Copy the weights at path into a model, a few rows at a time.
+
+    raises  ValueError naming what is missing, unexpected, of another shape, or unreadable
+    """
     architecture, parts, head = architecture_of(model.config), dict(model.named_parameters()), None
     if path.is_file():
         weights = Npz(path)
     else:
-        weights, parts = read_folder(path), architecture.parts(parts)
+        weights, parts = read_folder(path), architecture.parts(parts, model.config)
         head = weights.pop(HEAD, None)
         if not any(name.startswith(architecture.prefix) for name in weights):  # saved without its head
             weights = {architecture.prefix + name: tensor for name, tensor in weights.items()}
@@ -141,7 +153,8 @@ def fill(model, path: Path):
 def save(model, path, tokenizer=None, chat_template=None) -> list[Path]:
     """Write a folder that transformers loads, or one .npz file. Return the paths written.
 
-    The vocabulary's padding is written, too; generation_config.json keeps it from being sampled.
+    Padding of the vocabulary is written too, so that the weights come back as they are.
+    generation_config.json keeps padding from being sampled.
 
     chat_template  Jinja template of a tuned model (corpus/template.py)
     """
@@ -149,7 +162,8 @@ def save(model, path, tokenizer=None, chat_template=None) -> list[Path]:
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if path.suffix == '.npz':
         path.parent.mkdir(parents=True, exist_ok=True)
-        settings = dict(format=1, model_args=vars(config), tokenizer=tokenizer and tokenizer.meta())
+        meta = tokenizer.meta() if tokenizer else None
+        settings = dict(format=1, model_args=vars(config), tokenizer=meta)
         write_atomically(path, lambda f: write_npz(f, settings, tensors))
         return [path]
 
@@ -158,7 +172,8 @@ def save(model, path, tokenizer=None, chat_template=None) -> list[Path]:
     if architecture.biased and not config.bias:
         for name in [name for name in tensors if name.endswith(architecture.biased)]:
             tensors[name.removesuffix('weight') + 'bias'] = tensors[name].new_zeros(len(tensors[name]))
-    write_atomically(path / 'model.safetensors', lambda f: write_safetensors(f, architecture.parts(tensors)))
+    stored = architecture.parts(tensors, config)
+    write_atomically(path / 'model.safetensors', lambda f: write_safetensors(f, stored))
     dtype = str(next(iter(tensors.values())).dtype).removeprefix('torch.')
     files = text_files(config, dtype, tokenizer, chat_template)
     for name, content in files.items():
