@@ -121,16 +121,16 @@ if __name__ == '__main__':
                 print0(table_row(label, task_numbers))
 
         # write the results: not to the default out_dir if the model is another one
-        is_own = init_from == 'resume' and not checkpoint_path
-        if not results and (is_own or 'out_dir' in explicit):
+        is_of_out_dir = init_from == 'resume' and not checkpoint_path
+        if not results and (is_of_out_dir or 'out_dir' in explicit):
             results = f'{out_dir}/eval.json'
         if results and place.is_master:
             Path(results).parent.mkdir(parents=True, exist_ok=True)
             write_json(results, dict(
                 model=start.path, iter=start.progress.iter_num if start.weights else None,
                 parameters=model.get_num_params(False), dtype=str(precision).removeprefix('torch.'),
-                device=devices.device_name(place.device),
-                torch=torch.__version__, tokenizer=fingerprint(start.tokenizer),
+                device=devices.device_name(place.device), torch=torch.__version__,
+                tokenizer=fingerprint(start.tokenizer),
                 seconds=round(time.perf_counter() - started_s, 1), settings=settings, results=numbers))
         print0(f'{printable(results)}: written' if results else
                'to keep these numbers as JSON, name a file with --results=FILE')

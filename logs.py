@@ -91,8 +91,8 @@ class Log:
         if mode == 'offline':
             print0('wandb: offline, for lack of a key or by WANDB_MODE: upload with `wandb sync`')
         run_id = self.progress.wandb_id
-        self.wandb = wandb.init(id=run_id, resume=run_id and 'allow', mode=mode, project=project, name=name,
-                                config=config, dir=str(self.out_dir))
+        self.wandb = wandb.init(id=run_id, resume='allow' if run_id else None, mode=mode, project=project,
+                                name=name, config=config, dir=str(self.out_dir))
         self.progress.wandb_id = self.wandb.id
 
     # while training
@@ -124,7 +124,7 @@ class Log:
         dt_s = (now_s - self.last_line_s) / n_steps
         self.last_line_s, self.logged_at = now_s, it + 1
         tok_per_s, eta_s = self.tokens_per_step / dt_s, (self.max_iters - it - 1) * dt_s
-        mfu = self.mfu_per_tok_per_s and tok_per_s * self.mfu_per_tok_per_s
+        mfu = tok_per_s * self.mfu_per_tok_per_s if self.mfu_per_tok_per_s else None
 
         utilisation = f'mfu {mfu:.1%}, ' if mfu else ''
         warning = ''
@@ -192,9 +192,9 @@ class Log:
         if self.out_dir is None:
             return
         try:
-            print0(f'report: {write_report([self.out_dir])}')
+            print0(printable(f'report: {write_report([self.out_dir])}'))
         except Exception as error:
-            print0(f'no report: {type(error).__name__}: {error}')
+            print0(printable(f'no report: {type(error).__name__}: {error}'))
 
     def close(self, stop: str | None, folder):
         """Print what is saved and what to do next."""

@@ -12,9 +12,8 @@ from files import printable, write_atomically
 
 # Okabe and Ito's palette for colour-blind readers, without its faint yellow: https://jfly.uni-koeln.de/color/
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
-CHINESE_FONTS = {'Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'WenQuanYi Micro Hei',
-                 'WenQuanYi Zen Hei', 'Droid Sans Fallback', 'PingFang SC', 'Hiragino Sans GB',
-                 'Arial Unicode MS', 'Microsoft YaHei', 'SimHei'}
+CHINESE_FONTS = {'Noto Sans CJK SC', 'Noto Sans SC', 'WenQuanYi Micro Hei', 'WenQuanYi Zen Hei',
+                 'Droid Sans Fallback', 'PingFang SC', 'Microsoft YaHei', 'SimHei'}
 
 
 class Panel(NamedTuple):
@@ -36,7 +35,6 @@ PICTURES = {
 }
 STYLES = {'loss': dict(alpha=0.3, linewidth=0.8), 'val_loss': dict(linestyle='--'),
           'val_bpb': dict(linestyle='--')}
-TITLE = 'training: each step faint, smoothed solid; validation: dashed'
 
 
 def draw_all(runs, folder) -> list[str]:
@@ -88,4 +86,4 @@ def draw_panel(axes, runs, panel):
     if panel.y_scale == 'log':
         axes.yaxis.set_minor_formatter(LogFormatter())  # 3 instead of 3 x 10^0
     if 'val_loss' in panel.curves:
-        axes.set_title(TITLE, fontsize='small')
+        axes.set_title('training: each step faint, smoothed solid; validation: dashed', fontsize='small')

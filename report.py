@@ -48,12 +48,10 @@ def main():
 
 
 def write_report(folders: list, out=None) -> Path:
-    """Write report.md and its pictures; without matplotlib, report.md alone.
+    """Write report.md and its pictures on the runs in folders. Return its path.
 
-    folders  out_dirs of train.py
-    out      folder to write to; None = the first of folders
-    returns  the path of report.md
-    raises   OSError, ValueError for a folder without a run
+    out     folder to write to; None = the first of folders
+    raises  OSError, ValueError for a folder without a run
     """
     runs, out = [read_run(Path(folder)) for folder in folders], Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
@@ -70,7 +68,7 @@ def write_report(folders: list, out=None) -> Path:
         *(f'![{Path(name).stem}]({name})' for name in pictures),
         table('Evaluation', heads, side_by_side([evaluation(run) for run in runs])),
         *(f'## Samples of {code(run.name)}, iteration {run.samples}' for run in runs if run.samples),
-        *(starts(run) for run in runs), *settings(runs),
+        *(starts(run) for run in runs), settings(runs),
         table('Environment', heads, side_by_side([run.facts['environment'] for run in runs]))]
     page = printable('\n\n'.join(filter(None, sections)) + '\n')
     # a name that the locale cannot express holds its bytes as surrogates
@@ -106,7 +104,7 @@ def read_metrics(path: Path) -> list[dict]:
             if isinstance(line, dict) and type(line.get('iter')) is int and 0 <= line['iter'] < 2**53:
                 lines.append(line)
     if len(lines) < len(texts):
-        print0(printable(f'{path}: {len(texts) - len(lines)} damaged lines are skipped'))
+        print0(printable(f'{path}: damaged lines skipped: {len(texts) - len(lines)}'))
     return lines
 
 
@@ -218,18 +216,15 @@ def starts(run) -> str:
     return table(f'Starts of {code(run.name)}', names, rows)
 
 
-def settings(runs) -> list[str]:
-    """The settings of the last start that differ between the runs, and those that are not the defaults."""
+def settings(runs) -> str:
+    """The settings of the last start: those that differ between the runs, then others than the defaults."""
     columns = []
     for values in (*(run.facts['settings'] for run in runs), runs[0].facts['defaults']):
         columns.append({name: code(repr(value)) for name, value in values.items() if name != 'out_dir'})
-    rows = [[code(name), *values] for name, *values in side_by_side(columns)]
-    differing = [row for row in rows if len(set(row[1:-1])) > 1]
-    changed = [[row[0], row[1], row[-1]] for row in rows if row not in differing and row[1] != row[-1]]
-    heads = ['setting', *(code(run.name) for run in runs), 'default']
-    return [table('Settings that differ', heads, differing),
-            table('Settings other than the defaults' + ', the same in all runs' * (len(runs) > 1),
-                  ['setting', 'value', 'default'], changed)]
+    rows = [[code(name), *values] for name, *values in side_by_side(columns) if len(set(values)) > 1]
+    rows.sort(key=lambda row: len(set(row[1:-1])) == 1)
+    heads = ['', *(code(run.name) for run in runs), 'default']
+    return table('Settings that differ between the runs or from the defaults', heads, rows)
 
 
 def side_by_side(columns: list[dict]) -> list[list]:
