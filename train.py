@@ -27,7 +27,7 @@ from optim import OptimizerSettings, Schedule, StepJudge
 from tokens.tokenizer import load_tokenizer
 from training.benchmarks import open_benchmarks
 from training.checks import check_limits, check_settings, check_unused
-from training.data import check_ids, count_bytes, evaluate, open_data
+from training.data import count_bytes, evaluate, open_data
 from training.samples import generate, read_prompts
 from weights.begin import adopted_settings, begin, make_model
 
@@ -153,7 +153,7 @@ with one_line_errors(), distributed.signals_noted():
     tokens_per_step = grad_accum * rows * place.world_size * block_size
     stored_tokenizer = None if 'tokenizer' in explicit else start.tokenizer
     data = open_data(settings, place, grad_accum, rows, stored_tokenizer or tokenizer)
-    tokenizer_meta, vocab_size = data.train.splits[0].tokenizer, data.train.vocab_size
+    tokenizer_meta, vocab_size = data.train.tokenizer, data.train.vocab_size
 
     # model and optimizers
     torch.manual_seed(seed)
@@ -181,7 +181,6 @@ with one_line_errors(), distributed.signals_noted():
     folder = checkpoint.CheckpointFolder(out_dir, start.resumed_from, progress.iter_num)
     is_new = start.state is None
     start.state = start.weights = None  # the tensors now live in the model
-    check_ids(data, batch_size)
 
     # evaluations, benchmarks and samples
     token_bytes = count_bytes(tokenizer_meta, place)

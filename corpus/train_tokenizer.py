@@ -42,7 +42,7 @@ def train_bpe(texts, vocab_size, max_bytes=SAMPLE_BYTES):
     if n_there + len(merges) < vocab_size:
         raise ValueError(f'the text has too few pairs that occur twice for --vocab_size={vocab_size}: '
                          f'give more text, or --vocab_size={n_there + len(merges)} or less')
-    return BPETokenizer(merges)
+    return BPETokenizer('\n'.join(merges))
 
 
 def sample_pieces(texts, max_bytes):

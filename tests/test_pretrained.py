@@ -305,10 +305,11 @@ def test_folders_that_lack_something(tmp_path):
     index = folder / 'model.safetensors.index.json'
     index.write_text(json.dumps({'weight_map': {'a': 'a.safetensors'}}))
     assert error_of(GPT.from_pretrained, folder) == f'No such file or directory: {folder / "a.safetensors"}'
-    index.write_text(json.dumps({'weight_map': {'a': '../a.safetensors'}}))
-    assert error_of(GPT.from_pretrained, folder) == f'{index}: accepted is a weight_map to .safetensors files of this folder'
-    index.write_text('[]')
-    assert error_of(GPT.from_pretrained, folder).startswith(f'{index}: accepted is a weight_map')
+    index.write_text(json.dumps({'weight_map': {'a': '../b.safetensors'}}))  # files of this folder alone
+    assert error_of(GPT.from_pretrained, folder) == f'No such file or directory: {folder / "b.safetensors"}'
+    for content in ([], {}, {'weight_map': 3}, {'weight_map': {'a': 3}}):
+        index.write_text(json.dumps(content))
+        assert error_of(GPT.from_pretrained, folder) == f'{index} has no weight_map, a dict of names to .safetensors files'
     (folder / 'config.json').write_text('{')
     assert error_of(GPT.from_pretrained, folder).startswith(f'{folder / "config.json"}: not JSON in UTF-8 (')
     (folder / 'config.json').write_text('[]')
@@ -394,7 +395,8 @@ def test_a_tokenizer_in_a_format_that_is_not_read_is_refused(tmp_path, file):
 def test_an_export_has_what_other_programs_ask_for(tmp_path):
     """llama.cpp's converter stopped at n_ctx, CTranslate2 at a missing id."""
     tokenizer = CharTokenizer(CHARS)
-    tokenizer.eot, tokenizer.special = 3, {'<|pad|>': 5}
+    tokenizer.eot = tokenizer.bos = 3
+    tokenizer.pad, tokenizer.special = 5, {'<|pad|>': 5}
     ours(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path, tokenizer)
     for file in ('config.json', 'generation_config.json'):
         stored = json.loads((tmp_path / file).read_text(encoding='utf-8'))

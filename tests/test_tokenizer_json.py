@@ -115,7 +115,7 @@ def test_ids_and_text_are_those_of_autotokenizer(folders, name):
     assert [ours.encode_array(text).tolist() for text in texts] == plain
     special = [reference.encode(text, add_special_tokens=False) for text in texts]
     assert [ours.encode(text, allowed_special=ours.special) for text in texts] == special
-    assert [ours.decode(ids) for ids in special] == reference.batch_decode(special)
+    assert [ours.decode(ids) for ids in special] == [reference.decode(ids, clean_up_tokenization_spaces=False) for ids in special]
 
 
 @pytest.mark.parametrize('name', ENGINES)
@@ -125,8 +125,7 @@ def test_text_is_streamed_token_by_token(folders, name):
         ids = ours.encode(text)
         streamed = b''.join(ours.decode_bytes([i]) for i in ids)
         assert streamed == ours.decode_bytes(ids)
-        # no token knows what follows: WordPiece decodes it's from three tokens at once
-        assert streamed.decode('utf-8').removeprefix(' ').replace(" ' ", "'") == ours.decode(ids).removeprefix(' ')
+        assert streamed.decode('utf-8').removeprefix(' ') == ours.decode(ids).removeprefix(' ')
         assert ours.token_bytes()[ids].sum() == len(streamed) or '[UNK]' in ours.decode(ids) or '<unk>' in ours.decode(ids)
         if name in EXACT:
             assert streamed == text.encode('utf-8') and ours.token_bytes()[ids].sum() == len(text.encode('utf-8'))
@@ -161,7 +160,7 @@ def test_a_token_that_only_the_config_names_gets_an_id_as_in_autotokenizer(folde
     text = 'a<tool>b<|im_end|>'
     assert ours.encode(text, allowed_special=ours.special) == reference.encode(text) and ours.encode(text)[1] == 400
     assert (ours.eot, ours.vocab_size) == (reference.eos_token_id, len(reference)) == (401, 402)
-    assert ours.config['chat_template'] == '{{ messages }}'
+    assert ours.meta()['config']['chat_template'] == '{{ messages }}'
 
 
 def test_the_end_of_text_is_found_or_asked_for(folders, tmp_path):
@@ -173,7 +172,7 @@ def test_the_end_of_text_is_found_or_asked_for(folders, tmp_path):
         assert str(caught.value) == (f'tokenizer {name} does not say which token ends a document: name one by --eot=TOKEN, '
                                      'or as eos_token in its tokenizer_config.json; its special tokens: [UNK], [CLS], [SEP], [PAD], [MASK]')
     assert tokenizer_meta(path, eot='[SEP]')['eot'] == '[SEP]' and load_tokenizer(read_tokenizer_json(tmp_path)).eot is None
-    with pytest.raises(ValueError, match=r'--eot=\[END\]: .*tokenizer.json has no such token'):
+    with pytest.raises(ValueError, match=r'tokenizer.json: it has no token \[END\], which --eot names'):
         tokenizer_meta(path, eot='[END]')
     with pytest.raises(ValueError, match='--eot=x: the byte tokenizer ends documents with <|endoftext|>'):
         tokenizer_meta('byte', eot='x')
@@ -183,10 +182,6 @@ def test_the_end_of_text_is_found_or_asked_for(folders, tmp_path):
                                ('tokenizer_config.json', {'eos_token': '[SEP]'}, '[SEP]')):
         (tmp_path / name).write_text(json.dumps(content), encoding='utf-8')
         assert tokenizer_meta(tmp_path)['eot'] == end
-    (tmp_path / 'config.json').write_text('[]', encoding='utf-8')
-    (tmp_path / 'tokenizer_config.json').write_text('[]', encoding='utf-8')
-    with pytest.raises(ValueError, match='tokenizer_config.json must hold a JSON object'):
-        tokenizer_meta(tmp_path)
     for config in ({'additional_special_tokens': 3}, {'added_tokens_decoder': [1]}, {'eos_token': 3}, {'pad_token': ['a']}):
         (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config), encoding='utf-8')
         with pytest.raises(ValueError, match='tokenizer.json: '):

@@ -1,17 +1,15 @@
-"""Token shards -> batches, as a pure function of the step.
+"""Token shards -> batches, as a pure function of the step. A run needs no loader state to resume.
 
     loader = Loader('data/shakespeare_char', 'train', block_size=64, batch_size=12)
-    x, y, documents = loader.batch(step=1000, micro_step=0)     # (12, 64) int64, whoever asks and whenever
+    x, y, documents = loader.batch(step=1000, micro_step=0)     # x and y are (12, 64) int64
 
-A run needs no loader state to resume. Windows are numbered without end: window g of the run is row g % G of
-step g // G, where G is the global batch, and tokens/windows.py says which tokens it shows. Ranks take turns
-at the micro-batches of one global batch.
+The windows of a run are numbered 0, 1, 2 ... without end, and tokens/windows.py tells which tokens each one
+shows. A micro-step takes the next batch_size * world_size windows, of which rank r gets the r-th batch_size.
 
 T block_size, K any number of windows
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,152 +18,129 @@ import torch
 from kernels import IGNORE
 from tokens.dataset import Split
 from tokens.tokenizer import fingerprint
-from tokens.windows import Windows, count_of_each
+from tokens.windows import Windows, choose_source
 
 
 class Batch(NamedTuple):
     """Tokens, targets, and with isolate=True the document number of each token, (K, T) int64 each."""
     x: torch.Tensor
-    y: torch.Tensor
+    y: torch.Tensor  # IGNORE where there is no target
     documents: torch.Tensor | None = None
 
     def to(self, device):
-        """Copy the batch to a device. A copy to CUDA comes from pinned memory and does not wait."""
+        """Copy the batch to a device, to CUDA from pinned memory without waiting."""
         tensors = [tensor for tensor in self if tensor is not None]
         if torch.device(device).type == 'cuda':
             tensors = [tensor.pin_memory() for tensor in tensors]
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
-@dataclass(eq=False, kw_only=True)
+def pad(rows, T: int):
+    """Return x and y of K rows of up to T + 1 tokens, (K, T) int64 each, padded with 0 and IGNORE."""
+    x = np.zeros((len(rows), T), dtype=np.int64)
+    y = np.full_like(x, IGNORE)
+    for i, tokens in enumerate(rows):
+        x[i, :len(tokens)] = tokens[:T]
+        y[i, :len(tokens) - 1] = tokens[1:]
+    return x, y
+
+
 class Batches:
     """Shared by packed data and streams. A subclass defines windows(g).
 
-    batch_size   rows of one micro-batch of one rank
-    grad_accum   micro-steps of one rank; the global batch is batch_size * grad_accum * world_size rows
-    prefetch     whether a thread makes the batch after the requested one
+    grad_accum   micro-steps in a step
+    prefetch     whether a thread makes the next batch while the model works on this one
     """
-    block_size: int
-    batch_size: int
-    grad_accum: int = 1
-    rank: int = 0
-    world_size: int = 1
-    seed: int = 0
-    prefetch: bool = False
 
-    def __post_init__(self):
-        self.rows_per_step = self.batch_size * self.grad_accum * self.world_size
-        self.shift = 0  # windows numbered from here on belong to step 0; see Stream.seek
-        self.worker = ThreadPoolExecutor(1, 'loader') if self.prefetch else None
-        self.ahead = {}  # number of a micro-step -> future batch
+    def __init__(self, *, block_size: int, batch_size: int, grad_accum: int = 1, rank: int = 0,
+                 world_size: int = 1, seed: int = 0, prefetch: bool = False):
+        self.block_size, self.batch_size, self.grad_accum = block_size, batch_size, grad_accum
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.rows_per_step = batch_size * grad_accum * world_size
+        self.worker = ThreadPoolExecutor(1, 'loader') if prefetch else None
+        self.prefetched = {}  # micro-step, counted over the run -> future batch
+
+    def first_window(self, step: int) -> int:
+        return step * self.rows_per_step
 
     def batch(self, step: int, micro_step: int = 0) -> Batch:
-        """Return the batch of a micro-step of this rank, (B, T) each. y is -100 where there is no target."""
+        """Return the batch of this rank, (batch_size, T) each."""
         n = step * self.grad_accum + micro_step
         if self.worker is None:
             return self.make(n)
-        future = self.ahead.pop(n, None) or self.worker.submit(self.make, n)
-        self.ahead = {n + 1: self.worker.submit(self.make, n + 1)}
+        future = self.prefetched.pop(n, None) or self.worker.submit(self.make, n)
+        self.prefetched = {n + 1: self.worker.submit(self.make, n + 1)}
         return future.result()
 
     def make(self, n):
-        first = (n * self.world_size + self.rank) * self.batch_size + self.shift
-        return self.windows(np.arange(first, first + self.batch_size))
-
-    def count_targets(self, step: int) -> int:
-        """Count the targets in the global batch of a step, of all ranks and micro-steps."""
-        return self.rows_per_step * self.block_size
+        step, micro_step = divmod(n, self.grad_accum)
+        first = self.first_window(step) + (micro_step * self.world_size + self.rank) * self.batch_size
+        return self.windows(first + np.arange(self.batch_size))
 
     def position(self, step: int):
-        """Return what a checkpoint needs besides the step to continue there. Only streams need anything."""
+        """Return what a checkpoint needs, besides the step, to continue. Only streams need anything."""
 
     def seek(self, position, step: int):
         """Continue with this step, at a position that position() returned."""
 
 
-@dataclass(eq=False)
 class Loader(Batches):
-    """Batches of one split of a dataset, or of a mixture of several, by step.
+    """Batches of one split ('train' or 'val') of a dataset, or of a mixture of several.
 
-    folders      one folder or several
-    split        'train' | 'val'
-    order        as in Windows; 'sequential' reads all folders one after another, whatever their weights
-    weights      share of each folder, summing to 1; None = all count as one dataset
-    isolate      whether batches hold the number of each token's document
-    raises       ValueError, FileNotFoundError if the data do not fit
+    folders   one folder or several
+    order     as in Windows; 'sequential' reads all folders one after another, whatever their weights
+    weights   share of each folder, summing to 1; None = all count as one dataset
+    isolate   whether batches hold the number of each token's document
     """
-    folders: list
-    split: str
-    _: KW_ONLY
-    order: str = 'shuffle'
-    weights: list | None = None
-    isolate: bool = False
 
-    def __post_init__(self):
-        super().__post_init__()
-        folders = self.folders if isinstance(self.folders, list) else [self.folders]
-        self.splits = [Split(folder, self.split) for folder in folders]
-        first = self.splits[0]
-        for other in self.splits[1:]:
-            if fingerprint(other.tokenizer) != fingerprint(first.tokenizer):
-                raise ValueError(f'{other.folder} and {first.folder} were packed with different tokenizers: '
-                                 'pack them with one')
-        self.vocab_size = first.vocab_size
-        self.n_tokens = sum(split.n_tokens for split in self.splits)
-        no_mask = all(split.mask is None for split in self.splits)
-        self.all_are_targets = no_mask and self.order in ('shuffle', 'random')
-        groups, self.shares = [self.splits], [1.0]
-        if self.weights is not None and self.order != 'sequential':
-            groups, self.shares = [[split] for split in self.splits], self.weights
-        self.sources = [Windows(group, self.block_size, self.order, (self.seed, k))
+    def __init__(self, folders, split: str, *, order: str = 'shuffle', weights: list | None = None,
+                 isolate: bool = False, **shape):
+        super().__init__(**shape)
+        folders = folders if isinstance(folders, list) else [folders]
+        self.splits = splits = [Split(folder, split) for folder in folders]
+        if len({fingerprint(each.tokenizer) for each in splits}) > 1:
+            raise ValueError(f'{", ".join(map(str, folders))} were packed with different tokenizers: '
+                             'pack them with one')
+        self.tokenizer, self.vocab_size, self.isolate = splits[0].tokenizer, splits[0].vocab_size, isolate
+        self.n_tokens = sum(each.n_tokens for each in splits)
+        self.all_are_targets = order in ('shuffle', 'random') and all(each.mask is None for each in splits)
+        # each part of a mixture is a source of its own
+        groups, self.weights = [splits], [1.0]
+        if weights is not None and order != 'sequential':
+            groups, self.weights = [[each] for each in splits], weights
+        self.sources = [Windows(group, self.block_size, order, (self.seed, k))
                         for k, group in enumerate(groups)]
         self.n_windows = sum(source.n for source in self.sources)  # in one pass over everything
-        self.begins = {}  # split -> first tokens of its documents, ascending
-        if self.isolate:
-            self.begins = {split: np.sort(split.documents()[0]) for split in self.splits}
 
     def locate(self, g: np.ndarray) -> list:
         """Return (shard, first token in it, number of tokens) of each window numbered g, (K,) int64."""
-        spans = [None] * len(g)
-        counts = count_of_each(self.shares, g)
-        is_from = count_of_each(self.shares, g + 1) > counts  # (n_sources, K)
-        for source, count, is_row in zip(self.sources, counts, is_from, strict=True):
-            rows = np.flatnonzero(is_row)
-            for row, (shard, *span) in zip(rows, source.locate(count[rows]).tolist(), strict=True):
-                spans[row] = source.shards[shard], *span
-        return spans
+        located = [None] * len(g)
+        source_of, number = choose_source(self.weights, g)
+        for k, source in enumerate(self.sources):
+            rows = np.flatnonzero(source_of == k)
+            for row, (shard, start, length) in zip(rows, source.locate(number[rows]).tolist(), strict=True):
+                located[row] = source.shards[shard], start, length
+        return located
 
     def windows(self, g: np.ndarray) -> Batch:
         """Return the windows numbered g, (K,) int64, counted over the whole run."""
-        T = self.block_size
-        tokens = np.zeros((len(g), T + 1), dtype=np.int64)
-        is_target = np.full(tokens.shape, self.all_are_targets)
-        documents = np.zeros((len(g), T), dtype=np.int64)
-        spans = self.locate(g)
-        for row, (shard, start, length) in enumerate(spans):
-            tokens[row, :length] = shard.tokens.read(start, length)
+        located = self.locate(g)
+        x, y = pad([shard.read(start, length) for shard, start, length in located], self.block_size)
+        documents = np.zeros_like(x)
+        for row, (shard, start, length) in enumerate(located):
             if not self.all_are_targets:
-                is_target[row, :length] = shard.is_target(start, length)
+                y[row, :length - 1][~shard.is_target(start + 1, length - 1)] = IGNORE
             if self.isolate:
-                positions = shard.first + start + np.arange(T)
-                documents[row] = np.searchsorted(self.begins[shard.split], positions, side='right')
-        if tokens.max() >= self.vocab_size:
-            row, i = np.argwhere(tokens >= self.vocab_size)[0]
-            shard, start, _ = spans[row]
-            raise ValueError(f'{shard.path} offset {start + i}: token id {tokens[row, i]} is beyond '
-                             f'vocab_size {self.vocab_size}: the shard was made with another tokenizer '
-                             'or altered, prepare the dataset again')
-        x, y = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-        y[~is_target[:, 1:]] = IGNORE
+                documents[row] = shard.document_numbers(start, self.block_size)
         arrays = (x, y, documents) if self.isolate else (x, y)
         return Batch(*map(torch.from_numpy, arrays))
 
     def count_targets(self, step: int) -> int:
+        """Count the targets in a step, over all ranks and micro-steps."""
         if self.all_are_targets:
-            return super().count_targets(step)
-        g = step * self.rows_per_step + np.arange(self.rows_per_step)
-        spans = self.locate(g)
-        return int(sum(shard.is_target(start + 1, length - 1).sum() for shard, start, length in spans))
+            return self.rows_per_step * self.block_size
+        located = self.locate(self.first_window(step) + np.arange(self.rows_per_step))
+        return int(sum(shard.is_target(start + 1, length - 1).sum() for shard, start, length in located))
 
     def fingerprint(self) -> list[dict]:
         return [split.fingerprint() for split in self.splits]

@@ -1,4 +1,4 @@
-"""Read, check and write tokenizer.json and the files beside it, the format of transformers.
+"""Read and write tokenizer.json and the files beside it, the format of transformers.
 
     meta = read_tokenizer_json('SmolLM2-135M')    # for load_tokenizer(meta)
 
@@ -17,9 +17,8 @@ GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b77
 GPT2_META = {'kind': 'gpt2', 'sha256': GPT2_MERGES_SHA256}
 # GPT-2's pre-tokenization. The possessive ++ avoids walking a run of letters or spaces twice.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# Pre-tokenization of the BPE trained here. Chinese has no spaces, so a run of Han characters is cut after 16
-# (0.05% more tokens), a run of other letters after 32. Digits go by three, as in GPT-4, so that years do not
-# become tokens.
+# Pre-tokenization of the BPE trained here. Chinese has no spaces, so a run of Han characters is cut after 16.
+# Digits go by three, as in GPT-4, so that years do not become tokens.
 BPE_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{Han}{1,16}| ?[\p{L}&&[^\p{Han}]]{1,32}| ?\p{N}{1,3}"""
                r"""| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""")
 END = '<|endoftext|>'
@@ -28,12 +27,23 @@ SPECIAL_TOKENS = [END, '<|pad|>', '<|bos|>', '<|unk|>', '<|system|>', '<|user|>'
 
 PLAIN = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
          'post_processor': None}
-FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
 ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
 KEPT = (*ROLES, 'additional_special_tokens', 'clean_up_tokenization_spaces', 'add_bos_token', 'add_eos_token',
         'chat_template')
+FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
 OTHER_FORMATS = ('vocab.txt', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'vocab.json',
                  'merges.txt')
+
+
+@contextlib.contextmanager
+def one_line(where):
+    """Turn the errors of damaged content, and panics of `tokenizers`, into a ValueError that says where."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+            raise
+        raise ValueError(f'{where}: {error or type(error).__name__}') from None
 
 
 # -----------------------------------------------------------------------------
@@ -53,7 +63,7 @@ def byte_characters():
 def bpe_tokens(merges):
     """Return the ordinary tokens by id, as vocab.json writes them."""
     tokens = dict.fromkeys(byte_characters())
-    for merge in merges:
+    for merge in merges.splitlines():
         left, _, right = merge.partition(' ')
         if left not in tokens or right not in tokens or left + right in tokens:
             raise ValueError(f'the merge {merge!r} does not make a new token of two earlier ones')
@@ -61,86 +71,67 @@ def bpe_tokens(merges):
     return list(tokens)
 
 
-def bpe_json(tokens, merges, pattern, special):
-    is_gpt2s = pattern == GPT2_PATTERN
-    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': is_gpt2s}
-    split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
-    sequence = {'type': 'Sequence', 'pretokenizers': [split, byte_level]}
-    vocab = {token: i for i, token in enumerate([*tokens, *special])}
+def split_by(pattern):
+    return {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+
+
+def byte_level(pattern=GPT2_PATTERN):
+    """Return the pre-tokenizer of a byte-level BPE. GPT-2's pattern is built into the library."""
+    step = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+    if pattern == GPT2_PATTERN:
+        return step
+    return {'type': 'Sequence', 'pretokenizers': [split_by(pattern), {**step, 'use_regex': False}]}
+
+
+def bpe_json(merges, pattern=GPT2_PATTERN, special=SPECIAL_TOKENS, tokens=()):
+    vocab = {token: i for i, token in enumerate([*(tokens or bpe_tokens(merges)), *special])}
     model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '',
-             'end_of_word_suffix': '', 'fuse_unk': False, 'vocab': vocab, 'merges': merges}
+             'end_of_word_suffix': '', 'fuse_unk': False, 'vocab': vocab, 'merges': merges.splitlines()}
     added = [{'id': vocab[name], 'content': name, **FLAGS} for name in special]
-    return {**PLAIN, 'added_tokens': added, 'pre_tokenizer': byte_level if is_gpt2s else sequence,
-            'decoder': {**byte_level, 'use_regex': True}, 'model': model}
+    return {**PLAIN, 'added_tokens': added, 'pre_tokenizer': byte_level(pattern), 'decoder': byte_level(),
+            'model': model}
 
 
 def byte_json():
     byte_of = byte_characters()
-    return bpe_json(sorted(byte_of, key=byte_of.get), [], GPT2_PATTERN, SPECIAL_TOKENS)
+    return bpe_json('', tokens=sorted(byte_of, key=byte_of.get))
 
 
 def char_json(tokens):
     """Return the content of a tokenizer.json with a token per character. Other characters are an error."""
-    split = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
-    vocab = {token: i for i, token in enumerate(tokens)}
-    return {**PLAIN, 'pre_tokenizer': split, 'decoder': {'type': 'Fuse'},
-            'model': {'type': 'WordLevel', 'vocab': vocab, 'unk_token': '<unk>'}}
+    model = {'type': 'WordLevel', 'vocab': {token: i for i, token in enumerate(tokens)}, 'unk_token': '<unk>'}
+    return {**PLAIN, 'pre_tokenizer': split_by(r'[\s\S]'), 'decoder': {'type': 'Fuse'}, 'model': model}
 
 
 def tokenizer_config(tokenizer):
     """Return the content of tokenizer_config.json. In ours, END begins, ends and separates documents."""
     config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
     if tokenizer.kind == 'json':
-        config.update(tokenizer.config)
-        if tokenizer.eot_token:
-            config['eos_token'] = tokenizer.eot_token
-            config.setdefault('pad_token', tokenizer.eot_token)
-        return config
-    if tokenizer.eot is not None:
-        config.update(bos_token=END, eos_token=END, pad_token=END)
-    for role, name in (('pad_token', '<|pad|>'), ('unk_token', '<|unk|>')):
-        if name in tokenizer.special:
-            config[role] = name
+        end = {'eos_token': tokenizer.arguments['eot']} if tokenizer.arguments['eot'] else {}
+        return {**config, 'pad_token': tokenizer.arguments['eot'], **tokenizer.arguments['config'], **end}
+    roles = [('bos_token', END), ('eos_token', END), ('pad_token', END), ('pad_token', '<|pad|>'),
+             ('unk_token', '<|unk|>')]
+    config.update({role: name for role, name in roles if name in tokenizer.special})
     others = [name for name in tokenizer.special if name not in config.values()]
-    if others:
-        config['additional_special_tokens'] = others
-    return config
+    return {**config, 'additional_special_tokens': others} if others else config
 
 
 # -----------------------------------------------------------------------------
 # checks
 
 
-@contextlib.contextmanager
-def one_line(where):
-    """Turn the errors of damaged content, and panics of `tokenizers`, into a ValueError that says where."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
-            raise
-        raise ValueError(f'{where}: {error or type(error).__name__}') from None
-
-
 def parse(text):
     """Return the content of a tokenizer.json. ValueError for a pattern that can take exponential time."""
-    content = json.loads(text)
-    for key in ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder'):
-        for pattern in regular_expressions(content.setdefault(key, None)):
-            check_pattern(pattern)
+    content = json.loads(text, object_hook=check_object)
     if content['model'].get('dropout'):
         content['model']['dropout'] = None  # it would make ids random
-    return content
+    return {**content, 'truncation': None, 'padding': None}
 
 
-def regular_expressions(part):
-    if isinstance(part, dict):
-        if isinstance(part.get('Regex'), str):
-            yield part['Regex']
-        part = list(part.values())
-    if isinstance(part, list):
-        for value in part:
-            yield from regular_expressions(value)
+def check_object(value):
+    if isinstance(value.get('Regex'), str):
+        check_pattern(value['Regex'])
+    return value
 
 
 def check_pattern(pattern):
@@ -165,12 +156,9 @@ def vocabulary(content):
 
 
 def load_engine(content):
-    """Return the library's tokenizer for the content of a tokenizer.json, without truncation and padding."""
-    from tokenizers import Tokenizer as Engine
-    engine = Engine.from_str(json.dumps(content))
-    engine.no_truncation()
-    engine.no_padding()
-    return engine
+    """Return the library's tokenizer for the content of a tokenizer.json."""
+    from tokenizers import Tokenizer
+    return Tokenizer.from_str(json.dumps(content))
 
 
 # -----------------------------------------------------------------------------
@@ -180,25 +168,25 @@ def load_engine(content):
 def read_tokenizer_json(path, eot=''):
     """Return meta() of the tokenizer in a folder of transformers or a tokenizer.json, None if there is none.
 
-    eot     the token that ends a document, instead of the one that the folder names
+    eot   token that ends a document, instead of the one that the folder names
     """
     path = Path(path)
     file = path / 'tokenizer.json' if path.is_dir() else path
     if not file.is_file() or file.suffix != '.json':
         return read_other_formats(path)
     with one_line(file):
-        stored = read_config(file.parent)
-        content = with_named_tokens(parse(file.read_text(encoding='utf-8-sig')), stored)
+        config = read_config(file.parent)
+        content = with_named_tokens(parse(file.read_text(encoding='utf-8-sig')), config)
         ids = vocabulary(content)
+        if eot and eot not in ids:
+            raise ValueError(f'it has no token {eot}, which --eot names')
         short = short_meta(content, ids)
-    if eot and eot not in ids:
-        raise ValueError(f'--eot={eot}: {file} has no such token')
-    if short and eot in ('', END):
-        return short
-    config = {key: stored[key] for key in KEPT if stored.get(key)}
-    eot = eot or end_token(file.parent, config.get('eos_token'), ids)
+        if short and eot in ('', END):
+            return short
+        eot = eot or end_token(file.parent, config.get('eos_token'), ids)
+    kept = {key: config[key] for key in KEPT if config.get(key)}
     text = json.dumps(content, ensure_ascii=False)
-    return {'kind': 'json', 'tokenizer_json': text, 'eot': eot, 'config': config}
+    return {'kind': 'json', 'tokenizer_json': text, 'eot': eot, 'config': kept}
 
 
 def read_other_formats(folder):
@@ -215,48 +203,44 @@ def read_other_formats(folder):
 
 
 def read_merges(path):
-    """Return the lines of a merges file, without the version in its first line."""
-    return path.read_text(encoding='utf-8').splitlines()[1:]
+    """Return the text of a merges file, without the version in its first line."""
+    return '\n'.join(path.read_text(encoding='utf-8').splitlines()[1:])
 
 
 def are_gpt2s(merges):
-    text = '\n'.join(['#version: 0.2', *merges, ''])
-    return hashlib.sha256(text.encode('utf-8')).hexdigest() == GPT2_MERGES_SHA256
+    return hashlib.sha256(f'#version: 0.2\n{merges}\n'.encode()).hexdigest() == GPT2_MERGES_SHA256
 
 
 def read_config(folder):
     """Return the entries of tokenizer_config.json and the older special_tokens_map.json, tokens by name."""
-    stored = read_object(folder / 'special_tokens_map.json') | read_object(folder / 'tokenizer_config.json')
-    stored.update({role: token_name(stored[role]) for role in ROLES if role in stored})
+    config = read_object(folder / 'special_tokens_map.json') | read_object(folder / 'tokenizer_config.json')
+    config.update({role: token_name(config[role]) for role in ROLES if role in config})
     # transformers 5 renamed additional_special_tokens
-    others = stored.get('extra_special_tokens') or stored.get('additional_special_tokens') or []
+    others = config.get('extra_special_tokens') or config.get('additional_special_tokens') or []
     others = others.values() if isinstance(others, dict) else others
-    stored['additional_special_tokens'] = [token_name(other) for other in others]
+    config['additional_special_tokens'] = [token_name(other) for other in others]
     template = folder / 'chat_template.jinja'
     if template.is_file():
-        stored['chat_template'] = template.read_text(encoding='utf-8')
-    return stored
+        config['chat_template'] = template.read_text(encoding='utf-8')
+    return config
 
 
 def read_object(path):
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise ValueError(f'{path} must hold a JSON object')
-    return value
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def token_name(value):
     return value.get('content') if isinstance(value, dict) else value
 
 
-def with_named_tokens(content, stored):
+def with_named_tokens(content, config):
     """Return the content as the library writes it, with the tokens that only tokenizer_config.json names."""
     from tokenizers import AddedToken
-    engine, tokens = load_engine(content), []
-    entries = stored.get('added_tokens_decoder') or {}
+    engine, entries = load_engine(content), config.get('added_tokens_decoder') or {}
+    tokens = []
     for entry in [entries[i] for i in sorted(entries, key=int)]:
         tokens.append(AddedToken(entry['content'], **{flag: entry[flag] for flag in FLAGS if flag in entry}))
-    names = [stored.get(role) for role in ROLES] + stored['additional_special_tokens']
+    names = [config.get(role) for role in ROLES] + config['additional_special_tokens']
     tokens += [AddedToken(name, special=True, normalized=False) for name in names if name]
     present = {token.content for token in engine.get_added_tokens_decoder().values()}
     engine.add_tokens([token for token in tokens if token.content not in present])
@@ -267,43 +251,41 @@ def end_token(folder, eos_token, ids):
     """Return the token that ends a document: eos_token, else eos_token_id of the model's files, else None."""
     if isinstance(eos_token, str) and eos_token in ids:
         return eos_token
-    name_of = {i: name for name, i in ids.items()}
     for name in ('generation_config.json', 'config.json'):
         eos = read_object(folder / name).get('eos_token_id')
-        eos = eos[0] if isinstance(eos, list) and eos else eos
-        if isinstance(eos, int) and eos in name_of:
-            return name_of[eos]
+        for token, i in ids.items():
+            if i == (eos[0] if isinstance(eos, list) and eos else eos):
+                return token
     return None
 
 
 def short_meta(content, ids):
     """Return a short meta() for characters, bytes, GPT-2's BPE and the BPE trained here, None for others."""
-    special = sorted((token['content'] for token in content['added_tokens']), key=ids.get)
-    meta = expected = None
-    if content['model']['type'] == 'WordLevel' and all(len(token) == 1 for token in ids):
-        chars = ''.join(sorted(ids, key=ids.get))
-        meta, expected = {'kind': 'char', 'chars': chars}, char_json(chars)
-    elif content['model']['type'] == 'BPE' and END in special:
-        pairs = content['model']['merges']
-        merges = [pair if isinstance(pair, str) else ' '.join(pair) for pair in pairs]
-        if not merges:
-            meta, expected = {'kind': 'byte'}, byte_json()
-        elif are_gpt2s(merges):
-            meta, expected = dict(GPT2_META), bpe_json(bpe_tokens(merges), merges, GPT2_PATTERN, [END])
-        elif BPE_PATTERN in regular_expressions(content['pre_tokenizer']) and are_trained(content):
-            meta = {'kind': 'bpe', 'merges': '\n'.join(merges), 'pattern': BPE_PATTERN, 'special': special}
-            expected = bpe_json(bpe_tokens(merges), merges, BPE_PATTERN, special)
-    if meta is None or any(token['lstrip'] or token['rstrip'] for token in content['added_tokens']):
-        return None
+    model, names = content['model'], sorted(ids, key=ids.get)
+    added = {token['content']: token for token in content['added_tokens']}
+    special = [name for name in names if name in added]
+    pairs = model.get('merges') or []
+    merges = '\n'.join(pair if isinstance(pair, str) else ' '.join(pair) for pair in pairs)
+    is_bpe = model['type'] == 'BPE' and END in special
+    meta, expected = None, content
+    if model['type'] == 'WordLevel' and all(len(name) == 1 for name in names):
+        meta, expected = {'kind': 'char', 'chars': ''.join(names)}, char_json(names)
+    elif is_bpe and not merges:
+        meta, expected = {'kind': 'byte'}, byte_json()
+    elif is_bpe and are_gpt2s(merges):
+        meta, expected = dict(GPT2_META), bpe_json(merges, special=[END])
+    elif is_bpe and content['pre_tokenizer'] == byte_level(BPE_PATTERN) and are_trained(content):
+        meta = {'kind': 'bpe', 'merges': merges, 'pattern': BPE_PATTERN, 'special': special}
+        expected = bpe_json(merges, BPE_PATTERN, special)
     same = all(expected[key] == content[key] for key in ('normalizer', 'pre_tokenizer'))
-    return meta if same and vocabulary(expected) == ids else None
+    strips = any(token['lstrip'] or token['rstrip'] for token in added.values())
+    return meta if same and not strips and vocabulary(expected) == ids else None
 
 
 def are_trained(content):
     """Whether merging makes every token out of its own text, as training does.
 
-    Only then does merging by the rank of the token (tiktoken) give the ids of merging by the rank of the pair
-    (tokenizers).
+    Only then do tiktoken, which merges by the rank of the token, and `tokenizers` give the same ids.
     """
     model = load_engine(content).model
     ordinary = content['model']['vocab'].keys() - {token['content'] for token in content['added_tokens']}

@@ -1,10 +1,7 @@
-"""Which tokens window g of a run shows: a pure function of g, the seed and the data.
+"""The order in which a run visits the windows of its data: a pure function of the seed and the sizes.
 
-Each epoch cuts the data into windows of block_size, beginning at a random phase, and visits each once in a
-random order. Phase and order are functions of (seed, epoch).
-
-Example: 10 tokens, block_size 3, an epoch of phase 1. The windows start at 1 and 4 (x = tokens 1-3,
-y = tokens 2-4; then 4-6 and 5-7); the order may visit them as 4, 1.
+A window is up to T + 1 tokens in a row: T inputs, and the target of the last one. With 10 tokens and T = 3,
+an epoch of phase 1 has the windows 1-4 and 4-7, and may visit the second one first.
 
 T block_size, K any number of windows
 """
@@ -12,8 +9,6 @@ T block_size, K any number of windows
 from functools import lru_cache
 
 import numpy as np
-
-ORDERS = ('shuffle', 'random', 'sequential', 'documents')
 
 
 def scramble(x):
@@ -29,13 +24,13 @@ def draws(seed, count: int, high=1 << 63) -> np.ndarray:
     return np.random.default_rng(seed).integers(high, size=count, dtype=np.uint64)
 
 
-def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Map indexes by a pseudorandom permutation of range(n), without holding it: (K,) int64 -> (K,) int64.
+def permute(index: np.ndarray, n: int, seed) -> np.ndarray:
+    """Map indexes by a pseudorandom permutation of range(n): (K,) int64 -> (K,) int64.
 
     Adding, multiplying by an odd number, and folding the upper half onto the lower permute the numbers of a
     given number of bits. A result of n or more is mapped again (cycle walking, Black and Rogaway 2002).
     """
-    bits = max(1, (n - 1).bit_length())
+    keys, bits = draws(seed, 12), max(1, (n - 1).bit_length())
     low, half = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
     result, todo = index.astype(np.uint64), np.arange(index.size)
     while todo.size:
@@ -51,8 +46,8 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 def count_of_each(weights, g: np.ndarray) -> np.ndarray:
     """Count the windows of each source among the first g of a mixture: (K,) int64 -> (n_sources, K) int64.
 
-    One source after another takes its share of what is left, rounded to the nearest. So every count is within
-    two windows of its exact share at any g, never decreases with g, and needs no table.
+    One source after another takes its share of what is left, rounded to the nearest. So every count stays
+    within two windows of its exact share, and never decreases.
     """
     counts, left = [], g
     for i, weight in enumerate(weights[:-1]):
@@ -61,118 +56,100 @@ def count_of_each(weights, g: np.ndarray) -> np.ndarray:
     return np.stack([*counts, left])
 
 
-class Windows:
-    """The windows of some splits, which count as one dataset.
+def choose_source(weights, g: np.ndarray):
+    """Return the source of each window g of a mixture, and its number within that source: (K,) int64 each."""
+    counts = count_of_each(weights, g)
+    source = np.argmax(count_of_each(weights, g + 1) > counts, axis=0)
+    return source, counts[source, np.arange(len(g))]
 
-    order  'shuffle'     each epoch in a random order, from a random phase
-           'sequential'  from the first token on; the last window of a shard may be short; for evaluation
-           'random'      nanoGPT's draws with replacement
-           'documents'   as 'shuffle', but each window begins with a document, or T, 2T ... tokens after
-                         its beginning; the rest of a row after a document's end is no target
-    seed   a tuple
-    Datasets of conversations are packed in rows; these are their windows in any order.
+
+class Windows:
+    """The windows of some splits that count as one, numbered without end in the order of a run.
+
+    order   'shuffle'     each epoch in a random order, from a random phase
+            'sequential'  from the first token on, for evaluation; the last window of a shard may be short
+            'random'      nanoGPT's draws with replacement
+            'documents'   as 'shuffle', but a document is cut into windows on its own
+    Conversations are packed in rows; these are their windows in any order.
     """
 
     def __init__(self, splits, T, order, seed):
-        if order not in ORDERS:
-            raise ValueError(f'sampling={order}: accepted are {", ".join(ORDERS)}')
-        self.order, self.seed, self.T = order, seed, T
+        self.order, self.seed, self.T, self.table = order, seed, T, None
         self.shards = [shard for split in splits for shard in split.shards]
-        self.sizes = np.array([shard.n_tokens for shard in self.shards], dtype=np.int64)
+        sizes = self.sizes = np.array([shard.n_tokens for shard in self.shards])
+        self.borders = np.cumsum([0, *sizes])  # first token of each shard, and the end
         name = f'{", ".join(str(split.folder) for split in splits)}: the {splits[0].split} split'
-        self.table = None
-        if order == 'documents' or any(split.meta.get('row_tokens') for split in splits):
-            self.table = self.cut_all(splits)
+        if order == 'documents' or any(split.row_tokens for split in splits):
+            self.table = self.cut(splits)  # first token and number of tokens of each window
             self.n = len(self.table)
             if not self.n:
                 raise ValueError(f'{name} has no document of 2 tokens or more, '
                                  'so there is nothing to predict: add text')
             return
-
-        longest = int(self.sizes.max(initial=0))
-        if longest < T + 1:
-            size = f'{longest} tokens' + ' in its longest shard' * (len(self.shards) > 1)
-            remedy = f'--block_size={longest - 1} or less, or more text' if longest > 1 else 'more text'
-            raise ValueError(f'{name} has {size}, too few for one window of block_size {T} and the token '
-                             f'after it: use {remedy}')
-        self.stride, n_phases = T, np.ones_like(self.sizes)
+        if sizes.max() <= T:
+            raise ValueError(f'{name} has at most {sizes.max()} tokens in a shard, too few for a window of '
+                             f'block_size {T} and its last target: use a smaller --block_size or more text')
+        self.stride, n_phases = T, np.ones_like(sizes)
         if order == 'random':  # every start, as in nanoGPT
-            self.stride, per_shard = 1, np.maximum(self.sizes - T, 0)
+            self.stride, per_shard = 1, np.maximum(sizes - T, 0)
         elif order == 'sequential':
-            per_shard = -(-np.maximum(self.sizes - 1, 0) // T)
+            per_shard = -(-np.maximum(sizes - 1, 0) // T)
         else:
-            # One window less than fits at phase 0. It fits at every phase, so each epoch has the same number.
-            per_shard = np.where(self.sizes > T, np.maximum(self.sizes // T - 1, 1), 0)
+            # One window less than fits at phase 0 fits at every phase, so all epochs have the same number.
+            per_shard = np.where(sizes > T, np.maximum(sizes // T - 1, 1), 0)
             # From the last phase, the last window ends with the shard.
-            n_phases = np.maximum(self.sizes - per_shard * T, 1)
+            n_phases = np.maximum(sizes - per_shard * T, 1)
         self.n_phases = tuple(n_phases.tolist())
-        self.firsts = np.concatenate(([0], np.cumsum(per_shard)))  # number of the first window of each shard
-        self.n = int(self.firsts[-1])
+        self.firsts = np.cumsum([0, *per_shard])  # number of the first window of each shard
+        self.n = int(self.firsts[-1])  # windows in an epoch
 
-    def cut_all(self, splits):
-        tables, n_shards = [], 0
+    def cut(self, splits):
+        """Cut documents or rows into windows of 2 to T + 1 tokens: (n, 2) int64.
+
+        A window begins with the last token of the one before, so that every token except a document's first
+        is a target once.
+        """
+        spans, first = [], 0
         for split in splits:
-            for shard, table in enumerate(cut(split, self.T, self.order), n_shards):
-                table[:, 0] = shard
-                tables.append(table)
-            n_shards += len(split.shards)
-        return np.concatenate(tables)
+            spans.append(split.spans(self.order, self.T) + first)
+            first += split.n_tokens
+        begin, end = np.concatenate(spans, axis=1)
+        begin, end = begin[end > begin], end[end > begin]
+        # also cut where a shard ends inside a span: more spans have begun there than have ended
+        n_begun = np.searchsorted(begin, self.borders)
+        n_ended = np.searchsorted(end, self.borders, side='right')
+        borders = np.unique(self.borders[n_begun > n_ended])
+        begin, end = np.sort(np.append(begin, borders)), np.sort(np.append(end, borders))
+
+        n_windows = -(-(end - begin - 1) // self.T)  # one token alone has no target
+        span = np.repeat(np.arange(len(begin)), n_windows)
+        nth = np.arange(len(span)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)  # in its span
+        start = begin[span] + nth * self.T
+        return np.stack([start, np.minimum(end[span] - start, self.T + 1)], axis=1)
 
     def locate(self, g: np.ndarray) -> np.ndarray:
-        """Return (shard number, first token in it, tokens) of the windows g: (K,) int64 -> (K, 3) int64."""
+        """Return (shard number, first token in it, tokens) of the windows g: (K,) -> (K, 3) int64."""
         if self.order == 'random':
             n = scramble(g.astype(np.uint64) + draws(self.seed, 1)) % np.uint64(self.n)
             return self.spans(n.astype(np.int64), 0)
-        epochs, n = np.divmod(g, self.n)
+        epochs, index = np.divmod(g, self.n)
         spans = np.empty((len(g), 3), dtype=np.int64)
         for epoch in set(epochs.tolist()):
             rows = epochs == epoch
-            index = n[rows]
+            n = index[rows]
             if self.order != 'sequential':
-                index = permute(index, self.n, draws((*self.seed, epoch), 12))
-            spans[rows] = self.spans(index, epoch)
+                n = permute(n, self.n, (*self.seed, epoch))
+            spans[rows] = self.spans(n, epoch)
         return spans
 
     def spans(self, n, epoch):
-        """Locate the windows numbered n from the first token on."""
+        """Locate windows by their number in the order of the data."""
         if self.table is not None:
-            return self.table[n]
+            start, length = self.table[n].T
+            shard = np.searchsorted(self.borders, start, side='right') - 1
+            return np.stack([shard, start - self.borders[shard], length], axis=1)
         shard = np.searchsorted(self.firsts, n, side='right') - 1
         phases = draws((*self.seed, epoch, 1), len(self.n_phases), self.n_phases).astype(np.int64)
         start = phases[shard] + self.stride * (n - self.firsts[shard])
-        return np.stack([shard, start, np.minimum(self.T + 1, self.sizes[shard] - start)], axis=1)
-
-
-def cut(split, T: int, order: str):
-    """Yield the windows of each shard of a split, (n, 3) int64 as locate() gives them; shard is left 0.
-
-    A document is cut into windows of 2 to T + 1 tokens. A window begins with the last token of the one
-    before, so that every token except a document's first is a target once. A document that continues in the
-    next shard is cut there. In other orders the rows of a dataset, or else its shards, are cut as documents.
-    """
-    row = split.meta.get('row_tokens')
-    if row not in (None, T + 1):
-        raise ValueError(f'{split.folder} was packed in rows for block_size {row - 1}: '
-                         f'use --block_size={row - 1}, or pack it again with --block_size {T}')
-    if row:
-        begin = np.arange(0, split.n_tokens, row)
-        end = begin + row
-    elif order == 'documents':
-        begin, length = split.documents()
-        order = np.lexsort((length, begin))
-        begin, end = begin[order], (begin + length)[order]
-    else:
-        begin = np.array([shard.first for shard in split.shards])
-        end = np.append(begin[1:], split.n_tokens)
-
-    for shard in split.shards:
-        last = shard.first + shard.n_tokens
-        inside = slice(np.searchsorted(end, shard.first, side='right'), np.searchsorted(begin, last))
-        start = np.maximum(begin[inside], shard.first) - shard.first
-        length = np.minimum(end[inside], last) - shard.first - start
-        n_windows = np.maximum(-(-(length - 1) // T), 0)  # one token alone has no target
-        document = np.repeat(np.arange(len(start)), n_windows)
-        # 0, 1, 2 ... within each document
-        nth = np.arange(len(document)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
-        tokens = np.minimum(length[document] - nth * T, T + 1)
-        yield np.stack([np.zeros_like(nth), start[document] + nth * T, tokens], axis=1)
+        length = np.minimum(self.T + 1, self.sizes[shard] - start)
+        return np.stack([shard, start, length], axis=1)

@@ -38,32 +38,28 @@ def check_settings(settings: dict):
     s = SimpleNamespace(**settings)
     decays = s.decay_lr and s.lr_schedule != 'constant'
     reads_file = s.init_from in ('resume', 'checkpoint') or s.init_from.endswith('.pt') or s.auto_resume
+    is_stream, is_fsdp = s.dataset.startswith('stream:'), s.parallel == 'fsdp'
     problems = {  # message: whether it applies
         f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}, which decays to it: '
-        f'use --min_lr={s.learning_rate / 10:g}, or --decay_lr=False':
-            decays and s.min_lr > s.learning_rate,
+        f'use --min_lr={s.learning_rate / 10:g}, or --decay_lr=False': decays and s.min_lr > s.learning_rate,
         f'loss_chunks={s.loss_chunks}: accepted is 0 or more, or auto':
             s.loss_chunks != 'auto' and s.loss_chunks < 0,
         f'decay_fraction={s.decay_fraction}: accepted is 0 to 1, the part of max_iters':
             not 0 <= s.decay_fraction <= 1,
         f'skip_spikes={s.skip_spikes} would skip steps below the running mean: '
-        'accepted is 0 (off) or more than 1, such as 3':
-            0 < s.skip_spikes <= 1,
-        'out_dir is empty: name the folder for checkpoints and logs':
-            not s.out_dir,
+        'accepted is 0 (off) or more than 1, such as 3': 0 < s.skip_spikes <= 1,
+        'out_dir is empty: name the folder for checkpoints and logs': not s.out_dir,
         f'checkpoint_path={s.checkpoint_path} is not used by init_from={s.init_from}: add --init_from=resume '
         'to resume from it, --init_from=checkpoint to begin with its weights, or leave it out':
             s.checkpoint_path and not reads_file,
         'isolate_documents=True is for packed datasets, a stream does not keep documents apart: '
-        'pack the text, or leave isolate_documents out':
-            s.isolate_documents and s.dataset.startswith('stream:'),
+        'pack the text, or leave isolate_documents out': s.isolate_documents and is_stream,
         f'shard_ranks={s.shard_ranks} is for --parallel=fsdp: add it, or use --shard_ranks=0':
-            s.shard_ranks and s.parallel != 'fsdp',
+            s.shard_ranks and not is_fsdp,
         'shard_gradients=True is for --parallel=fsdp: add it, or use --shard_gradients=False':
-            s.shard_gradients and s.parallel != 'fsdp',
+            s.shard_gradients and not is_fsdp,
         f'core_interval={s.core_interval} and core={s.core!r} go together: the interval, '
-        'and the folder of the CORE bundle':
-            bool(s.core_interval) != bool(s.core),
+        'and the folder of the CORE bundle': bool(s.core_interval) != bool(s.core),
         'wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False':
             s.wandb_log and importlib.util.find_spec('wandb') is None,
     }

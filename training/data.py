@@ -13,6 +13,8 @@ from tokens.loader import Loader
 from tokens.stream import open_stream
 from tokens.tokenizer import load_tokenizer
 
+ORIGINS = {'meta.pkl': 'characters from meta.pkl', 'none': "GPT-2's ids"}  # of datasets without meta.json
+
 
 class EvalSet(NamedTuple):
     loader: Loader
@@ -55,46 +57,33 @@ def open_data(settings: dict, place, grad_accum: int, rows: int, tokenizer) -> T
             dataset, tokenizer, stream_val=settings['stream_val'], fields=settings['field'],
             errors=settings['errors'], shuffle_window=settings['shuffle_window'], n_eval=n_eval,
             block_size=block_size, **ranks)
-        eval_train, eval_val = (EvalSet(head, np.arange(head.n_windows)) for head in heads)
-        return TrainingData(train, eval_train, eval_val, style=None, name=dataset)
+        evals = [EvalSet(head, np.arange(head.n_windows)) for head in heads]
+        return TrainingData(train, *evals, style=None, name=dataset)
 
     folders, weights = dataset_folders(dataset)
-    isolate = settings['isolate_documents']
-    train = Loader(folders, 'train', block_size=block_size, order=settings['sampling'], weights=weights,
-                   isolate=isolate, **ranks)
-    order = 'documents' if settings['sampling'] == 'documents' else 'sequential'
-    in_order = dict(block_size=block_size, batch_size=batch_size, order=order, isolate=isolate)
+    order, isolate = settings['sampling'], settings['isolate_documents']
+    train = Loader(folders, 'train', block_size=block_size, order=order, weights=weights, isolate=isolate,
+                   **ranks)
+    in_order = dict(block_size=block_size, batch_size=batch_size, isolate=isolate,
+                    order='documents' if order == 'documents' else 'sequential')
     loaders = [Loader(folders, split, **in_order) for split in ('train', 'val')]
     n_eval = n_eval or loaders[1].n_windows  # of the training split no more than of the validation split
-    evals = [EvalSet(loader, spread_windows(loader, n_eval)) for loader in loaders]
-    describe_origin(train.splits)
+    for split in train.splits:
+        if split.meta['origin'] in ORIGINS:
+            print0(f'{split.folder} has no meta.json: reading uint16 shards with '
+                   f'{ORIGINS[split.meta["origin"]]}, as nanoGPT does')
     if settings['verify_data']:
-        for split in (*train.splits, *evals[1].loader.splits):
+        for split in (*train.splits, *loaders[1].splits):
             print0(split.describe_checksums())
             distributed.once_a_node(split.verify, place)
-    return TrainingData(train, *evals, style=style_of(dataset, train.splits), name=dataset)
-
-
-def describe_origin(splits):
-    """Print how datasets without meta.json, such as nanoGPT's, are read."""
-    for split in splits:
-        if split.meta['origin'] != 'meta.json':
-            rule = 'characters from meta.pkl' if split.meta['origin'] == 'meta.pkl' else "GPT-2's ids"
-            print0(f'{split.folder} has no meta.json: reading uint16 shards with {rule}, as nanoGPT does')
-
-
-def style_of(dataset, splits):
-    styles = sorted({split.meta['style'] for split in splits if 'style' in split.meta})
+    for loader in (train, *loaders):
+        loader.windows(np.arange(batch_size))  # ids of another tokenizer fail here
+    evals = [EvalSet(loader, spread_windows(loader, n_eval)) for loader in loaders]
+    styles = sorted({split.meta['style'] for split in train.splits if split.meta.get('style')})
     if len(styles) > 1:
-        raise ValueError(f'dataset={dataset} has conversations in the styles {styles[0]} and {styles[1]}: '
+        raise ValueError(f'dataset={dataset} has conversations in the styles {" and ".join(styles)}: '
                          'pack them in one')
-    return styles[0] if styles else None
-
-
-def check_ids(data: TrainingData, n_rows: int):
-    """Read a few windows of each loader, so that ids of another tokenizer fail before the first step."""
-    for loader in (data.train, data.eval_train.loader, data.eval_val.loader):
-        loader.windows(np.arange(n_rows))
+    return TrainingData(train, *evals, style=styles[0] if styles else None, name=dataset)
 
 
 def count_bytes(tokenizer_meta: dict, place) -> torch.Tensor | None:
@@ -118,11 +107,9 @@ def read_byte_counts(tokenizer_meta):
 
 def evaluate(model, data: TrainingData, token_bytes, place, autocast) -> EvalLosses | None:
     """Measure the losses on the windows to evaluate. None after a signal to stop."""
-    losses = []
     try:
-        for loader, windows in (data.eval_train, data.eval_val):
-            losses.append(text_loss(model, loader, windows, token_bytes=token_bytes, place=place,
-                                    autocast=autocast, stop=distributed.signal_to_stop))
+        return EvalLosses(*(text_loss(model, loader, windows, token_bytes=token_bytes, place=place,
+                                      autocast=autocast, stop=distributed.signal_to_stop)
+                            for loader, windows in (data.eval_train, data.eval_val)))
     except Interrupted:
         return None
-    return EvalLosses(*losses)

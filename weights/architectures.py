@@ -6,6 +6,7 @@ One more architecture is one more entry of ARCHITECTURES: a table {our name: the
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -19,11 +20,12 @@ ROPE = {'rope_theta': 10_000.0, 'rope_type': 'default'}
 LLAMA3_SCALING = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
 
 
+@dataclass(frozen=True)
 class ConfigReader:
-    """Reads the settings of a config.json. ValueError for a value that model.py has no switch for."""
+    """The settings of a config.json. ValueError for a value that model.py has no switch for."""
 
-    def __init__(self, settings: dict, path):
-        self.settings, self.path = settings, path
+    settings: dict
+    path: Path  # for messages
 
     def need(self, name, default, *accepted):
         """Return the value of a setting, which must be one of those accepted."""
@@ -57,9 +59,9 @@ class Architecture:
     fixed: dict  # settings that model.py has no switch for; a config.json that lacks one means the same
     read: Callable  # ConfigReader -> arguments of GPTConfig
     write: Callable  # GPTConfig -> settings
-    transposed: tuple = ()  # ends of our names of matrices that are stored as inputs x outputs
+    transposed: tuple = ()  # ends of our names of matrices stored as inputs x outputs
     switches: tuple = ()  # (argument of GPTConfig, value) that tell classes of one arch apart
-    biased: tuple = ()  # ends of our names of weights that always have a bias there; zeros if ours have none
+    biased: tuple = ()  # ends of our names of weights that have a bias there in any case; zeros if not ours
 
     def parts(self, tensors: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
         """Return views of our tensors by their names: parts of them, in their layout."""

@@ -1,9 +1,8 @@
 """The start of a run or a script: from scratch, a checkpoint of a run, or a model from elsewhere.
 
-    start = begin(settings, explicit)                       # train.py: scratch, resume, or weights
-    start = find_start('resume', 'out-quickstart')          # sample.py and others: a trained model
-    tokenizer = load_tokenizer(start.tokenizer)
-    model = build_model(start, tokenizer)
+    start = begin(settings, explicit)                       # train.py
+    start = find_start('resume', 'out-quickstart')          # sample.py and others
+    model = build_model(start, load_tokenizer(start.tokenizer))
 """
 
 import re
@@ -63,18 +62,17 @@ class Start:
         self.model_args, self.weights = state['model_args'], state['model']
         self.tokenizer, self.style = state.get('tokenizer'), state.get('style')
         self.progress = Progress.of(state)
-        return self.path, self.progress.iter_num
+        return self.path, state['iter_num']
 
 
 def read_chosen(choose) -> Start:
     """Read the checkpoint that choose() returns on the first rank, as (state, path). Each rank reads once."""
     start = Start()
-    path, iter_num = distributed.on_first_rank(lambda: start.take(*choose()))
-    if path and not start.path:  # another rank than the first
-        start.take(checkpoint.load(path), path)
-        if start.progress.iter_num != iter_num:
-            raise ValueError(f'{path} was of iteration {iter_num} and is now of {start.progress.iter_num}: '
-                             'copy it, as its run is still training, and name the copy by --checkpoint_path')
+    chosen = distributed.on_first_rank(lambda: start.take(*choose()))
+    path = chosen[0]
+    if path and not start.path and start.take(checkpoint.load(path), path) != chosen:  # another rank
+        raise ValueError(f'{path} has changed, its run is still training: copy it, and name the copy with '
+                         '--checkpoint_path')
     return start
 
 
@@ -89,24 +87,23 @@ def begin(settings: dict, explicit: set) -> Start:
     explicit  names of the settings that the user gave
     raises    ValueError, OSError in one line
     """
-    out_dir, init_from, path = (settings[name] for name in ('out_dir', 'init_from', 'checkpoint_path'))
-    auto_resume = settings['auto_resume']
-    if auto_resume or init_from == 'resume':
-        start = find_run(out_dir, path if init_from in ('resume', 'scratch') else '', auto_resume)
+    out_dir, init_from, path = settings['out_dir'], settings['init_from'], settings['checkpoint_path']
+    is_word = init_from in ('scratch', 'resume')  # else path or init_from names a model to begin with
+    if settings['auto_resume'] or init_from == 'resume':
+        start = find_run(out_dir, path if is_word else '', settings['auto_resume'])
         if start.path:
             return start
-        if not auto_resume:
+        if not settings['auto_resume']:
             raise FileNotFoundError(f'{out_dir} has no checkpoint to resume: use --init_from=scratch, '
                                     'or another --out_dir')
     elif (Path(out_dir) / 'ckpt.pt').exists() and not settings['eval_only']:
         print0(f'{out_dir} holds the checkpoint of another run, which is moved aside: to continue that run, '
                'stop this one and use --init_from=resume')
-    if init_from in ('scratch', 'resume'):
+    if is_word:
         return Start()
     if init_from != 'checkpoint' and not init_from.endswith('.pt'):
-        folder = pretrained.find(init_from)
-        tokenizer = pretrained.read_tokenizer(init_from)
-        return Start(init_from, pretrained.read_model_args(folder), tokenizer=tokenizer)
+        args = pretrained.read_model_args(pretrained.find(init_from))
+        return Start(init_from, args, tokenizer=pretrained.read_tokenizer(init_from))
 
     # only the weights and tokenizer of a checkpoint
     if (init_from == 'checkpoint') != bool(path):
@@ -118,7 +115,7 @@ def begin(settings: dict, explicit: set) -> Start:
 
 
 def find_run(out_dir, checkpoint_path, auto_resume) -> Start:
-    """Return the run to resume: the newest checkpoint of out_dir, or checkpoint_path. path == '' if none.
+    """Return the run to resume, with path == '' if there is none.
 
     With auto_resume, checkpoint_path is used only until out_dir has a checkpoint of its own.
     """
@@ -139,12 +136,11 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
     accepted  accepted values of each setting of train.py
     raises    ValueError for a flag that contradicts the model or the optimizer's state, or a bad stored value
     """
-    resumes, stored = start.state is not None, {}
-    if resumes:
-        stored = {'optimizer': 'adamw'}
-        if 'format' in start.state:  # nanoGPT's settings mean other things
-            stored |= start.settings
-    stored |= {name: value for name, value in (start.model_args or {}).items() if name in FIXED_ON_RESUME}
+    resumes, args = start.state is not None, start.model_args or {}
+    stored = {'optimizer': 'adamw'} if resumes else {}
+    if resumes and 'format' in start.state:  # nanoGPT's settings mean other things
+        stored |= start.settings
+    stored |= {name: args[name] for name in FIXED_ON_RESUME if name in args}
     stored = {name: checked(value, accepted[name], f'{start.path}: {name} = {value!r}')
               for name, value in stored.items() if name in settings and name not in PER_START}
     changed = [name for name in sorted(explicit & stored.keys()) if settings[name] != stored[name]]
@@ -152,12 +148,11 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
     for name in changed:
         now, before = settings[name], stored[name]
         may_shrink = name == 'block_size' and not resumes
-        if may_shrink and now < before:
-            continue
-        if name in FIXED_ON_RESUME:
-            remedy = f'--{name}={before} or less' if may_shrink else f'--{name}={before}'
+        if name not in FIXED_ON_RESUME:
+            print0(f'{name} = {now!r} from now on, was {before!r}')
+        elif not (may_shrink and now < before):
+            remedy = f'--{name}={before}' + (' or less' if may_shrink else '')
             raise ValueError(f'{name}={now}: {printable(start.path)} has {name}={before}: give {remedy}')
-        print0(f'{name} = {now!r} from now on, was {before!r}')
 
     other_windows, best = [name for name in changed if name in EVALUATION], start.progress.best_val_loss
     if resumes and other_windows and best < float('inf'):
@@ -170,7 +165,7 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
 def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: dict) -> GPT:
     """Make the model to train: new, with the weights of the start, or in its shape for restore() to fill.
 
-    vocab_size, tokenizer_meta  of the dataset; must fit the model's
+    vocab_size, tokenizer_meta  of the dataset
     """
     if start.model_args is None:
         # multiples of 64 suit the matrix kernels (50257 -> 50304), but cost a small vocabulary too much
@@ -189,7 +184,7 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
 
     if start.weights is None:
         return GPT.from_pretrained(start.path, settings['dropout'], settings['block_size'])
-    model = GPT(GPTConfig(**{**start.model_args, 'dropout': settings['dropout']}))
+    model = GPT(GPTConfig(**start.model_args | {'dropout': settings['dropout']}))
     if start.state is None:
         foreign.load_weights(model, start.weights, start.path, settings['strict'])
         model.crop_block_size(settings['block_size'])
@@ -238,15 +233,11 @@ def nanogpt_tokenizer(dataset):
     """Return the tokenizer of the dataset of a checkpoint if data/ has it, else GPT-2's, as nanoGPT does."""
     # a checkpoint from elsewhere must not open folders outside data/
     if isinstance(dataset, str) and dataset and not re.search(r'[/\\]|\.\.', dataset):
-        for folder in dataset_folders(dataset)[0]:
-            tokenizer = None
-            if (folder / 'meta.pkl').exists():  # nanoGPT's rule, even without the tokens
-                tokenizer = read_meta_pkl(folder / 'meta.pkl')
-            elif (folder / 'meta.json').exists():
-                tokenizer = read_meta(folder)['tokenizer']
-            if tokenizer is not None:
-                print0(f'no tokenizer in the checkpoint: using that of {folder}')
-                return tokenizer
+        folder = dataset_folders(dataset)[0][0]
+        for file in (folder / 'meta.pkl', folder / 'meta.json'):  # nanoGPT's, even without the tokens
+            if file.exists():
+                print0(f'no tokenizer in the checkpoint: using that of {file}')
+                return read_meta_pkl(file) if file.suffix == '.pkl' else read_meta(folder)['tokenizer']
     print0("no tokenizer in the checkpoint: using GPT-2's, as nanoGPT does. If it was trained on characters, "
            f'copy the meta.pkl of dataset {printable(repr(dataset))} into data/NAME/')
     return GPT2_META
@@ -268,6 +259,6 @@ def build_model(start: Start, tokenizer, dtype=None, strict: bool = True) -> GPT
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f'{start.path} has a vocabulary of {model.config.vocab_size}, its tokenizer '
                          f'{tokenizer.vocab_size} tokens: one belongs to another model')
-    size = f'{model.get_num_params() / 1e6:.2f}M parameters'
-    print0(f'{start.path}: {iteration}{size}, {tokenizer.kind} tokenizer')
+    print0(f'{start.path}: {iteration}{model.get_num_params() / 1e6:.2f}M parameters, '
+           f'{tokenizer.kind} tokenizer')
     return model.eval()

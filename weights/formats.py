@@ -22,8 +22,8 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
 class StoredTensor(NamedTuple):
     """A tensor in a .safetensors file, read by slicing its rows.
 
-    Each slice maps the file anew. In one mapping all pages that were read would stay resident: loading GPT-2
-    (124M) as bfloat16 then takes 3.0 times the model's memory, by slices of 4096 rows 1.1 times.
+    Each slice maps the file anew, because in one mapping all pages that were read stay resident: GPT-2
+    (124M) as bfloat16 took 3.0 times its memory, by slices of 4096 rows 1.1 times.
     """
 
     path: Path
@@ -57,14 +57,11 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         if not index.is_file():
             raise FileNotFoundError(f'{folder} has neither model.safetensors nor {index.name}: '
                                     "save it with transformers' save_pretrained")
-        content = read_json(index)
         try:
-            names = sorted(set(content['weight_map'].values()))
-            paths = [folder / name for name in names if Path(name).name == name]
+            names = set(read_json(index)['weight_map'].values())
+            paths = [folder / Path(name).name for name in names]
         except (KeyError, TypeError, AttributeError):
-            paths, names = [], ['']
-        if len(paths) < len(names):
-            raise ValueError(f'{index}: accepted is a weight_map to .safetensors files of this folder')
+            raise ValueError(f'{index} has no weight_map, a dict of names to .safetensors files') from None
     weights = {}
     for path in paths:
         with open_safetensors(path) as f:
@@ -77,10 +74,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def write_safetensors(f, tensors: dict[str, torch.Tensor]):
-    """Write tensors into an open file. Each is made contiguous when its turn comes.
-
-    The safetensors package would need all of them contiguous at once: a second copy of GPT-2's matrices.
-    """
+    """Write tensors into an open file. The safetensors package would need all of them contiguous at once."""
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     header, start = {'__metadata__': {'format': 'pt'}}, 0
     for name, tensor in tensors.items():

@@ -36,16 +36,14 @@ def find(name: str) -> Path:
     """Return the folder or .npz file of a model. GPT-2's four sizes are downloaded if the cache lacks them.
 
     name    one of HUB, or a path; a folder named gpt2 is ./gpt2
-    raises  FileNotFoundError, or OSError if the hub cannot be reached
+    raises  OSError if there is none, or the hub cannot be reached
     """
     if name in HUB:
         return download(name)
     path = Path(name)
     if (path.is_file() and path.suffix == '.npz') or (path / 'config.json').is_file():
         return path
-    problem = 'no such model'
-    if path.is_dir():
-        problem = 'a folder without config.json'
+    problem = 'a folder without config.json' if path.is_dir() else 'no such model'
     if (path / 'ckpt.pt').is_file():
         problem = f'a folder of a run, name {path / "ckpt.pt"}'
     raise FileNotFoundError(f'init_from={name}: {problem}, accepted are scratch, resume, checkpoint, '
@@ -56,14 +54,13 @@ def find(name: str) -> Path:
 def download(name):
     """Return the folder of GPT-2's files in the hub's cache. HF_ENDPOINT and HF_HUB_OFFLINE apply."""
     import huggingface_hub as hub
-    repository, commit = HUB[name]
-    files = ('config.json', 'model.safetensors')
+    (repository, commit), files = HUB[name], ('config.json', 'model.safetensors')
     try:
-        if not hub.try_to_load_from_cache(repository, files[-1], revision=commit):
+        if not hub.try_to_load_from_cache(repository, files[1], revision=commit):
             # one request first: hf_hub_download tries a dead network for half a minute
             hub.get_hf_file_metadata(hub.hf_hub_url(repository, files[0], revision=commit))
-        paths = [Path(hub.hf_hub_download(repository, file, revision=commit)) for file in files]
-        return paths[0].parent
+        paths = [hub.hf_hub_download(repository, file, revision=commit) for file in files]
+        return Path(paths[0]).parent
     except Exception as error:  # the errors of its HTTP library change with its versions
         reason = ' '.join(str(error).split())[:150] or type(error).__name__
         raise OSError(f'{name} cannot be downloaded from {hub.constants.ENDPOINT} ({reason}): put '
@@ -72,10 +69,7 @@ def download(name):
 
 
 def read_tokenizer(name: str) -> dict | None:
-    """Return meta() of the tokenizer that belongs to a model, or None if the model has none.
-
-    raises  ValueError for a tokenizer that is not supported: another one would give other ids
-    """
+    """Return meta() of the tokenizer that belongs to a model, or None if the model has none."""
     if name in HUB:
         return dict(GPT2_META)
     path = find(name)
@@ -87,10 +81,7 @@ def read_tokenizer(name: str) -> dict | None:
 
 
 def read_model_args(path: Path) -> dict:
-    """Return the arguments of GPTConfig, but for dropout, for a model that find() returned.
-
-    raises  ValueError for a model that model.py cannot be
-    """
+    """Return the arguments of GPTConfig, but for dropout. ValueError for a model that it cannot be."""
     if path.is_file():
         args = Npz(path).model_args
         args.pop('dropout', None)
@@ -116,10 +107,7 @@ def read_model_args(path: Path) -> dict:
 
 @torch.no_grad()
 def fill(model, path: Path):
-    """Copy the weights at path into a model, a few rows at a time.
-
-    raises  ValueError naming what is missing, unexpected, of another shape, or unreadable
-    """
+    """Copy the weights at path into a model, a few rows at a time. ValueError if they do not fit."""
     architecture, parts, head = architecture_of(model.config), dict(model.named_parameters()), None
     if path.is_file():
         weights = Npz(path)
@@ -153,8 +141,7 @@ def fill(model, path: Path):
 def save(model, path, tokenizer=None, chat_template=None) -> list[Path]:
     """Write a folder that transformers loads, or one .npz file. Return the paths written.
 
-    Padding of the vocabulary is written too, so that the weights come back as they are.
-    generation_config.json keeps padding from being sampled.
+    The vocabulary's padding is written, too; generation_config.json keeps it from being sampled.
 
     chat_template  Jinja template of a tuned model (corpus/template.py)
     """
@@ -162,8 +149,7 @@ def save(model, path, tokenizer=None, chat_template=None) -> list[Path]:
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if path.suffix == '.npz':
         path.parent.mkdir(parents=True, exist_ok=True)
-        meta = tokenizer.meta() if tokenizer else None
-        settings = dict(format=1, model_args=vars(config), tokenizer=meta)
+        settings = dict(format=1, model_args=vars(config), tokenizer=tokenizer and tokenizer.meta())
         write_atomically(path, lambda f: write_npz(f, settings, tensors))
         return [path]
 
