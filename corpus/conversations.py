@@ -30,8 +30,8 @@ from files import one_line_errors
 from tokens.dataset import read_meta
 from tokens.tokenizer import load_tokenizer, tokenizer_meta
 
-MAX_EVIDENCE_LOST = 0.05
 EVIDENCE_LOST = 'answer no longer in its passage'
+MAX_EVIDENCE_LOST = 0.05  # share of the answers, above which a warning is printed
 
 
 def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbose=False, **reading) -> dict:
@@ -56,11 +56,10 @@ def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbo
         if n_held_out:
             print(f'{n_held_out:,} about what the validation files ask, left out of training')
         splits = {'train': list(chain(*encoded.values())), 'val': list(chain(*held_out.values()))}
-    remedies = {'train': 'give more, or a larger --block_size',
-                'val': 'give --val FILE, or another --val_fraction'}
-    for name, conversations in splits.items():
-        if not conversations:
-            raise ValueError(f'there is no conversation for the {name} split: {remedies[name]}')
+    for name, remedy in (('train', 'give more, or a larger --block_size'),
+                         ('val', 'give --val FILE, or another --val_fraction')):
+        if not splits[name]:
+            raise ValueError(f'there is no conversation for the {name} split: {remedy}')
     source = ', '.join(Path(path).name for path in paths)
     return write_dataset(Path(folder), tokenizer, splits, style=style, size=size, source=source)
 
@@ -71,16 +70,16 @@ def encode_all(conversations, template, size, verbose):
     for where, turns, key in tqdm(conversations, desc='tokenizing', unit=' conversations', disable=None):
         kept = dialogue.answered(turns)
         fitted = template.fit(kept, size) if kept else None
+        if fitted:
+            encoded.setdefault(key, []).append((fitted.ids, fitted.mask))
+            n_evidence += fitted.evidence is not None
         events = {
             'left out, having no answer': not kept,
             'ended before an empty answer': kept and ('assistant', '') in turns,
-            'left out, the answer alone being longer than a row': kept and fitted is None,
+            'left out, the answer alone being longer than a row': kept and not fitted,
+            'cut to fit a row': fitted and (fitted.n_left_out or fitted.n_cut),
+            EVIDENCE_LOST: fitted and fitted.evidence is False,
         }
-        if fitted is not None:
-            encoded.setdefault(key, []).append((fitted.ids, fitted.mask))
-            n_evidence += fitted.evidence is not None
-            events['cut to fit a row'] = fitted.n_left_out or fitted.n_cut
-            events[EVIDENCE_LOST] = fitted.evidence is False
         for event in filter(events.get, events):
             counts[event] += 1
             if verbose:
@@ -168,14 +167,11 @@ def show(folder, split='train', n_rows=3):
     tokenizer, size = load_tokenizer(meta['tokenizer']), meta['row_tokens']
     dtype = np.dtype(meta['dtype']).newbyteorder('<')
     ids = np.memmap(folder / f'{split}.bin', dtype, 'r').reshape(-1, size)
-    mask = np.memmap(folder / f'{split}.mask', np.uint8, 'r').reshape(-1, size)
-    index = np.fromfile(folder / f'{split}.idx', '<i8').reshape(-1, 2)
-    for row in range(min(n_rows, len(ids))):
-        spans = index[index[:, 0] // size == row]
-        n_used = int(spans[:, 1].sum())
-        print(f'--- row {row} of {len(ids):,}: conversations: {len(spans)}, targets: {int(mask[row].sum())}, '
-              f'padding: {size - n_used}')
-        print(as_text(ids[row, :n_used], mask[row, :n_used], tokenizer, sys.stdout.isatty()))
+    masks = np.memmap(folder / f'{split}.mask', np.uint8, 'r').reshape(-1, size)
+    for row, mask in enumerate(masks[:n_rows]):
+        n_used = np.flatnonzero(mask)[-1] + 1  # the end of the last answer; padding follows
+        print(f'--- row {row} of {len(ids):,}: targets: {mask.sum()}, padding: {size - n_used}')
+        print(as_text(ids[row, :n_used], mask[:n_used], tokenizer, sys.stdout.isatty()))
 
 
 # -----------------------------------------------------------------------------
@@ -208,7 +204,8 @@ def build_command(argv, doc=None, folder=None, download=None, style='chat'):
         defaults['input'] = None
     if folder:
         defaults['out'] = folder
-    parser = Parser(doc or f'{__doc__}\n{dialogue.__doc__}',
+    table = '\n'.join(f'    {use:15}{", ".join(names)}' for use, names in dialogue.FIELDS.items())
+    parser = Parser(doc or f'{__doc__}\n{dialogue.__doc__}\n{table}',
                     None if doc else 'python -m corpus.conversations build',
                     ['input', 'val_fraction', 'encoding', 'out'], **defaults)
     add = parser.add_argument
@@ -225,8 +222,8 @@ def build_command(argv, doc=None, folder=None, download=None, style='chat'):
     build(args.out, open_tokenizer(args.tokenizer), args.input or [download()], block_size=args.block_size,
           style=args.style, val=args.val or args.val_fraction, verbose=args.verbose,
           question=args.question, answer=args.answer, encoding=args.encoding)
-    is_base = args.tokenizer == 'gpt2' or args.tokenizer.endswith('.pt')
-    base = args.tokenizer if is_base else 'CHECKPOINT'
+    names_model = args.tokenizer == 'gpt2' or args.tokenizer.endswith('.pt')
+    base = args.tokenizer if names_model else 'CHECKPOINT'
     print_next(args.out, ['config/finetune_dolly.py', f'--init_from={base}'], own_dataset='dolly')
 
 

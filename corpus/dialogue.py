@@ -1,38 +1,29 @@
 """Read conversations from JSON, JSONL, CSV, Parquet and Arrow files in the layouts of common datasets.
 
-A record is a list of messages {"role": ..., "content": ...} or {"from": ..., "value": ...}, or an object
-with these fields:
-
-    messages, conversations         a list of messages
-    instruction, question, prompt, query
-                                    a question, alone or with
-    response, output, completion, answer, answers
-                                    its answer; of several the first that is not empty
-    context, input                  the passage that it is about
-    system, history                 earlier turns: a text; messages or pairs [question, answer]
-    prompt, completion              also as two lists of messages
-    paragraphs, qas, evidences      the nested questions of SQuAD, CMRC 2018 and WebQA
-    documents                       DuReader 2.0's; the passage is the paragraph marked as most related
-
-A line of a .txt file is a question. Content in a field that the layout does not use is an error.
+A record is a list of messages {"role": ..., "content": ...} or {"from": ..., "value": ...}; or an object with
+such a list; or one with a question, perhaps an answer, of several the first that is not empty, and a context,
+the passage that they are about. Before them stand a system text and a history: messages, or pairs [question,
+answer]. Nested questions are those of SQuAD, CMRC 2018 and WebQA, documents those of DuReader 2.0. A line of
+a .txt file is a question. Content in a field that the layout does not use is an error.
 """
 
 import json
+import re
 from typing import NamedTuple
 
 from corpus.readers import File, find_files, read_records
 
-USE_OF_FIELD = {
-    **dict.fromkeys(('messages', 'conversations', 'conversation'), 'messages'),
-    **dict.fromkeys(('system', 'system_prompt', 'system_message'), 'system'),
-    'history': 'history',
-    **dict.fromkeys(('instruction', 'question', 'prompt', 'query', 'query_text'), 'question'),
-    **dict.fromkeys(('context', 'input', 'evidence', 'context_text', 'documents'), 'context'),
-    **dict.fromkeys(('response', 'output', 'completion', 'answer', 'answers'), 'answer'),
-    **dict.fromkeys(('paragraphs', 'qas', 'evidences'), 'nested'),
+FIELDS = {
+    'messages': ('messages', 'conversations', 'conversation'),
+    'question': ('instruction', 'question', 'prompt', 'query', 'query_text'),
+    'answer': ('response', 'output', 'completion', 'answer', 'answers'),
+    'context': ('context', 'input', 'evidence', 'context_text', 'documents'),
+    'system': ('system', 'system_prompt', 'system_message'),
+    'history': ('history',),
+    'nested': ('paragraphs', 'qas', 'evidences'),
     # content that no template expresses; a field that is not in this table is a note about the record
-    **dict.fromkeys(('tools', 'functions', 'tool_calls', 'function_call', 'chosen', 'rejected', 'reasoning',
-                     'reasoning_content', 'thinking', 'images'), 'unsupported'),
+    'not supported': ('tools', 'functions', 'tool_calls', 'function_call', 'chosen', 'rejected', 'reasoning',
+                      'reasoning_content', 'thinking', 'images'),
 }
 ROLES = {
     **dict.fromkeys(('system', 'developer'), 'system'),
@@ -44,13 +35,9 @@ ROLES = {
 
 
 class Conversation(NamedTuple):
-    """turns is a list of (role, text) of system, user, context and assistant. A missing answer is empty.
-
-    Conversations with the same key belong in the same split.
-    """
     where: str
-    turns: list
-    key: str
+    turns: list  # (role, text) of system, user, context and assistant; a missing answer is empty
+    key: str  # conversations with the same key belong in the same split
 
 
 class Passage(str):
@@ -61,15 +48,26 @@ class Passage(str):
 def read_conversations(paths, *, question='', answer='', encoding='utf-8'):
     """Yield every Conversation in some files and folders.
 
-    question, answer   the names of these columns, if they are not in the table above
+    question, answer   the names of these columns, if FIELDS does not have them
     raises             ValueError that names file and record
     """
+    fields = dict(FIELDS)
+    for use, name in (('question', question), ('answer', answer)):
+        if name:
+            fields[use] = (*FIELDS[use], name)
     files = [File(path, 'lines' if format == 'text' else format) for path, format in find_files(paths)]
     for record, where in read_records(files, encoding=encoding):
         if record == '':  # a blank line of a .txt file
             continue
+        if isinstance(record, str | list):
+            record = {'prompt' if isinstance(record, str) else 'messages': record}
         try:
-            conversations = conversations_of(record, question, answer)
+            if not isinstance(record, dict):
+                raise ValueError(f'a {type(record).__name__}, where an object with fields is needed')
+            for use, name in (('question', question), ('answer', answer)):
+                if name and name not in record:
+                    raise ValueError(f'--{use}={name}: its fields are {", ".join(record)}')
+            conversations = [turns_of(each, fields) for each in flat_records(record)] or [[]]
         except ValueError as error:
             raise ValueError(f'{where}: {error}') from None
         except (KeyError, TypeError, AttributeError) as error:  # the inner fields do not fit the layout
@@ -81,83 +79,69 @@ def read_conversations(paths, *, question='', answer='', encoding='utf-8'):
             yield Conversation(where, turns, key)
 
 
-def conversations_of(record, question, answer):
-    """Return the conversations of a record as lists of turns; one without turns if it asks nothing."""
-    if isinstance(record, str):
-        record = {'prompt': record}
-    if isinstance(record, list):
-        record = {'messages': record}
-    if not isinstance(record, dict):
-        raise ValueError(f'a {type(record).__name__}, where an object with fields is needed')
-    use_of_field = dict(USE_OF_FIELD)
-    for use, field in (('question', question), ('answer', answer)):
-        if field:
-            use_of_field[field] = use
-            if field not in record:
-                raise ValueError(f'--{use}={field}: its fields are {", ".join(record)}')
-    return [turns_of(each, use_of_field) for each in flat_records(record)] or [[]]
-
-
-def flat_records(record):
-    """Yield a record for each nested question, with the fields around it."""
-    nested = [field for field in record if USE_OF_FIELD.get(field) == 'nested']
-    if not nested:
-        yield record
-        return
-    outer = {field: value for field, value in record.items() if field != nested[0]}
-    inner = record[nested[0]]
-    for each in inner.values() if isinstance(inner, dict) else inner:
-        yield from flat_records({**outer, **each})
-
-
-def turns_of(record, use_of_field):
-    """Return the turns of a record. Raises ValueError for content that none of them holds."""
-    fields = {use: [] for use in use_of_field.values()}  # those with content
-    for field, use in use_of_field.items():
-        if record.get(field) not in (None, '', [], {}):
-            fields[use].append(field)
-    uses = {use_of_field.get(field) for field in record}
-
-    turns = [('system', text_of(record[field], field)) for field in fields['system']]
-    for field in fields['history']:
-        turns += messages_of(record[field], field)
-    used = ['system', 'history', 'messages']
-    if 'messages' in uses:
-        turns += messages_of(only(record, fields, 'messages') or [], 'messages')
-    elif 'question' in uses:
-        used = ['system', 'history', 'question', 'context', 'answer']
-        question, answers = only(record, fields, 'question'), only(record, fields, 'answer')
-        if is_messages(question):
-            used.remove('context')
-            turns += messages_of(question, 'prompt') + messages_of(answers or [], 'completion')
-        else:
-            contexts = [context_of(record[field], field) for field in fields['context']]
-            turns += exchange(question, contexts, answers)
-    else:
-        shown = ', '.join(sorted(record)) or 'none'
-        raise ValueError(f'its fields are {shown}: needed are messages or conversations, '
-                         'or a question (instruction, question, prompt, query) with an answer (response, '
-                         'output, completion, answer); --question= and --answer= name other columns')
-
-    text = '\n'.join(text for _, text in turns)
-    unused = [field for use, names in fields.items() if use not in used for field in names]
-    for field in unused:
-        if clean(str(record[field])) not in text:
-            layout = ', '.join(field for use in used for field in fields[use])
-            raise ValueError(f'its field {field!r} has content that the layout of {layout} does not use: '
-                             'remove the field, or write the conversation as messages')
+def answered(turns):
+    """Cut a conversation before an empty answer, and after its last answer; [] if there is none."""
+    if ('assistant', '') in turns:
+        turns = turns[:turns.index(('assistant', ''))]
+    while turns and turns[-1][0] != 'assistant':
+        turns = turns[:-1]
     return turns
 
 
-def only(record, fields, use):
-    """Return the content of the field for this use; None without one."""
-    if len(fields[use]) > 1:
-        raise ValueError(f'its fields {" and ".join(fields[use])} both hold the {use}: keep one of them')
-    return record[fields[use][0]] if fields[use] else None
+# -----------------------------------------------------------------------------
+# layouts
 
 
-def is_messages(value):
-    return isinstance(value, list) and isinstance(value[0], dict) and bool({'role', 'from'} & set(value[0]))
+def flat_records(record):
+    """Return a record for each nested question, with the fields around it."""
+    for name in FIELDS['nested']:
+        if name in record:
+            inner = record[name].values() if isinstance(record[name], dict) else record[name]
+            outer = {field: value for field, value in record.items() if field != name}
+            return [flat for each in inner for flat in flat_records({**outer, **each})]
+    return [record]
+
+
+def turns_of(record, fields):
+    """Return the turns of a record. Raises ValueError for content that none of them holds."""
+    uses = [use for use, names in fields.items() if not record.keys().isdisjoint(names)]
+    filled = {}  # the fields that have content, by their use
+    for use, names in fields.items():
+        filled[use] = [name for name in names if record.get(name) not in (None, '', [], {})]
+    used = ['system', 'history', 'messages']
+    if 'messages' not in uses:
+        used = ['system', 'history', 'question', 'context', 'answer']
+        if 'question' not in uses:
+            needed = ', '.join((*FIELDS['messages'], *FIELDS['question']))
+            shown = ', '.join(sorted(record)) or 'none'
+            raise ValueError(f'its fields are {shown}: needed is one of {needed}; '
+                             '--question= and --answer= name other columns')
+    values = {}
+    for use in ('messages', 'question', 'answer'):
+        if use in used and len(filled[use]) > 1:
+            raise ValueError(f'its fields {" and ".join(filled[use])} both hold the {use}: keep one of them')
+        values[use] = next((record[name] for name in filled[use]), None)
+
+    turns = [('system', text_of(record[name], name)) for name in filled['system']]
+    for name in filled['history']:
+        turns += messages_of(record[name], name)
+    question, answer = values['question'], values['answer']
+    if 'messages' in uses:
+        turns += messages_of(values['messages'] or [], 'messages')
+    elif isinstance(question, list) and {'role', 'from'} & set(question[0]):
+        turns += messages_of(question, 'prompt') + messages_of(answer or [], 'completion')
+        used.remove('context')
+    else:
+        contexts = [text_of(record[name], name) for name in filled['context']]
+        turns += exchange(question, '\n\n'.join(contexts), answer)
+
+    text = '\n'.join(text for _, text in turns)
+    for name in [name for use in filled if use not in used for name in filled[use]]:
+        if clean(str(record[name])) not in text:
+            layout = ', '.join(name for use in used for name in filled[use])
+            raise ValueError(f'its field {name!r} has content that the layout of {layout} does not use: '
+                             'remove the field, or write the conversation as messages')
+    return turns
 
 
 def messages_of(messages, name):
@@ -173,80 +157,60 @@ def messages_of(messages, name):
         role = message.get('role') or message.get('from')
         if role not in ROLES:
             raise ValueError(f'the role {role!r} is none of {", ".join(ROLES)}')
-        for field, value in message.items():
-            if value and USE_OF_FIELD.get(field) == 'unsupported':
-                raise ValueError(f'a message of {role} has {field!r}, which no template here can express: '
-                                 'write it into its content, or remove it')
+        lost = [field for field in FIELDS['not supported'] if message.get(field)]
+        if lost:
+            raise ValueError(f'a message of {role} has {lost[0]!r}, which no template here can express: '
+                             'write it into its content, or remove it')
         content = message.get('content')
         turns.append((ROLES[role], text_of(message.get('value') if content is None else content, 'content')))
     return turns
 
 
-def exchange(question, contexts, answers):
-    """Return the turns of a question: of several answers the first that is not empty.
+def exchange(question, context, answers):
+    """Return the turns of a question with its passage and its first answer that is not empty.
 
     answers   a text, a list of texts or of {"text", "answer_start"}, or {"text": [], "answer_start": []}
     """
-    starts = []
     if isinstance(answers, dict):
-        starts, answers = answers.get('answer_start') or [], answers['text']
-    answers = answers if isinstance(answers, list) else [answers]
-    best, start = '', None
-    for i, answer in enumerate(answers):
-        answer_start = starts[i] if i < len(starts) else None
-        if isinstance(answer, dict):
-            answer, answer_start = answer['text'], answer.get('answer_start')
-        text = text_of(answer, 'answer')
-        if text not in ('', 'no_answer') and not best:
-            best, start = text, answer_start
+        starts = answers.get('answer_start') or [None] * len(answers['text'])
+        pairs = zip(answers['text'], starts, strict=False)
+        answers = [{'text': text, 'answer_start': start} for text, start in pairs]
+    best = {'text': ''}
+    for answer in answers if isinstance(answers, list) else [answers]:
+        answer = dict(answer) if isinstance(answer, dict) else {'text': answer}
+        answer['text'] = text_of(answer['text'], 'answer')
+        if answer['text'] not in ('', 'no_answer'):
+            best = answer
+            break
 
-    turns = [('user', text_of(question, 'question'))]
-    passage = Passage('\n\n'.join(map(clean, contexts)))
-    if passage:
-        turns.append(('context', passage))
-    if best and passage and isinstance(start, int):
-        start = len(clean(f'{contexts[0][:start]}|')) - 1  # its offset after cleaning
-        if passage.startswith(best, start):
-            passage.answer_start = start
-    return [*turns, ('assistant', best)]
+    passage = Passage(context)
+    start = best.get('answer_start')
+    if isinstance(start, int):  # before white space was removed, which moves the answer a little
+        occurrences = [match.start() for match in re.finditer(re.escape(best['text']), passage)]
+        passage.answer_start = min(occurrences, key=lambda i: abs(i - start), default=-1)
+    turns = [('user', text_of(question, 'question')), ('context', passage), ('assistant', best['text'])]
+    return [turn for turn in turns if turn != ('context', '')]
 
 
-def context_of(value, field):
-    """Return a passage as it stands in the data, where its offsets count."""
-    if field != 'documents':
-        return raw_text(value, field)
-    for document in value:
-        if document.get('is_selected') and document.get('paragraphs'):
-            paragraphs = document['paragraphs']
-            return raw_text(paragraphs[min(document.get('most_related_para', 0), len(paragraphs) - 1)], field)
-    return ''
-
-
-def raw_text(value, name):
-    """Return a text, or the texts of a list of parts such as [{"type": "text", "text": ...}]."""
+def text_of(value, name):
+    """Return the text of a field. A list holds the parts of a text; DuReader's documents hold paragraphs."""
+    if name == 'documents':
+        marked = [each for each in value if each.get('is_selected') and each.get('paragraphs')]
+        if not marked:
+            return ''
+        paragraphs = marked[0]['paragraphs']
+        value = paragraphs[min(marked[0].get('most_related_para', 0), len(paragraphs) - 1)]
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
         for part in value:
             if part.get('type', 'text') != 'text' or not isinstance(part.get('text'), str):
                 shown = json.dumps(part, default=str)[:60]
                 raise ValueError(f'its {name} has a part that is not text: {shown}')
-        return ''.join(part['text'] for part in value)
+        value = ''.join(part['text'] for part in value)
     if not isinstance(value, str | None):
         raise ValueError(f'its {name} is a {type(value).__name__}, where a text is needed')
-    return value or ''
-
-
-def text_of(value, name):
-    return clean(raw_text(value, name))
+    return clean(value or '')
 
 
 def clean(text):
     """Line ends as line feeds, and no white space around, which would be learned as part of an answer."""
     return text.replace('\r\n', '\n').replace('\r', '\n').strip()
-
-
-def answered(turns):
-    """Cut a conversation after its last answer, or before an empty one; [] if there is none."""
-    n_turns = turns.index(('assistant', '')) if ('assistant', '') in turns else len(turns)
-    while n_turns and turns[n_turns - 1][0] != 'assistant':
-        n_turns -= 1
-    return turns[:n_turns]

@@ -1,9 +1,8 @@
 """Write a conversation as tokens: the template of training, sample.py and transformers' apply_chat_template.
 
-Style 'chat' opens each turn with its role token, <|user|> or <|assistant|>, or with a line such as '###
-User:' if the tokenizer has none. Style 'alpaca' opens it with '### Instruction:', '### Context:' or '###
-Response:'. An answer ends with end-of-text. The text before an answer is encoded as a whole, as
-transformers does. No token reaches from this prompt into the answer.
+Style 'chat' opens a turn with its role token, such as <|user|>, or with a line such as '### User:' if the
+tokenizer has none; 'alpaca' with a line such as '### Instruction:'. An answer ends with end-of-text. The text
+before an answer is encoded as a whole, as transformers does, and no token reaches from it into the answer.
 """
 
 import json
@@ -104,17 +103,21 @@ class Template:
         whole, turns = turns, list(turns)
         if turns[-1][0] != 'assistant':
             turns.append(('assistant', None))
-        n_turns = len(turns)
         ids, mask = self.encode(turns)
+        last = {role: i - len(turns) for i, (role, _) in enumerate(turns)}  # counted from the end
 
-        # the passage, except for the sentences around its answer
-        context, span = last(turns, 'context'), None
-        if context is not None:
-            answer = next(text for role, text in turns[context:] if role == 'assistant')
-            span = find_answer(turns[context][1], answer)
+        # the passage, except for the sentences around its answer, which is where the data say, or first found
+        n_turns, evidence = len(turns), None
+        if 'context' in last:
+            passage = turns[last['context']][1]
+            answer = next(text for role, text in turns[last['context']:] if role == 'assistant') or ''
+            begin = getattr(passage, 'answer_start', -1)
+            begin = passage.find(answer) if begin < 0 else begin
+            span = (begin, begin + len(answer)) if answer and begin >= 0 else None
             if len(ids) > size:
-                ids, mask = self.shorten(turns, context, len(ids) - size, size, span)
-        evidence = answer in turns[context][1] if span else None
+                ids, mask = self.shorten(turns, last['context'], len(ids) - size, size, span)
+            if span:
+                evidence = answer in turns[last['context']][1]
 
         # the oldest exchanges, but not the system turns
         roles = [role for role, _ in turns]
@@ -125,9 +128,8 @@ class Template:
             ids, mask = self.encode(turns)
 
         # the beginning of the question
-        question = last(turns, 'user')
-        if len(ids) > size and question is not None:
-            ids, mask = self.shorten(turns, question, len(ids) - size, size)
+        if len(ids) > size and 'user' in roles:
+            ids, mask = self.shorten(turns, last['user'], len(ids) - size, size)
         if len(ids) > size:
             return None
         n_cut = sum(text is not None and (role, text) not in whole for role, text in turns)
@@ -166,20 +168,6 @@ class Template:
     @cached_property
     def token_bytes(self):
         return self.tokenizer.token_bytes()
-
-
-def last(turns, role):
-    return max((i for i, turn in enumerate(turns) if turn[0] == role), default=None)
-
-
-def find_answer(passage, answer):
-    """Return (begin, stop) of the answer in its passage: where the data say, else where it is first."""
-    if not answer:
-        return None
-    start = getattr(passage, 'answer_start', -1)
-    if start < 0:
-        start = passage.find(answer)
-    return (start, start + len(answer)) if start >= 0 else None
 
 
 def widest_part(text, n_before, room, span):

@@ -37,10 +37,6 @@ class Benchmark(NamedTuple):
     source: str
 
 
-class Unwritable(ValueError):
-    """The tokenizer lacks a character of an item."""
-
-
 # -----------------------------------------------------------------------------
 # items
 
@@ -101,7 +97,8 @@ def read_benchmarks(names: list[str], eval_dir: str, max_examples: int, *, token
     """Read benchmarks and make them ready to be scored. The first rank reads and downloads for all.
 
     max_examples     of each benchmark; 0 = all
-    skip_unwritable  leave a benchmark out, with one line, if the tokenizer lacks a character of it
+    skip_unwritable  leave a benchmark out, with one line, if it cannot be scored, as when the tokenizer lacks
+                     one of its characters
     raises           OSError, ValueError in one line
     """
     if skip_unwritable and not eval_dir:
@@ -114,7 +111,7 @@ def read_benchmarks(names: list[str], eval_dir: str, max_examples: int, *, token
     for name, (items, source) in distributed.on_first_rank(lambda: read_items(names, eval_dir)).items():
         try:
             benchmarks[name] = prepare(name, items[:max_examples or None], source, tokenizer=tokenizer)
-        except Unwritable as error:
+        except ValueError as error:
             if not skip_unwritable:
                 raise
             print0(f'skipping {name}: {printable(str(error))}')
@@ -126,15 +123,11 @@ def prepare(name: str, raw_items: list[dict], source: str, *, tokenizer) -> Benc
     items, rows = [], []
     for i, raw in enumerate(raw_items):
         try:
-            item = checked(TASKS[name](own_form(raw)))
+            items.append(checked(TASKS[name](own_form(raw))))
+            rows += [encode_pair(tokenizer, context, f' {choice}') for context, choice in items[-1].pairs]
         except WRONG_FORM as error:
-            raise ValueError(f'{source}: item {i} cannot be an item of {name} '
+            raise ValueError(f'{source}: item {i} cannot be scored as one of {name} with this tokenizer '
                              f'({type(error).__name__}: {error})') from None
-        try:
-            rows += [encode_pair(tokenizer, context, f' {choice}') for context, choice in item.pairs]
-        except ValueError as error:
-            raise Unwritable(f'{source}: item {i} cannot be scored with this tokenizer: {error}') from None
-        items.append(item)
     if not items:
         raise ValueError(f'{source} has no items of {name}')
     return Benchmark(items, rows, source)
@@ -171,11 +164,11 @@ def evaluate_task(score, name: str, benchmark: Benchmark) -> dict:
     numbers = dict(n=len(benchmark.items), source=benchmark.source)
     if name != 'lambada':
         return numbers | choice_accuracies(benchmark.items, scores)
-    nats = mean_stderr('nats', [-row.log_likelihood for row in scores])
-    perplexity = math.exp(min(nats['nats'], 700))  # e^709 is the largest float
-    numbers |= mean_stderr('acc', [row.is_greedy for row in scores]) | dict(perplexity=perplexity)
-    if 'nats_stderr' in nats:
-        numbers['perplexity_stderr'] = perplexity * nats['nats_stderr']  # to first order
+    numbers |= mean_stderr('acc', [row.is_greedy for row in scores])
+    nats, *stderr = mean_stderr('nats', [-row.log_likelihood for row in scores]).values()
+    numbers['perplexity'] = math.exp(min(nats, 700))  # e^709 is the largest float
+    if stderr:
+        numbers['perplexity_stderr'] = numbers['perplexity'] * stderr[0]  # to first order
     return numbers
 
 

@@ -318,13 +318,13 @@ def test_default_tasks_leave_out_what_the_tokenizer_cannot_write(monkeypatch, tm
     stdout = run(f'--out_dir={tmp_path / "out"}', '--max_examples=2')
     assert re.search("^skipping hellaswag, lambada, .*openbookqa: character .* is not among the", stdout, re.M) and 'bpb' in stdout
     code, _, stderr = run_here('evaluate.py', '--device=cpu', f'--out_dir={tmp_path / "out"}', '--tasks=piqa', f'--eval_dir={run_folder / "items"}')
-    assert code == 2 and 'piqa.jsonl: item 0 cannot be scored with this tokenizer: character' in stderr
+    assert code == 2 and 'piqa.jsonl: item 0 cannot be scored as one of piqa with this tokenizer (ValueError: character' in stderr
 
     for name in TASKS:  # one of them has a character too many
         monkeypatch.setitem(TASKS, name, lambda item: Item([(item['text'], 'x'), ('a', 'b')], 0))
         (tmp_path / f'{name}.jsonl').write_text(json.dumps(dict(text='é\x1b[2J' if name == 'copa' else 'e')) + '\n', encoding='utf-8')
     stdout = run(*flags, f'--eval_dir={tmp_path}')
-    assert stdout.count('skipping') == 1 and "copa.jsonl: item 0 cannot be scored with this tokenizer: character 'é'" in stdout
+    assert stdout.count('skipping') == 1 and "copa.jsonl: item 0 cannot be scored as one of copa with this tokenizer (ValueError: character 'é'" in stdout
     assert json.loads((tmp_path / 'r.json').read_text(encoding='utf-8'))['results'].keys() == {'bpb', *TASKS} - {'copa', 'arc_challenge'}
 
 
@@ -348,7 +348,7 @@ def test_a_name_from_a_bundle_cannot_steer_the_terminal():
 
 
 def test_an_item_that_is_none_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"x.jsonl: item 1 cannot be an item of piqa \(KeyError: 'label'\)"):
+    with pytest.raises(ValueError, match=r"x.jsonl: item 1 cannot be scored as one of piqa with this tokenizer \(KeyError: 'label'\)"):
         prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=0), dict(goal='g', sol1='a', sol2='b')], 'x.jsonl', tokenizer=CharTokenizer(CHARS))
     with pytest.raises(ValueError, match=r"item 0 .* character 'ß' \(U\+00DF\) at position 3 is not among the 96"):
         prepare('lambada', [dict(text='wei\u00df es')], 'x.jsonl', tokenizer=CharTokenizer(CHARS))
