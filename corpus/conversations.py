@@ -145,14 +145,10 @@ def write_dataset(folder, tokenizer, splits, *, style, size, source):
 
 def as_text(ids, mask, tokenizer, colour):
     """Return a row as text: targets in green, or between ⟦ and ⟧, and special tokens by name."""
-    names = {i: name for name, i in tokenizer.special.items()}
     begin, end = ('\x1b[32m', '\x1b[0m') if colour else ('⟦', '⟧')
     text = ''
-    for is_target, tokens in groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=itemgetter(1)):
-        part = ''
-        for is_special, run in groupby((token for token, _ in tokens), key=names.__contains__):
-            run = list(run)  # a character may be several tokens
-            part += ''.join(map(names.get, run)) if is_special else tokenizer.decode(run)
+    for is_target, tokens in groupby(zip(ids, mask, strict=True), key=itemgetter(1)):
+        part = tokenizer.decode([token for token, _ in tokens])
         text += f'{begin}{part}{end}' if is_target else part
     return text
 

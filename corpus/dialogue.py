@@ -104,38 +104,34 @@ def flat_records(record):
 
 def turns_of(record, fields):
     """Return the turns of a record. Raises ValueError for content that none of them holds."""
-    uses = [use for use, names in fields.items() if not record.keys().isdisjoint(names)]
+    if isinstance(record.get('prompt'), list):  # two lists of messages, as in TRL
+        messages = [*record['prompt'], *(record.get('completion') or [])]
+        record = {**record, 'messages': messages, 'prompt': '', 'completion': ''}
     filled = {}  # the fields that have content, by their use
     for use, names in fields.items():
         filled[use] = [name for name in names if record.get(name) not in (None, '', [], {})]
-    used = ['system', 'history', 'messages']
-    if 'messages' not in uses:
-        used = ['system', 'history', 'question', 'context', 'answer']
-        if 'question' not in uses:
-            needed = ', '.join((*FIELDS['messages'], *FIELDS['question']))
+    used = ['messages']
+    if record.keys().isdisjoint(fields['messages']):
+        used = ['question', 'context', 'answer']
+        if record.keys().isdisjoint(fields['question']):
             shown = ', '.join(sorted(record)) or 'none'
+            needed = ', '.join((*FIELDS['messages'], *FIELDS['question']))
             raise ValueError(f'its fields are {shown}: needed is one of {needed}; '
                              '--question= and --answer= name other columns')
-    values = {}
-    for use in ('messages', 'question', 'answer'):
-        if use in used and len(filled[use]) > 1:
+    for use in used:
+        if len(filled[use]) > 1 and use != 'context':
             raise ValueError(f'its fields {" and ".join(filled[use])} both hold the {use}: keep one of them')
-        values[use] = next((record[name] for name in filled[use]), None)
+    content = {use: record[names[0]] for use, names in filled.items() if names}
 
     turns = [('system', text_of(record[name], name)) for name in filled['system']]
-    for name in filled['history']:
-        turns += messages_of(record[name], name)
-    question, answer = values['question'], values['answer']
-    if 'messages' in uses:
-        turns += messages_of(values['messages'] or [], 'messages')
-    elif isinstance(question, list) and {'role', 'from'} & set(question[0]):
-        turns += messages_of(question, 'prompt') + messages_of(answer or [], 'completion')
-        used.remove('context')
+    turns += messages_of(content.get('history', []), 'history')
+    if 'messages' in used:
+        turns += messages_of(content.get('messages', []), 'messages')
     else:
         contexts = [text_of(record[name], name) for name in filled['context']]
-        turns += exchange(question, '\n\n'.join(contexts), answer)
+        turns += exchange(content.get('question'), '\n\n'.join(contexts), content.get('answer'))
 
-    text = '\n'.join(text for _, text in turns)
+    text, used = '\n'.join(text for _, text in turns), ['system', 'history', *used]
     for name in [name for use in filled if use not in used for name in filled[use]]:
         if clean(str(record[name])) not in text:
             layout = ', '.join(name for use in used for name in filled[use])

@@ -106,7 +106,7 @@ class Template:
         ids, mask = self.encode(turns)
         last = {role: i - len(turns) for i, (role, _) in enumerate(turns)}  # counted from the end
 
-        # the passage, except for the sentences around its answer, which is where the data say, or first found
+        # the passage around its answer, which is where the data say, or where it is found first
         n_turns, evidence = len(turns), None
         if 'context' in last:
             passage = turns[last['context']][1]
@@ -119,7 +119,7 @@ class Template:
             if span:
                 evidence = answer in turns[last['context']][1]
 
-        # the oldest exchanges, but not the system turns
+        # the oldest exchanges
         roles = [role for role, _ in turns]
         first = next(i for i, role in enumerate(roles) if role != 'system')
         while len(ids) > size and roles.count('assistant') > 1:
@@ -127,7 +127,7 @@ class Template:
             del turns[first:end], roles[first:end]
             ids, mask = self.encode(turns)
 
-        # the beginning of the question
+        # the question
         if len(ids) > size and 'user' in roles:
             ids, mask = self.shorten(turns, last['user'], len(ids) - size, size)
         if len(ids) > size:

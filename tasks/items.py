@@ -176,13 +176,14 @@ def choice_accuracies(items: list[Item], scores: list[RowScore]) -> dict:
     """Count how often the most likely choice is right: in total, per character, per byte and per token."""
     hits = dict(acc=[], acc_norm=[], acc_bytes=[], acc_tokens=[])
     for item, rows in by_item(items, scores):
-        sizes = [(1, len(choice), len(choice.encode()), row.n_tokens)
-                 for (_, choice), row in zip(item.pairs, rows, strict=True)]
-        for values, units in zip(hits.values(), zip(*sizes, strict=True), strict=True):
+        nats, choices = [row.log_likelihood for row in rows], [choice for _, choice in item.pairs]
+        sizes = dict(acc=[1] * len(rows), acc_norm=[len(choice) for choice in choices],
+                     acc_bytes=[len(choice.encode()) for choice in choices],
+                     acc_tokens=[row.n_tokens for row in rows])
+        for name, units in sizes.items():
             # an empty choice is never taken
-            likelihoods = [row.log_likelihood / n if n else -math.inf
-                           for row, n in zip(rows, units, strict=True)]
-            values.append(np.argmax(likelihoods) == item.gold)
+            per_unit = np.where(np.array(units) > 0, nats / np.maximum(units, 1), -math.inf)
+            hits[name].append(per_unit.argmax() == item.gold)
     numbers = {}
     for name, values in hits.items():
         numbers |= mean_stderr(name, values)
