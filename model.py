@@ -343,8 +343,8 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int):
         """Keep the first block_size positions."""
         if block_size > self.config.block_size:
-            raise ValueError(f'block_size={block_size} is larger than the {self.config.block_size} of these '
-                             'weights: use that or less')
+            raise ValueError(f'block_size={block_size}: the model has positions for {self.config.block_size} '
+                             f'tokens: use {self.config.block_size} or less')
         self.config.block_size = block_size
         if self.config.arch == 'gpt2':
             weight = self.transformer.wpe.weight[:block_size].clone()

@@ -124,7 +124,7 @@ def test_fewer_positions_dropout_and_dtype(tmp_path, arch):
         assert p.dtype == torch.bfloat16 and p.requires_grad and torch.equal(p, expected[:p.size(0)].to(torch.bfloat16))
     logits = short.eval()(torch.arange(9)[None])[0]
     torch.testing.assert_close(logits, full.to(torch.bfloat16).eval()(torch.arange(9)[None])[0])
-    with pytest.raises(ValueError, match='^block_size=102 is larger than the 101 of these weights: use that or less$'):
+    with pytest.raises(ValueError, match='^block_size=102: the model has positions for 101 tokens: use 101 or less$'):
         GPT.from_pretrained(tmp_path, block_size=102)
 
 

@@ -153,6 +153,15 @@ def test_best_is_taken_where_the_run_asked_for_it(out_dir):
     assert begin.find_start(out_dir=out_dir).path.endswith('best.pt')
 
 
+def test_a_checkpoint_is_read_once(monkeypatch, out_dir):
+    """The first rank read and checksummed it twice: to choose it, and to load it."""
+    reads, read = [], checkpoint.read
+    monkeypatch.setattr(checkpoint, 'read', lambda path: reads.append(path) or read(path))
+    assert begin.find_start(out_dir=out_dir).progress.iter_num == 7
+    assert begin.find_run(out_dir, '', auto_resume=False).resumed_from == str(out_dir / 'ckpt.pt')
+    assert reads == [out_dir / 'ckpt.pt'] * 2
+
+
 def test_a_damaged_checkpoint_is_refused_and_stays_where_it_is(out_dir):
     damaged = bytearray((out_dir / 'ckpt.pt').read_bytes())
     damaged[len(damaged) // 2] ^= 1
