@@ -61,9 +61,9 @@ class CheckpointFolder:
         self.has_saved = False
 
     def save_or_warn(self, state, progress, *, keep_last_n: int, is_best: bool, must_succeed: bool):
-        """Save on the first rank. On a full disk continue without this checkpoint, unless must_succeed.
+        """Save on the first rank. On a full disk go on without this checkpoint, unless must_succeed.
 
-        Weights or a validation loss that are not finite are not saved: the last good checkpoint stays.
+        If weights or validation loss are not finite, the last good checkpoint stays.
         """
         problem = 'the weights or the validation loss are not finite'
         try:
@@ -161,7 +161,7 @@ def set_aside(out_dir, paths):
 
 
 def write_zip(state, f):
-    """Save with a checksum of the whole file as zip comment: zip's own checksums do not cover its headers."""
+    """Save with a checksum of the whole file as zip comment, because zip's own do not cover its headers."""
     try:
         torch.save(state, f)
     except RuntimeError as error:
@@ -328,7 +328,9 @@ def restore(state, model, optimizers, scaler, loader):
 
 def scatter(state, model, optimizers):
     """Load the dict of gather(). The optimizers keep their own rates, decay and betas."""
-    names = {p: name for name, p in model.named_parameters()}
+    names, shapes = {}, {}
+    for name, p in model.named_parameters():
+        names[p], shapes[name] = name, p.shape
     groups = [{**group, 'params': [names[p] for p in group['params']]}
               for optimizer in optimizers for group in optimizer.param_groups]
     moments = state['optimizer'].get('state', {})
@@ -338,7 +340,6 @@ def scatter(state, model, optimizers):
     foreign.check_weights(model, state['model'], 'the checkpoint')
 
     # the optimizer keeps these tensors, so copy them out of the mapped file
-    shapes = {name: p.shape for name, p in model.named_parameters()}
     copies = {}
     for group in groups:
         keys = {'momentum_buffer'} if 'momentum' in group else {'step', 'exp_avg', 'exp_avg_sq'}

@@ -44,17 +44,16 @@ def configure(settings: dict, argv: list[str] | None = None) -> set[str]:
         print(help_text(settings), flush=True)
         raise SystemExit(0)
     defaults, accepted, given = config_of(settings), accepted_by(settings), {}
-    all_accepted = dict(accepted)  # with the config files' own settings
     for file in parse(argv, accepted, skip_unknown=True)[0]:
         values, derive = run_config(file, settings.get('__file__', ''), {**defaults, **given}, accepted)
         given.update(values)
         if derive is not None:
             own = {name: options_of(hint) for name, hint in typing.get_type_hints(derive).items()}
-            all_accepted = {**own, **all_accepted}
-            _, flags = parse(argv, all_accepted, skip_unknown=True)
+            accepted = {**own, **accepted}
+            flags = parse(argv, accepted, skip_unknown=True)[1]
             given.update(call_derive(file, derive, defaults, {**given, **flags}, accepted))
-    _, flags = parse(argv, all_accepted)
-    given.update((name, value) for name, value in flags.items() if name in accepted)
+    given.update(parse(argv, accepted)[1])
+    given = {name: value for name, value in given.items() if name in defaults}  # not the files' own settings
     settings.update(given)
     changed = [f'{name} = {settings[name]!r}' for name in defaults if settings[name] != defaults[name]]
     if changed and os.environ.get('RANK', '0') == '0':
@@ -127,9 +126,9 @@ def nearest(word, choices, remedy, otherwise=''):
 
 
 def parse(argv, accepted, skip_unknown=False):
-    """Split the command line into config files, in order, and values of flags by name. A later flag wins.
+    """Split the command line into config files and {name: value} of flags, of which a later one wins.
 
-    skip_unknown  skip unknown flags, which may belong to config files
+    skip_unknown  flags may belong to config files that have not been read
     """
     files, flags, rest = [], {}, list(argv)
     while rest:
@@ -187,11 +186,11 @@ def run_config(file, script, current, accepted):
     assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
     values = {}
     for name, value in result.items():
-        if name in current:
-            is_given = name in assigned or value is not current[name]
-        else:  # an unknown setting, if it is none of the file's own names
+        if name in assigned:
             is_own = name.startswith('_') or callable(value) or inspect.ismodule(value)
-            is_given = name in assigned and not is_own
+            is_given = name in accepted or not is_own  # an unknown setting is an error
+        else:
+            is_given = name in current and value is not current[name]
         if is_given:
             values[name] = value
     derive = result.get('derive')
@@ -234,7 +233,7 @@ ASSIGNMENT = re.compile(r'(\w+)(?:: .+?)? = .+?(?:  # (.*))?\n')
 
 
 def help_text(settings):
-    """Return the script's docstring and its settings with headings, defaults, remarks and accepted values."""
+    """Return the script's docstring and its settings with headings, remarks and accepted values."""
     remarks = read_remarks(settings['__file__']) if '__file__' in settings else {}
     lines = [(settings.get('__doc__') or '').strip(), '', 'Settings, as flags or in a config file:']
     for name, options in accepted_by(settings).items():
@@ -247,7 +246,7 @@ def help_text(settings):
 
 
 def read_remarks(script):
-    """Return {name: (comment lines above, comment after)} of a script's top-level assignments."""
+    """Return {name: (comment lines above, comment after)} of a script's settings."""
     remarks, heading = {}, []
     for line in Path(script).read_text(encoding='utf-8').splitlines(keepends=True):
         assignment = ASSIGNMENT.fullmatch(line)

@@ -151,8 +151,7 @@ class Muon(torch.optim.Optimizer):
         update  = orthogonalize((1 - momentum) * grad + momentum * buffer)
         p      <- p - lr * weight_decay * p - lr * sqrt(max(1, R / C)) * update
 
-    params    parameters, or groups of them. Each parameter of a group consists of `parts` matrices, one below
-              another (3 in the fused Q, K, V), orthogonalized separately
+    parts     matrices in each parameter, one below another, orthogonalized separately: 3 in the fused Q, K, V
     ns_dtype  to orthogonalize in; None = the parameters'. In bfloat16 the last bit of a gradient can change a
               step by 1e-2 of its size, so runs on different numbers of ranks differ by as much
     source    https://kellerjordan.github.io/posts/muon/; decoupled weight decay arXiv:2502.16982
@@ -247,10 +246,8 @@ class StepJudge:
     """Decide whether to skip a step, and count. The numbers are 0-d float32 tensors on the device, so the
     host need not wait for them. To read several, stack them first.
 
-    skip_spikes       skip a step whose gradient norm or loss exceeds this multiple of its running mean;
-                      0 = only a step in which one of them is not finite
-    skipped, taken    numbers of steps so far
-    skipped_in_a_row  steps skipped since the last step taken
+    skip_spikes  skip a step whose gradient norm or loss exceeds this multiple of its running mean; 0 = only a
+                 step in which one of them is not finite
     norm_sum, loss_sum  exponential moving averages over the steps taken, before bias correction
     """
 
@@ -305,21 +302,17 @@ def step_unless(optimizer, skip):
 class Schedule:
     """A learning-rate schedule: linear warm-up over warmup_iters, then as its kind says.
 
-    kind      'cosine': half a cosine down to min_lr_ratio at lr_decay_iters (None = max_iters), as in nanoGPT
-              'wsd': 1, then linearly down to min_lr_ratio over the last decay_fraction of max_iters
-              'cosine_restarts': half a cosine over restart_iters, the next over restart_mult times as many
-              'constant': 1
-    source    arXiv:1608.03983 (restarts), arXiv:2404.06395 (wsd)
+    source  arXiv:1608.03983 (restarts), arXiv:2404.06395 (wsd)
     """
 
     kind: Literal['cosine', 'wsd', 'cosine_restarts', 'constant']
     warmup_iters: int
     max_iters: int
-    lr_decay_iters: int | None = None
+    lr_decay_iters: int | None = None  # cosine: reach min_lr_ratio here, as in nanoGPT; None = max_iters
     min_lr_ratio: float = 0.0
-    decay_fraction: float = 0.4
-    restart_iters: int = 1000
-    restart_mult: int = 1
+    decay_fraction: float = 0.4  # wsd: 1, then linearly to min_lr_ratio over this last part of max_iters
+    restart_iters: int = 1000  # cosine_restarts: length of the first half cosine
+    restart_mult: int = 1  # cosine_restarts: length of each half cosine relative to the last
 
 
 def lr_scale(it: int, schedule: Schedule) -> float:

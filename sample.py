@@ -57,7 +57,7 @@ seed = 1337
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 compile: bool | Literal['auto'] = 'auto'  # auto = eager: compiling pays for long batches only
-quantize: Literal['none', 'int8'] = 'none'  # int8 = one byte per weight, on the CPU; only for single samples
+quantize: Literal['none', 'int8'] = 'none'  # int8: one byte a weight, on the CPU; for single samples
 # -----------------------------------------------------------------------------
 
 
@@ -134,7 +134,8 @@ def write_answers(path, questions, replies):
     """Write a line of JSON for each question, and print how many answers are as expected."""
     expected = defaultdict(set)  # one question may have several answers in the file
     for turns, answer in questions:
-        expected[str(turns)].update([answer] if answer else [])
+        if answer:
+            expected[str(turns)].add(answer)
     lines, is_exact = [], []
     for (turns, _), reply in zip(questions, replies, strict=True):
         texts = [text for role, text in turns[-2:] if role in ('user', 'context')]
