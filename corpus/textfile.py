@@ -18,7 +18,7 @@ USUAL_ENCODINGS = {'utf-8': 'utf-8', 'utf-16': 'utf-16', 'gb2312': 'gb18030', 'b
 
 @contextlib.contextmanager
 def naming(path):
-    """Turn whatever breaks while a file is read into one line that names the file."""
+    """Name the file in whatever breaks while it is read."""
     try:
         yield
     except FileNotFoundError:
@@ -50,9 +50,8 @@ class TextFile:
     """A decoded file. Every line end is a line feed, and a byte order mark at the beginning is dropped.
 
     encoding   'utf-8' also reads UTF-16 that begins with its byte order mark
-    errors     'strict' raises ValueError with the line and, if there is one, the encoding that fits the file
-               'replace' puts U+FFFD for what does not decode, and raises above 1% of the characters
-               'replace_all' puts U+FFFD without a limit
+    errors     'strict' raises ValueError with the line and, if there is one, the encoding that fits the file;
+               'replace' puts U+FFFD for what does not decode, and says at the end how often
     """
 
     def __init__(self, path, encoding='utf-8', errors='strict'):
@@ -61,7 +60,7 @@ class TextFile:
         stream, self.raw = open_bytes(path)
         if encoding == 'utf-8' and stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             self.encoding = 'utf-16'
-        self.text = io.TextIOWrapper(stream, self.encoding, errors.removesuffix('_all'), newline=None)
+        self.text = io.TextIOWrapper(stream, self.encoding, errors)
 
     def __enter__(self):
         return self
@@ -70,19 +69,19 @@ class TextFile:
         self.text.close()
         self.raw.close()
 
-    def read(self, n_chars):
-        return self.checked(self.text.read, n_chars)
+    def read(self, n_chars=-1):
+        return self.counted(self.text.read, n_chars)
 
     def lines(self):
         """Yield every line, with its line feed."""
         number = 1
-        while line := self.checked(self.text.readline, MAX_RECORD_CHARS + 1):
+        while line := self.counted(self.text.readline, MAX_RECORD_CHARS + 1):
             if len(line) > MAX_RECORD_CHARS:
                 raise too_long(f'{self.path}, line {number}: a line')
             yield line
             number += 1
 
-    def checked(self, read, n_chars):
+    def counted(self, read, n_chars):
         try:
             text = read(n_chars)
         except UnicodeError as error:
@@ -91,44 +90,37 @@ class TextFile:
         if self.n_chars == 0:
             text = text.removeprefix('\ufeff')
         self.n_chars += len(text)
-        if self.errors != 'strict':
+        if self.errors == 'replace':
             self.n_replaced += text.count('\ufffd')
-            if self.n_chars > 1 << 20:  # a shorter file is checked at its end
-                self.check_replaced()
-        return text
-
-    def check_replaced(self):
-        """Raise ValueError if more was replaced than errors='replace' allows."""
-        if self.errors == 'replace' and self.n_replaced > 0.01 * self.n_chars:
-            remedy = fitting_encoding(self.path) or 'if they may be lost, use --errors=replace_all'
-            raise ValueError(f'{self.path}: {self.n_replaced / self.n_chars:.1%} of its characters are not '
-                             f'{self.encoding}, and --errors=replace takes up to 1%: {remedy}')
-
-    def report_replaced(self):
-        if self.n_replaced:
-            self.check_replaced()
+        if self.n_replaced and not text:
             print0(f'{self.path}: {self.n_replaced:,} of {self.n_chars:,} characters became U+FFFD, '
                    f'because they are not {self.encoding}')
+        return text
 
 
 def too_long(record):
     return ValueError(f'{record} of more than {MAX_RECORD_CHARS >> 20} Mi characters: is the --format right?')
 
 
+def check_fields(fields, names, where):
+    """Raise ValueError if a field to take is not among the names of a record."""
+    for field in fields or ():
+        if field not in names:
+            shown = ', '.join(list(names)[:20]) or 'none at all'
+            raise ValueError(f'{where}: no field {field!r} with text, only {shown}: '
+                             'name the field to take with --field')
+
+
 def wrong_encoding(path, encoding, reason):
-    """Say where a file stops being text in this encoding, and which encoding fits it."""
-    name = encoding.upper() if encoding.startswith('utf') else encoding
-    remedy = fitting_encoding(path) or ('convert the file to UTF-8, name its encoding with --encoding, '
-                                        'or --errors=replace puts U+FFFD in its place')
-    return f'{path}, line {first_wrong_line(path, encoding)}: not {name} ({reason}): {remedy}'
-
-
-def fitting_encoding(path):
-    """Name the usual encoding that decodes all of a file; '' if there is none."""
-    for encoding, name in USUAL_ENCODINGS.items():
-        if first_wrong_line(path, encoding) is None:
-            return f'it is {name}: convert it to UTF-8, or use --encoding={name}'
-    return ''
+    """Say where a file stops being text in this encoding, and which encoding fits all of it."""
+    remedy = ('convert the file to UTF-8, name its encoding with --encoding, '
+              'or --errors=replace puts U+FFFD in its place')
+    for usual, name in USUAL_ENCODINGS.items():
+        if first_wrong_line(path, usual) is None:
+            remedy = f'it is {name}: convert it to UTF-8, or use --encoding={name}'
+            break
+    line = first_wrong_line(path, encoding)
+    return f'{path}, line {line}: not {encoding.upper()} ({reason}): {remedy}'
 
 
 def first_wrong_line(path, encoding):

@@ -240,6 +240,7 @@ def test_reads_a_file_out_of_a_wheel(mirror):
 
 def test_reads_a_file_out_of_a_source_archive(mirror):
     sha256 = publish_sdist(mirror)
+    publish_wheel(mirror)  # which is listed first
     assert fetch('a.txt', [f'pip:tiny==1.0#{sha256}!tiny-1.0/tiny/texts/a.txt'], SHA256).read_bytes() == TEXT
     assert not os.path.exists(os.environ['RAN'])
 
@@ -278,7 +279,7 @@ def test_missing_member_and_missing_package_are_named(mirror):
     with pytest.raises(OSError) as caught:
         fetch('b.txt', [f'pip:tiny==1.0#{sha256}!tiny/texts/b.txt', f'pip:absent==1.0#{sha256}!b.txt'])
     assert 'tiny-1.0-py3-none-any.whl has no member tiny/texts/b.txt' in str(caught.value)
-    assert f'pip:absent==1.0: no absent==1.0: {mirror} has no file with this sha256' in str(caught.value)
+    assert f'pip:absent==1.0: {mirror} has no file with this sha256' in str(caught.value)
 
 
 def test_member_path_cannot_escape(mirror, cache):
@@ -303,7 +304,7 @@ def test_npm_and_apt_fetch_an_archive_and_only_the_one_that_is_known(cache, tmp_
     monkeypatch.setenv('PATH', f'{command.parent}:{os.environ["PATH"]}')
     known = hashlib.sha256(archive.read_bytes()).hexdigest()
     assert fetch('verses.txt', [f'{client}:{package}#{known}!package/verses.txt'], SHA256).read_bytes() == TEXT
-    with pytest.raises(OSError, match=f'{client}:{package}: has sha256 {known[:12]}..., 000000000000... was expected; {client}:other: no such package'):
+    with pytest.raises(OSError, match=f'{client}:{package}: has sha256 {known[:12]}..., 000000000000... was expected; {client}:other: E: no such package'):
         fetch('other.txt', [f'{client}:{package}#{"0" * 64}!package/verses.txt', f'{client}:other#{known}!'], SHA256)
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(OSError, match=f'{client}:{package}: {command.name} is not installed'):
