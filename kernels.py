@@ -183,13 +183,13 @@ def loss_chunk_rows(n_rows, n_chunks, weight):
     n_chunks  'auto' = as many as keep a chunk within CHUNK_BYTES, in multiples of 128 rows
     weight    (V, C) of the head
     """
-    multiple = 1
-    if n_chunks == 'auto':
-        n_bytes = 4 * weight.size(0) * n_rows
-        n_chunks = -(-n_bytes // CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES))
-        multiple = 128
-    per_chunk = -(-n_rows // max(n_chunks, 1))
-    return max(min(n_rows, -(-per_chunk // multiple) * multiple), 1)
+    if n_chunks != 'auto':
+        return max(-(-n_rows // max(n_chunks, 1)), 1)
+    n_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
+    fitting = max(n_bytes // (4 * weight.size(0)) // 128 * 128, 128)
+    n_chunks = max(-(-n_rows // fitting), 1)
+    per_chunk = -(-n_rows // n_chunks)
+    return max(min(n_rows, -(-per_chunk // 128) * 128), 1)
 
 
 def cap(logits, softcap):
