@@ -362,9 +362,10 @@ def test_compiled_generation_is_one_graph_for_all_layers_and_tokens(arch, monkey
 
 def test_the_compiled_loss_compares_where_it_could_scatter():
     """A scatter makes inductor write the probabilities to memory in float32."""
-    import kernels
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
+
+    import kernels
     operations = []
 
     def collect(graph, inputs):
