@@ -1,14 +1,16 @@
 """Read conversations from JSON, JSONL, CSV, Parquet and Arrow files in the layouts of common datasets.
 
-A record is a list of messages {"role": ..., "content": ...} or {"from": ..., "value": ...}; or an object with
-such a list; or one with a question, perhaps an answer, of several the first that is not empty, and a context,
-the passage that they are about. Before them stand a system text and a history: messages, or pairs [question,
-answer]. Nested questions are those of SQuAD, CMRC 2018 and WebQA, documents those of DuReader 2.0. A line of
-a .txt file is a question. Content in a field that the layout does not use is an error.
+A record is a list of messages {"role": ..., "content": ...} or {"from": ..., "value": ...}, an object with
+such a list, or an object with a question, and perhaps its answer and its context, which is the passage that
+it is about. Of several answers the first that is not empty is taken. A system text and a history, of messages
+or of pairs [question, answer], come first. The nested questions of SQuAD, CMRC 2018 and WebQA and the
+documents of DuReader 2.0 are read. A line of a .txt file is a question. Content in a field that the layout
+does not use is an error.
 """
 
 import json
 import re
+from itertools import chain
 from typing import NamedTuple
 
 from corpus.readers import File, find_files, read_records
@@ -96,9 +98,13 @@ def flat_records(record):
     """Return a record for each nested question, with the fields around it."""
     for name in FIELDS['nested']:
         if name in record:
-            inner = record[name].values() if isinstance(record[name], dict) else record[name]
-            outer = {field: value for field, value in record.items() if field != name}
-            return [flat for each in inner for flat in flat_records({**outer, **each})]
+            outer, flat = {field: value for field, value in record.items() if field != name}, []
+            for inner in record[name].values() if isinstance(record[name], dict) else record[name]:
+                twice = [field for field in chain(*FIELDS.values()) if outer.get(field) and field in inner]
+                if twice:
+                    raise ValueError(f'its field {twice[0]!r} has content outside and inside of its {name}')
+                flat += flat_records({**outer, **inner})
+            return flat
     return [record]
 
 
