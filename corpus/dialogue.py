@@ -110,7 +110,7 @@ def flat_records(record):
 
 def turns_of(record, fields):
     """Return the turns of a record. Raises ValueError for content that none of them holds."""
-    if isinstance(record.get('prompt'), list):  # two lists of messages, as in TRL
+    if isinstance(record.get('prompt'), list) and not record.get('messages'):  # two lists, as in TRL
         messages = [*record['prompt'], *(record.get('completion') or [])]
         record = {**record, 'messages': messages, 'prompt': '', 'completion': ''}
     filled = {}  # the fields that have content, by their use

@@ -130,6 +130,7 @@ def test_layouts_of_real_files(file, n, first):
     ('x.json', b'[{"prompt": "\xff"}]', 'line 1: not UTF-8 (invalid start byte): convert the file to UTF-8'),
     # content that no layout uses is named, not dropped
     ('x.json', '[{"instruction": "q", "output": "a", "chosen": "c"}]', "record 1: its field 'chosen' has content that the layout of instruction, output does not use"),
+    ('x.json', '[{"messages": [{"role": "user", "content": "q"}], "prompt": [{"role": "user", "content": "r"}]}]', "record 1: its field 'prompt' has content"),
     ('x.json', '[{"question": "q", "answer": "a", "tools": "[{}]"}]', "record 1: its field 'tools' has content"),
     ('x.json', '[{"instruction": "q", "question": "r", "answer": "a"}]', 'record 1: its fields instruction and question both hold the question'),
     ('x.json', '[{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}]', "record 1: a message of assistant has 'tool_calls'"),
