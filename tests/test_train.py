@@ -354,7 +354,7 @@ def test_altered_data_are_noticed_where_that_is_asked_for(tiny, tmp_path):
     ids[100] ^= 1
     ids.tofile(folder / 'val.bin')
     flags = *TINY, '--max_iters=1', f'--dataset={folder}'
-    problem = f'{folder / "val.bin"} does not match its checksum in meta.json: it was altered, prepare the dataset again'
+    problem = f'{folder / "val.bin"} does not match its checksum in meta.json: it was cut short or altered, prepare the dataset again'
     assert refused(*flags, '--verify_data=True', out_dir=tmp_path / 'out') == problem
     train(*flags, out_dir=tmp_path / 'out')
     train(*TINY, '--max_iters=1', '--verify_data=True', f'--dataset={tiny}', out_dir=tmp_path / 'sound')

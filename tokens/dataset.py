@@ -63,8 +63,8 @@ def read_meta(folder) -> dict:
     if (folder / 'prepare.py').is_file():
         raise FileNotFoundError(f'{folder} is not prepared: run python {folder / "prepare.py"}')
     message = f'{folder / missing[0]} is missing: a dataset is a folder with train.bin and val.bin'
-    names = [] if folder.exists() else [path.name for path in folder.parent.glob('*/')]
-    for name in difflib.get_close_matches(folder.name, names, 1):
+    others = [] if folder.exists() else [path.name for path in folder.parent.glob('*/')]
+    for name in difflib.get_close_matches(folder.name, others, 1):
         message += f', did you mean {folder.parent / name}?'
     raise FileNotFoundError(message)
 
@@ -165,7 +165,7 @@ class DiskArray:
         return self.read(start, max(end - start, 0))
 
     def __array__(self, dtype=None, copy=None):
-        return self[:]
+        return np.fromfile(self.path, self.dtype, self.size, offset=self.header_bytes)
 
     def read(self, start: int, size: int) -> np.ndarray:
         with READING:
@@ -191,8 +191,7 @@ class Shard:
 
     def __init__(self, path, dtype, n_tokens, first, split):
         self.path, self.n_tokens, self.first, self.split = path, n_tokens, first, split
-        header_bytes = HEADER_BYTES if read_header(path) else 0
-        self.tokens = DiskArray(path, dtype, n_tokens, header_bytes)
+        self.tokens = DiskArray(path, dtype, n_tokens, HEADER_BYTES if read_header(path) else 0)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Return token ids, (length,). Raise ValueError if one is beyond the vocabulary."""
@@ -247,7 +246,7 @@ class Split:
             raise FileNotFoundError(f'{self.index} is missing: rows that begin with documents need it, '
                                     'prepare the dataset with one')
         n_rows = self.index.stat().st_size // 16
-        table = DiskArray(self.index, '<i8', 2 * n_rows)[:].reshape(-1, 2)
+        table = np.asarray(DiskArray(self.index, '<i8', 2 * n_rows)).reshape(-1, 2)
         offset, length = table[np.lexsort((table[:, 1], table[:, 0]))].T
         room = np.append(offset[1:], self.n_tokens) - offset
         misfit = (offset < 0) | (length < 0) | (length > room)
@@ -268,12 +267,12 @@ class Split:
         if row not in (None, T + 1):
             raise ValueError(f'{self.folder} was packed in rows for block_size {row - 1}: '
                              f'use --block_size={row - 1}, or pack it again with --block_size {T}')
-        begin = np.array([shard.first for shard in self.shards])
-        length = np.array([shard.n_tokens for shard in self.shards])
         if row:
             begin, length = np.arange(0, self.n_tokens, row), row
         elif order == 'documents':
             begin, length = self.documents()
+        else:
+            begin, length = np.array([(shard.first, shard.n_tokens) for shard in self.shards]).T
         return np.stack([begin, begin + length])
 
     def fingerprint(self) -> dict:
@@ -284,19 +283,21 @@ class Split:
     def describe_checksums(self) -> str:
         n_shards = len(self.shards)
         n_known = n_shards - self.checksums.count(None)
+        report = f'verifying {self.n_tokens:,} tokens, {n_known} of {n_shards} shards have a checksum'
         if not n_known:
-            return (f'{self.folder}, {self.split}: no checksums are known, so nothing is verified: '
-                    'prepare the dataset with corpus.pack, which writes them to meta.json')
-        return (f'{self.folder}, {self.split}: verifying {self.n_tokens:,} tokens, '
-                f'{n_known} of {n_shards} shards have a checksum')
+            report = ('no checksums are known, so nothing is verified: prepare the dataset with corpus.pack, '
+                      'which writes them to meta.json')
+        return f'{self.folder}, {self.split}: {report}'
 
     def verify(self):
         """Raise ValueError at the first shard that does not match its checksum."""
         for shard, expected in zip(self.shards, self.checksums, strict=True):
+            if expected is None:
+                continue
             crc = 0
-            for start in range(0, shard.n_tokens if expected is not None else 0, 1 << 22):
+            for start in range(0, shard.n_tokens, 1 << 22):
                 crc = zlib.crc32(shard.tokens[start:start + (1 << 22)], crc)
-            if expected not in (None, crc):
+            if crc != expected:
                 raise ValueError(f'{shard.path} does not match its checksum in meta.json: {REMEDY}')
 
 

@@ -1,4 +1,4 @@
-"""Token shards -> batches, as a pure function of the step. A run needs no loader state to resume.
+"""Token shards -> batches, as a pure function of the step, so that a run resumes without loader state.
 
     loader = Loader('data/shakespeare_char', 'train', block_size=64, batch_size=12)
     x, y, documents = loader.batch(step=1000, micro_step=0)     # x and y are (12, 64) int64
@@ -78,10 +78,10 @@ class Batches:
         return self.windows(first + np.arange(self.batch_size))
 
     def position(self, step: int):
-        """Return what a checkpoint needs, besides the step, to continue. Only streams need anything."""
+        """Return what a checkpoint needs besides the step. Only streams need anything."""
 
     def seek(self, position, step: int):
-        """Continue with this step, at a position that position() returned."""
+        """Continue with this step at a position() of a checkpoint."""
 
 
 class Loader(Batches):
@@ -110,7 +110,7 @@ class Loader(Batches):
             groups, self.weights = [[each] for each in splits], weights
         self.sources = [Windows(group, self.block_size, order, (self.seed, k))
                         for k, group in enumerate(groups)]
-        self.n_windows = sum(source.n for source in self.sources)  # in one pass over everything
+        self.n_windows = sum(source.n for source in self.sources)  # in one pass
 
     def locate(self, g: np.ndarray) -> list:
         """Return (shard, first token in it, number of tokens) of each window numbered g, (K,) int64."""

@@ -318,9 +318,8 @@ def fingerprint(meta: dict) -> str:
 def tokenizer_meta(name, also=(), eot: str = '') -> dict:
     """Return meta() of the tokenizer that a setting names: 'gpt2', 'byte', or a path.
 
-    also    other names that the caller accepts, for the error
-    eot     the token that ends a document, instead of the one that the folder names
-    raises  FileNotFoundError, ValueError
+    also   other names that the caller accepts, for the error
+    eot    token that ends a document, instead of the one that the folder names
     """
     if name in ('gpt2', 'byte'):
         if eot not in ('', END):

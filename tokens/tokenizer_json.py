@@ -22,7 +22,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 BPE_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{Han}{1,16}| ?[\p{L}&&[^\p{Han}]]{1,32}| ?\p{N}{1,3}"""
                r"""| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""")
 END = '<|endoftext|>'
-# Special tokens of bytes and of the BPE trained here. <|bos|> and <|unk|> are unused: they keep older ids.
+# of bytes and of the BPE trained here; <|bos|> and <|unk|> are unused
 SPECIAL_TOKENS = [END, '<|pad|>', '<|bos|>', '<|unk|>', '<|system|>', '<|user|>', '<|assistant|>']
 
 PLAIN = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
@@ -31,8 +31,8 @@ ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_t
 KEPT = (*ROLES, 'additional_special_tokens', 'clean_up_tokenization_spaces', 'add_bos_token', 'add_eos_token',
         'chat_template')
 FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
-OTHER_FORMATS = ('vocab.txt', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'vocab.json',
-                 'merges.txt')
+OTHERS = ('vocab.txt', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'vocab.json',
+          'merges.txt')
 
 
 @contextlib.contextmanager
@@ -53,9 +53,9 @@ def one_line(where):
 def byte_characters():
     """Return {character: byte} of GPT-2's files, in the order of the ids of single bytes.
 
-    A byte that is visible in Latin-1 stands for itself. The other 68 are written as U+0100 and following.
+    A byte that is visible in Latin-1 stands for itself. The others are written as U+0100 and following.
     """
-    visible = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
@@ -135,7 +135,7 @@ def check_object(value):
 
 
 def check_pattern(pattern):
-    """Raise ValueError if the pattern repeats a group, as (a+)+ does: a match could take exponential time."""
+    """Raise ValueError if a regular expression repeats a group, as (a+)+ does."""
     plain = re.sub(r'\\[pPx]\{[^}]*\}|\\.', 'x', pattern, flags=re.DOTALL)
     plain = re.sub(r'\[(?:[^][]|\[[^][]*\])*\]', 'x', plain)  # classes may hold classes: [\p{L}&&[^\p{Han}]]
     if re.search(r'\)(?:[*+](?!\+)|\{)|\}[*+{]|[*+]\{', plain):
@@ -183,7 +183,7 @@ def read_tokenizer_json(path, eot=''):
         short = short_meta(content, ids)
         if short and eot in ('', END):
             return short
-        eot = eot or end_token(file.parent, config.get('eos_token'), ids)
+        eot = eot or end_token(config, ids)
     kept = {key: config[key] for key in KEPT if config.get(key)}
     text = json.dumps(content, ensure_ascii=False)
     return {'kind': 'json', 'tokenizer_json': text, 'eot': eot, 'config': kept}
@@ -194,7 +194,7 @@ def read_other_formats(folder):
     merges = folder / 'merges.txt'
     if merges.is_file() and are_gpt2s(read_merges(merges)):
         return dict(GPT2_META)
-    for name in OTHER_FORMATS:
+    for name in OTHERS:
         if (folder / name).is_file():
             raise ValueError(f'{folder / name} is a tokenizer in a format that is not read: save it as '
                              "tokenizer.json with transformers' AutoTokenizer, or name the tokenizer with "
@@ -212,8 +212,11 @@ def are_gpt2s(merges):
 
 
 def read_config(folder):
-    """Return the entries of tokenizer_config.json and the older special_tokens_map.json, tokens by name."""
-    config = read_object(folder / 'special_tokens_map.json') | read_object(folder / 'tokenizer_config.json')
+    """Return the entries of tokenizer_config.json and of the files that it overrides, tokens by name."""
+    config = {}
+    for name in ('config', 'generation_config', 'special_tokens_map', 'tokenizer_config'):
+        file = folder / f'{name}.json'
+        config |= read_json(file) if file.is_file() else {}
     config.update({role: token_name(config[role]) for role in ROLES if role in config})
     # transformers 5 renamed additional_special_tokens
     others = config.get('extra_special_tokens') or config.get('additional_special_tokens') or []
@@ -223,10 +226,6 @@ def read_config(folder):
     if template.is_file():
         config['chat_template'] = template.read_text(encoding='utf-8')
     return config
-
-
-def read_object(path):
-    return dict(read_json(path)) if path.is_file() else {}
 
 
 def token_name(value):
@@ -247,16 +246,14 @@ def with_named_tokens(content, config):
     return json.loads(engine.to_str())
 
 
-def end_token(folder, eos_token, ids):
-    """Return the token that ends a document: eos_token, else eos_token_id of the model's files, else None."""
-    if isinstance(eos_token, str) and eos_token in ids:
-        return eos_token
-    for name in ('generation_config.json', 'config.json'):
-        eos = read_object(folder / name).get('eos_token_id')
-        for token, i in ids.items():
-            if i == (eos[0] if isinstance(eos, list) and eos else eos):
-                return token
-    return None
+def end_token(config, ids):
+    """Return the token that ends a document: eos_token, else the one with eos_token_id, else None."""
+    if config.get('eos_token') in ids:
+        return config['eos_token']
+    number = config.get('eos_token_id')
+    if isinstance(number, list):
+        number = number[0]
+    return next((token for token, i in ids.items() if i == number), None)
 
 
 def short_meta(content, ids):

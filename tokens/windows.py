@@ -128,10 +128,10 @@ class Windows:
         return np.stack([start, np.minimum(end[span] - start, self.T + 1)], axis=1)
 
     def locate(self, g: np.ndarray) -> np.ndarray:
-        """Return (shard number, first token in it, tokens) of the windows g: (K,) -> (K, 3) int64."""
+        """Return (number of the shard, first token in it, tokens) of the windows g: (K,) -> (K, 3) int64."""
         if self.order == 'random':
             n = scramble(g.astype(np.uint64) + draws(self.seed, 1)) % np.uint64(self.n)
-            return self.spans(n.astype(np.int64), 0)
+            return self.in_order(n.astype(np.int64), 0)
         epochs, index = np.divmod(g, self.n)
         spans = np.empty((len(g), 3), dtype=np.int64)
         for epoch in set(epochs.tolist()):
@@ -139,10 +139,10 @@ class Windows:
             n = index[rows]
             if self.order != 'sequential':
                 n = permute(n, self.n, (*self.seed, epoch))
-            spans[rows] = self.spans(n, epoch)
+            spans[rows] = self.in_order(n, epoch)
         return spans
 
-    def spans(self, n, epoch):
+    def in_order(self, n, epoch):
         """Locate windows by their number in the order of the data."""
         if self.table is not None:
             start, length = self.table[n].T

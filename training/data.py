@@ -107,9 +107,11 @@ def read_byte_counts(tokenizer_meta):
 
 def evaluate(model, data: TrainingData, token_bytes, place, autocast) -> EvalLosses | None:
     """Measure the losses on the windows to evaluate. None after a signal to stop."""
+    losses = []
     try:
-        return EvalLosses(*(text_loss(model, loader, windows, token_bytes=token_bytes, place=place,
-                                      autocast=autocast, stop=distributed.signal_to_stop)
-                            for loader, windows in (data.eval_train, data.eval_val)))
+        for loader, windows in (data.eval_train, data.eval_val):
+            losses.append(text_loss(model, loader, windows, token_bytes=token_bytes, place=place,
+                                    autocast=autocast, stop=distributed.signal_to_stop))
     except Interrupted:
         return None
+    return EvalLosses(*losses)
