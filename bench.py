@@ -11,12 +11,15 @@ dev/compare.py compares with plain reference code.
 """
 
 import itertools
+import os
 import platform
 import time
 from contextlib import nullcontext
 from json import dumps
 from statistics import median
 from typing import Literal
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # as in train.py
 
 import torch
 

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import devices
+from files import print0
 
 RANK_VARIABLES = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
 BUCKET_BYTES = 64 << 20  # of gradients in one all-reduce
@@ -160,7 +161,7 @@ def signals_noted():
     received.clear()
     read_end, write_end = socket.socketpair()
     write_end.setblocking(False)
-    threading.Thread(target=exit_at_second_sigint, args=[read_end], daemon=True).start()
+    threading.Thread(target=watch_signals, args=[read_end], daemon=True).start()
     old_descriptor = signal.set_wakeup_fd(write_end.fileno())
     old_handlers = {number: signal.signal(number, note_signal) for number in STOP_SIGNALS}
     try:
@@ -176,20 +177,25 @@ def note_signal(number, frame):
     received.append(number)
 
 
-def exit_at_second_sigint(read_end):
-    """Read the numbers of signals in a thread, because Python cannot call note_signal() while the main thread
-    waits for other ranks in C++.
+def watch_signals(read_end):
+    """Acknowledge the first stop signal, and end the process at the second SIGINT.
+
+    This thread reads the numbers of signals, because Python cannot call note_signal() while the main thread
+    computes, or waits for other ranks, in C++.
     """
     # torchrun forwards a Ctrl-C that the terminal has already sent to the ranks
     echo_s = 3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0
-    first_s = None
+    is_first, sigint_s = True, None
     while number := read_end.recv(1):
+        if is_first:
+            print0(f'{signal.Signals(number[0]).name}: stopping after this step or batch')
+            is_first = False
         if number[0] != signal.SIGINT:
             continue
         now_s = time.monotonic()
-        if first_s is not None and now_s - first_s > echo_s:
+        if sigint_s is not None and now_s - sigint_s > echo_s:
             os._exit(130)  # skip the cleanup, which could wait
-        first_s = first_s or now_s
+        sigint_s = sigint_s or now_s
 
 
 def signal_to_stop() -> str | None:
@@ -209,15 +215,16 @@ def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: 
 
     gradient_accumulation_steps  micro-batches of batch_size windows in one step, over all ranks
     returns                      micro-steps of each rank, and windows in each: batch_size or fewer
-    raises                       ValueError with the nearest numbers of windows that divide
+    raises                       ValueError with the nearest gradient_accumulation_steps that divide
     """
     total = gradient_accumulation_steps * batch_size
     per_rank, rest = divmod(total, world_size)
-    if total < 1 or rest or not per_rank:
-        near = [n for n in (total - rest, total - rest + world_size) if n > 0]
+    if total < 1 or rest:
+        below = gradient_accumulation_steps // world_size * world_size
+        near = [str(n) for n in (below, below + world_size) if n]
         raise ValueError(f'{total} sequences (gradient_accumulation_steps={gradient_accumulation_steps} x '
                          f'batch_size={batch_size}) do not divide over {world_size} ranks: '
-                         f'use {" or ".join(map(str, near))}')
+                         f'use --gradient_accumulation_steps={" or ".join(near)}')
     rows = max(n for n in range(1, min(batch_size, per_rank) + 1) if per_rank % n == 0)
     return per_rank // rows, rows
 

@@ -184,7 +184,7 @@ def tell_torchrun(message):
     if not report:
         return
     if os.environ.get('RANK') != '0':
-        time.sleep(1 + int(os.environ.get('LOCAL_RANK') or 0))
+        time.sleep(5 + int(os.environ.get('LOCAL_RANK') or 0))
     details = dict(message=message, extraInfo=dict(timestamp=str(int(time.time()))))
     with contextlib.suppress(OSError):
         write_json(report, dict(message=details))

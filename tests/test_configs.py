@@ -75,3 +75,14 @@ def test_the_speedrun_trains_what_it_says(tmp_path):
     code, stdout, stderr, lines = train_here('config/speedrun_cpu.py', f'--dataset={data}', '--max_iters=20', '--device=cpu', out_dir=tmp_path / 'out')
     assert code == 0, stderr
     assert '1,024 tokens a step' in stdout and lines[-1]['val_loss'] < 1.5
+
+
+def test_a_small_model_is_tuned_by_the_recipe_of_the_results():
+    """docs/RESULTS.md gives it as two config files and four flags."""
+    names = ('optimizer', 'matrix_lr', 'embedding_lr', 'learning_rate', 'head_lr', 'min_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'decay_lr',
+             'lr_schedule', 'decay_fraction', 'warmup_iters', 'batch_size', 'gradient_accumulation_steps', 'isolate_documents', 'auto_resume')
+    flags = ['--matrix_lr=0.02', '--embedding_lr=0.2', '--learning_rate=0.002', '--head_lr=0.002']
+    small, measured = train_settings(), train_settings()
+    configure(small, [str(ROOT / 'config/finetune_small.py')])
+    configure(measured, [str(ROOT / 'config/quickstart.py'), str(ROOT / 'config/finetune_dolly.py'), *flags])
+    assert {name: small[name] for name in names} == {name: measured[name] for name in names}

@@ -209,7 +209,7 @@ def test_torchrun(runs, tiny, tmp_path):
 def test_a_mistake_under_torchrun_is_one_line_and_closes_its_report(tiny, tmp_path):
     code, stdout, stderr, _ = run_train(*TINY, '--batch_size=3', '--gradient_accumulation_steps=1', f'--dataset={tiny}', n_proc=2, out_dir=tmp_path / 'out')
     assert code != 0 and not (tmp_path / 'out').exists()
-    problem = 'rank 0: 3 sequences (gradient_accumulation_steps=1 x batch_size=3) do not divide over 2 ranks: use 2 or 4'
+    problem = 'rank 0: 3 sequences (gradient_accumulation_steps=1 x batch_size=3) do not divide over 2 ranks: use --gradient_accumulation_steps=2'
     assert [line for line in stderr.splitlines() if '3 sequences' in line] == [problem, f'  traceback : {problem}'], stderr
     assert 'train.py", line' not in stderr  # no traceback into our files
 
@@ -455,6 +455,20 @@ def test_signals_are_noted_and_a_second_sigint_ends_the_process(signals, code, m
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+def test_the_first_signal_is_acknowledged_before_the_step_ends(tmp_path, monkeypatch):
+    def work():
+        monkeypatch.setattr(sys, 'stdout', open(tmp_path / 'said', 'w', encoding='utf-8'))
+        with distributed.signals_noted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            end_s = time.monotonic() + 20
+            while not (tmp_path / 'said').read_text(encoding='utf-8').endswith('\n') and time.monotonic() < end_s:
+                time.sleep(0.01)
+    assert in_a_child(work) == 0
+    assert (tmp_path / 'said').read_text(encoding='utf-8') == 'SIGTERM: stopping after this step or batch\n'
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
 def test_a_second_sigint_ends_a_process_that_waits_for_other_ranks(monkeypatch):
     """In such a wait, in C++, Python calls no handler of signals."""
     def ctrl_c_twice():
@@ -504,9 +518,11 @@ def test_divide_batch(accum, batch, world, expected):
 
 
 @pytest.mark.parametrize('accum, batch, world, problem', [
-    (40, 12, 7, '480 sequences (gradient_accumulation_steps=40 x batch_size=12) do not divide over 7 ranks: use 476 or 483'),
-    (1, 1, 2, '1 sequences (gradient_accumulation_steps=1 x batch_size=1) do not divide over 2 ranks: use 2'),
+    (40, 12, 7, '480 sequences (gradient_accumulation_steps=40 x batch_size=12) do not divide over 7 ranks: use --gradient_accumulation_steps=35 or 42'),
+    (1, 1, 2, '1 sequences (gradient_accumulation_steps=1 x batch_size=1) do not divide over 2 ranks: use --gradient_accumulation_steps=2'),
 ])
 def test_divide_batch_names_the_nearest_that_divide(accum, batch, world, problem):
     with pytest.raises(ValueError, match=f'^{re.escape(problem)}$'):
         distributed.divide_batch(accum, batch, world)
+    for steps in re.findall(r'\d+', problem.partition(': use ')[2]):
+        distributed.divide_batch(int(steps), batch, world)

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, train_settings
 
 from configurator import config_of, configure
+from corpus.options import OPTIONS
 
 READMES = [ROOT / 'README.md', ROOT / 'README.zh-CN.md']
 PAGES = [*READMES, *sorted(ROOT.glob('docs/*.md'))]
@@ -49,8 +50,8 @@ SCRIPTS = sorted({(script, *arguments) for page in PAGES for script, arguments i
 
 
 def settings_of(script):
-    """The settings of a script, as its globals() hold them."""
-    return train_settings() if script == 'train' else dict(vars(importlib.import_module(script)))
+    """The settings of a script, as its globals() hold them. chat.py has those of sample.py."""
+    return train_settings() if script == 'train' else dict(vars(importlib.import_module(script.replace('chat', 'sample'))))
 
 
 def test_the_pages_hold_what_is_checked():
@@ -89,6 +90,17 @@ def test_commands_name_what_exists(command, tiny, capsys):
         assert len(given) >= sum(argument.startswith('--') for argument in arguments)
 
 
+def test_git_ignores_what_the_commands_write():
+    if subprocess.run(['git', 'rev-parse'], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip('needs a git repository')
+    text = ' '.join(word for page in READMES for command in named_commands(page) for word in command)
+    written = re.findall(r'--(?:out|out_dir|export|answers|results)[= ]([\w./-]+)', text)
+    files = {path if '.' in path else f'{path}/train.bin' for path in written if not path.startswith('/')}
+    assert files >= {'exported/train.bin', 'weights.npz', 'comparison/train.bin', 'answers.jsonl', 'data/corpus/train.bin'}
+    ignored = subprocess.run(['git', 'check-ignore', *files], cwd=ROOT, capture_output=True, text=True)
+    assert set(ignored.stdout.split()) == files
+
+
 def test_the_error_shown_is_the_one_that_comes():
     for page in READMES:
         [shown] = [line for block in blocks(page, '') for line in block.splitlines() if 'unknown setting' in line]
@@ -102,7 +114,8 @@ def test_links_and_settings_exist(page):
     text = page.read_text(encoding='utf-8')
     links = [link for link in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in link]
     assert not [link for link in links if link.split('#')[0] and not (page.parent / link.split('#')[0]).exists()]
-    known = {name for script in ('train', 'sample', 'chat', 'evaluate', 'bench') for name in config_of(settings_of(script))}
+    known = {name for script in ('train', 'sample', 'evaluate', 'bench') for name in config_of(settings_of(script))}
+    known.update(OPTIONS)
     for path in ROOT.glob('corpus/*.py'):
         known.update(re.findall(r"'--(\w+)'", path.read_text(encoding='utf-8')))
     named = re.findall(r'`(?:--)?([a-z]\w*)=[^`\n]*`', text) + re.findall(r'`([a-z]+_[a-z_]+)`', text)

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TINY,
     differences,
     pack_chars,
@@ -62,6 +64,15 @@ def test_a_process_trains_with_nothing_but_torch_and_numpy(tiny, tmp_path):
     assert 'the report has no curves: matplotlib cannot be imported (matplotlib was imported): pip install matplotlib' in stdout.splitlines()
     assert sorted(contents(tmp_path / 'out')) == ['.lock', 'best.pt', 'ckpt.pt', 'metrics.jsonl', 'report.md', 'run.json']
     assert not contents(tmp_path / 'data').keys() - contents(tiny).keys()
+
+
+@pytest.mark.parametrize('script', ['train', 'bench'])
+def test_idle_threads_sleep_on_a_busy_machine(script):
+    """Spinning threads made a step ten times as slow there. The OpenMP of torch reads the variable while it is loaded."""
+    code = f"import os, sys\nsys.modules['torch'] = None\ntry:\n    import {script}\nexcept ImportError:\n    print(os.environ['OMP_WAIT_POLICY'])"
+    env = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, encoding='utf-8')
+    assert done.stdout == 'passive\n', done.stderr
 
 
 def test_lines_of_the_log_and_of_metrics(tiny, tmp_path):
