@@ -69,10 +69,8 @@ class Encoder:
         if not isinstance(text, str):
             return ''
         text = cleaned(text) if self.clean else text
-        is_short = len(text) < self.min_chars
-        if is_short or self.sample < 1 and hash_of(text, b'sample') >= self.sample * 2**64:
-            return ''
-        return text
+        is_in_sample = self.sample == 1 or hash_of(text, b'sample') < self.sample * 2**64
+        return text if is_in_sample and len(text) >= self.min_chars else ''
 
     def encode(self, records):
         """Return an Encoded for each record of a batch."""

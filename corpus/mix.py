@@ -10,10 +10,7 @@ from tokens.tokenizer import load_tokenizer
 
 
 def open_sources(datasets, out):
-    """Open the datasets of a mixture such as 'zhwiki:0.6,news:0.4' that is to be written to the folder `out`.
-
-    returns  ({'train': [Split, ...], 'val': ...}, their weights)
-    """
+    """Return ({'train': Splits, 'val': Splits}, weights) of a mixture such as 'zhwiki:0.6,news:0.4'."""
     folders, weights = dataset_folders(datasets)
     sources = {'train': [Split(folder, 'train') for folder in folders]}
     first = sources['train'][0]

@@ -57,8 +57,7 @@ OPTIONS = {**READING, **PACKING}
 class Parser(argparse.ArgumentParser):
     """argparse in the project's dialect: --key=value or --key value, --switch or --switch=True.
 
-    options   names in OPTIONS
-    defaults  of these options, instead of those in OPTIONS; such an option is not required
+    options   names in OPTIONS; one that is given another default is not required
     """
 
     def __init__(self, doc, command=None, options=(), **defaults):

@@ -5,13 +5,14 @@
     python -m corpus.pack mix zhwiki:0.6,news:0.4 --out=data/mixed
     python -m corpus.pack inspect data/mixed
 
-build reads every format of corpus/readers.py and writes train.bin (train_000000.bin and so on if
---shard_tokens is given), train.idx, the same for val, and meta.json. The hash of a document decides whether
-it is for validation, so that it stays there when documents are added. Memory holds a few
-megabytes per thread, and 8 bytes per document with --clean. The same command continues a run that was killed.
-The files are the same byte for byte for any number of threads and after any number of kills.
+build reads every format of corpus/readers.py and writes train.bin, or shards of --shard_tokens, train.idx,
+the same for val, and meta.json. The hash of a document decides whether it is for validation, so that it
+stays there when documents are added. Memory holds a few megabytes per thread; --clean adds 8 bytes per
+document. The same command continues a killed run. The files are the same byte for byte for any number of
+threads and after any number of kills.
 """
 import itertools
+import json
 import os
 import sys
 import time
@@ -71,7 +72,7 @@ def pack(folder, read, encoder, source, *, splits=('train', 'val'), **options) -
 
     n_left_out = writer.progress.n_records - writer.progress.documents
     if n_left_out:
-        print(f'{writer.name}: {n_left_out:,} documents left out')
+        print(f'{writer.name}: {n_left_out:,} left out: empty, too short, repeated or not in the sample')
     for split, entry in meta['splits'].items():
         print(f'{writer.name}/{split}: {entry["tokens"]:,} tokens ({meta["dtype"]}, vocabulary '
               f'{meta["vocab_size"]:,}), {entry["bytes"]:,} bytes, documents: {entry["documents"]:,}')
@@ -152,7 +153,7 @@ def pack_files(args, source):
         characters, n_records = find_characters(read(0), encoder)  # further records may hold others
         encoder.tokenizer = CharTokenizer(characters)
     names = [[os.path.basename(path), format, readers.n_bytes_of(path)] for path, format in files]
-    recipe = {**vars(args), 'source': source, 'files': digest_of(names),
+    recipe = {**vars(args), 'source': source, 'files': digest_of(json.dumps(names)),
               'tokenizer': encoder.tokenizer.meta()}
     for name in ('input', 'out', 'errors', 'workers'):
         del recipe[name]
@@ -200,16 +201,14 @@ def prepare_parquet(folder, doc, repo, revision, hub_folder):
 def hub_files(repo, revision, folder):
     """List the Parquet files in a folder on the hub, or on its mirror HF_ENDPOINT, as hf://..."""
     from huggingface_hub import HfFileSystem
-    paths, reason = [], 'no .parquet file there'
     try:
         paths = HfFileSystem().ls(f'datasets/{repo}@{revision}/{folder}', detail=False)
     except Exception as error:  # the hub's client and the network below it raise their own
         reason = ' '.join(str(error).split())[:300] or type(error).__name__
-    paths = sorted(f'hf://{path}' for path in paths if path.endswith('.parquet'))
-    if not paths:
         raise OSError(f'{repo} is out of reach ({reason}): bring the files {folder}/*.parquet of its '
-                      f'revision {revision[:12]} here by other means, and name their folder with --input')
-    return paths
+                      f'revision {revision[:12]} here by other means, and name their folder with --input'
+                      ) from None
+    return sorted(f'hf://{path}' for path in paths if path.endswith('.parquet'))
 
 
 # -----------------------------------------------------------------------------

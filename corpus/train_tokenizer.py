@@ -46,10 +46,7 @@ def train_bpe(texts, vocab_size, max_bytes=SAMPLE_BYTES):
 
 
 def sample_pieces(texts, max_bytes):
-    """Return the pieces of the texts with the lowest hashes, at most max_bytes together, ordered by hash.
-
-    Whether a piece is kept depends neither on the order of the texts nor on how they are read.
-    """
+    """Return the pieces of the texts with the lowest hashes, at most max_bytes together, ordered by hash."""
     kept, n_bytes = [], 0
     for text in texts:
         for start in range(0, len(text), PIECE_CHARS):

@@ -4,7 +4,7 @@
         writer.append('train', [Piece(ids, n_bytes=12), Piece([eot]), Piece(more_ids, n_bytes=34)])
         writer.publish('my notes')
 
-An error leaves the old dataset as it was. With a recipe, save() notes in .packing/progress.json how many
+An error leaves the old dataset as it was. With a recipe, save() notes in .packing/progress how many
 records were read and how much of each file they make. The next run with this recipe continues there; what a
 killed run wrote after its last save() is cut off and written again.
 """
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import lock, read_json, sync_folder, write_atomically, write_json
+from files import lock, read_json, sync_folder, write_atomically
 from tokens.dataset import id_dtype
 
 UNFINISHED = b'{"format": 1, "unfinished": true}'
@@ -83,9 +83,9 @@ class Writer:
         self.folder, self.work, self.name = folder, folder / '.packing', folder.resolve().name
         self.tokenizer, self.dtype = tokenizer, id_dtype(tokenizer.vocab_size)
         self.splits, self.shard_tokens, self.masked, self.unique = splits, shard_tokens, masked, unique
-        self.recipe = json.loads(json.dumps(recipe))  # as it is read from progress.json
+        self.recipe = json.loads(json.dumps(recipe))  # as it is read from the file progress
         self.files = {}
-        if recipe is None or not (self.work / 'progress.json').exists():
+        if recipe is None or not (self.work / 'progress').exists():
             return self.start_over()
         try:
             self.resume()
@@ -102,15 +102,12 @@ class Writer:
         self.seen, self.more_seen = np.array([], dtype='<u8'), set()
 
     def resume(self):
-        """Take up the files where progress.json says that they end."""
-        try:
-            values = read_json(self.work / 'progress.json')
-            is_whole = values.pop('sha256') == digest_of(values)
-            self.progress = Progress(**values)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            is_whole = False
-        if not is_whole:
-            raise Unusable('progress.json was altered or cut short')
+        """Take up the files where the file progress says that they end."""
+        text = (self.work / 'progress').read_text(encoding='utf-8', errors='replace')
+        digest, _, values = text.partition('\n')
+        if digest != digest_of(values):
+            raise Unusable('progress was altered or cut short')
+        self.progress = Progress(**json.loads(values))
         old = self.progress.recipe
         changed = [f'{key}={str(old[key])[:60]}' for key in old if old[key] != self.recipe.get(key)]
         if changed:
@@ -190,8 +187,8 @@ class Writer:
         """Make a killed run continue here."""
         if self.recipe is not None:
             self.close_files()
-            values = asdict(self.progress)
-            write_json(self.work / 'progress.json', {**values, 'sha256': digest_of(values)})
+            values = json.dumps(asdict(self.progress))
+            write_bytes(self.work / 'progress', f'{digest_of(values)}\n{values}'.encode())
 
     def file(self, name, mode='ab'):
         if name not in self.files:
@@ -283,5 +280,5 @@ def write_bytes(path, data):
     write_atomically(path, lambda file: file.write(data))
 
 
-def digest_of(values):
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def digest_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()

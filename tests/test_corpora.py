@@ -285,13 +285,13 @@ KILLED = """
 import os, runpy, signal, sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(sys.argv[1]))))
 from corpus import encode, pack, writer
-encode.BATCH_DOCUMENTS, pack.SAVE_EVERY_S, write_json, left = 100, -1, writer.write_json, [int(sys.argv.pop())]
+encode.BATCH_DOCUMENTS, pack.SAVE_EVERY_S, write_bytes, left = 100, -1, writer.write_bytes, [int(sys.argv.pop())]
 def write_and_die(path, *rest):
-    write_json(path, *rest)
+    write_bytes(path, *rest)
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-writer.write_json = write_and_die
+writer.write_bytes = write_and_die
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
@@ -313,7 +313,7 @@ def test_openwebtext_killed_and_continued_with_other_workers(data, tmp_path, cor
     assert done.returncode == 0, done.stderr
     assert 'openwebtext: continuing after ' in done.stdout
     names = sorted(files_of(tmp_path / 'whole'))
-    assert 'train_000003.bin' in names and '.packing/progress.json' not in names
+    assert 'train_000003.bin' in names and '.packing/progress' not in names
     assert filecmp.cmpfiles(tmp_path / 'whole', data / 'openwebtext', names, shallow=False) == (names, [], [])
 
 
@@ -491,8 +491,9 @@ def interrupted(folder, n_texts=300, **changed):
 
 
 def forged_number(work):
-    values = json.loads((work / 'progress.json').read_text(encoding='utf-8'))
-    (work / 'progress.json').write_text(json.dumps({**values, 'documents': values['documents'] - 7}), encoding='utf-8')
+    digest, values = (work / 'progress').read_text(encoding='utf-8').split('\n')
+    values = {**json.loads(values), 'documents': json.loads(values)['documents'] - 7}
+    (work / 'progress').write_text(f'{digest}\n{json.dumps(values)}', encoding='utf-8')
 
 
 def cut_in_half(name):
@@ -507,9 +508,9 @@ def other_hashes(work):
 
 
 @pytest.mark.parametrize('damage, reason', [
-    (cut_in_half('progress.json'), 'progress.json was altered or cut short'),
-    (lambda work: (work / 'progress.json').write_text('[1]'), 'progress.json was altered or cut short'),
-    (forged_number, 'progress.json was altered or cut short'),
+    (cut_in_half('progress'), 'progress was altered or cut short'),
+    (lambda work: (work / 'progress').write_text('[1]'), 'progress was altered or cut short'),
+    (forged_number, 'progress was altered or cut short'),
     (cut_in_half('seen'), 'seen is shorter than the'),
     (other_hashes, 'seen was altered'),
     (lambda work: (work / 'train.idx').unlink(), 'train.idx is shorter than the'),

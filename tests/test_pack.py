@@ -107,7 +107,7 @@ def test_chinese_corpora_of_two_formats(tmp_path, monkeypatch, capsys):
     assert code == 0, stderr
     found = texts_in(tmp_path / 'out', 'train') + texts_in(tmp_path / 'out', 'val')
     assert len(set(found)) == len(found) and {cleaned(text) for text in passages} <= set(found)
-    assert stdout.startswith('out: 1,103 documents left out\n')
+    assert stdout.startswith('out: 1,103 left out: ')
 
 
 def test_what_is_cleaned():
@@ -179,8 +179,8 @@ def test_killed_as_a_command_and_continued_with_other_workers(tmp_path):
     whole = start(tmp_path / 'whole' / 'out', 1)
     assert whole.wait() == 0, whole.stdout.read()
     killed = start(tmp_path / 'killed' / 'out', 2)
-    progress = tmp_path / 'killed' / 'out' / '.packing' / 'progress.json'
-    while killed.poll() is None and not (progress.exists() and json.loads(progress.read_text(encoding='utf-8'))['documents'] > 200):
+    progress = tmp_path / 'killed' / 'out' / '.packing' / 'progress'
+    while killed.poll() is None and not (progress.exists() and json.loads(progress.read_text(encoding='utf-8').split('\n')[1])['documents'] > 200):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
