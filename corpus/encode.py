@@ -10,24 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from corpus.readers import Document
 from corpus.writer import Piece
 
 BATCH_DOCUMENTS, BATCH_CHARS = 250, 1 << 20  # one task of a thread, large enough to keep its overhead small
 CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]')  # and the byte order mark; not tab and line feed
 
 
-class Record(NamedTuple):
-    """A document to encode."""
-
-    text: Any  # a text, a row of token ids, or a pair (ids, mask) where mask is 1 for targets
-    where: str = ''  # names the document in errors
-    split: str | None = None  # 'train' or 'val'; None: the hash of the document decides
-
-
 class Encoded(NamedTuple):
-    """A record as token ids. Without any it is left out."""
+    """A document as token ids. Without any it is left out."""
 
-    record: Record
+    document: Document
     piece: Piece = Piece(())
     hash: int = 0
 
@@ -72,30 +65,30 @@ class Encoder:
         is_in_sample = self.sample == 1 or hash_of(text, b'sample') < self.sample * 2**64
         return text if is_in_sample and len(text) >= self.min_chars else ''
 
-    def encode(self, records):
-        """Return an Encoded for each record of a batch."""
-        texts, batch = [self.choose(record.text) for record in records], []
-        for record, text, ids in zip(records, texts, self.tokenizer.encode_batch(texts), strict=True):
+    def encode(self, documents):
+        """Return an Encoded for each document of a batch."""
+        texts, batch = [self.choose(document.text) for document in documents], []
+        for document, text, ids in zip(documents, texts, self.tokenizer.encode_batch(texts), strict=True):
             if text:
                 data = text.encode('utf-8', 'surrogatepass')
-                batch.append(Encoded(record, Piece(ids, n_bytes=len(data)), hash_of(data)))
-            elif isinstance(record.text, str):
-                batch.append(Encoded(record))
+                batch.append(Encoded(document, Piece(ids, n_bytes=len(data)), hash_of(data)))
+            elif isinstance(document.text, str):
+                batch.append(Encoded(document))
             else:
-                piece = self.row_piece(record)
-                batch.append(Encoded(record, piece, hash_of(piece.ids.tobytes())))
+                piece = self.row_piece(document)
+                batch.append(Encoded(document, piece, hash_of(piece.ids.tobytes())))
         return batch
 
-    def row_piece(self, record):
-        ids, mask = record.text if isinstance(record.text, tuple) else (record.text, None)
+    def row_piece(self, row):
+        ids, mask = row.text if isinstance(row.text, tuple) else (row.text, None)
         ids = np.asarray(ids)
         if ids.size and (ids.ndim != 1 or ids.dtype.kind not in 'iu'):
-            raise ValueError(f'{record.where} has shape {ids.shape} and dtype {ids.dtype}: '
+            raise ValueError(f'{row.where} has shape {ids.shape} and dtype {ids.dtype}: '
                              'a row of integer token ids is needed')
         ids, vocab_size = ids.astype(np.int64), self.tokenizer.vocab_size
         outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         if outside.size:
-            raise ValueError(f'{record.where} holds token id {ids[outside[0]]} at position {outside[0]}, '
+            raise ValueError(f'{row.where} holds token id {ids[outside[0]]} at position {outside[0]}, '
                              f'outside the vocabulary of {vocab_size} tokens')
         return Piece(ids, mask, int(self.token_bytes[ids].sum()))
 
@@ -103,26 +96,25 @@ class Encoder:
     def token_bytes(self):
         return self.tokenizer.token_bytes()
 
-    def encode_all(self, records):
+    def encode_all(self, documents):
         """Yield the lists of encode(), in order. At most two batches per thread are in memory."""
-        with ThreadPoolExecutor(self.n_threads, 'encoder') as pool:
-            pending = deque()
-            try:
-                for batch in in_batches(records):
-                    pending.append(pool.submit(self.encode, batch))
-                    if len(pending) > 2 * self.n_threads:
-                        yield pending.popleft().result()
-                while pending:
+        pool, pending = ThreadPoolExecutor(self.n_threads, 'encoder'), deque()
+        try:
+            for batch in in_batches(documents):
+                pending.append(pool.submit(self.encode, batch))
+                if len(pending) > 2 * self.n_threads:
                     yield pending.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def in_batches(records):
+def in_batches(documents):
     batch, n_chars = [], 0
-    for record in records:
-        batch.append(record)
-        n_chars += len(record.text)
+    for document in documents:
+        batch.append(document)
+        n_chars += len(document.text)
         if len(batch) == BATCH_DOCUMENTS or n_chars >= BATCH_CHARS:
             yield batch
             batch, n_chars = [], 0

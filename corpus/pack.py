@@ -23,7 +23,7 @@ from pathlib import Path
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 from corpus import mix, readers
-from corpus.encode import Encoder, Record, hash_of, split_by_hash
+from corpus.encode import Encoder, hash_of, split_by_hash
 from corpus.options import OPTIONS, Parser, print_next, read_files, run_command
 from corpus.writer import Piece, digest_of, writing
 from files import one_line_errors
@@ -43,34 +43,34 @@ def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, maske
     eot_in_rows   put end-of-text between rows of ids as well
     returns       the dict in meta.json
     """
-    records = (Record(document, f'{split} document {n}', split=split)
-               for split, documents in splits.items() for n, document in enumerate(documents))
+    documents = (readers.Document(text, f'{split} document {n}', split=split)
+                 for split, texts in splits.items() for n, text in enumerate(texts))
     encoder = Encoder(tokenizer, eot_in_rows=eot_in_rows)
-    return pack(folder, lambda start: records, encoder, source, splits=tuple(splits),
+    return pack(folder, lambda start: documents, encoder, source, splits=tuple(splits),
                 shard_tokens=shard_tokens, masked=masked)
 
 
 def pack(folder, read, encoder, source, *, splits=('train', 'val'), **options) -> dict:
-    """Pack the Records that read(number of records to pass over) yields. Returns the dict in meta.json.
+    """Pack the Documents that read(number of them to pass over) yields. Returns the dict in meta.json.
 
     options  shard_tokens, masked and recipe of Writer. With a recipe, the same call continues a killed run
     """
     with writing(folder, encoder.tokenizer, splits, unique=encoder.clean, **options) as writer:
-        write_records(writer, encoder, read(writer.progress.n_records))
+        write_documents(writer, encoder, read(writer.progress.n_read))
         if writer.empty_split() and encoder.val_fraction and writer.progress.documents:
             print(f'{writer.name}: all documents fell to one split: the last one is cut, '
                   'its end is for validation')
-            records = cut_at_end(read(0), writer.progress.last_taken, encoder.val_fraction)
+            documents = cut_at_end(read(0), writer.progress.last_taken, encoder.val_fraction)
             writer.recipe = None  # which describes other files
             writer.start_over()
-            write_records(writer, replace(encoder, max_docs=None), records)
+            write_documents(writer, replace(encoder, max_docs=None), documents)
         if writer.empty_split():
             writer.recipe = None
             raise ValueError(f'there is no text for the {writer.empty_split()} split: '
                              'give more text, or another --val_fraction')
         meta = writer.publish(source)
 
-    n_left_out = writer.progress.n_records - writer.progress.documents
+    n_left_out = writer.progress.n_read - writer.progress.documents
     if n_left_out:
         print(f'{writer.name}: {n_left_out:,} left out: empty, too short, repeated or not in the sample')
     for split, entry in meta['splits'].items():
@@ -79,10 +79,10 @@ def pack(folder, read, encoder, source, *, splits=('train', 'val'), **options) -
     return meta
 
 
-def write_records(writer, encoder, records):
-    """Encode and write all records, and save the progress now and then."""
+def write_documents(writer, encoder, documents):
+    """Encode and write all documents, and save the progress now and then."""
     saved_s = time.monotonic()
-    with closing(encoder.encode_all(records)) as batches:
+    with closing(encoder.encode_all(documents)) as batches:
         for batch in batches:
             for split, pieces in take(writer, encoder, batch).items():
                 if pieces:
@@ -99,32 +99,32 @@ def take(writer, encoder, batch):
     """Choose the documents of a batch to write, {split: Pieces}. The progress counts along."""
     progress, eot = writer.progress, encoder.tokenizer.eot
     taken = {split: [] for split in writer.splits}
-    for record, piece, value in batch:
+    for document, piece, value in batch:
         if progress.documents == encoder.max_docs:
             break
         if len(piece.ids) and (not encoder.clean or writer.is_new(value)):
-            split = record.split or split_by_hash(value, encoder.val_fraction)
-            takes_eot = eot is not None and (encoder.eot_in_rows or isinstance(record.text, str))
+            split = document.split or split_by_hash(value, encoder.val_fraction)
+            takes_eot = eot is not None and (encoder.eot_in_rows or isinstance(document.text, str))
             if takes_eot and (taken[split] or progress.splits[split]['tokens']):
                 taken[split].append(Piece([eot]))
             taken[split].append(piece)
             progress.documents += 1
-            progress.last_taken = progress.n_records
-        progress.n_records += 1
+            progress.last_taken = progress.n_read
+        progress.n_read += 1
     return taken
 
 
-def cut_at_end(records, number, val_fraction):
-    """Yield the records up to this number for training, but the end of the last one for validation."""
-    for n, record in enumerate(records):
-        text = record.text
+def cut_at_end(documents, number, val_fraction):
+    """Yield the documents up to this number for training, but the end of the last one for validation."""
+    for n, document in enumerate(documents):
+        text = document.text
         if n < number or not isinstance(text, str):
-            yield record._replace(split='train')
+            yield document._replace(split='train')
             continue
         wanted = min(int(len(text) * (1 - val_fraction)), len(text) - 1)
         cut = text.rfind('\n', 0, wanted) + 1 or text.find('\n', wanted, len(text) - 1) + 1 or len(text)
-        yield record._replace(text=text[:cut], split='train')
-        yield record._replace(text=text[cut:], split='val')
+        yield document._replace(text=text[:cut], split='train')
+        yield document._replace(text=text[cut:], split='val')
         return
 
 
@@ -138,19 +138,18 @@ def pack_files(args, source):
     has_blocks = any(format == 'blocks' for _, format in files)
     encoder = Encoder(None, args.val_fraction, args.clean, args.min_chars, args.sample, args.max_docs,
                       n_threads=args.workers)
-    n_records = None  # all
+    n_read = None  # all
 
     def read(start):
-        n = n_records and n_records - start
-        documents = itertools.islice(read_files(files, args, start), n)
-        return (Record(document.text, document.where) for document in documents)
+        n = n_read and n_read - start
+        return itertools.islice(read_files(files, args, start), n)
 
     if args.tokenizer != 'char':
         encoder.tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer, ['char'], args.eot))
     elif has_blocks:
         raise ValueError('blocks hold ids, not characters: name the tokenizer that made them')
     else:
-        characters, n_records = find_characters(read(0), encoder)  # further records may hold others
+        characters, n_read = find_characters(read(0), encoder)  # further documents may hold others
         encoder.tokenizer = CharTokenizer(characters)
     names = [[os.path.basename(path), format, readers.n_bytes_of(path)] for path, format in files]
     recipe = {**vars(args), 'source': source, 'files': digest_of(json.dumps(names)),
@@ -160,23 +159,23 @@ def pack_files(args, source):
     pack(args.out, read, encoder, source, shard_tokens=args.shard_tokens, masked=has_blocks, recipe=recipe)
 
 
-def find_characters(records, encoder):
-    """Return the characters of the documents to pack, in order, and the number of records they lie in."""
-    characters, n_records, n_taken, seen = set(), 0, 0, set()
-    for record in records:
-        text = encoder.choose(record.text)
+def find_characters(documents, encoder):
+    """Return the characters of the texts to pack, in order, and the number of documents read for them."""
+    characters, n_read, n_taken, seen = set(), 0, 0, set()
+    for document in documents:
+        text = encoder.choose(document.text)
         if encoder.max_docs and encoder.clean:
             value = hash_of(text)
             text = '' if value in seen else text
             seen.add(value)
         characters.update(text)
-        n_records += 1
+        n_read += 1
         n_taken += bool(text)
         if n_taken == encoder.max_docs:
             break
     if not characters:
         raise ValueError('there is no text in the corpus')
-    return ''.join(sorted(characters)), n_records
+    return ''.join(sorted(characters)), n_read
 
 
 def name_source(paths):

@@ -170,6 +170,7 @@ class Document(NamedTuple):
     text: str | Row
     where: str
     n_read: int = 0
+    split: str | None = None  # 'train' or 'val' of a dataset; None: its hash decides
 
 
 @dataclass

@@ -5,7 +5,7 @@
         writer.publish('my notes')
 
 An error leaves the old dataset as it was. With a recipe, save() notes in .packing/progress how many
-records were read and how much of each file they make. The next run with this recipe continues there; what a
+documents were read and how much of each file they make. The next run with this recipe continues there; what a
 killed run wrote after its last save() is cut off and written again.
 """
 import contextlib
@@ -41,9 +41,9 @@ class Piece(NamedTuple):
 class Progress:
     recipe: dict | None
     splits: dict  # name -> its entry in meta.json
-    n_records: int = 0  # read so far
+    n_read: int = 0  # documents read so far
     documents: int = 0  # written so far
-    last_taken: int = 0  # number of the last record that was written
+    last_taken: int = 0  # number of the last one that was read and written
 
 
 class Unusable(Exception):

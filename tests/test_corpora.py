@@ -18,7 +18,8 @@ from conftest import survives
 from test_prepare import SHARED, contents, data, run  # noqa: F401 (data is a fixture)
 
 from corpus import encode, pack
-from corpus.encode import Encoder, Record, split_by_hash
+from corpus.encode import Encoder, split_by_hash
+from corpus.readers import Document
 from tokens.dataset import read_meta
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
@@ -63,7 +64,7 @@ def pack_texts(folder, texts=TEXTS, tokenizer=None, read=None, shard_tokens=3000
 
 def records_of(texts, start=0):
     """The texts from the start on, as a script has them that reads no file."""
-    return (Record(text, f'document {n}') for n, text in enumerate(texts[start:], start))
+    return (Document(text, f'document {n}') for n, text in enumerate(texts[start:], start))
 
 
 def files_of(folder):
@@ -242,7 +243,7 @@ def test_a_shard_of_llmc_that_was_cut_short_is_one_line(tmp_path):
     path = tmp_path / 'fineweb_train_000001.bin'
     write_llmc(path, range(500))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match='does not fit 500 tokens of uint16 after a header of llm.c: it was cut short or altered'):
+    with pytest.raises(ValueError, match='expected a header of 1024 and 500 values of 2 bytes: it was cut short or altered'):
         Loader(tmp_path, 'train', block_size=10, batch_size=1)
 
 # -----------------------------------------------------------------------------
