@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')  # all control characters except tab and line feed
+UNDECODED = re.compile('[\udc80-\udcff]+')
 
 
 # -----------------------------------------------------------------------------
@@ -142,9 +143,14 @@ def print0(*args, **kwargs):
         pass  # there is no place left to report it
 
 
+def as_utf8(text):
+    """Decode the bytes that Python keeps as surrogates in a flag or file name if the locale is not UTF-8."""
+    return UNDECODED.sub(lambda match: os.fsencode(match[0]).decode('utf-8', 'replace'), text)
+
+
 def printable(text):
     """Escape control characters, so that a name or generated text cannot steer the terminal."""
-    return CONTROL.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
+    return CONTROL.sub(lambda match: f'\\x{ord(match[0]):02x}', as_utf8(text))
 
 
 @contextlib.contextmanager

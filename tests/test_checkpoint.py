@@ -84,6 +84,11 @@ def test_a_checkpoint_in_a_folder_whose_name_is_not_utf8_is_read(tmp_path):
     assert checkpoint.read(path) == {'iter_num': 3}
 
 
+def test_a_name_that_the_locale_cannot_express_is_printed_as_utf8():
+    assert files.printable('输出'.encode().decode('ascii', 'surrogateescape')) == '输出'
+    assert files.printable('\udce8\x1b \ud83d') == '\ufffd\\x1b \ud83d'
+
+
 def test_the_order_is_fsync_replace_fsync_of_the_folder(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
     path = tmp_path / 'file'

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from logs import write_samples
 from report import add_totals, code, read_metrics, read_run, write_report
 from tokens.loader import Loader
+from tokens.tokenizer import CharTokenizer
 from training.samples import read_prompts
 
 
@@ -264,6 +265,11 @@ def test_prompts_end_with_the_last_token_before_the_answer_where_a_mask_says_whe
 
 # -----------------------------------------------------------------------------
 # at the end of training
+
+
+def test_a_chinese_prompt_of_the_command_line_is_read_where_the_locale_is_not_utf8():
+    flag = '你好\r\n好'.encode().decode('ascii', 'surrogateescape')
+    assert read_prompts(flag, CharTokenizer('你好'), None) == [[0, 1], [1]]
 
 
 def test_training_ends_with_its_report(tiny, tmp_path):

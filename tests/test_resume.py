@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, TINY, differences, pack_chars, read_checkpoint, sentences, train_here
 
 from model import GPT
+from weights.begin import Start
 
 # Each case runs in a child of one process that has imported torch but not used it. What die() replaces is the encoding of a line
 # of metrics.jsonl: the process ends in the middle of the step, after checkpoints and lines that a resumed run must undo or keep.
@@ -305,6 +306,10 @@ def test_a_best_loss_of_other_windows_is_not_the_one_to_beat(finished):
     stdout, lines = resume(finished, '--eval_iters=1', '--max_iters=25', '--eval_interval=5')
     assert f'eval_iters changed: the best validation loss of {before:.4f} was measured on other windows' in stdout
     assert read_checkpoint(finished / 'ckpt.pt')['best_val_loss'] == lines[-1]['val_loss']
+
+
+def test_the_count_of_steps_skipped_in_a_row_begins_again():
+    assert Start(state=dict(history=[7.0, 6.0, 5.0, 4.0, 3.0])).history == [7.0, 0.0, 5.0, 4.0, 3.0]
 
 
 @pytest.mark.parametrize('flag, was', [('n_layer=3', 2), ('arch=modern', 'gpt2'), ('block_size=8', 16), ('optimizer=muon', 'adamw')])

@@ -359,6 +359,14 @@ def test_two_trainers_in_one_folder(tiny, tmp_path):
     train(*flags, out_dir=tmp_path / 'out')
 
 
+def test_what_a_killed_process_left_is_removed_at_the_next_start(tiny, tmp_path):
+    for name in ('.run.json.tmp7', '.metrics.jsonl.tmp12', '.loss.png.tmp7'):
+        (tmp_path / name).touch()
+    (tmp_path / '.lock').write_bytes(b'process \xff\x80')  # in no encoding
+    code, _, stderr, _ = train_here(*TINY, f'--dataset={tiny}', '--max_iters=1', out_dir=tmp_path)
+    assert code == 0 and not list(tmp_path.glob('.*.tmp*')), stderr
+
+
 def test_altered_data_are_noticed_where_that_is_asked_for(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / 'data')
     ids = np.fromfile(folder / 'val.bin', dtype='<u2')

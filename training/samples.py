@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from files import as_utf8
 from kernels import IGNORE
 
 N_TOKENS = 100
@@ -21,7 +22,7 @@ def read_prompts(generate_prompts: str, tokenizer, loader) -> list[list[int]]:
     A beginning is 16 tokens; of a conversation, everything before the first target.
     """
     if generate_prompts:
-        return [tokenizer.encode(line) for line in generate_prompts.splitlines() if line]
+        return [tokenizer.encode(line) for line in as_utf8(generate_prompts).splitlines() if line]
     prompts = []
     batch = loader.windows(np.arange(4) * loader.n_windows // 4)
     for x, y in zip(batch.x, batch.y, strict=True):
