@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     documents: torch.Tensor | None = None
 
     def to(self, device):
-        """Copy the batch to a device, to CUDA from pinned memory without waiting."""
+        """Copy to a device; to CUDA from pinned memory, without waiting."""
         tensors = [tensor for tensor in self if tensor is not None]
         if torch.device(device).type == 'cuda':
             tensors = [tensor.pin_memory() for tensor in tensors]
@@ -49,7 +49,7 @@ class Batches:
     """Shared by packed data and streams. A subclass defines windows(g).
 
     grad_accum   micro-steps in a step
-    prefetch     whether a thread makes the next batch while the model works on this one
+    prefetch     make the next batch in a thread while the model works on this one
     """
 
     def __init__(self, *, block_size: int, batch_size: int, grad_accum: int = 1, rank: int = 0,
@@ -90,7 +90,7 @@ class Loader(Batches):
     folders   one folder or several
     order     as in Windows; 'sequential' reads all folders one after another, whatever their weights
     weights   share of each folder, summing to 1; None = all count as one dataset
-    isolate   whether batches hold the number of each token's document
+    isolate   give each token the number of its document
     """
 
     def __init__(self, folders, split: str, *, order: str = 'shuffle', weights: list | None = None,
@@ -123,7 +123,7 @@ class Loader(Batches):
         return located
 
     def windows(self, g: np.ndarray) -> Batch:
-        """Return the windows numbered g, (K,) int64, counted over the whole run."""
+        """Return the windows numbered g, (K,) int64."""
         located = self.locate(g)
         x, y = pad([shard.read(start, length) for shard, start, length in located], self.block_size)
         documents = np.zeros_like(x)

@@ -108,7 +108,7 @@ class Stream(Batches):
         return step * self.rows_per_step + self.shift
 
     def windows(self, g) -> Batch:
-        """Return the windows numbered g, ascending (K,) int64, counted over the whole run."""
+        """Return the windows numbered g, ascending (K,) int64."""
         T, rows = self.block_size, []
         numbers, index = np.divmod(g, self.shuffle_window)
         with self.lock:  # against the prefetching thread
@@ -169,11 +169,7 @@ class Stream(Batches):
 
 
 class Head:
-    """The first windows of a Text in order, held in memory, for evaluation.
-
-    batch_size  windows that an evaluation takes at a time
-    n_windows   fewer if the text ends before; None = all
-    """
+    """The first windows of a Text in order, held in memory, for evaluation. n_windows=None takes all."""
 
     def __init__(self, text: Text, block_size: int, n_windows: int | None = None, *, batch_size: int = 1):
         self.block_size, self.batch_size = block_size, batch_size

@@ -100,7 +100,7 @@ class Tokenizer:
 
 
 def replace_surrogates(text):
-    """Return the text with U+FFFD for each half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    """Put U+FFFD for each half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
     return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
 
 
@@ -292,7 +292,7 @@ KINDS = {kind.kind: kind for kind in (CharTokenizer, ItosTokenizer, IdTokenizer,
 
 
 def load_tokenizer(meta: dict) -> Tokenizer:
-    """Return the tokenizer that meta() describes. Raises ValueError if it describes none."""
+    """Return the tokenizer that meta() describes. Raise ValueError if it describes none."""
     kind = meta.get('kind') if isinstance(meta, dict) else None
     if kind not in list(KINDS):
         raise ValueError(f'tokenizer kind is {kind!r}, accepted are {", ".join(KINDS)}')
@@ -301,7 +301,7 @@ def load_tokenizer(meta: dict) -> Tokenizer:
 
 
 def vocab_size_of(meta: dict) -> int:
-    """Return V of the tokenizer that meta() describes, without a download. Raises ValueError as above."""
+    """Return V of the tokenizer that meta() describes, without a download."""
     return GPT2_VOCAB_SIZE if meta == GPT2_META else load_tokenizer(meta).vocab_size
 
 
