@@ -176,16 +176,12 @@ def show(folder, split='train', n_rows=3):
 
 def open_tokenizer(name):
     """Load gpt2, byte, or the tokenizer of a checkpoint, an out_dir, or a folder with tokenizer.json."""
-    path = Path(name)
-    if (path / 'ckpt.pt').exists():
-        path = path / 'ckpt.pt'
-    if path.suffix != '.pt':
-        return load_tokenizer(tokenizer_meta(name))
-    import checkpoint
-    meta = checkpoint.read(path).get('tokenizer')
-    if meta is None:
-        raise ValueError(f'{path} does not name its tokenizer: use --tokenizer=gpt2 if its model is GPT-2')
-    return load_tokenizer(meta)
+    from weights.begin import find_start  # imports torch
+    if name.endswith('.pt'):
+        return load_tokenizer(find_start(checkpoint_path=name).tokenizer)
+    if (Path(name) / 'ckpt.pt').exists():
+        return load_tokenizer(find_start(out_dir=name).tokenizer)
+    return load_tokenizer(tokenizer_meta(name))
 
 
 def build_command(argv, doc=None, folder=None, download=None, style='chat'):

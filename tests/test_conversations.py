@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import checkpoint
 from corpus import conversations as chat
 from corpus.dialogue import Passage, answered, read_conversations
 from corpus.pack import write_dataset
@@ -340,7 +341,10 @@ def test_nothing_for_a_split_and_a_tokenizer_without_end(tmp_path):
 
 def test_the_command_line(tmp_path):
     file = write(tmp_path / 'x.json', [{'question': f'q{i}', 'answer': 'ä'} for i in range(40)])
-    torch.save({'tokenizer': BYTES.meta()}, tmp_path / 'ckpt.pt')  # what build looks for in a checkpoint
+    model = GPT(GPTConfig(block_size=16, vocab_size=BYTES.vocab_size, n_layer=1, n_head=2, n_embd=16))
+    state = dict(model=model.state_dict(), optimizer={}, model_args=vars(model.config), iter_num=7, config={}, tokenizer=BYTES.meta(),
+                 vocab_size=BYTES.vocab_size, format=checkpoint.FORMAT)
+    checkpoint.CheckpointFolder(tmp_path).save(state)
 
     def run(*arguments):
         return subprocess.run([sys.executable, ROOT / 'corpus/conversations.py', *map(str, arguments)], capture_output=True, text=True, encoding='utf-8', cwd=tmp_path)
