@@ -84,7 +84,7 @@ def rules_of(meta):
     for name, split in meta['splits'].items():
         yield f'splits.{name}.shards', split['shards'], 'a list of one or more'
         for shard in split['shards']:
-            size, is_name = shard['tokens'], re.fullmatch(r'[\w-]+\.bin', shard['file'])
+            size, is_name = shard['tokens'], re.fullmatch(r'[\w-]+\.bin', str(shard['file']))
             yield 'file', is_name, f'the name of a .bin file in this folder, not {shard["file"]!r}'
             yield 'tokens', type(size) is int and size >= 0, f'a count, not {size!r}'
             yield 'row_tokens', row is None or row > 1 and size % row == 0, f'a divisor of {size}'
