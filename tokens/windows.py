@@ -76,7 +76,7 @@ class Windows:
     def __init__(self, splits, T, order, seed):
         self.order, self.seed, self.T, self.table = order, seed, T, None
         self.shards = [shard for split in splits for shard in split.shards]
-        sizes = self.sizes = np.array([shard.n_tokens for shard in self.shards])
+        sizes = self.sizes = np.array([shard.n_tokens for shard in self.shards], dtype=np.int64)
         self.borders = np.cumsum([0, *sizes])  # first token of each shard, and the end
         name = f'{", ".join(str(split.folder) for split in splits)}: the {splits[0].split} split'
         if order == 'documents' or any(split.row_tokens for split in splits):
