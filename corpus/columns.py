@@ -1,10 +1,10 @@
-"""Read the rows of Parquet and Arrow files as dicts, with pyarrow, a few at a time."""
+"""Read the rows of Parquet and Arrow files as dicts, with pyarrow."""
 
 import os
 
 from corpus.textfile import check_fields
 
-BATCH_BYTES = 1 << 20  # the rows of a batch, about
+BATCH_ROWS = 16  # few, because as Python's objects the rows take memory once more
 
 
 def read_parquet(path, reading):
@@ -18,22 +18,19 @@ def read_parquet(path, reading):
     with file:  # without pre_buffer, a row group of any size is read in pieces
         parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False,
                                               page_checksum_verification=True)
-        check_columns(parquet.schema_arrow, path, reading)
-        groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
+        check_columns(parquet.schema_arrow, path, reading.fields)
         n_bytes, n_rows = file.seek(0, os.SEEK_END), parquet.metadata.num_rows
-        first_group = first_row = 0
-        while first_group < len(groups) and reading.to_skip >= groups[first_group].num_rows:
-            reading.to_skip -= groups[first_group].num_rows
-            first_row += groups[first_group].num_rows
-            first_group += 1
-
-        row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
-        batches = parquet.iter_batches(batch_size=min(max(BATCH_BYTES // max(row_bytes, 1), 1), 256),
-                                       row_groups=range(first_group, len(groups)), columns=reading.fields)
-        rows = (row for batch in batches for row in rows_of_batch(batch))
-        for number, row in enumerate(rows, first_row + 1):
-            reading.n_read = n_bytes * number // n_rows
-            yield row, f'{path}, row {number}'
+        group_rows = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
+        group = row = 0
+        while group < len(group_rows) and reading.to_skip >= group_rows[group]:
+            reading.to_skip -= group_rows[group]
+            row += group_rows[group]
+            group += 1
+        for batch in parquet.iter_batches(BATCH_ROWS, range(group, len(group_rows)), reading.fields):
+            for record in batch.to_pylist():
+                row += 1
+                reading.n_read = n_bytes * row // n_rows
+                yield record, f'{path}, row {row}'
         reading.n_read = n_bytes
 
 
@@ -43,22 +40,19 @@ def read_arrow(path, reading):
         is_stream = file.read(6) != b'ARROW1'  # datasets writes the stream format, others the file format
         file.seek(0)
         reader = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
-        check_columns(reader.schema, path, reading)
-        batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
-        rows = (row for batch in batches for row in rows_of_batch(batch))
-        for number, row in enumerate(rows, 1):
+        check_columns(reader.schema, path, reading.fields)
+        row = 0
+        for batch in reader if is_stream else map(reader.get_batch, range(reader.num_record_batches)):
             reading.n_read = file.tell()
-            yield row, f'{path}, row {number}'
+            for begin in range(0, batch.num_rows, BATCH_ROWS):
+                for record in batch.slice(begin, BATCH_ROWS).to_pylist():
+                    row += 1
+                    yield record, f'{path}, row {row}'
         reading.n_read = file.size()
 
 
-def rows_of_batch(batch):
-    for begin in range(0, batch.num_rows, 16):  # as Python's objects they take memory once more
-        yield from batch.slice(begin, 16).to_pylist()
-
-
-def check_columns(schema, path, reading):
-    check_fields(reading.fields, schema.names, path)
-    for field in reading.fields or ():
+def check_columns(schema, path, fields):
+    check_fields(fields, schema.names, path)
+    for field in fields or ():
         if 'string' not in str(schema.field(field).type):
             raise ValueError(f'{path}: field {field!r} holds {schema.field(field).type}, which is not text')

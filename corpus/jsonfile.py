@@ -5,8 +5,6 @@ ijson parses. It reads half a surrogate pair, such as "\\ud83d" alone, as a ques
 
 import re
 
-import ijson
-
 from corpus.textfile import MAX_RECORD_CHARS, TextFile, too_long
 
 TOO_DEEP = re.compile(r'(?:[\[{]\s*(?:"[^"]*"\s*:\s*)?){200}')  # ijson keeps the path of every value above
@@ -29,8 +27,9 @@ class Source:
         return text.encode('utf-8')
 
 
-def read_json(path, reading):
+def read_json_records(path, reading):
     """Yield (record, where) of every record of a file."""
+    import ijson
     n_records = 0
     try:
         prefix = find_prefix(path, reading)
@@ -59,6 +58,7 @@ def find_prefix(path, reading):
     returns  'item' for an array, 'key.item' for {"key": [...]}, '' for one record after another, and None for
              an object of objects
     """
+    import ijson
     depth, key, kinds = 0, None, []
     with TextFile(path, reading.encoding, reading.errors) as file:
         source = Source(file)

@@ -25,34 +25,20 @@ are read in the order of their names.
 import codecs
 import csv
 import functools
-import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from corpus.blocks import Row, check_blocks, read_rows
 from corpus.columns import read_arrow, read_parquet
+from corpus.jsonfile import read_json_records
 from corpus.textfile import MAX_RECORD_CHARS, TextFile, check_fields, naming, too_long
 from corpus.wiki import plain_text, read_pages
 from files import json_lines, print0, read_json
 
-ENDINGS = {
-    'text': ('.txt',),
-    'paragraphs': ('.txt',),
-    'lines': ('.txt',),
-    'jsonl': ('.jsonl', '.ndjson'),
-    'json': ('.json',),
-    'csv': ('.csv',),
-    'tsv': ('.tsv',),
-    'parquet': ('.parquet',),
-    'arrow': ('.arrow',),
-    'wiki': ('.xml',),
-    'blocks': ('token_float32.npy',),
-}
-FORMATS = tuple(ENDINGS)
-FORMAT_OF_ENDING = {ending: name for name in reversed(FORMATS) for ending in ENDINGS[name]}  # .txt is text
 COMPRESSED = re.compile(r'\.(gz|bz2|zst)$', re.IGNORECASE)
 ERRORS = ('strict', 'replace')
 PART_CHARS = 1 << 20  # a longer text file is cut into documents of this length
@@ -72,10 +58,8 @@ def find_files(inputs, format: str = 'auto') -> list[File]:
 
     inputs   files, folders, and addresses hf://... of Parquet files
     format   'auto' takes the format from each name
-    raises   FileNotFoundError, ValueError if there is nothing to read or a format is unknown
+    raises   FileNotFoundError, ValueError if there is nothing to read
     """
-    if format not in ('auto', *FORMATS):
-        raise ValueError(f'--format={format}: accepted are auto, {", ".join(FORMATS)}')
     entries = []
     for path in map(os.fspath, inputs):
         if os.path.isdir(path):
@@ -105,7 +89,7 @@ def ending_of(path):
 def files_below(folder, format):
     """List (path, ending) in a folder. A named format that has no file with its ending takes every file."""
     entries = list(walk(folder))
-    endings = ENDINGS.get(format, FORMAT_OF_ENDING)
+    endings = FORMAT_OF_ENDING if format == 'auto' else FORMATS[format].endings
     wanted = [(path, ending) for path, ending in entries if ending in endings]
     if not wanted and entries and format not in ('auto', 'arrow', 'blocks'):
         return entries
@@ -184,8 +168,6 @@ class Reading:
     file: TextFile | None = None  # the file, if it is text
 
     def __post_init__(self):
-        if self.errors not in ERRORS:
-            raise ValueError(f'--errors={self.errors}: accepted are {", ".join(ERRORS)}')
         try:
             codecs.lookup(self.encoding)
         except LookupError:
@@ -214,9 +196,10 @@ def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict
             check_blocks(folder, folders[0])
     n_before = 0  # bytes of the files before this one
     for path, format in files:
-        reading.file, reading.n_read, text_of = None, 0, TEXT_OF.get(format)
+        reading.file, reading.n_read = None, 0
+        read, _, text_of = FORMATS[format]
         with naming(path):
-            for record, where in READERS[format](path, reading):
+            for record, where in read(path, reading):
                 if reading.to_skip:
                     reading.to_skip -= 1
                     continue
@@ -233,14 +216,15 @@ def read_records(files: list[File], *, encoding: str = 'utf-8'):
     """Yield (record, where) of every record, with all of its fields. Formats of text alone have none."""
     reading = Reading(encoding=encoding)
     for path, format in files:
-        if format not in RECORD_FORMATS:
-            raise ValueError(f'{path}: {format} has no records, accepted are {", ".join(RECORD_FORMATS)}')
+        read, _, text_of = FORMATS[format]
+        if text_of is not text_of_record:
+            raise ValueError(f'{path}: records with fields are needed, which {format} does not have')
         with naming(path):
-            yield from READERS[format](path, reading)
+            yield from read(path, reading)
 
 
 # -----------------------------------------------------------------------------
-# text formats. A reader yields (record, where) of a file.
+# text formats
 
 
 def read_parts(path, reading):
@@ -307,17 +291,12 @@ def read_csv(path, reading, delimiter=','):
             raise ValueError(f'{path}, line {rows.line_num}: not a table of values: {error}') from None
 
 
-def read_json_file(path, reading):
-    from corpus.jsonfile import read_json  # imports ijson
-    yield from read_json(path, reading)
-
-
 def text_of_record(record, where, fields):
     """Join a record's fields by line feeds. A list of texts is as good as a text, and so is a bare string."""
     if isinstance(record, str):
         record, fields = {'': record}, ['']
     if not isinstance(record, dict):
-        raise ValueError(f'{where}: an object or a string is needed, not {excerpt(record)}')
+        raise ValueError(f'{where}: an object or a string is needed, not {record!r:.40}')
     check_fields(fields, record, where)
     texts = []
     for field in fields:
@@ -325,13 +304,9 @@ def text_of_record(record, where, fields):
         if isinstance(value, list) and all(isinstance(text, str) for text in value):
             value = '\n'.join(value)
         if not isinstance(value, str | None):
-            raise ValueError(f'{where}: field {field!r} holds {excerpt(value)}, which is not text')
+            raise ValueError(f'{where}: field {field!r} holds {value!r:.40}, which is not text')
         texts.append(value)
     return clean('\n'.join(filter(None, texts)))
-
-
-def excerpt(value):
-    return json.dumps(value, default=str, ensure_ascii=False)[:40]
 
 
 def clean(text):
@@ -353,18 +328,23 @@ def text_of_page(page, where, fields):
     return clean('\n'.join(values[field] for field in fields))
 
 
-READERS = {
-    'text': read_parts,
-    'paragraphs': read_paragraphs,
-    'lines': read_lines,
-    'jsonl': read_jsonl,
-    'json': read_json_file,
-    'csv': read_csv,
-    'tsv': functools.partial(read_csv, delimiter='\t'),
-    'parquet': read_parquet,
-    'arrow': read_arrow,
-    'wiki': read_wiki,
-    'blocks': read_rows,
+class Format(NamedTuple):
+    read: Callable  # (path, reading) yields (record, where)
+    endings: list
+    text_of: Callable | None = None  # (record, where, fields) returns the text of a record
+
+
+FORMATS = {
+    'text': Format(read_parts, ['.txt']),
+    'paragraphs': Format(read_paragraphs, ['.txt']),
+    'lines': Format(read_lines, ['.txt'], text_of_record),
+    'jsonl': Format(read_jsonl, ['.jsonl', '.ndjson'], text_of_record),
+    'json': Format(read_json_records, ['.json'], text_of_record),
+    'csv': Format(read_csv, ['.csv'], text_of_record),
+    'tsv': Format(functools.partial(read_csv, delimiter='\t'), ['.tsv'], text_of_record),
+    'parquet': Format(read_parquet, ['.parquet'], text_of_record),
+    'arrow': Format(read_arrow, ['.arrow'], text_of_record),
+    'wiki': Format(read_wiki, ['.xml'], text_of_page),
+    'blocks': Format(read_rows, ['token_float32.npy']),
 }
-RECORD_FORMATS = ('jsonl', 'json', 'csv', 'tsv', 'parquet', 'arrow', 'lines')
-TEXT_OF = {**dict.fromkeys(RECORD_FORMATS, text_of_record), 'wiki': text_of_page}
+FORMAT_OF_ENDING = {ending: name for name in reversed(FORMATS) for ending in FORMATS[name].endings}
