@@ -1,6 +1,7 @@
 """Command lines of the corpus commands and of data/*/prepare.py."""
 import argparse
 import difflib
+import itertools
 import os
 import shlex
 import sys
@@ -95,11 +96,13 @@ def run_command(doc, commands):
         raise ValueError(f'{command}: accepted are {", ".join(commands)}')
 
 
-def read_files(files, args, start=0):
-    """Yield the documents of files of corpus/readers.py after the first `start`, with a progress bar."""
+def read_files(files, args, start=0, stop=None):
+    """Yield the documents number start to stop of files of corpus/readers.py, with a progress bar."""
     from tqdm import tqdm
     documents = read_documents(files, fields=args.field.split(','), errors=args.errors,
                                encoding=args.encoding, start=start)
+    if stop is not None:
+        documents = itertools.islice(documents, stop - start)
     every_s = 0.1 if sys.stderr.isatty() else LOG_EVERY_S
     with tqdm(total=sum(n_bytes_of(path) for path, _ in files), unit='B', unit_scale=True,
               mininterval=every_s, delay=every_s) as bar:

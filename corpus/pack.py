@@ -11,13 +11,13 @@ stays there when documents are added. Memory holds a few megabytes per thread; -
 document. The same command continues a killed run. The files are the same byte for byte for any number of
 threads and after any number of kills.
 """
-import itertools
 import json
 import os
 import sys
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 if __name__ == '__main__':
@@ -138,19 +138,15 @@ def pack_files(args, source):
     has_blocks = any(format == 'blocks' for _, format in files)
     encoder = Encoder(None, args.val_fraction, args.clean, args.min_chars, args.sample, args.max_docs,
                       n_threads=args.workers)
-    n_read = None  # all
-
-    def read(start):
-        n = n_read and n_read - start
-        return itertools.islice(read_files(files, args, start), n)
-
+    read = partial(read_files, files, args)
     if args.tokenizer != 'char':
         encoder.tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer, ['char'], args.eot))
     elif has_blocks:
         raise ValueError('blocks hold ids, not characters: name the tokenizer that made them')
     else:
-        characters, n_read = find_characters(read(0), encoder)  # further documents may hold others
+        characters, n_read = find_characters(read(0), encoder)
         encoder.tokenizer = CharTokenizer(characters)
+        read = partial(read_files, files, args, stop=n_read)  # further documents may hold other characters
     names = [[os.path.basename(path), format, readers.n_bytes_of(path)] for path, format in files]
     recipe = {**vars(args), 'source': source, 'files': digest_of(json.dumps(names)),
               'tokenizer': encoder.tokenizer.meta()}

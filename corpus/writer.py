@@ -52,7 +52,7 @@ class Unusable(Exception):
 
 @contextlib.contextmanager
 def writing(folder, tokenizer, splits, **options):
-    """Lock a dataset folder and yield the Writer of its next contents. The arguments are those of Writer."""
+    """Lock a dataset folder and yield its Writer, which takes the same arguments."""
     folder = Path(folder)
     work = folder / '.packing'
     work.mkdir(parents=True, exist_ok=True)
@@ -159,15 +159,16 @@ class Writer:
                 name = f'{split}_{len(shards):06d}.bin' if self.shard_tokens else f'{split}.bin'
                 shards.append({'file': name, 'tokens': 0, 'crc32': 0})
                 self.file(name, 'wb')
-            shard = shards[-1]
-            room = self.shard_tokens and self.shard_tokens - shard['tokens']
-            part, ids = np.split(ids, [room or len(ids)])
+            shard, part = shards[-1], ids
+            if self.shard_tokens:
+                part = ids[:self.shard_tokens - shard['tokens']]
+            ids = ids[len(part):]
             self.file(shard['file']).write(part.tobytes())
             shard['crc32'] = zlib.crc32(part, shard['crc32'])
             shard['tokens'] += len(part)
 
     def is_new(self, value):
-        """Tell whether no document with this hash was written, and note it."""
+        """Tell whether a document's hash is new, and note it. The document is written next."""
         at = np.searchsorted(self.seen, np.uint64(value))
         if value in self.seen[at:at + 1] or value in self.more_seen:
             return False
@@ -215,7 +216,7 @@ class Writer:
 
         All bytes are on the disk before the first file is renamed. Until the last rename meta.json says that
         the dataset is unfinished, so that no reader takes a mixture of old and new files for a dataset.
-        Returns the dict in meta.json, which has these values more.
+        Returns the dict in meta.json, to which `more` is added.
         """
         self.close_files()
         meta = {'format': 1, 'dtype': self.dtype.name, 'vocab_size': self.tokenizer.vocab_size,
@@ -247,7 +248,7 @@ class Writer:
 
 
 def undo_publishing(work, folder):
-    """Bring back the state before publish(), if that was interrupted. This may be interrupted as well."""
+    """Bring back the state before an interrupted publish(). This may be interrupted as well."""
     if not (work / 'publishing.json').exists():
         return
     if not (work / 'meta.json').exists():  # only the cleaning after it was interrupted
