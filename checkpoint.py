@@ -310,8 +310,10 @@ def gather(model, optimizers) -> dict:
             for moments in optimizer.state.values():
                 if 'step' in moments:
                     moments['step'].zero_()
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     model_state, optimizer_state = dcp.get_state_dict(model, optimizers, options=options)
+    trained = foreign.trained_weights(model)
+    model_state = {name: tensor for name, tensor in model_state.items() if name in trained}
     return dict(model=model_state, optimizer=optimizer_state)
 
 

@@ -218,7 +218,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, n_rows, softcap, dtype):
         w = weight.to(dtype)
         loss = x.new_zeros((), dtype=torch.float32)
-        grads_x, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        grads_x, grad_weight = [], None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for rows, target in zip(x.split(n_rows), targets.split(n_rows), strict=True):
             rows, valid = rows.to(dtype), (target != IGNORE)[:, None]
             logits = (rows @ w.t()).float()  # (n_rows, V)
@@ -227,15 +229,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss = loss + (losses * valid).sum()
             grad = (grad * valid).to(dtype)
             grads_x.append((grad @ w).to(x.dtype))
-            grad_weight += grad.t() @ rows
-        ctx.save_for_backward(torch.cat(grads_x), grad_weight.to(weight.dtype))
+            if grad_weight is not None:
+                grad_weight += grad.t() @ rows
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.save_for_backward(torch.cat(grads_x), grad_weight)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad_loss
+        return grad_x * grad_loss, grad_weight, None, None, None, None
 
 
 def cross_entropy_gradient(logits, target, softcap):

@@ -28,6 +28,7 @@ from corpus.readers import read_text
 from corpus.template import Template
 from files import one_line_errors, printable, write_atomically
 from tokens.tokenizer import load_tokenizer, opening
+from weights import lora
 from weights.begin import build_model, find_start
 
 # -----------------------------------------------------------------------------
@@ -38,6 +39,7 @@ checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be a
 n_head: int | None = None  # for a checkpoint_path that does not say it
 strict = True  # False: checkpoint_path may lack weights or have others, which are listed
 export = ''  # write the model to this folder for transformers, or to this .npz file, and do not sample
+adapter = False  # export the LoRA adapter of a run alone, to a folder for peft
 # the text
 start = '\n'  # the prompt, or FILE:prompt.txt; may contain <|endoftext|>
 num_samples = 10
@@ -171,20 +173,26 @@ if __name__ == '__main__':
             precision = torch.float32  # as it was trained
         trained = find_start(init_from, out_dir, checkpoint_path, n_head)
         tokenizer = load_tokenizer(trained.tokenizer)
+        if adapter and not (export and trained.lora):
+            raise ValueError('adapter=True: needs --export=FOLDER, and a run with lora_rank')
         questions = read_questions(prompts) if prompts else []
         template = ''
         if chat or prompts:
             template = choose_style(style, trained, tokenizer)
         else:
             prompt = encode_prompt(start, tokenizer, is_default='start' not in explicit)
-        model = build_model(trained, tokenizer, precision, strict).to(place.device, precision)
+        merge = not adapter
+        model = build_model(trained, tokenizer, precision, strict, merge).to(place.device, precision)
 
         # export, or generate
         torch.manual_seed(seed)
         if not export:
             prepare_decoding(model, place.device, compile, quantize)
         answerer = Answerer(model, tokenizer, template, sampling)
-        if export:
+        if export and adapter:
+            for file in lora.save_peft(model, export, trained.lora['base']):
+                print(f'{file}: {file.stat().st_size:,} bytes')
+        elif export:
             jinja = Template(tokenizer, trained.style).jinja() if trained.style else None
             for file in model.save_pretrained(export, tokenizer, jinja):
                 print(f'{file}: {file.stat().st_size:,} bytes')

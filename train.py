@@ -95,6 +95,10 @@ rope_theta = 10000.0
 qk_norm: bool | None = None  # normalize queries and keys, as Qwen3 does
 qkv_bias = False  # biases of queries, keys and values, as in Qwen2
 tied: bool | None = None  # one matrix for embedding and head
+# LoRA: freeze the weights of init_from, and train two thin matrices beside each of them
+lora_rank = 0  # 0 = train all weights
+lora_alpha = 32.0  # the adapter counts lora_alpha / lora_rank
+lora_targets = 'c_attn,c_proj,c_fc'
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: Muon for the blocks' matrices, AdamW for the rest
 learning_rate = 6e-4  # peak, AdamW
@@ -161,12 +165,13 @@ with one_line_errors(), distributed.signals_noted():
 
     # model and optimizers
     torch.manual_seed(seed)
-    model = make_model(start, settings, vocab_size, tokenizer_meta)
+    compute_dtype = devices.choose_dtype(dtype, place.device)
+    frozen_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
+    model = make_model(start, settings, vocab_size, tokenizer_meta, frozen_dtype)
     model.activation_checkpointing, model.loss_chunks = activation_checkpointing, loss_chunks
     model.bf16_residual = bf16_residual
-    compute_dtype = devices.choose_dtype(dtype, place.device)
     model = distributed.prepare(model, place, parallel=parallel, shard_ranks=shard_ranks, dtype=compute_dtype)
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(place.device.type, compute_dtype, enabled=compute_dtype != torch.float32)
     scaler = torch.amp.GradScaler(place.device.type, enabled=compute_dtype == torch.float16)
     optimizers = optim.configure_optimizers(model, OptimizerSettings(
@@ -216,7 +221,7 @@ with one_line_errors(), distributed.signals_noted():
     intervals += [generate_interval] if prompts else []
     # the constant part of each checkpoint
     facts = dict(model_args=vars(model.config), config=settings, tokenizer=tokenizer_meta,
-                 vocab_size=vocab_size, style=data.style, data=data.train.fingerprint(),
+                 vocab_size=vocab_size, lora=start.lora, style=data.style, data=data.train.fingerprint(),
                  format=checkpoint.FORMAT)
     if progress.iter_num >= max_iters and not eval_only:
         print0(f'nothing to train: the checkpoint is at iteration {progress.iter_num}, '

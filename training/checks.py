@@ -12,7 +12,7 @@ LIMITS = (
     (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters muon_warmup_iters'),
     (0, math.inf, 'learning_rate matrix_lr embedding_lr head_lr min_lr weight_decay grad_clip skip_spikes'),
     (0, math.inf, 'lr_decay_iters shard_ranks patience hellaswag_interval lambada_interval core_interval'),
-    (0, math.inf, 'max_examples'),
+    (0, math.inf, 'max_examples lora_rank lora_alpha'),
     (0, 1, 'beta1 beta2'),
     (0, 2**63, 'seed'),
     (-1, math.inf, 'keep_last_n_checkpoints'),
@@ -54,6 +54,7 @@ def check_settings(settings: dict):
             s.checkpoint_path and not reads_file,
         'isolate_documents=True is for packed datasets, a stream does not keep documents apart: '
         'pack the text, or leave isolate_documents out': s.isolate_documents and is_stream,
+        f'lora_rank={s.lora_rank} is for --parallel=ddp: leave --parallel=fsdp out': s.lora_rank and is_fsdp,
         f'shard_ranks={s.shard_ranks} is for --parallel=fsdp: add it, or use --shard_ranks=0':
             s.shard_ranks and not is_fsdp,
         'shard_gradients=True is for --parallel=fsdp: add it, or use --shard_gradients=False':

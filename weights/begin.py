@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
+
 import checkpoint
 import distributed
 from configurator import checked
@@ -18,11 +20,13 @@ from model import GPT, GPTConfig
 from tokens.dataset import dataset_folders, read_meta, read_meta_pkl
 from tokens.tokenizer import GPT2_META, fingerprint, vocab_size_of
 from training.progress import Progress
-from weights import foreign, pretrained
+from weights import foreign, lora, pretrained
 
 # settings that define the model or the optimizer's state: they cannot change on resume
 LLAMA_SETTINGS = ('n_kv_head', 'head_size', 'n_hidden', 'rope_theta', 'qk_norm', 'qkv_bias', 'tied')
-FIXED_ON_RESUME = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', *LLAMA_SETTINGS, 'optimizer')
+LORA_SETTINGS = ('lora_rank', 'lora_alpha', 'lora_targets')
+FIXED_ON_RESUME = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', *LLAMA_SETTINGS, 'optimizer',
+                   *LORA_SETTINGS)
 # settings of one start of a run, which a checkpoint does not bring back
 PER_START = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'verify_data',
              'device', 'backend', 'timeout_s')
@@ -39,6 +43,7 @@ class Start:
     model_args: dict | None = None  # of GPTConfig; None = a new model
     weights: dict | None = None  # by name; None = read them from path with GPT.from_pretrained()
     tokenizer: dict | None = None  # its meta(); None = unknown
+    lora: dict | None = None  # of a checkpoint that holds an adapter alone: its settings and its base model
     style: str | None = None  # conversation template that the model was tuned on
     settings: dict = field(default_factory=dict)  # of the run that wrote the checkpoint
     progress: Progress = field(default_factory=Progress)
@@ -60,7 +65,7 @@ class Start:
             return '', 0
         self.path, self.state, self.settings = str(path), state, state['config']
         self.model_args, self.weights = state['model_args'], state['model']
-        self.tokenizer, self.style = state.get('tokenizer'), state.get('style')
+        self.tokenizer, self.style, self.lora = state.get('tokenizer'), state.get('style'), state.get('lora')
         self.progress = Progress.of(state)
         return self.path, state['iter_num']
 
@@ -162,12 +167,16 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
     return {name: value for name, value in stored.items() if name not in explicit}
 
 
-def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: dict) -> GPT:
+def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: dict, dtype) -> GPT:
     """Make the model to train: new, with the weights of the start, or in its shape for restore() to fill.
 
     vocab_size, tokenizer_meta  of the dataset
+    dtype                       of the frozen weights beside a LoRA adapter
     """
     if start.model_args is None:
+        if settings['lora_rank']:
+            raise ValueError(f'lora_rank={settings["lora_rank"]}: an adapter needs a base model, name it by '
+                             '--init_from')
         # multiples of 64 suit the matrix kernels (50257 -> 50304), but cost a small vocabulary too much
         padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
         names = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'arch', *LLAMA_SETTINGS)
@@ -182,12 +191,40 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
     if not meta and start.state is None:
         print0(f'{start.path} does not say its tokenizer: taking that of {dataset}')
 
+    if settings['lora_rank']:
+        return make_adapter(start, settings, dtype)
     if start.weights is None:
         return GPT.from_pretrained(start.path, settings['dropout'], settings['block_size'])
     model = GPT(GPTConfig(**start.model_args | {'dropout': settings['dropout']}))
     if start.state is None:
         foreign.load_weights(model, start.weights, start.path, settings['strict'])
         model.crop_block_size(settings['block_size'])
+    return model
+
+
+def make_adapter(start, settings, dtype) -> GPT:
+    """Return the base model, frozen, with an adapter that is new or in its shape for restore() to fill."""
+    if start.lora is None:
+        start.lora = dict(base=start.path, checksum=None, **{name: settings[name] for name in LORA_SETTINGS})
+    model = load_base(start.lora, dtype)
+    model.crop_block_size(settings['block_size'])
+    lora.add(model, settings['lora_rank'], settings['lora_alpha'], settings['lora_targets'])
+    return model
+
+
+def load_base(adapter: dict, dtype=None) -> GPT:
+    """Load the base model of an adapter. ValueError for another than it was trained beside."""
+    path = adapter['base']
+    if path.endswith('.pt'):
+        state = checkpoint.load(path)
+        model = GPT(GPTConfig(**state['model_args'])).to(dtype or torch.float32)
+        foreign.load_weights(model, state['model'], path)
+    else:
+        model = GPT.from_pretrained(path, dtype=dtype)
+    checksum = lora.checksum(model)
+    if checksum != (adapter['checksum'] or checksum):
+        raise ValueError(f'{path} is not the model that the adapter was trained beside: put that one there')
+    adapter['checksum'] = checksum
     return model
 
 
@@ -243,15 +280,22 @@ def nanogpt_tokenizer(dataset):
     return GPT2_META
 
 
-def build_model(start: Start, tokenizer, dtype=None, strict: bool = True) -> GPT:
+def build_model(start: Start, tokenizer, dtype=None, strict: bool = True, merge: bool = True) -> GPT:
     """Build a trained model on the CPU for inference. Its vocabulary must include the tokenizer's.
 
     dtype   of the parameters of a pretrained model; None = torch.float32
     strict  False: accept and list missing or unexpected weights of a checkpoint
+    merge   False: leave a LoRA adapter beside the weights of its base
     """
     iteration = ''
     if start.weights is None:
         model = GPT.from_pretrained(start.path, dtype=dtype)
+    elif start.lora:
+        model = load_base(start.lora, dtype)
+        lora.add(model, *(start.lora[name] for name in LORA_SETTINGS))
+        foreign.load_weights(model, start.weights, start.path)
+        model.crop_block_size(start.model_args['block_size'])
+        model = lora.merge(model) if merge else model
     else:
         model = GPT(GPTConfig(**start.model_args))
         foreign.load_weights(model, start.weights, start.path, strict)

@@ -26,7 +26,7 @@ MODEL_ARGS |= dict(rope_theta=(float, int), rope_scaling=(dict, type(None)), nor
 # parts of a checkpoint and their types; None = the part may be absent
 PARTS = dict(model=(dict,), model_args=(dict,), iter_num=(int,), best_val_loss=(float, int, type(None)),
              style=(str, type(None)))
-PARTS |= dict.fromkeys(('config', 'optimizer', 'scaler', 'tokenizer'), (dict, type(None)))
+PARTS |= dict.fromkeys(('config', 'optimizer', 'scaler', 'tokenizer', 'lora'), (dict, type(None)))
 
 MAX_LEAVES = 10_000  # of one tuple in a pickle
 
@@ -199,9 +199,14 @@ def load_weights(model, weights: dict, path, strict: bool = True):
     model.load_state_dict(weights, strict=False)
 
 
+def trained_weights(model) -> dict:
+    """Return the weights of a model by name, without those that are frozen beside a LoRA adapter."""
+    return {name: p for name, p in model.state_dict(keep_vars=True).items() if p.requires_grad}
+
+
 def check_weights(model, weights: dict, path, strict: bool = True, remedy: str = ''):
     """Return the names that weights lack and those that the model lacks. If strict, any is a ValueError."""
-    expected = model.state_dict()
+    expected = trained_weights(model)
     for name, tensor in weights.items():
         if name in expected:
             check_shape(name, tensor, expected[name], path)

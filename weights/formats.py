@@ -50,12 +50,12 @@ def open_safetensors(path):
                          'download or copy it again') from None
 
 
-def read_folder(folder: Path) -> dict[str, StoredTensor]:
+def read_folder(folder: Path, stem: str = 'model') -> dict[str, StoredTensor]:
     """Return the weights in model.safetensors, or in the files of model.safetensors.index.json, by name."""
-    paths, index = [folder / 'model.safetensors'], folder / 'model.safetensors.index.json'
+    paths, index = [folder / f'{stem}.safetensors'], folder / f'{stem}.safetensors.index.json'
     if not paths[0].is_file():
         if not index.is_file():
-            raise FileNotFoundError(f'{folder} has neither model.safetensors nor {index.name}: '
+            raise FileNotFoundError(f'{folder} has neither {paths[0].name} nor {index.name}: '
                                     "save it with transformers' save_pretrained")
         try:
             names = set(read_json(index)['weight_map'].values())

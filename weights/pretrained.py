@@ -13,6 +13,7 @@ import torch
 from files import read_json, write_atomically, write_json
 from tokens.tokenizer import GPT2_META, read_tokenizer_json
 from tokens.tokenizer_json import tokenizer_config
+from weights import lora
 from weights.architectures import ARCHITECTURES, ConfigReader, architecture_of
 from weights.foreign import check_model_args, check_names, check_shape
 from weights.formats import Npz, read_folder, write_npz, write_safetensors
@@ -41,7 +42,8 @@ def find(name: str) -> Path:
     if name in HUB:
         return download(name)
     path = Path(name)
-    if (path.is_file() and path.suffix == '.npz') or (path / 'config.json').is_file():
+    is_folder = (path / 'config.json').is_file() or (path / lora.CONFIG).is_file()
+    if (path.is_file() and path.suffix == '.npz') or is_folder:
         return path
     problem = 'a folder without config.json' if path.is_dir() else 'no such model'
     if (path / 'ckpt.pt').is_file():
@@ -73,7 +75,10 @@ def read_tokenizer(name: str) -> dict | None:
     if name in HUB:
         return dict(GPT2_META)
     path = find(name)
-    return Npz(path).tokenizer if path.is_file() else read_tokenizer_json(path)
+    if path.is_file():
+        return Npz(path).tokenizer
+    tokenizer, base = read_tokenizer_json(path), lora.base_of(path)
+    return read_tokenizer(base) if base and tokenizer is None else tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -86,6 +91,8 @@ def read_model_args(path: Path) -> dict:
         args = Npz(path).model_args
         args.pop('dropout', None)
         return args
+    if base := lora.base_of(path):
+        return read_model_args(find(base))
     file = path / 'config.json'
     settings = read_json(file)
     model_type = settings.get('model_type') if isinstance(settings, dict) else None
@@ -108,6 +115,10 @@ def read_model_args(path: Path) -> dict:
 @torch.no_grad()
 def fill(model, path: Path):
     """Copy the weights at path into a model, a few rows at a time. ValueError if they do not fit."""
+    if base := lora.base_of(path):
+        fill(model, find(base))
+        lora.merge_peft(model, path)
+        return
     architecture, parts, head = architecture_of(model.config), dict(model.named_parameters()), None
     if path.is_file():
         weights = Npz(path)

@@ -1,0 +1,125 @@
+"""LoRA: adapters in training, in checkpoints, merged, and as peft reads and writes them."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, read_checkpoint, run_here, train_here
+from test_llama import make
+
+from model import GPT, GPTConfig
+from weights import lora
+
+SHAPELESS = [flag for flag in TINY if not flag.startswith('--n_')]
+LORA = ['--lora_rank=4', '--lora_alpha=8', '--learning_rate=0.01', '--dtype=float32']
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('base')
+    make('qwen3').save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def run(base, tiny, tmp_path_factory):
+    """out_dir of three steps."""
+    out_dir = tmp_path_factory.mktemp('lora') / 'out'
+    code, _, stderr, _ = train_here(*SHAPELESS, *LORA, f'--dataset={tiny}', f'--init_from={base}', '--max_iters=3', out_dir=out_dir)
+    assert code == 0, stderr
+    return out_dir
+
+
+@pytest.fixture
+def adapted(run, base):
+    """The base model with the adapter of the run beside it."""
+    state = read_checkpoint(run / 'ckpt.pt')
+    model = GPT.from_pretrained(base, block_size=16).eval()
+    lora.add(model, 4, 8.0, 'c_attn,c_proj,c_fc')
+    model.load_state_dict(state['model'], strict=False)
+    return model
+
+
+def test_the_checkpoint_holds_the_adapter_alone(run, base):
+    state = read_checkpoint(run / 'ckpt.pt')
+    assert len(state['model']) == 3 * 4 * 2 and all('.lora_' in name for name in state['model'])
+    assert state['optimizer']['state'].keys() == state['model'].keys()
+    assert state['lora']['base'] == str(base) and any(tensor.any() for name, tensor in state['model'].items() if name.endswith('lora_b'))
+
+
+def test_a_new_adapter_changes_nothing_and_merging_nothing(adapted, base):
+    idx = torch.randint(131, (2, 16))
+    plain, fresh = GPT.from_pretrained(base, block_size=16).eval(), GPT.from_pretrained(base, block_size=16).eval()
+    lora.add(fresh, 4, 8.0, 'c_fc')
+    assert torch.equal(fresh(idx, idx)[0], plain(idx, idx)[0])
+    before = adapted(idx, idx)[0]
+    assert (before - plain(idx, idx)[0]).abs().max() > 0.01
+    torch.testing.assert_close(lora.merge(adapted)(idx, idx)[0], before, atol=1e-4, rtol=0)
+    assert adapted.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_resuming_is_exact(run, base, tiny, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    flags = [*SHAPELESS, *LORA, f'--dataset={tiny}', '--lr_decay_iters=6']
+    for out_dir, more in ((whole, [f'--init_from={base}', '--max_iters=6']), (parts, [f'--init_from={base}', '--max_iters=3']),
+                          (parts, ['--init_from=resume', '--max_iters=6'])):
+        code, _, stderr, _ = train_here(*flags, *more, out_dir=out_dir)
+        assert code == 0, stderr
+    a, b = (read_checkpoint(path / 'ckpt.pt')['model'] for path in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_another_base_is_refused(run, base, tmp_path, monkeypatch):
+    with torch.no_grad():
+        model = GPT.from_pretrained(base)
+        model.transformer.h[0].attn.c_attn.weight += 1
+    model.save_pretrained(tmp_path / 'other')
+    state = read_checkpoint(run / 'ckpt.pt')
+    state['lora']['base'] = str(tmp_path / 'other')
+    torch.save(state, tmp_path / 'ckpt.pt')
+    code, _, stderr = run_here('sample.py', f'--out_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=1', '--device=cpu')
+    assert code == 2 and stderr.endswith(f'{tmp_path / "other"} is not the model that the adapter was trained beside: put that one there\n')
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'qwen3'])
+def test_peft_reads_our_adapter_and_we_read_its(kind, tmp_path):
+    peft = pytest.importorskip('peft')
+    import transformers
+    torch.manual_seed(0)
+    if kind == 'gpt2':
+        model = GPT(GPTConfig(vocab_size=131, block_size=32, n_layer=2, n_head=2, n_embd=16)).eval()
+        model.save_pretrained(tmp_path / 'base')
+    else:
+        make(kind).save_pretrained(tmp_path / 'base')
+        model = GPT.from_pretrained(tmp_path / 'base').eval()
+    idx = torch.randint(131, (2, 16))
+    lora.add(model, 4, 8.0, 'c_attn,c_proj,c_fc')
+    for name, p in model.named_parameters():
+        if name.endswith('lora_b'):
+            p.data.normal_(std=0.1)
+    lora.save_peft(model, tmp_path / 'ours', str(tmp_path / 'base'))
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base'), tmp_path / 'ours').eval()
+    torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], atol=1e-4, rtol=0)
+    theirs.save_pretrained(tmp_path / 'theirs')
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / 'theirs').eval()(idx, idx)[0], model(idx, idx)[0], atol=1e-4, rtol=0)
+
+
+def test_sample_exports_the_adapter_or_the_merged_model(run, base, adapted, tmp_path):
+    for name, more in (('merged', []), ('adapter', ['--adapter=True'])):
+        code, _, stderr = run_here('sample.py', f'--out_dir={run}', f'--export={tmp_path / name}', *more, '--device=cpu')
+        assert code == 0, stderr
+    assert json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())['base_model_name_or_path'] == str(base)
+    idx = torch.randint(131, (2, 16))
+    for name in ('merged', 'adapter'):
+        torch.testing.assert_close(GPT.from_pretrained(tmp_path / name, block_size=16).eval()(idx, idx)[0], adapted(idx, idx)[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('flags, text', [
+    (['--lora_rank=4'], 'lora_rank=4: an adapter needs a base model, name it by --init_from'),
+    (['--lora_rank=4', '--lora_targets=q_proj', '--init_from=BASE'], 'lora_targets=q_proj: no layer is named q_proj, accepted are c_attn, c_fc, c_proj, did you mean c_proj?'),
+    (['--lora_rank=4', '--parallel=fsdp', '--init_from=BASE'], 'lora_rank=4 is for --parallel=ddp: leave --parallel=fsdp out'),
+])
+def test_wrong_settings(flags, text, base, tiny, tmp_path):
+    flags = [flag.replace('BASE', str(base)) for flag in flags]
+    code, _, stderr, _ = train_here(*SHAPELESS, f'--dataset={tiny}', *flags, '--max_iters=1', out_dir=tmp_path / 'out')
+    assert code == 2 and stderr.splitlines()[-1] == text

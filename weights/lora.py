@@ -1,0 +1,144 @@
+"""Low-rank adapters (arXiv:2106.09685): train two thin matrices beside each frozen one.
+
+    lora.add(model, rank=16, alpha=32, targets='c_attn,c_proj,c_fc')   # before the optimizers are made
+    lora.merge(model)                                                  # a plain model again
+    lora.save_peft(model, 'adapter', base='Qwen/Qwen3-0.6B')           # for the peft package
+
+A checkpoint of such a run holds the adapter alone, and says which base model it belongs to.
+"""
+
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from configurator import nearest
+from files import read_json, write_atomically, write_json
+from weights.architectures import architecture_of
+from weights.formats import read_folder, write_safetensors
+
+CONFIG = 'adapter_config.json'
+PREFIX = 'base_model.model.'  # of all names in an adapter of peft
+# settings of peft, and the value that plain LoRA has
+PLAIN = dict(peft_type='LORA', bias='none', use_dora=False, use_rslora=False, rank_pattern={},
+             alpha_pattern={}, modules_to_save=None)
+
+
+def base_of(folder) -> str | None:
+    """Return the base model that a folder of peft names; None if it holds no adapter."""
+    path = Path(folder) / CONFIG
+    return read_json(path)['base_model_name_or_path'] if path.is_file() else None
+
+
+class LoRALinear(nn.Linear):
+    """y = x W' + b + alpha / rank * x A' B': W and b are frozen, A (rank, in) and B (out, rank) trained."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device='meta')
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+        nn.init.kaiming_uniform_(self.lora_a, a=5 ** 0.5)  # as in peft
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def add(model, rank: int, alpha: float, targets: str):
+    """Freeze a model, and put an adapter beside each Linear of its blocks whose name is in targets.
+
+    targets  names after the last dot, separated by commas: c_attn, c_proj, c_fc
+    raises   ValueError for a name that no Linear of a block has
+    """
+    modules = dict(model.transformer.h.named_modules())
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    known = sorted({name.rpartition('.')[2] for name in linears})
+    wanted = [name.strip() for name in targets.split(',')]
+    for name in wanted:
+        if name not in known:
+            near = nearest(name, known, ', did you mean {}?')
+            raise ValueError(f'lora_targets={targets}: no layer is named {name}, '
+                             f'accepted are {", ".join(known)}{near}')
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        parent, _, child = name.rpartition('.')
+        if child in wanted:
+            setattr(modules[parent], child, LoRALinear(linear, rank, alpha))
+
+
+@torch.no_grad()
+def merge(model):
+    """Add the adapters to the weights they stand beside. The model is then a plain one."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, LoRALinear):
+                plain = nn.Linear(child.in_features, child.out_features, bias=False, device='meta')
+                plain.weight, plain.bias = child.weight, child.bias
+                plain.weight += child.scale * (child.lora_b @ child.lora_a).to(plain.weight.dtype)
+                setattr(module, name, plain)
+    return model.requires_grad_(True)
+
+
+def checksum(model) -> int:
+    """Return a number that tells one base model from another, whatever dtype it was loaded in."""
+    weight = model.transformer.h[0].attn.c_attn.weight.detach().cpu().bfloat16()
+    return zlib.crc32(weight.view(torch.int16).numpy().tobytes())
+
+
+# -----------------------------------------------------------------------------
+# adapters of peft
+
+
+def save_peft(model, folder, base: str) -> list[Path]:
+    """Write the adapters of a model for peft.PeftModel.from_pretrained(). Return the paths.
+
+    Their classes have several matrices where ours has one: these share A, and take their rows of B.
+    """
+    folder, architecture = Path(folder), architecture_of(model.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, modules = {}, set()
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRALinear):
+            continue
+        parts = architecture.parts({f'{name}.weight': module.lora_b.detach()}, model.config)
+        for part, lora_b in parts.items():
+            part = part.removesuffix('.weight')
+            modules.add(part.rpartition('.')[2])
+            tensors[f'{PREFIX}{part}.lora_A.weight'] = module.lora_a.detach()
+            tensors[f'{PREFIX}{part}.lora_B.weight'] = lora_b.t() if architecture.transposed else lora_b
+        rank, alpha = len(module.lora_a), module.scale * len(module.lora_a)
+    settings = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, r=rank,
+                    lora_alpha=alpha, target_modules=sorted(modules), bias='none',
+                    fan_in_fan_out=bool(architecture.transposed))
+    write_atomically(folder / 'adapter_model.safetensors', lambda f: write_safetensors(f, tensors))
+    write_json(folder / CONFIG, settings)
+    return [folder / 'adapter_model.safetensors', folder / CONFIG]
+
+
+@torch.no_grad()
+def merge_peft(model, folder):
+    """Add an adapter that peft wrote to the weights of its base model.
+
+    raises  ValueError for a kind of adapter that is not plain LoRA, or names that the model lacks
+    """
+    path = Path(folder) / CONFIG
+    settings = read_json(path)
+    for name, accepted in PLAIN.items():
+        if (settings.get(name) or accepted) != accepted:
+            raise ValueError(f'{path}: {name} = {settings[name]!r} is not supported, '
+                             f'accepted is {accepted!r}')
+    architecture, adapter = architecture_of(model.config), read_folder(folder, 'adapter_model')
+    weights = architecture.parts(dict(model.named_parameters()), model.config)
+    for name in [name for name in adapter if name.endswith('.lora_A.weight')]:
+        target = name.removeprefix(PREFIX).replace('.lora_A.weight', '.weight')
+        lora_a, lora_b = adapter.pop(name)[:], adapter.pop(name.replace('.lora_A.', '.lora_B.'))[:]
+        delta = lora_b.float() @ lora_a.float() * (settings['lora_alpha'] / settings['r'])
+        if architecture.transposed:
+            delta = delta.t()
+        if target not in weights or weights[target].shape != delta.shape:
+            raise ValueError(f'{folder}: {target} is no weight of its base model, or has another shape')
+        weights[target] += delta.to(weights[target].dtype)
+    if adapter:
+        raise ValueError(f'{folder}: {sorted(adapter)[0]} is neither lora_A nor lora_B')
