@@ -583,7 +583,7 @@ def test_a_checkpoint_of_nanogpt_goes_on(tmp_path, prefix):
 
 @pytest.mark.parametrize('change, words', [
     (dict(model_args=dict(n_layer='abc')), "n_layer = 'abc' in its model_args is none that this version knows"),
-    (dict(model_args=dict(n_kv_head=2)), 'n_kv_head = 2 in its model_args is none that this version knows'),
+    (dict(model_args=dict(n_kv_heads=2)), 'n_kv_heads = 2 in its model_args is none that this version knows'),
     (dict(model=dict(w=torch.ones(2, dtype=torch.int8))), 'w is torch.int8, torch.strided: accepted are dense floating-point weights'),
     (dict(format=torch.ones(3)), 'this version reads 1'),
 ])
