@@ -17,7 +17,7 @@ from test_corpora import MERGES, TEXTS, contents, files_of, needs_gpt2, pack_tex
 from test_prepare import Numbers
 from test_readers import PAGES, ROWS, SHARED, WRITERS, write_block, write_jsonl, write_wiki
 
-from corpus import encode, pack
+from corpus import encode, pack, writer
 from corpus.encode import cleaned, split_by_hash
 from corpus.mix import mixed_documents
 from corpus.pack import write_dataset
@@ -152,8 +152,10 @@ def test_workers_leave_no_trace(tmp_path, monkeypatch, capsys):
 @pytest.mark.filterwarnings('ignore:This process')  # torch has threads, the child uses none of them
 def test_killed_while_it_drops_duplicates_it_continues_to_the_same_bytes(tmp_path, small_batches, monkeypatch):  # noqa: F811
     monkeypatch.setattr(encode, 'BATCH_DOCUMENTS', 40)
+    monkeypatch.setattr(writer, 'MERGE_SEEN', 7)
     texts = TEXTS[:150] + TEXTS[100:250] + TEXTS[:50]
-    pack_texts(tmp_path / 'whole', texts, clean=True)
+    meta = pack_texts(tmp_path / 'whole', texts, clean=True)
+    assert sum(split['documents'] for split in meta['splits'].values()) == len({cleaned(text) for text in texts} - {''})
     for n in range(5, 1000, 17):
         folder = tmp_path / str(n)
         survived = survives(n, lambda: pack_texts(folder, texts, clean=True))
