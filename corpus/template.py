@@ -98,7 +98,7 @@ class Template:
         A long conversation loses, until it fits: its last passage, except for the sentences around the
         answer; its oldest exchanges, but not the system turns; the beginning of its last question.
 
-        returns   None where the last answer alone is too long
+        returns  None if the last answer alone is too long
         """
         whole, turns = turns, list(turns)
         if turns[-1][0] != 'assistant':
@@ -109,15 +109,17 @@ class Template:
         # the passage around its answer, which is where the data say, or where it is found first
         n_turns, evidence = len(turns), None
         if 'context' in last:
-            passage = turns[last['context']][1]
-            answer = next(text for role, text in turns[last['context']:] if role == 'assistant') or ''
+            i = last['context']
+            passage = turns[i][1]
+            answer = next(text for role, text in turns[i:] if role == 'assistant') or ''
             begin = getattr(passage, 'answer_start', -1)
-            begin = passage.find(answer) if begin < 0 else begin
+            if begin < 0:
+                begin = passage.find(answer)
             span = (begin, begin + len(answer)) if answer and begin >= 0 else None
             if len(ids) > size:
-                ids, mask = self.shorten(turns, last['context'], len(ids) - size, size, span)
+                ids, mask = self.shorten(turns, i, len(ids) - size, size, span)
             if span:
-                evidence = answer in turns[last['context']][1]
+                evidence = answer in turns[i][1]
 
         # the oldest exchanges
         roles = [role for role, _ in turns]
