@@ -18,7 +18,7 @@ def read_parquet(path, reading):
     with file:  # without pre_buffer, a row group of any size is read in pieces
         parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False,
                                               page_checksum_verification=True)
-        check_columns(parquet.schema_arrow, path, reading.fields)
+        check_fields(reading.fields, parquet.schema_arrow.names, path)
         n_bytes, n_rows = file.seek(0, os.SEEK_END), parquet.metadata.num_rows
         group_rows = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
         group = row = 0
@@ -40,7 +40,7 @@ def read_arrow(path, reading):
         is_stream = file.read(6) != b'ARROW1'  # datasets writes the stream format, others the file format
         file.seek(0)
         reader = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
-        check_columns(reader.schema, path, reading.fields)
+        check_fields(reading.fields, reader.schema.names, path)
         row = 0
         for batch in reader if is_stream else map(reader.get_batch, range(reader.num_record_batches)):
             reading.n_read = file.tell()
@@ -49,10 +49,3 @@ def read_arrow(path, reading):
                     row += 1
                     yield record, f'{path}, row {row}'
         reading.n_read = file.size()
-
-
-def check_columns(schema, path, fields):
-    check_fields(fields, schema.names, path)
-    for field in fields or ():
-        if 'string' not in str(schema.field(field).type):
-            raise ValueError(f'{path}: field {field!r} holds {schema.field(field).type}, which is not text')

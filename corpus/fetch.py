@@ -77,8 +77,9 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
             try:
                 part = checked(obtain(source, name, Path(work, str(number))), name, sha256)
             except FAILURES as error:
-                failures.append(f'{label}: {reason(error)}')
-                print(f'  failed: {reason(error)}', file=sys.stderr)
+                reason = ' '.join(str(error).split())[:200] or type(error).__name__
+                failures.append(f'{label}: {reason}')
+                print(f'  failed: {reason}', file=sys.stderr)
                 continue
             with open(part, 'rb+') as file:
                 os.fsync(file.fileno())
@@ -88,37 +89,23 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
     raise OSError(f'{name} could not be fetched: {"; ".join(failures)}. Put it at {path}{wanted}')
 
 
-def reason(error):
-    """Return the innermost cause: 'Name or service not known' without the layers around it."""
-    if isinstance(getattr(error, 'reason', None), OSError):  # URLError around the error of a socket
-        error = error.reason
-    text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    return ' '.join(text.split())[:200]
-
-
 def checked(path, name, sha256):
     """Return the path if the file has this sha256 or, where none is known, content that fits its name."""
-    if sha256:
-        digest = sha256_of(path)
-        if digest != sha256:
-            raise OSError(f'has sha256 {digest[:12]}..., {sha256[:12]}... was expected')
-        return path
-    with open(path, 'rb') as file:
-        beginning = file.read(1 << 16).lstrip()
-    ending = os.path.splitext(name)[1].lower()
-    if not beginning or WEB_PAGE.match(beginning):
-        raise OSError('is empty or a web page')
-    if not beginning.startswith(BEGINNINGS.get(ending, b'')):
-        raise OSError(f'is no {ending} file')
-    return path
-
-
-def sha256_of(path):
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
+        beginning = block = file.read(1 << 16)
+        while block:
             digest.update(block)
-    return digest.hexdigest()
+            block = file.read(1 << 20)
+    ending = os.path.splitext(name)[1].lower()
+    if sha256:
+        if digest.hexdigest() != sha256:
+            raise OSError(f'has sha256 {digest.hexdigest()[:12]}..., {sha256[:12]}... was expected')
+    elif not beginning.strip() or WEB_PAGE.match(beginning):
+        raise OSError('is empty or a web page')
+    elif not beginning.lstrip().startswith(BEGINNINGS.get(ending, b'')):
+        raise OSError(f'is no {ending} file')
+    return path
 
 
 def obtain(source, name, folder):

@@ -354,7 +354,7 @@ def cut_short(folder):
 
 def other_columns(folder):
     pq.write_table(pa.table({'content': ['a'], 'text': [1]}), folder / 'a.parquet')
-    return f"{folder / 'a.parquet'}: field 'text' holds int64, which is not text"
+    return f"{folder / 'a.parquet'}, row 1: field 'text' holds 1, which is not text"
 
 
 def flipped(folder):

@@ -1,5 +1,6 @@
 """corpus/fetch.py against a local web server and a local folder of packages: no network."""
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -140,7 +141,7 @@ def test_failure_is_one_line_with_every_reason_and_the_place(cache, server):
     assert str(caught.value) == (
         f'a.txt could not be fetched: {server.url}/missing: HTTP Error 404: Not Found; '
         f'{server.url}/wrong: has sha256 {wrong[:12]}..., {SHA256[:12]}... was expected; '
-        f'http://127.0.0.1:1/x: Connection refused. Put it at {cache / "a.txt"} (sha256 {SHA256})')
+        f'http://127.0.0.1:1/x: <urlopen error [Errno {errno.ECONNREFUSED}] Connection refused>. Put it at {cache / "a.txt"} (sha256 {SHA256})')
 
 
 def test_failure_leaves_nothing_behind_and_an_old_file_alone(cache, server):
