@@ -30,9 +30,10 @@ def read_pages(file, path):
             raise ValueError(f'{path}: its first element is <{local_name(root)}>, '
                              'not the <mediawiki> of a MediaWiki dump')
         for event, element in events:
-            if event == 'end' and local_name(element) == 'namespace' and element.get('key') in ('6', '14'):
+            tag = local_name(element)
+            if event == 'end' and tag == 'namespace' and element.get('key') in ('6', '14'):
                 hidden.add((element.text or '').lower())
-            if event == 'end' and local_name(element) == 'page':
+            if event == 'end' and tag == 'page':
                 page = {local_name(child): child.text or '' for child in element.iter()}
                 is_text = page.get('model', 'wikitext') == 'wikitext' and 'redirect' not in page
                 if is_text and page.get('ns', '0') == '0':
