@@ -292,7 +292,7 @@ def test_configurations_that_model_py_cannot_be(tmp_path, arch, wrong, text):
 def test_folders_that_lack_something(tmp_path):
     folder = tmp_path / 'x'
     assert error_of(GPT.from_pretrained, 'gpt3') == (
-        'init_from=gpt3: no such model, accepted are scratch, resume, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with config.json and model.safetensors, '
+        'init_from=gpt3: no such model, accepted are scratch, resume, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, ORGANIZATION/NAME[@REVISION] on the hub, a folder with config.json and model.safetensors, '
         'or an .npz file that save_pretrained wrote')
     folder.mkdir()
     assert error_of(GPT.from_pretrained, folder).startswith(f'init_from={folder}: a folder without config.json, accepted are ')
@@ -409,14 +409,26 @@ def test_an_export_has_what_other_programs_ask_for(tmp_path):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of a hub as two files need, at the pinned commit of gpt2 and nowhere else."""
+    """As much of a hub as a model needs: gpt2 at its pinned commit, and org/name at COMMIT."""
+
+    COMMIT, GPT2 = 'c' * 40, '/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e'
 
     def do_HEAD(self):
-        asked, name = self.path.rsplit('/', 1)
-        found = asked == '/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e' and (self.server.folder / name).is_file()
+        if self.path.startswith('/api/models/org/name/'):
+            paths = sorted(self.server.folder.iterdir())
+            answer = {'id': 'org/name', 'sha': self.COMMIT, 'siblings': [{'rfilename': path.name} for path in paths]}
+            if '/tree/' in self.path:
+                answer = [{'type': 'file', 'path': path.name, 'size': path.stat().st_size, 'oid': path.name} for path in paths]
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            return body
+        asked, name = self.path.replace(f'/org/name/resolve/{self.COMMIT}', self.GPT2).rsplit('/', 1)
+        found = asked == self.GPT2 and (self.server.folder / name).is_file()
         body = (self.server.folder / name).read_bytes() if found else b''
         self.send_response(200 if found else 404)
-        headers = {'X-Repo-Commit': asked.rsplit('/', 1)[1], 'ETag': f'"{name}"'} if found else {'X-Error-Code': 'RevisionNotFound'}
+        headers = {'X-Repo-Commit': self.path.split('/')[4], 'ETag': f'"{name}"'} if found else {'X-Error-Code': 'RevisionNotFound'}
         for key, value in {**headers, 'Content-Length': len(body)}.items():
             self.send_header(key, str(value))
         self.end_headers()
@@ -458,9 +470,28 @@ except OSError as error:
     print(error)"""
     code, again, err = run_with_hub(both, HF_HUB_OFFLINE='1', HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / 'home'))
     assert code == 0, err
-    assert again.startswith(out + f'gpt2-xl cannot be downloaded from {endpoint} (')
+    assert again.startswith(out + f'gpt2-xl is no folder here, and cannot be downloaded from {endpoint} (')
     assert again.endswith('): put config.json and model.safetensors of openai-community/gpt2-xl into a folder and use --init_from=FOLDER\n')
     assert again.count('\n') == 2
+
+
+def test_any_model_comes_from_the_hub_at_a_revision_that_is_said(tmp_path):
+    theirs(tmp_path / 'hub', 'gpt2')
+    (tmp_path / 'hub' / 'pytorch_model.bin').write_bytes(b'x')
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    server.folder = tmp_path / 'hub'
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HOME=str(tmp_path / 'home'))
+    load = "from model import GPT; print(GPT.from_pretrained('org/name@main').transformer.wte.weight.double().sum().item())"
+    try:
+        code, out, err = run_with_hub(load, **environment)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert code == 0, err
+    assert out.splitlines() == [f'org/name@main: revision {Hub.COMMIT}', str(GPT.from_pretrained(tmp_path / 'hub').transformer.wte.weight.double().sum().item())]
+    assert not list(tmp_path.rglob('home/**/pytorch_model.bin'))
+    assert run_with_hub(load, HF_HUB_OFFLINE='1', **environment)[:2] == (0, out)
 
 
 @pytest.mark.parametrize('bare', [False, True])
@@ -514,7 +545,7 @@ def test_evaluation_is_of_the_weights_given(tmp_path, tiny, folder):
 
 
 @pytest.mark.parametrize('flags, text', [
-    (['--init_from=resum'], 'init_from=resum: no such model, accepted are scratch, resume, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with '
+    (['--init_from=resum'], 'init_from=resum: no such model, accepted are scratch, resume, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, ORGANIZATION/NAME[@REVISION] on the hub, a folder with '
                             'config.json and model.safetensors, or an .npz file that save_pretrained wrote'),
     (['--init_from={folder}', '--n_layer=6'], 'n_layer=6: {folder} has n_layer=3: give --n_layer=3'),
     (['--init_from={folder}', '--block_size=17'], 'block_size=17: {folder} has block_size=16: give --block_size=16 or less'),

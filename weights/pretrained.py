@@ -1,4 +1,4 @@
-"""Models of transformers, in and out: folders in its format, .npz files, and GPT-2 on the hub.
+"""Models of transformers, in and out: folders in its format, .npz files, and models on the hub.
 
     GPT.from_pretrained('gpt2')                     # downloaded once; or a folder, or x.npz
     model.save_pretrained('exported', tokenizer)    # for AutoModelForCausalLM and AutoTokenizer
@@ -6,11 +6,12 @@
 architectures.py knows the names and settings of each model class, formats.py the files.
 """
 
+import re
 from pathlib import Path
 
 import torch
 
-from files import read_json, write_atomically, write_json
+from files import print0, read_json, write_atomically, write_json
 from tokens.tokenizer import GPT2_META, read_tokenizer_json
 from tokens.tokenizer_json import tokenizer_config
 from weights import lora
@@ -20,11 +21,12 @@ from weights.formats import Npz, read_folder, write_npz, write_safetensors
 
 # repository and commit, so that the weights are the same tomorrow
 HUB = {
-    'gpt2': ('openai-community/gpt2', '607a30d783dfa663caf39e06633721c8d4cfcd7e'),
-    'gpt2-medium': ('openai-community/gpt2-medium', '6dcaa7a952f72f9298047fd5137cd6e4f05f41da'),
-    'gpt2-large': ('openai-community/gpt2-large', '32b71b12589c2f8d625668d2335a01cac3249519'),
-    'gpt2-xl': ('openai-community/gpt2-xl', '15ea56dee5df4983c59b2538573817e1667135e2'),
+    'gpt2': 'openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e',
+    'gpt2-medium': 'openai-community/gpt2-medium@6dcaa7a952f72f9298047fd5137cd6e4f05f41da',
+    'gpt2-large': 'openai-community/gpt2-large@32b71b12589c2f8d625668d2335a01cac3249519',
+    'gpt2-xl': 'openai-community/gpt2-xl@15ea56dee5df4983c59b2538573817e1667135e2',
 }
+HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')
 HEAD = 'lm_head.weight'  # its name in all classes of transformers
 ROWS = 4096  # of a matrix, copied at a time
 
@@ -34,30 +36,39 @@ ROWS = 4096  # of a matrix, copied at a time
 
 
 def find(name: str) -> Path:
-    """Return the folder or .npz file of a model. GPT-2's four sizes are downloaded if the cache lacks them.
+    """Return the folder or .npz file of a model. One on the hub is downloaded if the cache lacks it.
 
-    name    one of HUB, or a path; a folder named gpt2 is ./gpt2
+    name    a path, one of HUB, or ORGANIZATION/NAME[@REVISION] on the hub; a folder named gpt2 is ./gpt2
     raises  OSError if there is none, or the hub cannot be reached
     """
+    name = str(name)
     if name in HUB:
         return download(name)
     path = Path(name)
     is_folder = (path / 'config.json').is_file() or (path / lora.CONFIG).is_file()
     if (path.is_file() and path.suffix == '.npz') or is_folder:
         return path
+    if HUB_NAME.fullmatch(name) and not path.exists():
+        return download(name)
     problem = 'a folder without config.json' if path.is_dir() else 'no such model'
     if (path / 'ckpt.pt').is_file():
         problem = f'a folder of a run, name {path / "ckpt.pt"}'
     raise FileNotFoundError(f'init_from={name}: {problem}, accepted are scratch, resume, checkpoint, '
-                            f'{", ".join(HUB)}, a folder with config.json and model.safetensors, or an .npz '
-                            'file that save_pretrained wrote')
+                            f'{", ".join(HUB)}, ORGANIZATION/NAME[@REVISION] on the hub, a folder with '
+                            'config.json and model.safetensors, or an .npz file that save_pretrained wrote')
 
 
 def download(name):
-    """Return the folder of GPT-2's files in the hub's cache. HF_ENDPOINT and HF_HUB_OFFLINE apply."""
+    """Return the folder of a model in the hub's cache. HF_ENDPOINT and HF_HUB_OFFLINE apply."""
     import huggingface_hub as hub
-    (repository, commit), files = HUB[name], ('config.json', 'model.safetensors')
+    repository, _, commit = HUB.get(name, name).partition('@')
+    files = 'config.json', 'model.safetensors'
     try:
+        if name not in HUB:
+            folder = hub.snapshot_download(repository, revision=commit or None,
+                                           allow_patterns=['*.json', '*.safetensors'])
+            print0(f'{name}: revision {Path(folder).name}')
+            return Path(folder)
         if not hub.try_to_load_from_cache(repository, files[1], revision=commit):
             # one request first: hf_hub_download tries a dead network for half a minute
             hub.get_hf_file_metadata(hub.hf_hub_url(repository, files[0], revision=commit))
@@ -65,8 +76,8 @@ def download(name):
         return Path(paths[0]).parent
     except Exception as error:  # the errors of its HTTP library change with its versions
         reason = ' '.join(str(error).split())[:150] or type(error).__name__
-        raise OSError(f'{name} cannot be downloaded from {hub.constants.ENDPOINT} ({reason}): put '
-                      f'{" and ".join(files)} of {repository} into a folder and use '
+        raise OSError(f'{name} is no folder here, and cannot be downloaded from {hub.constants.ENDPOINT} '
+                      f'({reason}): put {" and ".join(files)} of {repository} into a folder and use '
                       '--init_from=FOLDER') from None
 
 
