@@ -56,17 +56,20 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
     device     'auto' (an accelerator if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', 'mps'
     backend    'auto' or 'nccl' (NCCL for GPUs, gloo for CPUs), or another backend of torch.distributed
     timeout_s  a rank fails after waiting this long for the others
-    raises     ValueError for a device or backend that is not available
     """
-    grouped = any(name in os.environ for name in RANK_VARIABLES)
-    rank, local_rank, world_size = read_rank_variables() if grouped else (0, 0, 1)
-    device = devices.choose_device(device, local_rank if grouped else None)
+    given = {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
+    if len(given) not in (0, 3) or not all(value.isdecimal() for value in given.values()):
+        listed = ', '.join(f'{name}={value}' for name, value in given.items())
+        raise ValueError(f'{listed} in the environment: set {", ".join(RANK_VARIABLES)}, MASTER_ADDR, '
+                         'MASTER_PORT as torchrun does, or unset them all')
+    rank, local_rank, world_size = map(int, given.values()) if given else (0, 0, 1)
+    device = devices.choose_device(device, local_rank if given else None)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TensorFloat32 for products of float32 matrices
     if device.type == 'cpu':
         devices.keep_freed_memory()
-    if grouped:
+    if given:
         if 'TORCHELASTIC_RUN_ID' in os.environ:
             threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
         if backend in ('auto', 'nccl'):  # nanoGPT's configs say nccl everywhere
@@ -76,19 +79,6 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
             raise ValueError('backend=mpi: this PyTorch was built without MPI: use --backend=auto')
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Place(rank, local_rank, world_size, device)
-
-
-def read_rank_variables():
-    """Return RANK, LOCAL_RANK and WORLD_SIZE as torchrun sets them."""
-    values = {name: os.environ.get(name, '') for name in (*RANK_VARIABLES, 'MASTER_ADDR', 'MASTER_PORT')}
-    wrong = [name for name in values if name != 'MASTER_ADDR' and not values[name].isdecimal()]
-    if not values['MASTER_ADDR']:
-        wrong.append('MASTER_ADDR')
-    if wrong:
-        given = ', '.join(f'{name}={values[name]}' for name in RANK_VARIABLES if name in os.environ)
-        raise ValueError(f'{given} in the environment, but {wrong[0]} is missing or not a number: set '
-                         f'{", ".join(values)} as torchrun does, or unset them all')
-    return [int(values[name]) for name in RANK_VARIABLES]
 
 
 def end_with_parent(parent):
@@ -111,27 +101,22 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def broadcast(value):
-    """Return the first rank's value (plain data) on every rank."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 def run_and_catch(function):
-    """Return (function(), None), or (None, error) for a ValueError or OSError."""
+    """Return [function(), None], or [None, error] for a ValueError or OSError."""
     try:
-        return function(), None
+        return [function(), None]
     except (ValueError, OSError) as error:
-        return None, error
+        return [None, error]
 
 
 def on_first_rank(function):
     """Run function() on the first rank. Return its result (plain data), or raise its error, on every rank."""
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    value, error = broadcast(run_and_catch(function) if is_first else None)
+    outcome = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        outcome = run_and_catch(function)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    value, error = outcome
     if error is not None:
         raise error
     return value
@@ -143,9 +128,8 @@ def once_a_node(function, place: Place):
     errors = [error] * place.world_size
     if dist.is_initialized():
         dist.all_gather_object(errors, error)
-    for error in errors:
-        if error is not None:
-            raise error
+    for error in filter(None, errors):
+        raise error
 
 
 # -----------------------------------------------------------------------------
@@ -163,7 +147,8 @@ def signals_noted():
     write_end.setblocking(False)
     threading.Thread(target=watch_signals, args=[read_end], daemon=True).start()
     old_descriptor = signal.set_wakeup_fd(write_end.fileno())
-    old_handlers = {number: signal.signal(number, note_signal) for number in STOP_SIGNALS}
+    old_handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
+                    for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -173,29 +158,24 @@ def signals_noted():
         write_end.close()  # ends the thread
 
 
-def note_signal(number, frame):
-    received.append(number)
-
-
 def watch_signals(read_end):
     """Acknowledge the first stop signal, and end the process at the second SIGINT.
 
-    This thread reads the numbers of signals, because Python cannot call note_signal() while the main thread
-    computes, or waits for other ranks, in C++.
+    A thread reads the numbers of signals, because Python calls no handler while the main thread computes, or
+    waits for other ranks, in C++.
     """
     # torchrun forwards a Ctrl-C that the terminal has already sent to the ranks
     echo_s = 3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0
-    is_first, sigint_s = True, None
+    acknowledged, sigint_s = False, None
     while number := read_end.recv(1):
-        if is_first:
+        if not acknowledged:
             print0(f'{signal.Signals(number[0]).name}: stopping after this step or batch')
-            is_first = False
-        if number[0] != signal.SIGINT:
-            continue
-        now_s = time.monotonic()
-        if sigint_s is not None and now_s - sigint_s > echo_s:
-            os._exit(130)  # skip the cleanup, which could wait
-        sigint_s = sigint_s or now_s
+            acknowledged = True
+        if number[0] == signal.SIGINT:
+            now_s = time.monotonic()
+            if sigint_s is not None and now_s - sigint_s > echo_s:
+                os._exit(130)  # skip the cleanup, which could wait
+            sigint_s = sigint_s or now_s
 
 
 def signal_to_stop() -> str | None:
@@ -213,9 +193,8 @@ def signal_to_stop() -> str | None:
 def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: int) -> tuple[int, int]:
     """Divide the windows of a step over the ranks, so that any number of ranks takes the same step.
 
-    gradient_accumulation_steps  micro-batches of batch_size windows in one step, over all ranks
-    returns                      micro-steps of each rank, and windows in each: batch_size or fewer
-    raises                       ValueError with the nearest gradient_accumulation_steps that divide
+    returns  micro-steps of each rank, and windows in each: batch_size or fewer
+    raises   ValueError with the nearest gradient_accumulation_steps that divide
     """
     total = gradient_accumulation_steps * batch_size
     per_rank, rest = divmod(total, world_size)
@@ -235,8 +214,6 @@ def prepare(model, place: Place, *, parallel='ddp', shard_ranks=0, dtype=torch.f
     parallel     'ddp': every rank holds all weights. 'fsdp': every rank holds a shard of each weight
     shard_ranks  with fsdp, how many ranks share one copy of the weights; 0 = all
     dtype        of matrix products; with fsdp in bfloat16 the blocks' weights are gathered in it
-    returns      the model
-    raises       ValueError for a number of ranks that does not divide
     """
     if parallel == 'fsdp' and dist.is_initialized():
         return shard(model, place, shard_ranks, dtype)
@@ -251,13 +228,10 @@ def shard(model, place, shard_ranks, dtype):
     """Shard the weights of a GPT over the ranks with FSDP2. Arguments as in prepare()."""
     n_ranks, n_shards = place.world_size, shard_ranks or place.world_size
     if n_ranks % n_shards:
-        near = [str(n) for n in range(1, n_ranks + 1) if n_ranks % n == 0]
         raise ValueError(f'shard_ranks={shard_ranks} does not divide {n_ranks} ranks: '
-                         f'use {" or ".join(near)}, or 0 for all')
-    shape, names = (n_ranks // n_shards, n_shards), ('replicate', 'shard')
-    if n_shards == n_ranks:
-        shape, names = shape[1:], names[1:]
-    mesh = init_device_mesh(place.device.type, shape, mesh_dim_names=names)
+                         'use a number that does, or 0 for all')
+    shape = [n_ranks // n_shards, n_shards] if n_shards < n_ranks else [n_shards]  # copies x shards
+    mesh = init_device_mesh(place.device.type, shape, mesh_dim_names=('replicate', 'shard')[-len(shape):])
     policy = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:  # autocast casts the inputs, and leaves the residual sum in float32
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -318,10 +292,9 @@ def sum_gradients(model):
         buckets[-1].append(grad)
         n_bytes += grad.nbytes
     for grads in buckets:
-        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = torch._utils._flatten_dense_tensors(grads)
         dist.all_reduce(flat)
-        parts = flat.split([grad.numel() for grad in grads])
-        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+        torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
 
 
 def whole(tensor):
