@@ -37,7 +37,8 @@ READING = {
     'format': dict(choices=['auto', *FORMATS], default='auto', help='of all files; auto: by their endings'),
     'field': dict(default='text', help='fields that make a document, as in title,text'),
     'encoding': dict(default='utf-8', help='of text files, such as gb18030'),
-    'errors': dict(choices=ERRORS, default='strict', help='bytes outside the encoding; replace: by U+FFFD'),
+    'errors': dict(choices=ERRORS, default='strict',
+                   help='bytes outside the encoding; replace: up to 1 percent become U+FFFD'),
 }
 PACKING = {
     'out': dict(type=Path, required=True, help='dataset folder'),

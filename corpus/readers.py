@@ -40,7 +40,7 @@ from corpus.wiki import plain_text, read_pages
 from files import json_lines, print0, read_json
 
 COMPRESSED = re.compile(r'\.(gz|bz2|zst)$', re.IGNORECASE)
-ERRORS = ('strict', 'replace')
+ERRORS = ('strict', 'replace', 'replace_all')
 PART_CHARS = 1 << 20  # a longer text file is cut into documents of this length
 
 
@@ -185,7 +185,7 @@ def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict
 
     files    as find_files returns them
     fields   the fields that make a document, joined by line feeds; an article has title and text
-    errors   'strict' or 'replace', as in TextFile
+    errors   'strict', 'replace' or 'replace_all', as in TextFile
     start    pass over this many documents; row groups of Parquet among them are not read
     raises   ValueError that names file and line; OSError for a file that cannot be read
     """

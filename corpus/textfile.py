@@ -51,7 +51,8 @@ class TextFile:
 
     encoding   'utf-8' also reads UTF-16 that begins with its byte order mark
     errors     'strict' raises ValueError with the line and, if there is one, the encoding that fits the file;
-               'replace' puts U+FFFD for what does not decode, and says at the end how often
+               'replace' puts U+FFFD for what does not decode, says at the end how often, and refuses more
+               than 1% of the characters; 'replace_all' takes any number
     """
 
     def __init__(self, path, encoding='utf-8', errors='strict'):
@@ -60,7 +61,7 @@ class TextFile:
         stream, self.raw = open_bytes(path)
         if encoding == 'utf-8' and stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             self.encoding = 'utf-16'
-        self.text = io.TextIOWrapper(stream, self.encoding, errors)
+        self.text = io.TextIOWrapper(stream, self.encoding, 'strict' if errors == 'strict' else 'replace')
 
     def __enter__(self):
         return self
@@ -90,12 +91,20 @@ class TextFile:
         if self.n_chars == 0:
             text = text.removeprefix('\ufeff')
         self.n_chars += len(text)
-        if self.errors == 'replace':
+        if self.errors != 'strict':
             self.n_replaced += text.count('\ufffd')
         if self.n_replaced and not text:
-            print0(f'{self.path}: {self.n_replaced:,} of {self.n_chars:,} characters became U+FFFD, '
-                   f'because they are not {self.encoding}')
+            self.report_replaced()
         return text
+
+    def report_replaced(self):
+        share = self.n_replaced / self.n_chars
+        if self.errors == 'replace' and share > 0.01:
+            remedy = fitting_encoding(self.path) or 'if they may be lost, use --errors=replace_all'
+            raise ValueError(f'{self.path}: {share:.1%} of its characters are not {self.encoding}, and '
+                             f'--errors=replace takes up to 1%: {remedy}')
+        print0(f'{self.path}: {self.n_replaced:,} of {self.n_chars:,} characters became U+FFFD, '
+               f'because they are not {self.encoding}')
 
 
 def too_long(record):
@@ -111,14 +120,18 @@ def check_fields(fields, names, where):
                              'name the field to take with --field')
 
 
-def wrong_encoding(path, encoding, reason):
-    """Say where a file stops being text in this encoding, and which encoding fits all of it."""
-    remedy = ('convert the file to UTF-8, name its encoding with --encoding, '
-              'or --errors=replace puts U+FFFD in its place')
+def fitting_encoding(path):
+    """Return advice that names the usual encoding of a file; None if none fits all of it."""
     for usual, name in USUAL_ENCODINGS.items():
         if first_wrong_line(path, usual) is None:
-            remedy = f'it is {name}: convert it to UTF-8, or use --encoding={name}'
-            break
+            return f'it is {name}: convert it to UTF-8, or use --encoding={name}'
+    return None
+
+
+def wrong_encoding(path, encoding, reason):
+    """Say where a file stops being text in this encoding, and which encoding fits all of it."""
+    remedy = fitting_encoding(path) or ('convert the file to UTF-8, name its encoding with --encoding, '
+                                        'or --errors=replace puts U+FFFD in its place')
     line = first_wrong_line(path, encoding)
     return f'{path}, line {line}: not {encoding.upper()} ({reason}): {remedy}'
 

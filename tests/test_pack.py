@@ -222,7 +222,7 @@ def test_what_errors_replace_offers_continues_the_run_that_offered_it(tmp_path, 
     (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps(f'text {n}') for n in range(20)), encoding='utf-8')
     build = ['build', '--input', tmp_path, '--tokenizer=gpt2', '--out', tmp_path / 'out', '--val_fraction=0.5']
     assert run(monkeypatch, capsys, *build)[0] == 2
-    code, _, stderr = run(monkeypatch, capsys, *build, '--errors=replace')
+    code, _, stderr = run(monkeypatch, capsys, *build, '--errors=replace_all')
     assert code == 0, stderr
     assert '\ufffd' in texts_in(tmp_path / 'out', 'train') + texts_in(tmp_path / 'out', 'val')
 

@@ -381,7 +381,7 @@ def test_replace_puts_a_mark_where_strict_raises(tmp_path):
     (tmp_path / 'b.jsonl').write_bytes(b'{"text": "two\xff"}\n{"text": "\\ud83d three"}')  # half a surrogate pair
     (tmp_path / 'c.csv').write_bytes(b'text\nfour\xff\n')
     (tmp_path / 'd.json').write_bytes(b'["five\xff"]')
-    assert texts_of(tmp_path, errors='replace') == ['one\ufffd', 'two\ufffd', '? three', 'four\ufffd', 'five\ufffd']
+    assert texts_of(tmp_path, errors='replace_all') == ['one\ufffd', 'two\ufffd', '? three', 'four\ufffd', 'five\ufffd']
 
 
 @pytest.mark.parametrize('name, format', [('a.jsonl', 'auto'), ('a.csv', 'auto'), ('a.json', 'auto'), ('a.txt', 'paragraphs')])
@@ -434,11 +434,15 @@ def test_every_line_end_is_read_as_a_line_feed(tmp_path, end):
     assert read_text(tmp_path / 'a.txt') == '一\n二\n\n三'
 
 
-def test_replaced_characters_are_counted(tmp_path, capsys):
+def test_replaced_characters_are_counted_and_many_of_them_refused(tmp_path, capsys):
     path = tmp_path / 'a.txt'
     path.write_bytes(b'x' * 199 + b'\xff')
     assert texts_of(path, errors='replace') == ['x' * 199 + '\ufffd']
     assert capsys.readouterr().out == f'{path}: 1 of 200 characters became U+FFFD, because they are not utf-8\n'
+    path.write_bytes(CHINESE.encode('gb18030') * 9)
+    with pytest.raises(ValueError, match=r'% of its characters are not utf-8, and --errors=replace takes up to 1%: it is gb18030: convert'):
+        texts_of(path, errors='replace')
+    assert '\ufffd' in texts_of(path, errors='replace_all')[0]
 
 
 def test_a_file_of_continuation_bytes_is_one_line(tmp_path):
