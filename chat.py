@@ -11,11 +11,14 @@ ends the program, and Ctrl-C stops an answer. Answers go to stdout, remarks to s
 import codecs
 import contextlib
 import json
+import os
 import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # as in train.py
 
 import torch
 

@@ -81,10 +81,10 @@ class CheckpointFolder:
             print0(f'NOT SAVED at iteration {state["iter_num"]}, {problem}: {self.what_is_saved()}')
 
     def what_is_saved(self) -> str:
-        if self.saved_iter is not None:
-            return f'the last good checkpoint is {self.newest} of iteration {self.saved_iter}'
-        best = f', but {self.best} holds weights' if self.best.is_file() else ''
-        return f'no checkpoint has been saved yet{best}'
+        best = ' (best.pt: the lowest validation loss)' if self.best.is_file() else ''
+        if self.saved_iter is None:
+            return f'no checkpoint has been saved yet{best}'
+        return f'the last good checkpoint is {self.newest} of iteration {self.saved_iter}{best}'
 
     def too_many_skipped(self, n: int, iter_num: int) -> str:
         return (f'{n} steps in a row were skipped, up to iteration {iter_num}: {self.what_is_saved()}, '

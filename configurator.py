@@ -22,6 +22,7 @@ import re
 import runpy
 import symtable
 import sys
+import textwrap
 import traceback
 import types
 import typing
@@ -57,7 +58,8 @@ def configure(settings: dict, argv: list[str] | None = None) -> set[str]:
     settings.update(given)
     changed = [f'{name} = {settings[name]!r}' for name in defaults if settings[name] != defaults[name]]
     if changed and os.environ.get('RANK', '0') == '0':
-        print('overrides: ' + ', '.join(changed))
+        print(textwrap.fill('overrides: ' + ', '.join(changed), 100, subsequent_indent='  ',
+                            break_long_words=False, break_on_hyphens=False))
     return set(given)
 
 

@@ -11,10 +11,13 @@ character, per UTF-8 byte and per token of the choice. perplexity is that of LAM
 bits per byte of the dataset's validation split.
 """
 
+import os
 import time
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # as in train.py
 
 import torch
 

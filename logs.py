@@ -132,7 +132,8 @@ class Log:
             problem = 'SPIKE' if math.isfinite(loss + grad_norm) else 'NOT FINITE'
             warning = f' {problem}, step skipped ({skipped:.0f} so far)'
         print0(f'iter {it}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.3f}, {dt_s * 1000:.1f}ms, '
-               f'{tok_per_s:,.0f} tok/s, {utilisation}eta {timedelta(seconds=round(eta_s))}{warning}')
+               f'{tok_per_s:,.0f} tok/s, {utilisation}eta {timedelta(seconds=round(eta_s))}, '
+               f'{time.strftime("%H:%M:%S")}{warning}')
         self.write(loss=loss, loss_smoothed=smoothed_loss, lr=lr, grad_norm=grad_norm, tok_per_s=tok_per_s,
                    mfu=mfu, eta_s=eta_s, dt_s=dt_s, n_steps=n_steps, skipped=int(skipped),
                    peak_memory_bytes=devices.peak_memory_bytes(self.place.device))
@@ -210,7 +211,7 @@ class Log:
                    f'python train.py --init_from=resume --out_dir={out_dir} continues')
         else:
             print0(f'done: {out_dir}/ckpt.pt after {it} iterations, best val loss '
-                   f'{self.progress.best_val_loss:.4f}; python sample.py --out_dir={out_dir}')
+                   f'{self.progress.best_val_loss:.4f} in best.pt; python sample.py --out_dir={out_dir}')
 
 
 def git_commit() -> str | None:

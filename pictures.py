@@ -81,6 +81,8 @@ def draw_panel(axes, runs, panel):
             marker = 'o' if len(points) < 20 else None  # a single point makes no line
             axes.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], marker=marker,
                       markersize=4, **STYLES.get(curve, {}))
+    if not any(len(line.get_xdata()) for line in axes.lines):
+        return  # a logarithmic axis cannot be empty
     axes.set(xscale=panel.x_scale, xlabel=f'{panel.x} of training', yscale=panel.y_scale, ylabel=panel.label)
     axes.grid(alpha=0.25)
     if panel.y_scale == 'log':

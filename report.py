@@ -167,7 +167,8 @@ def summary(run) -> dict[str, str]:
     tokens, flops = last['tokens'], number(run.facts.get('flops_per_token'))
     dataset_tokens = number(run.facts.get('dataset_tokens')) or math.nan
     evaluations = [line for line in run.lines if math.isfinite(line.get('val_loss', math.nan))]
-    best = min(evaluations, key=lambda line: line['val_loss'], default={})
+    trained = [line for line in evaluations if line['iter']]  # best.pt is never the model before training
+    best = min(trained or evaluations, key=lambda line: line['val_loss'], default={})
     last_step = steps[-1] if steps else {}
     unit, per_minute = ('hours', 1 / 60) if last['minutes'] >= 120 else ('seconds', 60)
     return formatted([

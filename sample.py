@@ -12,10 +12,13 @@ ends the document.
 """
 
 import codecs
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # as in train.py
 
 import torch
 

@@ -17,8 +17,8 @@ from corpus.readers import File, find_files, read_records
 
 FIELDS = {
     'messages': ('messages', 'conversations', 'conversation'),
-    'question': ('instruction', 'question', 'prompt', 'query', 'query_text'),
-    'answer': ('response', 'output', 'completion', 'answer', 'answers'),
+    'question': ('instruction', 'question', 'prompt', 'query', 'query_text', '问题'),
+    'answer': ('response', 'output', 'completion', 'answer', 'answers', '答案'),
     'context': ('context', 'input', 'evidence', 'context_text', 'documents'),
     'system': ('system', 'system_prompt', 'system_message'),
     'history': ('history',),
@@ -50,13 +50,13 @@ class Passage(str):
 def read_conversations(paths, *, question='', answer='', encoding='utf-8'):
     """Yield every Conversation in some files and folders.
 
-    question, answer   the names of these columns, if FIELDS does not have them
+    question, answer   the names of these columns, in place of those in FIELDS
     raises             ValueError that names file and record
     """
     fields = dict(FIELDS)
     for use, name in (('question', question), ('answer', answer)):
         if name:
-            fields[use] = (*FIELDS[use], name)
+            fields[use] = (name,)
     files = [File(path, 'lines' if format == 'text' else format) for path, format in find_files(paths)]
     for record, where in read_records(files, encoding=encoding):
         if record == '':  # a blank line of a .txt file

@@ -271,7 +271,9 @@ def test_what_could_not_be_saved_is_said_and_not_remembered(tmp_path, monkeypatc
     spoilt = small_state(30)
     spoilt['model']['weight'][7] = float('nan')
     checkpoints.save_or_warn(spoilt, progress, **how)
-    assert 'NOT SAVED at iteration 30, the weights or the validation loss are not finite' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'NOT SAVED at iteration 30, the weights or the validation loss are not finite' in said
+    assert said.endswith(f'the last good checkpoint is {newest} of iteration 10 (best.pt: the lowest validation loss)\n')
     assert checkpoint.load(newest)['iter_num'] == 10
 
 
@@ -586,6 +588,10 @@ def test_a_checkpoint_of_nanogpt_goes_on(tmp_path, prefix):
     (dict(model_args=dict(n_kv_heads=2)), 'n_kv_heads = 2 in its model_args is none that this version knows'),
     (dict(model=dict(w=torch.ones(2, dtype=torch.int8))), 'w is torch.int8, torch.strided: accepted are dense floating-point weights'),
     (dict(format=torch.ones(3)), 'this version reads 1'),
+    (dict(history='abc'), 'history is a str'),
+    (dict(history=[1.0]), 'its history is [1.0], accepted are five numbers'),
+    (dict(history=[None] * 5), 'accepted are five numbers'),
+    (dict(since_best='x'), 'since_best is a str'),
 ])
 def test_contents_of_the_wrong_kind_get_one_line(tmp_path, change, words):
     torch.save(small_state() | change, tmp_path / 'ckpt.pt')

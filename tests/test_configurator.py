@@ -293,6 +293,9 @@ def test_overrides_line_names_what_differs(capsys, monkeypatch):
     assert capsys.readouterr().out == ''
     given_by('--batch_size=32', '--start=\n', '--out_dir=x', '--compile=False')
     assert capsys.readouterr().out == "overrides: out_dir = 'x', batch_size = 32, compile = False\n"
+    given_by(f'--start={"word " * 30}', '--out_dir=x')
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("overrides: out_dir = 'x', start = 'word") and lines[1].startswith('  word') and max(map(len, lines)) <= 100
     monkeypatch.setenv('RANK', '1')
     given_by('--batch_size=32')
     assert capsys.readouterr().out == ''

@@ -514,6 +514,15 @@ def test_compressed_and_columnar_files_and_other_encodings(tmp_path, ending):
     if names:
         with pytest.raises(ValueError, match='line 2: --answer=答: its fields are 问题, 答案'):
             list(read_conversations([path], encoding='gb18030', question='问题', answer='答'))
+        assert list(read_conversations([path], encoding='gb18030')) == [conversation]  # these columns are known
+
+
+def test_named_columns_take_the_place_of_known_ones(tmp_path):
+    path = write(tmp_path / 'x.json', [{'question': 'of the crowd', 'q': 'q', 'a': 'a'}])
+    [conversation] = read_conversations([path], question='q', answer='a')
+    assert conversation.turns == [('user', 'q'), ('assistant', 'a')]
+    [conversation] = read_conversations([path], question='question', answer='a')
+    assert conversation.turns == [('user', 'of the crowd'), ('assistant', 'a')]
 
 
 def test_the_exported_chat_template_gives_the_ids_of_training(tmp_path):

@@ -116,6 +116,14 @@ def test_one_logged_step_and_scores_below_zero_are_seen(tmp_path):
         assert found[height // 8:].sum() > 20, f'{name}: nothing below the legend'
 
 
+def test_the_best_loss_is_that_of_best_pt(tmp_path):
+    """A run that diverges is never better than before training, and best.pt has the best of what it became."""
+    run = write_run(tmp_path / 'run', [evaluation(0, 4.1), step(0, 100, 1.0), evaluation(10, 10.4), evaluation(20, 12.0)])
+    page = write_report([run]).read_text(encoding='utf-8')
+    assert '| best validation loss | 10.4000 |' in page and '| updates then | 10 |' in page
+    assert '| best validation loss | 4.1000 |' in write_report([write_run(tmp_path / 'new', [evaluation(0, 4.1)])]).read_text(encoding='utf-8')
+
+
 def test_long_names_stand_whole_in_the_legend_and_foreign_ones_bring_no_warnings(tmp_path, recwarn):
     from matplotlib.image import imread
     folders = [tmp_path / f'muon-lr-3e-3-wd-0.1-seed-{i}-训练' / 'out-shakespeare-char-depth-12' for i in range(3)]

@@ -66,7 +66,7 @@ def test_a_process_trains_with_nothing_but_torch_and_numpy(tiny, tmp_path):
     assert not contents(tmp_path / 'data').keys() - contents(tiny).keys()
 
 
-@pytest.mark.parametrize('script', ['train', 'bench'])
+@pytest.mark.parametrize('script', ['train', 'sample', 'chat', 'evaluate', 'bench'])
 def test_idle_threads_sleep_on_a_busy_machine(script):
     """Spinning threads made a step ten times as slow there. The OpenMP of torch reads the variable while it is loaded."""
     code = f"import os, sys\nsys.modules['torch'] = None\ntry:\n    import {script}\nexcept ImportError:\n    print(os.environ['OMP_WAIT_POLICY'])"
@@ -80,7 +80,7 @@ def test_lines_of_the_log_and_of_metrics(tiny, tmp_path):
     steps = [line for line in stdout.splitlines() if line.startswith('iter ')]
     number = r'\d+(\.\d+)?'
     for line in steps:
-        assert re.fullmatch(rf'iter \d+: loss {number}, lr \d\.\d\de-\d\d, norm {number}, {number}ms, [\d,]+ tok/s, eta 0:00:0\d', line), line
+        assert re.fullmatch(rf'iter \d+: loss {number}, lr \d\.\d\de-\d\d, norm {number}, {number}ms, [\d,]+ tok/s, eta 0:00:0\d, \d\d:\d\d:\d\d', line), line
     evaluations = [line for line in stdout.splitlines() if line.startswith('step ')]
     for line in evaluations:
         assert re.fullmatch(rf'step \d+: train loss {number}, val loss {number}, {number} bits per byte', line), line
@@ -243,8 +243,8 @@ def test_too_many_skipped_steps_end_the_run_and_leave_the_checkpoint(tiny, tmp_p
     with monkeypatch.context() as patch:
         spoil(patch, 7, math.nan)
         code, stdout, stderr, lines = train_here(*flags, out_dir=tmp_path)
-    assert (code, stderr) == (2, f'3 steps in a row were skipped, up to iteration 9: the last good checkpoint is {tmp_path}/ckpt.pt of iteration 5, '
-                                 'continue from it with a lower --learning_rate or other data\n')
+    assert (code, stderr) == (2, f'3 steps in a row were skipped, up to iteration 9: the last good checkpoint is {tmp_path}/ckpt.pt of iteration 5 '
+                                 '(best.pt: the lowest validation loss), continue from it with a lower --learning_rate or other data\n')
     assert [line['skipped'] for line in lines if line['iter'] > 5] == [1, 2, 3]
     state = read_checkpoint(tmp_path / 'ckpt.pt')
     assert state['iter_num'] == 5 and all(tensor.isfinite().all() for tensor in state['model'].values())

@@ -27,6 +27,7 @@ MODEL_ARGS |= dict(rope_theta=(float, int), rope_scaling=(dict, type(None)), nor
 PARTS = dict(model=(dict,), model_args=(dict,), iter_num=(int,), best_val_loss=(float, int, type(None)),
              style=(str, type(None)))
 PARTS |= dict.fromkeys(('config', 'optimizer', 'scaler', 'tokenizer', 'lora'), (dict, type(None)))
+PARTS |= dict(history=(list, type(None)), since_best=(int, type(None)), wandb_id=(str, type(None)))
 
 MAX_LEAVES = 10_000  # of one tuple in a pickle
 
@@ -124,6 +125,9 @@ def check_state(state: dict, path):
         is_sound = False
     if not is_sound:
         raise ValueError(f'{path}: the state of its optimizer is not a dict of tensors for each parameter')
+    history = state.get('history') or [0.0] * 5
+    if len(history) != 5 or not all(isinstance(value, float | int) for value in history):
+        raise ValueError(f'{path}: its history is {history!r:.60}, accepted are five numbers')
 
 
 def check_dense(weights, path):
