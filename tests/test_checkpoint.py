@@ -8,6 +8,7 @@ import random
 import re
 import stat
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -435,6 +436,13 @@ def test_a_dangling_link_is_an_error(tmp_path):
         checkpoint.load_newest(tmp_path, rename_damaged=True)
 
 
+@pytest.mark.parametrize('make', [lambda path: path.symlink_to(path.with_name('unmounted')), Path.touch], ids=['dangling link', 'file'])
+def test_an_out_dir_that_cannot_be_listed_is_an_error(tmp_path, make):
+    make(tmp_path / 'out')
+    with pytest.raises(OSError, match='out'):
+        checkpoint.load_newest(tmp_path / 'out', rename_damaged=True)
+
+
 def test_a_file_in_torchs_format_before_1_6_is_left_where_it_is(tmp_path):
     torch.save(small_state(), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match='is in the format of torch before 1.6'):
@@ -592,6 +600,7 @@ def test_a_checkpoint_of_nanogpt_goes_on(tmp_path, prefix):
     (dict(history=[1.0]), 'its history is [1.0], accepted are five numbers'),
     (dict(history=[None] * 5), 'accepted are five numbers'),
     (dict(since_best='x'), 'since_best is a str'),
+    (dict(position=[1]), 'position is a list'),
 ])
 def test_contents_of_the_wrong_kind_get_one_line(tmp_path, change, words):
     torch.save(small_state() | change, tmp_path / 'ckpt.pt')

@@ -265,6 +265,19 @@ def test_a_file_cut_short_during_training_is_named(tmp_path, suffix):
         loader.batch(90)
 
 
+def test_a_shard_rewritten_in_place_during_training_is_named(tmp_path):
+    pack(tmp_path)
+    loader = Loader(tmp_path, 'train', block_size=9, batch_size=4, order='sequential')
+    loader.batch(0)
+    path, before = tmp_path / 'train.bin', (tmp_path / 'train.bin').stat()
+    with open(path, 'r+b') as f:
+        f.write(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert (path.stat().st_ino, path.stat().st_size) == (before.st_ino, before.st_size)
+    with pytest.raises(ValueError, match='train.bin was replaced or changed since the dataset was opened'):
+        loader.batch(1)
+
+
 def test_a_shard_replaced_during_training_is_not_mixed_in(tmp_path):
     pack(tmp_path, shard_tokens=10)  # 400 shards, more than are open at a time
     loader = Loader(tmp_path, 'train', block_size=9, batch_size=4, order='sequential')

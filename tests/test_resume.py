@@ -295,7 +295,10 @@ def test_there_is_a_best_pt_even_where_training_made_the_model_worse(tiny, tmp_p
 def test_settings_given_now_win_and_are_named(finished):
     stdout, _ = resume(finished, '--max_iters=22', '--weight_decay=0.2', '--learning_rate=0.01')
     assert 'max_iters = 22 from now on, was 20\nweight_decay = 0.2 from now on, was 0.1\n' in stdout
-    assert 'learning_rate =' not in stdout.split('overrides')[1].split('\n', 1)[1]  # given, but as it was
+    assert '\nlearning_rate =' not in stdout  # given, but as it was
+    start = json.loads((finished / 'run.json').read_text(encoding='utf-8'))['starts'][-1]
+    assert start['changed'].items() >= dict(max_iters=[20, 22], weight_decay=[0.1, 0.2]).items()
+    assert start['changed'].keys() <= {'max_iters', 'weight_decay', 'init_from', 'out_dir'}
     state = read_checkpoint(finished / 'ckpt.pt')
     assert state['config']['weight_decay'] == 0.2
     assert {group['weight_decay'] for group in state['optimizer']['param_groups']} == {0.2, 0.0}

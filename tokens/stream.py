@@ -151,7 +151,7 @@ class Stream(Batches):
         position  None begins with the first window, for a run that was on other data before
         """
         first = dict(window=0, shuffle_window=self.shuffle_window, group=0, start=BEGINNING)
-        position = position or first
+        position = first | (position or {})
         if position['shuffle_window'] != self.shuffle_window:
             raise ValueError(f'shuffle_window={self.shuffle_window}: the checkpoint has '
                              f'shuffle_window={position["shuffle_window"]}, which cannot change')

@@ -143,9 +143,9 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
     """
     resumes, args = start.state is not None, start.model_args or {}
     stored = {'optimizer': 'adamw'} if resumes else {}
+    stored |= {name: args[name] for name in FIXED_ON_RESUME if name in args}
     if resumes and 'format' in start.state:  # nanoGPT's settings mean other things
         stored |= start.settings
-    stored |= {name: args[name] for name in FIXED_ON_RESUME if name in args}
     stored = {name: checked(value, accepted[name], f'{start.path}: {name} = {value!r}')
               for name, value in stored.items() if name in settings and name not in PER_START}
     changed = [name for name in sorted(explicit & stored.keys()) if settings[name] != stored[name]]

@@ -26,7 +26,7 @@ MODEL_ARGS |= dict(rope_theta=(float, int), rope_scaling=(dict, type(None)), nor
 # parts of a checkpoint and their types; None = the part may be absent
 PARTS = dict(model=(dict,), model_args=(dict,), iter_num=(int,), best_val_loss=(float, int, type(None)),
              style=(str, type(None)))
-PARTS |= dict.fromkeys(('config', 'optimizer', 'scaler', 'tokenizer', 'lora'), (dict, type(None)))
+PARTS |= dict.fromkeys(('config', 'optimizer', 'scaler', 'tokenizer', 'lora', 'position'), (dict, type(None)))
 PARTS |= dict(history=(list, type(None)), since_best=(int, type(None)), wandb_id=(str, type(None)))
 
 MAX_LEAVES = 10_000  # of one tuple in a pickle
