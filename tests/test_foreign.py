@@ -107,6 +107,8 @@ def test_sizes_come_from_the_weights(sizes):
     (dict(n_layer=10**5), 'n_layer = 100000 does not fit its 29 weights'),
     (dict(n_layer=True), 'n_layer = True in its model_args is none that this version knows'),
     (dict(n_head=[2]), 'n_head = [2] in its model_args is none that this version knows'),
+    (dict(vocab_size=10**9), 'transformer.wte.weight has shape (13, 8), its model_args say (1000000000, 8)'),
+    (dict(block_size=10**9), 'transformer.wpe.weight has shape (8, 8), its model_args say (1000000000, 8)'),
 ])
 def test_sizes_that_the_weights_contradict(sizes, message):
     state = dict(nanogpt(new_model(), model_args=dict(SIZES, **sizes)), format=1, best_val_loss=1.5)

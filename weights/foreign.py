@@ -117,7 +117,13 @@ def check_state(state: dict, path):
             raise ValueError(f'{path} is not a checkpoint of flatGPT or nanoGPT: '
                              f'{key} is a {type(state.get(key)).__name__}')
     check_dense(state['model'], path)
-    check_model_args(state['model_args'], path, len(state['model']))
+    args, weights = state['model_args'], state['model']
+    check_model_args(args, path, len(weights))
+    # 10**9 tokens or positions would be allocated before their weights turn out to be missing
+    for name, size in (('transformer.wte.weight', 'vocab_size'), ('transformer.wpe.weight', 'block_size')):
+        expected = (args.get(size), args.get('n_embd'))
+        if name in weights and None not in expected and (shape := tuple(weights[name].shape)) != expected:
+            raise ValueError(f'{path}: {name} has shape {shape}, its model_args say {expected}')
     try:
         moments = (state.get('optimizer') or {}).get('state', {})
         is_sound = all(isinstance(each, torch.Tensor) for own in moments.values() for each in own.values())
