@@ -370,10 +370,10 @@ class GPT(nn.Module):
         model.crop_block_size(block_size or model.config.block_size)
         return model
 
-    def save_pretrained(self, folder, tokenizer=None, chat_template=None):
-        """Write a folder for AutoModelForCausalLM and AutoTokenizer, or an .npz file. Return the paths."""
+    def save_pretrained(self, path, tokenizer=None, chat_template=None, quantize=None):
+        """Write a folder that transformers loads, or an .npz or .gguf file. Return the paths."""
         from weights import pretrained
-        return pretrained.save(self, folder, tokenizer, chat_template)
+        return pretrained.save(self, path, tokenizer, chat_template, quantize)
 
     def pack(self, quantize: str | None = None):
         """Lay the matrices out for fast generation on a CPU, in bfloat16 or in 'int8': for inference only."""

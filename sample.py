@@ -4,6 +4,7 @@
     python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"
     python sample.py --out_dir=out-quickstart --export=exported    # for transformers; weights.npz for NumPy
+    python sample.py --out_dir=out --export=model.gguf --quantize=int8    # for llama.cpp, q8_0
     python sample.py --out_dir=out-dolly --prompts=questions.jsonl --answers=answers.jsonl --temperature=0
     python sample.py --out_dir=out-dolly --chat                    # the same as chat.py
 
@@ -41,7 +42,7 @@ out_dir = 'out'
 checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be another trainer's
 n_head: int | None = None  # for a checkpoint_path that does not say it
 strict = True  # False: checkpoint_path may lack weights or have others, which are listed
-export = ''  # write the model to this folder for transformers, or to this .npz file, and do not sample
+export = ''  # write the model to this folder for transformers, or this .npz or .gguf file; do not sample
 adapter = False  # export the LoRA adapter of a run alone, to a folder for peft
 # the text
 start = '\n'  # the prompt, or FILE:prompt.txt; may contain <|endoftext|>
@@ -62,7 +63,7 @@ seed = 1337
 device = 'auto'  # cpu, cuda, cuda:1, mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 compile: bool | Literal['auto'] = 'auto'  # auto = eager: compiling pays for long batches only
-quantize: Literal['none', 'int8'] = 'none'  # int8: one byte a weight, on the CPU; for single samples
+quantize: Literal['none', 'int8'] = 'none'  # int8: a byte a weight, for single samples on the CPU or .gguf
 # -----------------------------------------------------------------------------
 
 
@@ -170,6 +171,8 @@ if __name__ == '__main__':
             raise ValueError('--prompts=FILE and --answers=FILE go together, and without --chat')
         if answers and (Path(answers).is_dir() or not Path(answers).parent.is_dir()):
             raise ValueError(f'--answers={answers}: accepted is a file in an existing folder')
+        if quantize != 'none' and export and not export.endswith('.gguf'):
+            raise ValueError(f'--quantize={quantize}: accepted is none, or an export to a .gguf file')
         place = distributed.start(device)
         precision = devices.choose_dtype(dtype, place.device)
         if export and dtype == 'auto':
@@ -197,10 +200,11 @@ if __name__ == '__main__':
                 print(f'{file}: {file.stat().st_size:,} bytes')
         elif export:
             jinja = Template(tokenizer, trained.style).jinja() if trained.style else None
-            for file in model.save_pretrained(export, tokenizer, jinja):
+            for file in model.save_pretrained(export, tokenizer, jinja, quantize):
                 print(f'{file}: {file.stat().st_size:,} bytes')
             reader = 'numpy.load' if export.endswith('.npz') else 'AutoModelForCausalLM.from_pretrained'
-            print(f"read it with {reader}('{export}'), or here with --init_from={export}")
+            hint = f"read it with {reader}('{export}'), or here with --init_from={export}"
+            print(f'run it with llama-cli -m {export}' if export.endswith('.gguf') else hint)
         elif chat:
             talk(answerer)
         elif prompts:

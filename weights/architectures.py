@@ -63,6 +63,15 @@ class Architecture:
     switches: tuple = ()  # (argument of GPTConfig, value) that tell classes of one arch apart
     biased: tuple = ()  # ends of our names of weights that have a bias there in any case; zeros if not ours
 
+    def with_biases(self, tensors: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+        """Return our tensors, and zeros for the biases that the class has in any case."""
+        tensors = dict(tensors)
+        if self.biased and not config.bias:
+            for name in [name for name in tensors if name.endswith(self.biased)]:
+                bias = name.removesuffix('weight') + 'bias'
+                tensors[bias] = tensors[name].new_zeros(len(tensors[name]))
+        return tensors
+
     def parts(self, tensors: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
         """Return views of our tensors by their names: parts of them, in their layout."""
         parts, n_kv_rows = {}, config.n_kv_head * config.head_size

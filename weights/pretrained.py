@@ -14,7 +14,7 @@ import torch
 from files import print0, read_json, write_atomically, write_json
 from tokens.tokenizer import GPT2_META, read_tokenizer_json
 from tokens.tokenizer_json import tokenizer_config
-from weights import lora
+from weights import gguf, lora
 from weights.architectures import ARCHITECTURES, ConfigReader, architecture_of
 from weights.foreign import check_model_args, check_names, check_shape
 from weights.formats import Npz, read_folder, write_npz, write_safetensors
@@ -160,27 +160,29 @@ def fill(model, path: Path):
 # writing
 
 
-def save(model, path, tokenizer=None, chat_template=None) -> list[Path]:
-    """Write a folder that transformers loads, or one .npz file. Return the paths written.
+def save(model, path, tokenizer=None, chat_template=None, quantize=None) -> list[Path]:
+    """Write a folder that transformers loads, or one .npz or .gguf file. Return the paths written.
 
     The vocabulary's padding is written, too; generation_config.json keeps it from being sampled.
 
     chat_template  Jinja template of a tuned model (corpus/template.py)
+    quantize       'int8', for .gguf
     """
     path, config = Path(path), model.config
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if path.suffix == '.npz':
+    if path.suffix in ('.npz', '.gguf'):
         path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.gguf':
+        gguf.save(model, path, tokenizer, chat_template, quantize)
+        return [path]
+    if path.suffix == '.npz':
         settings = dict(format=1, model_args=vars(config), tokenizer=tokenizer and tokenizer.meta())
         write_atomically(path, lambda f: write_npz(f, settings, tensors))
         return [path]
 
     path.mkdir(parents=True, exist_ok=True)
     architecture = architecture_of(config)
-    if architecture.biased and not config.bias:
-        for name in [name for name in tensors if name.endswith(architecture.biased)]:
-            tensors[name.removesuffix('weight') + 'bias'] = tensors[name].new_zeros(len(tensors[name]))
-    stored = architecture.parts(tensors, config)
+    stored = architecture.parts(architecture.with_biases(tensors, config), config)
     write_atomically(path / 'model.safetensors', lambda f: write_safetensors(f, stored))
     dtype = str(next(iter(tensors.values())).dtype).removeprefix('torch.')
     files = text_files(config, dtype, tokenizer, chat_template)
