@@ -131,7 +131,7 @@ def fitting_encoding(path):
 def wrong_encoding(path, encoding, reason):
     """Say where a file stops being text in this encoding, and which encoding fits all of it."""
     remedy = fitting_encoding(path) or ('convert the file to UTF-8, name its encoding with --encoding, '
-                                        'or --errors=replace puts U+FFFD in its place')
+                                        'or let corpus.pack --errors=replace put U+FFFD in its place')
     line = first_wrong_line(path, encoding)
     return f'{path}, line {line}: not {encoding.upper()} ({reason}): {remedy}'
 

@@ -198,7 +198,7 @@ def broken(path):
 
 
 @pytest.mark.parametrize('write, args, error', [
-    (broken, [], 'a.jsonl, line 2: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or --errors=replace puts U+FFFD in its place'),
+    (broken, [], 'a.jsonl, line 2: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or let corpus.pack --errors=replace put U+FFFD in its place'),
     (write_jsonl, ['--field=body'], "a.jsonl, line 1: no field 'body' with text, only id, title, text: name the field to take with --field"),
     (lambda path: path.write_text(''), [], 'there is no text in the corpus'),
     (lambda path: path.write_text('{"text": ""}\n'), ['--tokenizer=gpt2'], 'there is no text for the train split: give more text, or another --val_fraction'),

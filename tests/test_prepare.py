@@ -243,7 +243,7 @@ def test_text_takes_bytes_and_a_trained_tokenizer(data, tmp_path):
 
 
 @pytest.mark.parametrize('content, args, error', [
-    (b'one\ntwo\n\xff\n', [], 'in.txt, line 3: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or --errors=replace puts U+FFFD in its place'),
+    (b'one\ntwo\n\xff\n', [], 'in.txt, line 3: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or let corpus.pack --errors=replace put U+FFFD in its place'),
     (b'', [], 'in.txt: no text in there'),
     (b'abc', ['--val_fraction=1.5'], '--val_fraction: 1.5 must lie between 0 and 1'),
     (b'abc', ['--val_fraction=1e-9', '--input', '.'], None),

@@ -342,7 +342,7 @@ def test_no_pickle_is_opened(tmp_path):
 # what is wrong in a file
 
 @pytest.mark.parametrize('name, content, error', [
-    ('a.txt', b'one\ntwo\n\xff\n', ', line 3: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or --errors=replace puts U+FFFD in its place'),
+    ('a.txt', b'one\ntwo\n\xff\n', ', line 3: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or let corpus.pack --errors=replace put U+FFFD in its place'),
     ('a.jsonl', b'{"text": "a"}\n{"text": "\xe5\x8c"}', ', line 2: not UTF-8 (invalid continuation byte): it is gb18030: convert it to UTF-8, or use --encoding=gb18030'),
     ('a.csv', b'text\na\n\xff\n', ', line 3: not UTF-8'), ('a.json', b'["a",\n"\xff"]', ', line 2: not UTF-8'),
     ('a.xml', b'<mediawiki>\n\xff</mediawiki>', ', line 2: not UTF-8'),
