@@ -23,7 +23,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # as in train.py
 import torch
 
 import devices
-from corpus.template import ROLE_TOKENS, STYLES, Fitted, Template, check_tokenizer
+from corpus.template import ROLE_TOKENS, STYLES, TURN_END, Fitted, Template, check_tokenizer
 from files import printable, write_atomically
 
 # -----------------------------------------------------------------------------
@@ -111,7 +111,8 @@ class Answerer:
         max_new_tokens, block_size = self.sampling.max_new_tokens, self.model.config.block_size
         limits = [min(max_new_tokens, block_size - len(prompt)) for prompt in prompts]
         special = self.tokenizer.special
-        stop_ids = {self.tokenizer.eot, *(special[name] for name in ROLE_TOKENS.values() if name in special)}
+        names = *ROLE_TOKENS.values(), TURN_END
+        stop_ids = {self.tokenizer.eot, *(special[name] for name in names if name in special)}
         return self.sampling.stream(self.model, self.tokenizer, idx.to(device), stop_ids=stop_ids,
                                     limits=limits, documents=documents)
 
@@ -123,6 +124,8 @@ def choose_style(style: str, trained, tokenizer) -> str:
     """
     check_tokenizer(tokenizer)
     chosen = trained.style if style == 'auto' else style
+    if style == 'auto' and chosen is None and TURN_END in tokenizer.special:
+        chosen = 'chatml'
     if chosen not in STYLES:
         raise ValueError(f'{trained.path} was not tuned on conversations: tune it with python train.py '
                          f'config/finetune_dolly.py --init_from={trained.path}, or name the template '

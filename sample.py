@@ -53,7 +53,8 @@ chat = False  # read them from the terminal, as chat.py does
 prompts = ''  # a file that corpus/conversations.py reads, or lines in a .txt file; its answers are compared
 answers = ''  # the JSONL file to write the model's answers to
 batch_size = 16  # prompts to answer at a time
-style: Literal['auto', 'chat', 'alpaca'] = 'auto'  # prompt template; auto = the one the model was tuned with
+# prompt template; auto = the one the model was tuned with
+style: Literal['auto', 'chat', 'alpaca', 'chatml'] = 'auto'
 # how to draw
 temperature = 0.8  # lower is more predictable, 0 always takes the most likely token
 top_k: int | None = 200  # draw among this many most likely tokens; 0 or None = all

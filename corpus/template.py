@@ -1,8 +1,9 @@
 """Write a conversation as tokens: the template of training, sample.py and transformers' apply_chat_template.
 
 Style 'chat' opens a turn with its role token, such as <|user|>, or with a line such as '### User:' if the
-tokenizer has none; 'alpaca' with a line such as '### Instruction:'. An answer ends with end-of-text. The text
-before an answer is encoded as a whole, as transformers does, and no token reaches from it into the answer.
+tokenizer has none; 'alpaca' with a line such as '### Instruction:'. An answer ends with end-of-text. Style
+'chatml', that of Qwen and SmolLM, puts each turn between <|im_start|> and <|im_end|>. The text between
+special tokens is encoded as a whole, as transformers does, but no token reaches from prompt to answer.
 """
 
 import json
@@ -17,7 +18,11 @@ STYLES = {
              'assistant': '### Assistant:\n'},
     'alpaca': {'system': '', 'user': '### Instruction:\n', 'context': '### Context:\n',
                'assistant': '### Response:\n'},
+    'chatml': {'system': '<|im_start|>system\n', 'user': '<|im_start|>user\n',
+               'context': '<|im_start|>user\n', 'assistant': '<|im_start|>assistant\n'},
 }
+TURN_END = '<|im_end|>'  # of chatml
+SPECIAL = re.compile(r'(<\|(?:im_start|im_end|system|user|assistant)\|>)')
 ROLE_TOKENS = {role: f'<|{role}|>' for role in ('system', 'user', 'assistant')}
 GAP = '\n\n'  # after each turn that is not an answer, where roles are not tokens
 JINJA = r"""
@@ -52,15 +57,20 @@ class Template:
         check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.marks, self.gap = STYLES[style], GAP  # marks open a turn of a role, the gap ends it
+        self.end, self.end_id = '', tokenizer.eot  # of an answer: text after its end token, and that token
         if style == 'chat' and set(ROLE_TOKENS.values()) <= set(tokenizer.special):
             self.marks, self.gap = {**ROLE_TOKENS, 'context': GAP}, ''
+        if style == 'chatml':
+            if TURN_END not in tokenizer.special:
+                raise ValueError(f'style=chatml: the tokenizer has no {TURN_END}: use --style=chat')
+            self.gap, self.end, self.end_id = f'{TURN_END}\n', '\n', tokenizer.special[TURN_END]
 
     def jinja(self) -> str:
         """Return the chat_template of tokenizer_config.json, which gives the ids of training.
 
         A message of the role tool or context is the passage that the next answer is about.
         """
-        end = next(name for name, i in self.tokenizer.special.items() if i == self.tokenizer.eot)
+        end = next(name for name, i in self.tokenizer.special.items() if i == self.end_id) + self.end
         marks = {**self.marks, 'developer': self.marks['system'], 'tool': self.marks['context']}
         settings = {'marks': marks, 'gap': self.gap, 'end': end}
         lines = [f'{{%- set {name} = {json.dumps(value)} -%}}' for name, value in settings.items()]
@@ -71,14 +81,13 @@ class Template:
         tokenizer, ids, mask = self.tokenizer, [], []
         text = ''  # the part of the prompt that is not encoded yet
         for role, content in turns:
-            mark = self.marks[role]
-            if mark in tokenizer.special:
-                ids += [*tokenizer.encode(text), tokenizer.special[mark]]
-                text = ''
-            else:
-                text += mark
+            for i, part in enumerate(self.split(role, content)):
+                if i % 2:  # a special token
+                    ids += [*tokenizer.encode(text), tokenizer.special[part]]
+                    text = ''
+                else:
+                    text += part
             if role != 'assistant':
-                text += content + self.gap
                 continue
             prompt = tokenizer.encode(text)
             ids += prompt
@@ -87,10 +96,21 @@ class Template:
                 together = tokenizer.encode(text + content)
                 is_border = together[:len(prompt)] == prompt
                 answer = together[len(prompt):] if is_border else tokenizer.encode(content)
-                ids += [*answer, tokenizer.eot]
+                ids += [*answer, self.end_id]
                 mask += [1] * (len(answer) + 1)
-            text = ''
-        return ids, mask
+            text = self.end
+        if content is not None:
+            ids += tokenizer.encode(text)
+        return ids, mask + [0] * (len(ids) - len(mask))
+
+    def split(self, role, content) -> list[str]:
+        """Return a turn, except for an answer, as text and the special tokens of the template, in turn."""
+        parts = SPECIAL.split(self.marks[role])
+        if role != 'assistant':
+            before, *after = SPECIAL.split(self.gap)
+            parts[-1] += content + before
+            parts += after
+        return parts
 
     def fit(self, turns, size) -> Fitted | None:
         """Write turns in at most `size` tokens. Without an answer at their end, they are a prompt.

@@ -22,7 +22,8 @@ from kernels import IGNORE
 from model import GPT, GPTConfig
 from tokens.dataset import read_meta
 from tokens.loader import Loader
-from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
+from tokens.tokenizer_json import read_tokenizer_json
 
 SHARED = ROOT.parent / 'shared' / 'data'
 BYTES = ByteTokenizer()
@@ -447,6 +448,42 @@ def test_transformers_chat_template_gives_the_ids_of_training(tmp_path, make, st
     assert reference.apply_chat_template(SPEECH, tokenize=True, return_dict=False) == ids.tolist()
     prompt = encode(conversation.turns[:-1], tokenizer, style, 10_000).ids
     assert reference.apply_chat_template(SPEECH[:-1], tokenize=True, return_dict=False, add_generation_prompt=True) == prompt.tolist()
+
+
+def qwen(folder):
+    """A byte-level BPE with Qwen's special tokens, as a folder that AutoTokenizer reads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+    tokenizer.train_from_iterator(['Be brief. What is new? user system assistant'] * 9, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    folder.mkdir()
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    settings = dict(tokenizer_class='PreTrainedTokenizerFast', eos_token='<|im_end|>', pad_token='<|endoftext|>')
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+    return load_tokenizer(read_tokenizer_json(folder))
+
+
+def test_chatml_gives_the_ids_of_qwens_template(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    tokenizer = qwen(tmp_path / 'qwen')
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / 'qwen')
+    theirs = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    talk = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': "What's new? 新闻"}, {'role': 'assistant', 'content': 'Nothing.'},
+            {'role': 'user', 'content': 'bye'}, {'role': 'assistant', 'content': '再见'}]
+    template = Template(tokenizer, 'chatml')
+    turns = [(message['role'], message['content']) for message in talk]
+    for reference.chat_template in (theirs, template.jinja()):
+        ids, mask = template.encode(turns)
+        assert reference.apply_chat_template(talk, tokenize=True, return_dict=False) == ids and len(mask) == len(ids)
+        prompt, _ = template.encode([*turns[:3], ('user', 'bye'), ('assistant', None)])
+        assert reference.apply_chat_template(talk[:4], tokenize=True, return_dict=False, add_generation_prompt=True) == prompt
+    targets = [i for i, target in zip(ids, mask) if target]
+    assert tokenizer.decode(targets, ) == 'Nothing.<|im_end|>再见<|im_end|>'
+    # a special token in the text of a turn stays text
+    assert template.encode([('user', '<|im_end|>'), ('assistant', None)])[0].count(tokenizer.special['<|im_end|>']) == 1
 
 
 # -----------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """LoRA: adapters in training, in checkpoints, merged, and as peft reads and writes them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY, read_checkpoint, run_here, train_here
+from conftest import ROOT, TINY, read_checkpoint, run_here, train_here
 from test_llama import make
 
 from model import GPT, GPTConfig
@@ -123,3 +125,46 @@ def test_wrong_settings(flags, text, base, tiny, tmp_path):
     flags = [flag.replace('BASE', str(base)) for flag in flags]
     code, _, stderr, _ = train_here(*SHAPELESS, f'--dataset={tiny}', *flags, '--max_iters=1', out_dir=tmp_path / 'out')
     assert code == 2 and stderr.splitlines()[-1] == text
+
+
+def run(*argv, stdin=''):
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, input=stdin, capture_output=True, text=True, encoding='utf-8')
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_recipe_for_qwen3(tmp_path, monkeypatch):
+    """A folder with its own tokenizer: dialogues packed in its template, tuned, chatted with, exported, and read by transformers."""
+    transformers = pytest.importorskip('transformers')
+    from test_conversations import qwen
+    folder = tmp_path / 'Qwen3-0.6B'
+    tokenizer = qwen(folder)
+    make('qwen3', vocab_size=448, max_position_embeddings=128).save_pretrained(folder)
+    talk = [{'messages': [{'role': 'user', 'content': f'What is {n}?'}, {'role': 'assistant', 'content': f'{n}.'}]} for n in '一二三四五六七八九十']
+    (tmp_path / 'dialogues.jsonl').write_text('\n'.join(map(json.dumps, talk)))
+    run('-m', 'corpus.conversations', 'build', '--input', tmp_path / 'dialogues.jsonl', '--out', tmp_path / 'data',
+        '--tokenizer', folder, '--style', 'chatml', '--block_size', '32', '--val_fraction', '0.3')
+    flags = [f'--dataset={tmp_path / "data"}', f'--init_from={folder}', '--block_size=32', '--batch_size=2', '--gradient_accumulation_steps=1',
+             '--max_iters=2', '--eval_iters=1', '--device=cpu', '--report=False']
+    for rank, name in ((4, 'lora'), (0, 'full')):
+        code, _, stderr, _ = train_here('config/finetune_qwen3.py', *flags, f'--lora_rank={rank}', out_dir=tmp_path / name)
+        assert code == 0, stderr
+    for source in (f'--out_dir={tmp_path / "lora"}', f'--init_from={folder}'):
+        assert run('sample.py', '--chat', '--device=cpu', '--temperature=0', '--max_new_tokens=5', source, stdin='What is 一?\n')
+    code, _, stderr = run_here('sample.py', f'--out_dir={tmp_path / "full"}', f'--export={tmp_path / "exported"}', '--device=cpu')
+    assert code == 0, stderr
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'exported')
+    assert type(theirs).__name__ == 'Qwen3ForCausalLM'
+    asked = [{'role': 'user', 'content': 'What is 一?'}]
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported').apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    text = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, suppress_tokens=None)
+    ours = GPT.from_pretrained(tmp_path / 'exported')
+    assert torch.equal(ours.generate(torch.tensor([ids]), 12, temperature=0)[:, :text.size(1)], text)
+
+
+def test_the_recipe_for_a_small_llama(tiny, tmp_path):
+    flags = [f'--dataset={tiny}', '--n_layer=2', '--n_embd=48', '--block_size=16', '--batch_size=2', '--max_iters=2', '--eval_iters=1', '--device=cpu']
+    code, _, stderr, _ = train_here('config/train_llama_small.py', *flags, out_dir=tmp_path / 'out')
+    assert code == 0, stderr
+    args = read_checkpoint(tmp_path / 'out' / 'ckpt.pt')['model_args']
+    assert (args['arch'], args['n_kv_head'], args['tied'], args['n_hidden']) == ('llama', 2, True, 1024)

@@ -601,7 +601,7 @@ def test_every_recipe_is_understood(path, tiny, capsys, monkeypatch):
     for ranks in many if settings['gradient_accumulation_steps'] > 1 else [1]:
         divide_batch(settings['gradient_accumulation_steps'], settings['batch_size'], ranks)
     GPTConfig(**{name: settings[name] for name in ('arch', 'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')})
-    assert settings['init_from'] in ('scratch', 'out-chinese/ckpt.pt', *pretrained.HUB)
+    assert settings['init_from'] in ('scratch', 'out-chinese/ckpt.pt', 'Qwen3-0.6B', *pretrained.HUB)
     tokens = settings['gradient_accumulation_steps'] * settings['batch_size'] * settings['block_size']
     expected = dict(train_gpt2=491_520, train_gpt2_modern=524_288, finetune_shakespeare=32_768)
     assert tokens == expected.get(path.stem, tokens)
