@@ -71,8 +71,7 @@ def write_report(folders: list, out=None) -> Path:
         *(starts(run) for run in runs), settings(runs),
         table('Environment', heads, side_by_side([run.facts['environment'] for run in runs]))]
     page = printable('\n\n'.join(filter(None, sections)) + '\n')
-    # a name that the locale cannot express holds its bytes as surrogates
-    write_atomically(out / 'report.md', lambda f: f.write(page.encode('utf-8', 'surrogateescape')))
+    write_atomically(out / 'report.md', lambda f: f.write(page.encode('utf-8', 'backslashreplace')))
     return out / 'report.md'
 
 
@@ -90,8 +89,7 @@ def read_run(folder: Path) -> Run:
     evals = read_record(folder / 'eval.json', results=dict)
     path = folder / 'samples.md'
     samples = path.read_bytes().decode('utf-8', 'replace') if path.is_file() else ''
-    name = str(folder).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
-    return Run(name, lines, facts, evals, f'\n{samples}'.rpartition('\n## Iteration ')[2].strip())
+    return Run(str(folder), lines, facts, evals, f'\n{samples}'.rpartition('\n## Iteration ')[2].strip())
 
 
 def read_metrics(path: Path) -> list[dict]:
