@@ -69,7 +69,7 @@ def play():
 
     def noted(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        calls['prefetch'].append(self.prefetch)
+        calls['prefetch'].append(kwargs.get('prefetch', False))
     tokens.loader.Loader.__init__ = noted
 
 
