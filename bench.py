@@ -11,12 +11,12 @@ numbers, the settings and the machine; --json prints it alone. dev/compare.py co
 
 import contextlib
 import io
-import itertools
 import os
 import platform
 import re
 import sys
 import time
+from itertools import count, islice, starmap
 from json import dumps
 from pathlib import Path
 from statistics import median
@@ -74,21 +74,13 @@ compile: bool | Literal['auto'] = 'auto'  # auto = as in train.py (step) and in 
 
 LEAST = dict(batch_size=1, loss_chunks=0, steps=1, warmup_steps=0, prompt_tokens=1, max_new_tokens=2,
              rounds=1, seed=0)
-CACHE_BYTES = 128 << 20  # smaller weights may stay in a processor's caches, so memory does not limit decoding
+CACHE_BYTES = 128 << 20  # smaller weights may stay in a processor's caches: no memory limit is measured
 
 
 def main():
     global batch_size
     if batch_size is None:
         batch_size = 1 if mode == 'decode' else 12
-    check_settings()
-    with contextlib.redirect_stdout(io.StringIO() if json else sys.stdout):
-        result = measure()
-    print(dumps(result))
-    distributed.stop()
-
-
-def check_settings():
     for name, least in LEAST.items():
         value = globals()[name]
         if value != 'auto' and value < least:
@@ -97,6 +89,10 @@ def check_settings():
     if mode == 'decode' and n_context > block_size:
         raise ValueError(f'prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} do not fit into '
                          f'block_size={block_size}: use --block_size={n_context} or more')
+    with contextlib.redirect_stdout(io.StringIO() if json else sys.stdout):
+        result = measure()
+    print(dumps(result))
+    distributed.stop()
 
 
 def measure() -> dict:
@@ -118,7 +114,7 @@ def measure() -> dict:
         else:
             sizes = {name: settings[name] for name in settings if name in GPTConfig.__dataclass_fields__}
             model = GPT(GPTConfig(**sizes)).to(place.device)
-            n_parameters = model.get_num_params()  # later, packed weights are no parameters
+            n_parameters = model.get_num_params()  # before packing: packed weights are no parameters
             measure_model = measure_step if mode == 'step' else measure_decode
             result = measure_model(model, place.device, precision, use_compile)
             result['parameters'] = n_parameters
@@ -172,53 +168,47 @@ def measure_step(model, device, precision, use_compile):
     model.loss_chunks, model.bf16_residual = loss_chunks, bf16_residual
     settings = OptimizerSettings(optimizer, learning_rate=1e-4, weight_decay=1e-2)
     train_step = TrainingStep(model, device, precision, use_compile, settings=settings)
-    n_steps, times_s = warmup_steps + steps, []
-    losses = itertools.starmap(train_step, itertools.islice(read_batches(device), n_steps))
-    for step_loss, dt_s in timed(losses, device):
-        loss = step_loss
-        times_s.append(dt_s)
-        if len(times_s) in (1, warmup_steps):
-            print0(f'step {len(times_s)} of {n_steps}: {dt_s:.2f} s')
+    n_steps, losses, times_ms = warmup_steps + steps, [], []
+    for loss, ms in timed(starmap(train_step, islice(read_batches(device), n_steps)), device):
+        losses.append(loss)
+        times_ms.append(ms)
+        if len(losses) in (1, warmup_steps):
+            print0(f'step {len(losses)} of {n_steps}: {ms:.0f} ms')
 
-    step_ms = spread_ms(times_s[warmup_steps:])
+    step_ms = spread(times_ms[warmup_steps:])
     tok_per_s = batch_size * block_size / step_ms['median'] * 1000
     flops_per_token = model.flops_per_token(block_size)
-    flop_per_s = tok_per_s * flops_per_token
-    peak = devices.peak_flops(device)
-    has_mfu = peak and precision != torch.float32
-    return dict(step_ms=step_ms, tok_per_s=tok_per_s, flops_per_token=flops_per_token, flop_per_s=flop_per_s,
-                mfu=flop_per_s / peak if has_mfu else None, loss=loss.item())
-
-
-def read_batches(device):
-    """Return an iterator over (Batch on the device, number of its targets)."""
-    if not dataset:
-        tokens = torch.randint(vocab_size, (batch_size, block_size + 1)).to(device)
-        return itertools.repeat((Batch(tokens[:, :-1], tokens[:, 1:]), batch_size * block_size))
-    loader = open_loader(prefetch=device.type != 'cpu')
-    if loader.vocab_size > vocab_size:
-        raise ValueError(f'vocab_size={vocab_size}: dataset {dataset} has {loader.vocab_size} tokens: '
-                         f'use --vocab_size={loader.vocab_size} or more')
-    return ((loader.batch(step).to(device), max(1, loader.count_targets(step))) for step in itertools.count())
-
-
-def open_loader(prefetch=False):
-    folders, weights = dataset_folders(dataset or 'shakespeare_char')
-    return Loader(folders, 'train', block_size=block_size, batch_size=batch_size, seed=seed, weights=weights,
-                  prefetch=prefetch)
+    mfu, peak = None, devices.peak_flops(device)
+    if peak and precision != torch.float32:
+        mfu = tok_per_s * flops_per_token / peak
+    return dict(step_ms=step_ms, tok_per_s=tok_per_s, flops_per_token=flops_per_token,
+                flop_per_s=tok_per_s * flops_per_token, mfu=mfu, loss=losses[-1].item())
 
 
 def measure_data():
     """Time the loader alone: the first batch with opening the dataset, then batches from a warm cache."""
-    t_start_s = time.perf_counter()
-    loader = open_loader()
-    loader.batch(0)
-    open_s = time.perf_counter() - t_start_s
-    batches = map(loader.batch, range(warmup_steps + steps))
-    times_s = [dt_s for _, dt_s in timed(batches, torch.device('cpu'))]
-    batch_ms = spread_ms(times_s[warmup_steps:])
+    cpu = torch.device('cpu')
+    batches = islice(read_batches(cpu), 1 + warmup_steps + steps)
+    times_ms = [ms for _, ms in timed(batches, cpu)]
+    batch_ms = spread(times_ms[1 + warmup_steps:])
     tok_per_s = batch_size * block_size / batch_ms['median'] * 1000
-    return dict(open_s=open_s, batch_ms=batch_ms, tok_per_s=tok_per_s)
+    return dict(open_s=times_ms[0] / 1000, batch_ms=batch_ms, tok_per_s=tok_per_s)
+
+
+def read_batches(device):
+    """Yield (Batch on the device, number of its targets)."""
+    if mode == 'step' and not dataset:
+        tokens = torch.randint(vocab_size, (batch_size, block_size + 1)).to(device)
+        while True:
+            yield Batch(tokens[:, :-1], tokens[:, 1:]), batch_size * block_size
+    folders, weights = dataset_folders(dataset or 'shakespeare_char')
+    loader = Loader(folders, 'train', block_size=block_size, batch_size=batch_size, seed=seed,
+                    weights=weights, prefetch=device.type != 'cpu')
+    if mode == 'step' and loader.vocab_size > vocab_size:
+        raise ValueError(f'vocab_size={vocab_size}: dataset {dataset} has {loader.vocab_size} tokens: '
+                         f'use --vocab_size={loader.vocab_size} or more')
+    for step in count():
+        yield loader.batch(step).to(device), max(1, loader.count_targets(step))
 
 
 # -----------------------------------------------------------------------------
@@ -227,52 +217,43 @@ def measure_data():
 
 def measure_decode(model, device, precision, use_compile):
     """Time the first token, for which the prompt is read (prefill), and the later ones."""
-    weight_bytes = bytes_read_per_token(model, precision)
+    # a token takes at least as long as reading the weights, and the keys and values of its row
+    n_matrix = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    n_vector = sum(p.numel() for p in model.parameters() if p.dim() < 2)  # norms and biases
+    weight_bytes = n_vector * precision.itemsize
+    weight_bytes += n_matrix if quantize == 'int8' else n_matrix * precision.itemsize
+    config, mean_context = model.config, prompt_tokens + max_new_tokens / 2
+    n_cached = 2 * n_layer * config.n_kv_head * config.head_size * mean_context * batch_size
+    cache_bytes = int(n_cached) * precision.itemsize
+
     model.to(precision).eval()
     if use_compile:
         model.compile_blocks()
     else:
         model.pack(None if quantize == 'none' else quantize)
     prompt = torch.randint(vocab_size, (batch_size, prompt_tokens), device=device)
-    prefill_s, decode_s = [], []
+    prefill_ms, decode_ms = [], []
     for i in range(1 + rounds):
         new_tokens = model.stream(prompt, max_new_tokens, temperature=0.8, top_k=200)
-        times_s = [dt_s for _, dt_s in timed(new_tokens, device)]
+        first_ms, *later_ms = [ms for _, ms in timed(new_tokens, device)]
         if i == 0:
-            print0(f'warm-up: {sum(times_s):.2f} s')
-            continue
-        prefill_s.append(times_s[0])
-        decode_s += times_s[1:]
-    prefill_ms, decode_ms = spread_ms(prefill_s), spread_ms(decode_s)
+            print0(f'warm-up: {first_ms + sum(later_ms):.0f} ms')
+        else:
+            prefill_ms.append(first_ms)
+            decode_ms += later_ms
+    prefill_ms, decode_ms = spread(prefill_ms), spread(decode_ms)
 
-    # a token takes at least as long as reading the weights, and the keys and values of its row
-    config, mean_context = model.config, prompt_tokens + max_new_tokens / 2
-    n_cached = 2 * n_layer * config.n_kv_head * config.head_size * mean_context * batch_size
-    cache_bytes = int(n_cached) * precision.itemsize
-    read_bytes_per_s = limit_ms = share = None
+    read_bytes_per_s = limit_ms = None
     if weight_bytes >= CACHE_BYTES:
         x = torch.ones(128 << 20, device=device)
-        passes_s = [dt_s for _, dt_s in timed((x.max() for _ in range(10)), device)]
-        read_bytes_per_s = x.nbytes / min(passes_s)
+        pass_ms = min(ms for _, ms in timed((x.max() for _ in range(10)), device))
+        read_bytes_per_s = x.nbytes / pass_ms * 1000
         limit_ms = (weight_bytes + cache_bytes) / read_bytes_per_s * 1000
-        share = limit_ms / decode_ms['median']
+        print0(f'decoding reaches {limit_ms / decode_ms["median"]:.0%} of the rate that memory allows')
     prefill_tok_per_s = 1000 * batch_size * prompt_tokens / prefill_ms['median']
-    return dict(prefill_ms=prefill_ms, prefill_tok_per_s=prefill_tok_per_s,
-                decode_ms=decode_ms, decode_tok_per_s=1000 * batch_size / decode_ms['median'],
-                weight_bytes=weight_bytes, cache_bytes=cache_bytes, read_bytes_per_s=read_bytes_per_s,
-                memory_limit_ms=limit_ms, share_of_memory_limit=share)
-
-
-def bytes_read_per_token(model, precision):
-    """Count the bytes of the weights that decoding reads for each token: all but the embeddings."""
-    n_bytes = 0
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            continue
-        for name, p in module.named_parameters(recurse=False):
-            is_matrix = isinstance(module, torch.nn.Linear) and name == 'weight'
-            n_bytes += p.numel() * (1 if is_matrix and quantize == 'int8' else precision.itemsize)
-    return n_bytes
+    return dict(prefill_ms=prefill_ms, prefill_tok_per_s=prefill_tok_per_s, decode_ms=decode_ms,
+                decode_tok_per_s=1000 * batch_size / decode_ms['median'], weight_bytes=weight_bytes,
+                cache_bytes=cache_bytes, read_bytes_per_s=read_bytes_per_s, memory_limit_ms=limit_ms)
 
 
 # -----------------------------------------------------------------------------
@@ -286,17 +267,16 @@ def now_s(device):
 
 
 def timed(results, device):
-    """Yield each item of an iterator with the seconds that the device took for it."""
+    """Yield each item of an iterator with the milliseconds that the device took for it."""
     t_last_s = now_s(device)
     for result in results:
         t_s = now_s(device)
-        yield result, t_s - t_last_s
+        yield result, (t_s - t_last_s) * 1000
         t_last_s = t_s
 
 
-def spread_ms(times_s):
-    times_ms = [t_s * 1000 for t_s in times_s]
-    return dict(median=median(times_ms), min=min(times_ms), max=max(times_ms), n=len(times_ms))
+def spread(values):
+    return dict(median=median(values), min=min(values), max=max(values), n=len(values))
 
 
 def print_numbers(result):
@@ -313,13 +293,13 @@ def print_numbers(result):
 
 def top_costs(profiler, device, n=5):
     """Return [(name, ms, share)] of the n costliest kernels of a GPU, or operations of a CPU."""
-    on_gpu, costs = device.type == 'cuda', []
-    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    costs, kind, time_of = [], torch.autograd.DeviceType.CPU, 'self_cpu_time_total'
+    if device.type == 'cuda':
+        kind, time_of = torch.autograd.DeviceType.CUDA, 'self_device_time_total'
     for event in profiler.key_averages():
         # the time of an annotation such as Optimizer.step is that of what it encloses
         if event.device_type == kind and not event.is_user_annotation:
-            dt_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            costs.append((event.key, dt_us / 1000))
+            costs.append((event.key, getattr(event, time_of) / 1000))
     total_ms = sum(ms for _, ms in costs)
     costs.sort(key=lambda cost: -cost[1])
     return [(name, ms, ms / total_ms) for name, ms in costs[:n]]

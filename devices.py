@@ -26,14 +26,14 @@ PEAK_FLOPS = {
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """Return the device for a setting. A CUDA device always has an index: torch.cuda.set_device() wants one.
 
-    local_rank  the index of the device, where each process has one of its own; None = no process group
+    local_rank  the index of the device in a process group; None = no process group
     """
     accelerator, problem = torch.accelerator.current_accelerator(check_available=True), ''
     if accelerator is None and torch.version.cuda:
         problem = f'this PyTorch was built for CUDA {torch.version.cuda} and finds no GPU (driver too old?)'
+    if name == 'auto' and problem:
+        print0(f'{problem}; using the CPU')
     if name == 'auto':
-        if problem:
-            print0(f'{problem}; using the CPU')
         name = accelerator.type if accelerator else 'cpu'
     try:
         device = torch.device(name)
@@ -42,9 +42,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     if device.type == 'cpu':
         return device
     if accelerator is None or accelerator.type != device.type:
-        available = f'{accelerator.type} and cpu are' if accelerator else 'only cpu is'
-        remedy = problem or 'use --device=auto'
-        raise ValueError(f'device={name} is not available here, {available}: {remedy}')
+        raise ValueError(f'device={name} is not available here: {problem or "use --device=auto"}')
     index = device.index or 0 if local_rank is None else local_rank
     n_devices = torch.accelerator.device_count()
     if index >= n_devices:
@@ -65,8 +63,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products: 'auto' is bfloat16 if the device multiplies it, else float16 on
-    CUDA and float32 elsewhere. On such CPUs a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
+    """Return the dtype of matrix products.
+
+    'auto' is bfloat16 if the device multiplies it, else float16 on CUDA and float32 elsewhere. On CPUs that
+    do, a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
     """
     if name != 'auto':
         return getattr(torch, name)
@@ -86,9 +86,7 @@ def choose_compile(choice: bool | str, device: torch.device) -> bool:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # which one a missing compiler raises depends on the platform
-        reason = str(error).strip().splitlines()[0][:120]
-        print0(f'compile={choice}: no working compiler here ({type(error).__name__}: {reason}), '
-               'running eagerly')
+        print0(f'compile={choice}: no working compiler here, running eagerly ({str(error).strip()[:120]!r})')
         return False
 
 
@@ -105,7 +103,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the most memory this process has held, allocated on a GPU or resident; None if unknown."""
+    """Return the most memory that this process has allocated on a GPU, or held in RAM; None if unknown."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     if os.name != 'posix':
@@ -131,8 +129,10 @@ def keep_freed_memory():
         return
     libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks from the heap too
     libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-    if not address_space_is_free():
-        return
+    policy = Path('/proc/sys/vm/overcommit_memory')
+    is_strict = policy.exists() and policy.read_text(encoding='ascii').strip() == '2'
+    if is_strict or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return  # reserved address space is not free here
     # grow the heap by half of this rank's share of the RAM; pages are allocated on first use
     n_ranks = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
     page = os.sysconf('SC_PAGE_SIZE')
@@ -143,10 +143,3 @@ def keep_freed_memory():
         first_page = -(-address // page) * page
         libc.madvise(ctypes.c_void_p(first_page), ctypes.c_size_t(n_bytes - page), 14)  # MADV_HUGEPAGE
         libc.free(address)
-
-
-def address_space_is_free():
-    """Whether Linux lets reserved address space cost nothing: no `ulimit -v`, no strict commit accounting."""
-    policy = Path('/proc/sys/vm/overcommit_memory')
-    strict = policy.exists() and policy.read_text(encoding='ascii').strip() == '2'
-    return not strict and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

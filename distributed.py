@@ -1,10 +1,8 @@
 """Process groups, gradients over many ranks, signals.
 
 Under torchrun each process is a rank of a process group, even a single one. Otherwise there is no group.
-Every rank holds all weights ('ddp'), or a shard of each weight ('fsdp', FSDP2).
-
-torch's DistributedDataParallel is not used. It rebuilds its buckets after the first backward pass, so a
-resumed run adds in another order: losses of 3 ranks differed by 6e-8 after resuming (torch 2.13, gloo).
+torch's DistributedDataParallel is not used, because it rebuilds its buckets after the first backward pass: a
+resumed run adds in another order, and losses of 3 ranks differed by 6e-8 (torch 2.13, gloo).
 """
 
 import contextlib
@@ -53,8 +51,7 @@ class Place:
 def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> Place:
     """Choose the device, and under torchrun join the process group.
 
-    device     'auto' (an accelerator if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', 'mps'
-    backend    'auto' or 'nccl' (NCCL for GPUs, gloo for CPUs), or another backend of torch.distributed
+    backend    'auto' and 'nccl' mean NCCL for GPUs and gloo for CPUs
     timeout_s  a rank fails after waiting this long for the others
     """
     given = {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
@@ -62,34 +59,34 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
         listed = ', '.join(f'{name}={value}' for name, value in given.items())
         raise ValueError(f'{listed} in the environment: set {", ".join(RANK_VARIABLES)}, MASTER_ADDR, '
                          'MASTER_PORT as torchrun does, or unset them all')
-    rank, local_rank, world_size = map(int, given.values()) if given else (0, 0, 1)
-    device = devices.choose_device(device, local_rank if given else None)
+    device = devices.choose_device(device, int(given['LOCAL_RANK']) if given else None)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TensorFloat32 for products of float32 matrices
     if device.type == 'cpu':
         devices.keep_freed_memory()
-    if given:
-        if 'TORCHELASTIC_RUN_ID' in os.environ:
-            threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
-        if backend in ('auto', 'nccl'):  # nanoGPT's configs say nccl everywhere
-            # gloo exchanges the hosts' values, so that no GPU waits for them
-            backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-        if backend == 'mpi' and not dist.is_mpi_available():
-            raise ValueError('backend=mpi: this PyTorch was built without MPI: use --backend=auto')
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return Place(rank, local_rank, world_size, device)
+    if not given:
+        return Place(0, 0, 1, device)
+
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
+    if backend in ('auto', 'nccl'):  # nanoGPT's configs say nccl everywhere
+        # gloo exchanges the hosts' values, so that no GPU waits for them
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    if backend == 'mpi' and not dist.is_mpi_available():
+        raise ValueError('backend=mpi: this PyTorch was built without MPI: use --backend=auto')
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return Place(int(given['RANK']), int(given['LOCAL_RANK']), int(given['WORLD_SIZE']), device)
 
 
 def end_with_parent(parent):
-    """End this process soon after torchrun's agent. An orphan would train on and keep the lock."""
+    """End this process soon after torchrun's. An orphan would train on and keep the lock."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)  # blocked in a collective, the main thread could not exit by itself
 
 
 def stop():
-    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -102,7 +99,7 @@ def all_reduce_sum(tensor):
 
 
 def run_and_catch(function):
-    """Return [function(), None], or [None, error] for a ValueError or OSError."""
+    """Return [function(), None], or [None, error]."""
     try:
         return [function(), None]
     except (ValueError, OSError) as error:
@@ -161,8 +158,7 @@ def signals_noted():
 def watch_signals(read_end):
     """Acknowledge the first stop signal, and end the process at the second SIGINT.
 
-    A thread reads the numbers of signals, because Python calls no handler while the main thread computes, or
-    waits for other ranks, in C++.
+    This runs in a thread, because Python calls no handler while the main thread computes or waits in C++.
     """
     # torchrun forwards a Ctrl-C that the terminal has already sent to the ranks
     echo_s = 3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0
@@ -179,7 +175,7 @@ def watch_signals(read_end):
 
 
 def signal_to_stop() -> str | None:
-    """Return the name of a stop signal that any rank has received, the same on all ranks. No GPU waits."""
+    """Return the name of a stop signal that any rank has received, the same on all ranks."""
     number = torch.tensor(received[0] if received else 0)
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -194,7 +190,6 @@ def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: 
     """Divide the windows of a step over the ranks, so that any number of ranks takes the same step.
 
     returns  micro-steps of each rank, and windows in each: batch_size or fewer
-    raises   ValueError with the nearest gradient_accumulation_steps that divide
     """
     total = gradient_accumulation_steps * batch_size
     per_rank, rest = divmod(total, world_size)
@@ -211,7 +206,7 @@ def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: 
 def prepare(model, place: Place, *, parallel='ddp', shard_ranks=0, dtype=torch.float32):
     """Move a GPT to its device, with the same weights on all ranks. Call it before making optimizers.
 
-    parallel     'ddp': every rank holds all weights. 'fsdp': every rank holds a shard of each weight
+    parallel     'ddp': every rank holds all weights. 'fsdp': every rank holds a shard of each weight (FSDP2)
     shard_ranks  with fsdp, how many ranks share one copy of the weights; 0 = all
     dtype        of matrix products; with fsdp in bfloat16 the blocks' weights are gathered in it
     """
@@ -225,7 +220,6 @@ def prepare(model, place: Place, *, parallel='ddp', shard_ranks=0, dtype=torch.f
 
 
 def shard(model, place, shard_ranks, dtype):
-    """Shard the weights of a GPT over the ranks with FSDP2. Arguments as in prepare()."""
     n_ranks, n_shards = place.world_size, shard_ranks or place.world_size
     if n_ranks % n_shards:
         raise ValueError(f'shard_ranks={shard_ranks} does not divide {n_ranks} ranks: '
@@ -259,9 +253,8 @@ def shard(model, place, shard_ranks, dtype):
 def compiled_loss(model):
     """Return model.loss, compiled for training. Call it after prepare().
 
-    With FSDP each block is compiled, and the cross entropy, because gathering weights would break a larger
-    graph between blocks.
-    Shapes are static, because training batches have one shape and dynamic graphs are slower.
+    With FSDP each block is compiled, and the cross entropy: gathering weights would break a larger graph.
+    Training batches have one shape, and graphs of static shapes are faster.
     """
     if not isinstance(model, FSDPModule):
         return torch.compile(model.loss, dynamic=False)
@@ -284,17 +277,11 @@ def sum_gradients(model):
     """
     if not dist.is_initialized() or isinstance(model, FSDPModule):
         return
-    buckets, n_bytes = [[]], 0
-    for grad in [p.grad for p in model.parameters() if p.grad is not None]:
-        if n_bytes + grad.nbytes > BUCKET_BYTES and buckets[-1]:
-            buckets.append([])
-            n_bytes = 0
-        buckets[-1].append(grad)
-        n_bytes += grad.nbytes
-    for grads in buckets:
-        flat = torch._utils._flatten_dense_tensors(grads)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    for bucket in torch._utils._take_tensors(grads, BUCKET_BYTES):
+        flat = torch._utils._flatten_dense_tensors(bucket)
         dist.all_reduce(flat)
-        torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
+        torch._foreach_copy_(bucket, torch._utils._unflatten_dense_tensors(flat, bucket))
 
 
 def whole(tensor):

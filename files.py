@@ -51,8 +51,8 @@ def write_json(path, value, indent=1):
 
 
 def sync_folder(folder):
-    """Make renames in a folder survive a power cut. Windows cannot open a folder."""
-    if os.name == 'posix':
+    """Make renames in a folder survive a power cut."""
+    if os.name == 'posix':  # Windows cannot open a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -62,9 +62,8 @@ def sync_folder(folder):
 
 def remove_leftovers(folder):
     """Delete temporary files of killed processes. Only for the owner of the folder, under its lock."""
-    for path in Path(folder).glob('.*.tmp*'):
-        if re.fullmatch(r'\..+\.tmp\d+', path.name):
-            path.unlink(missing_ok=True)
+    for path in Path(folder).glob('.*.tmp[0-9]*'):
+        path.unlink(missing_ok=True)
 
 
 def lock(folder):
@@ -82,16 +81,15 @@ def lock(folder):
             import msvcrt
             f.seek(1 << 30)  # past the text, which others read to name the holder
             msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        if not isinstance(error, (BlockingIOError, PermissionError)):
-            print0(f'{path}: {error.strerror}: this file system has no locks, make sure that no other '
-                   'process writes there')
-            return f
+    except (BlockingIOError, PermissionError):
         f.seek(0)
-        holder = f.read().strip()
-        f.close()
-        raise ValueError(f'{folder}: another process is writing there, {holder}: wait for it, stop it, '
-                         'or use another folder') from None
+        with f:
+            raise ValueError(f'{folder}: another process is writing there, {f.read().strip()}: wait for it, '
+                             'stop it, or use another folder') from None
+    except OSError as error:
+        print0(f'{path}: {error.strerror}: this file system has no locks, make sure that no other process '
+               'writes there')
+        return f
     f.truncate(0)
     f.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     f.flush()
@@ -103,7 +101,7 @@ def lock(folder):
 
 
 def read_json(path):
-    """Return the JSON value in a UTF-8 file. Raise ValueError that names the file if it is not JSON."""
+    """Return the JSON value in a UTF-8 file, or raise ValueError that names the file."""
     try:
         return json.loads(Path(path).read_bytes().decode('utf-8-sig'))
     except (ValueError, RecursionError) as error:
@@ -114,8 +112,7 @@ def json_lines(lines, path):
     """Yield (line number, value) of each line that is not blank.
 
     lines   an open binary file, or any iterable of lines as bytes
-    path    names the source in errors
-    raises  ValueError that names path and line number
+    path    for errors, which also name the line
     """
     for number, line in enumerate(lines, 1):
         line = line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line
@@ -137,10 +134,9 @@ def print0(*args, **kwargs):
         return
     try:
         print(*args, **kwargs, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass  # there is no place left to report it
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
 
 
 def as_utf8(text):
@@ -161,12 +157,11 @@ def one_line_errors():
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end='', flush=True)
         return
     except KeyboardInterrupt:
         code, message = 130, 'interrupted'
-    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         message = one_line(error)
         if message is None or os.environ.get('FLATGPT_TRACEBACK'):
             raise
@@ -182,14 +177,11 @@ def one_line_errors():
 
 
 def tell_torchrun(message):
-    """Put the message into torchrun's closing report. Let the first rank that fails be the only one to print.
-
-    Most errors are the same on all ranks. As soon as one rank has ended, torchrun ends the others.
-    """
+    """Put the message into torchrun's closing report, and let the first rank that fails print alone."""
     report = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if not report:
         return
-    if os.environ.get('RANK') != '0':
+    if os.environ.get('RANK') != '0':  # most errors are the same on all ranks, and torchrun ends the others
         time.sleep(5 + int(os.environ.get('LOCAL_RANK') or 0))
     details = dict(message=message, extraInfo=dict(timestamp=str(int(time.time()))))
     with contextlib.suppress(OSError):
@@ -204,10 +196,10 @@ def one_line(error):
         return str(error) or type(error).__name__
     if isinstance(error, ModuleNotFoundError):  # packages are imported where they are used
         return f'{error}: pip install -r requirements.txt'
-    # torch's out-of-memory error is a RuntimeError: known by its words on a CPU, by its name on a GPU
-    out_of_memory = "can't allocate memory" in str(error) or type(error).__name__ == 'OutOfMemoryError'
-    if isinstance(error, MemoryError) or out_of_memory:
-        reason = str(error)[-150:] or 'MemoryError'
+    # torch names its error so on a GPU, and raises RuntimeError on a CPU
+    is_memory = type(error).__name__ in ('MemoryError', 'OutOfMemoryError')
+    if is_memory or "can't allocate memory" in str(error):
+        reason = str(error)[-150:] or 'no details'
         return f'not enough memory: use a smaller model, batch or block_size ({reason})'
     return None
 

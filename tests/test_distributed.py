@@ -352,7 +352,7 @@ def test_a_cuda_build_that_finds_no_gpu_says_so(monkeypatch, capsys):
     assert devices.choose_device('auto') == devices.choose_device('cpu') == torch.device('cpu')
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith('this PyTorch was built for CUDA 13.0 and finds no GPU') and line.endswith('; using the CPU')
-    with pytest.raises(ValueError, match='only cpu is: this PyTorch was built for CUDA 13.0 and finds no GPU'):
+    with pytest.raises(ValueError, match='not available here: this PyTorch was built for CUDA 13.0 and finds no GPU'):
         devices.choose_device('cuda')
 
 

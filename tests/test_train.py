@@ -634,7 +634,7 @@ def test_a_mistake_costs_a_process_one_line_and_exit_code_2(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
 def test_cuda_where_there_is_none(tiny, tmp_path):
     problem = refused(*TINY, '--device=cuda', f'--dataset={tiny}', out_dir=tmp_path / 'out')
-    assert re.fullmatch('device=cuda is not available here, .* (is|are): (use --device=auto|this PyTorch was built for CUDA .*)', problem)
+    assert re.fullmatch('device=cuda is not available here: (use --device=auto|this PyTorch was built for CUDA .*)', problem)
 
 
 def test_nothing_to_resume(tmp_path):
