@@ -1,8 +1,8 @@
 """Run scripts as on one CUDA GPU, with tensors on the CPU: `python played.py FACTS '[[SCRIPT, FLAG, ...]]'`.
 
 Python sees device cuda:0 and takes its branches; every device argument of a torch call becomes the CPU.
-Not played: tensor.device is the CPU, so code that asks a tensor takes the CPU branch: attention backends, size
-of loss chunks, timing of decoding. There is no compiling, no CUDA stream, and no mix of devices to refuse.
+Not played: tensor.device is the CPU, so code that asks a tensor takes the CPU branch: attention backends and the
+size of loss chunks. There is no compiling, no CUDA stream, and no mix of devices to refuse.
 """
 
 import contextlib

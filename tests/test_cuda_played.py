@@ -133,6 +133,5 @@ def test_samples_and_evaluation_are_those_of_the_cpu(played, expected):
 def test_bench_waits_for_a_gpu_and_reports_its_memory(played, mode):
     result = json.loads(played[1][mode]['stdout'].splitlines()[-1])
     assert result['machine']['device'] == 'NVIDIA H200'
-    if mode == 'step':  # decoding asks prompt.device, which is the CPU here
-        assert played[1][mode]['synchronize']
+    assert played[1][mode]['synchronize']
     assert result['peak_memory_bytes'] == 123 << 20
