@@ -39,6 +39,7 @@ init_from = 'resume'  # out_dir's checkpoint; gpt2, gpt2-medium, gpt2-large, gpt
 out_dir = 'out'
 checkpoint_path = ''  # evaluate this file instead of out_dir's checkpoint; other trainers' files are read too
 n_head: int | None = None  # heads of a checkpoint_path that does not store their number
+tokenizer = ''  # gpt2, byte, or a folder with tokenizer.json, for a model that has none
 # tasks
 tasks = 'bpb,hellaswag,lambada,arc_easy,piqa,winogrande,copa,openbookqa'  # also arc_challenge; empty = none
 core = ''  # folder of the CORE bundle: core.yaml, eval_meta_data.csv, eval_data/
@@ -92,7 +93,7 @@ if __name__ == '__main__':
         started_s = time.perf_counter()
         precision = devices.choose_dtype(dtype, place.device)
         autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
-        start = find_start(init_from, out_dir, checkpoint_path, n_head)
+        start = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
         tokenizer = load_tokenizer(start.tokenizer)
         benchmark_names = [name for name in names if name != 'bpb']
         benchmarks = read_benchmarks(benchmark_names, eval_dir, max_examples, tokenizer=tokenizer,

@@ -41,6 +41,7 @@ init_from = 'resume'  # the checkpoint in out_dir; or gpt2 ... gpt2-xl, a transf
 out_dir = 'out'
 checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be another trainer's
 n_head: int | None = None  # for a checkpoint_path that does not say it
+tokenizer = ''  # gpt2, byte, or a folder with tokenizer.json, for a model that has none
 strict = True  # False: checkpoint_path may lack weights or have others, which are listed
 export = ''  # write the model to this folder for transformers, or this .npz or .gguf file; do not sample
 adapter = False  # export the LoRA adapter of a run alone, to a folder for peft
@@ -178,7 +179,7 @@ if __name__ == '__main__':
         precision = devices.choose_dtype(dtype, place.device)
         if export and dtype == 'auto':
             precision = torch.float32  # as it was trained
-        trained = find_start(init_from, out_dir, checkpoint_path, n_head)
+        trained = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
         tokenizer = load_tokenizer(trained.tokenizer)
         if adapter and not (export and trained.lora):
             raise ValueError('adapter=True: needs --export=FOLDER, and a run with lora_rank')

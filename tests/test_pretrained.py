@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, pack_chars, read_metrics, sentences, train_here
+from conftest import ROOT, pack_chars, read_metrics, sentences, train_here, train_settings
 
 import checkpoint
+from configurator import config_of
 from model import GPT, GPTConfig
 from tokens.tokenizer import GPT2_META, CharTokenizer, GPT2Tokenizer, load_tokenizer, read_tokenizer_json
+from training.checks import check_unused
 from weights import foreign, formats, pretrained
+from weights.begin import begin, find_start
 
 transformers = pytest.importorskip('transformers')
 transformers.logging.disable_progress_bar()
@@ -390,6 +393,9 @@ def test_a_tokenizer_in_a_format_that_is_not_read_is_refused(tmp_path, file):
     assert error_of(pretrained.read_tokenizer, str(tmp_path)) == (
         f"{tmp_path / file} is a tokenizer in a format that is not read: save it as tokenizer.json with transformers' "
         'AutoTokenizer, or name the tokenizer with --tokenizer')
+    settings = config_of(train_settings()) | dict(init_from=str(tmp_path), tokenizer='byte')
+    check_unused(settings, {'init_from', 'tokenizer'})
+    assert begin(settings, {'init_from', 'tokenizer'}).tokenizer == find_start(str(tmp_path), tokenizer='byte').tokenizer == {'kind': 'byte'}
 
 
 def test_an_export_has_what_other_programs_ask_for(tmp_path):

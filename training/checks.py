@@ -74,6 +74,8 @@ def check_unused(settings: dict, explicit: set):
     names, kind = FOR_STREAMS, 'dataset=stream:PATH'
     if settings['dataset'].startswith('stream:'):
         names, kind = FOR_PACKED, 'a packed dataset'
+    if settings['init_from'] not in ('scratch', 'resume'):
+        explicit = explicit - {'tokenizer'}  # which is that of the model
     for name in names:
         if name in explicit:
             raise ValueError(f'{name}={settings[name]!r} is for {kind}, the dataset is '

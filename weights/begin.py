@@ -18,7 +18,7 @@ from configurator import checked
 from files import print0, printable
 from model import GPT, GPTConfig
 from tokens.dataset import dataset_folders, read_meta, read_meta_pkl
-from tokens.tokenizer import GPT2_META, fingerprint, vocab_size_of
+from tokens.tokenizer import GPT2_META, fingerprint, tokenizer_meta, vocab_size_of
 from training.progress import Progress
 from weights import foreign, lora, pretrained
 
@@ -108,7 +108,8 @@ def begin(settings: dict, explicit: set) -> Start:
         return Start()
     if init_from != 'checkpoint' and not init_from.endswith('.pt'):
         args = pretrained.read_model_args(pretrained.find(init_from))
-        return Start(init_from, args, tokenizer=pretrained.read_tokenizer(init_from))
+        named = tokenizer_meta(settings['tokenizer']) if 'tokenizer' in explicit else None
+        return Start(init_from, args, tokenizer=named or pretrained.read_tokenizer(init_from))
 
     # only the weights and tokenizer of a checkpoint
     if (init_from == 'checkpoint') != bool(path):
@@ -232,24 +233,26 @@ def load_base(adapter: dict, dtype=None) -> GPT:
 # a trained model for sampling, chat and evaluation
 
 
-def find_start(init_from='resume', out_dir='out', checkpoint_path='', n_head=None) -> Start:
+def find_start(init_from='resume', out_dir='out', checkpoint_path='', n_head=None, tokenizer='') -> Start:
     """Find a trained model: init_from, or with 'resume' checkpoint_path or the checkpoint of out_dir.
 
-    n_head   for a checkpoint_path of weights alone
-    returns  Start with a tokenizer
+    n_head     for a checkpoint_path of weights alone
+    tokenizer  name or folder of the tokenizer to use; '' = the model's own
+    returns    Start with a tokenizer
     """
+    named = tokenizer_meta(tokenizer) if tokenizer else None
     if init_from != 'resume':
-        tokenizer = pretrained.read_tokenizer(init_from)
-        if tokenizer is None:
+        meta = named or pretrained.read_tokenizer(init_from)
+        if meta is None:
             print0(f"{init_from} has no tokenizer.json: using GPT-2's tokenizer")
-        return Start(init_from, tokenizer=tokenizer or GPT2_META)
+        return Start(init_from, tokenizer=meta or GPT2_META)
     if checkpoint_path:
         start = Start()
         start.take(checkpoint.load(checkpoint_path, n_head), checkpoint_path)
     else:
         start = read_chosen(partial(choose_checkpoint, out_dir))
     start.state = None  # nothing is resumed
-    start.tokenizer = start.tokenizer or nanogpt_tokenizer(start.settings.get('dataset', ''))
+    start.tokenizer = named or start.tokenizer or nanogpt_tokenizer(start.settings.get('dataset', ''))
     return start
 
 
