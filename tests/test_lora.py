@@ -127,7 +127,7 @@ def test_wrong_settings(flags, text, base, tiny, tmp_path):
     assert code == 2 and stderr.splitlines()[-1] == text
 
 
-def run(*argv, stdin=''):
+def run_script(*argv, stdin=''):
     done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, input=stdin, capture_output=True, text=True, encoding='utf-8')
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -142,15 +142,15 @@ def test_the_recipe_for_qwen3(tmp_path, monkeypatch):
     make('qwen3', vocab_size=448, max_position_embeddings=128).save_pretrained(folder)
     talk = [{'messages': [{'role': 'user', 'content': f'What is {n}?'}, {'role': 'assistant', 'content': f'{n}.'}]} for n in '一二三四五六七八九十']
     (tmp_path / 'dialogues.jsonl').write_text('\n'.join(map(json.dumps, talk)))
-    run('-m', 'corpus.conversations', 'build', '--input', tmp_path / 'dialogues.jsonl', '--out', tmp_path / 'data',
-        '--tokenizer', folder, '--style', 'chatml', '--block_size', '32', '--val_fraction', '0.3')
+    run_script('-m', 'corpus.conversations', 'build', '--input', tmp_path / 'dialogues.jsonl', '--out', tmp_path / 'data',
+               '--tokenizer', folder, '--style', 'chatml', '--block_size', '32', '--val_fraction', '0.3')
     flags = [f'--dataset={tmp_path / "data"}', f'--init_from={folder}', '--block_size=32', '--batch_size=2', '--gradient_accumulation_steps=1',
              '--max_iters=2', '--eval_iters=1', '--device=cpu', '--report=False']
     for rank, name in ((4, 'lora'), (0, 'full')):
         code, _, stderr, _ = train_here('config/finetune_qwen3.py', *flags, f'--lora_rank={rank}', out_dir=tmp_path / name)
         assert code == 0, stderr
     for source in (f'--out_dir={tmp_path / "lora"}', f'--init_from={folder}'):
-        assert run('sample.py', '--chat', '--device=cpu', '--temperature=0', '--max_new_tokens=5', source, stdin='What is 一?\n')
+        assert run_script('sample.py', '--chat', '--device=cpu', '--temperature=0', '--max_new_tokens=5', source, stdin='What is 一?\n')
     code, _, stderr = run_here('sample.py', f'--out_dir={tmp_path / "full"}', f'--export={tmp_path / "exported"}', '--device=cpu')
     assert code == 0, stderr
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'exported')
