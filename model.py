@@ -229,8 +229,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """gpt2, llama: N(0, 0.02), output projections divided by sqrt(2 L) (the GPT-2 paper).
-        modern: embedding N(0, 1), matrices of deviation 1/sqrt(C), output projections and head 0 (nanochat).
-        """
+        modern: embedding N(0, 1), matrices of std 1/sqrt(C), output projections and head 0 (nanochat)."""
         modern = self.config.arch == 'modern'
         for name, p in self.named_parameters():
             if name.endswith('bias'):
@@ -333,8 +332,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T: int | None = None) -> int:
         """Count the floating-point operations of training per token of a row of T tokens: 6 per matrix
-        weight, and 12 T H D per layer for attention (arXiv:2204.02311).
-        """
+        weight, and 12 T H D per layer for attention (arXiv:2204.02311)."""
         c, T = self.config, T or self.config.block_size
         n_weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * n_weights + 12 * c.n_layer * c.n_head * c.head_size * T
@@ -353,27 +351,29 @@ class GPT(nn.Module):
             self.cos, self.sin = self.cos[:block_size], self.sin[:block_size]
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, dropout=0.0, block_size=None, dtype=None):
+    def from_pretrained(cls, name_or_folder, dropout=0.0, block_size=None, dtype=None, vocab_size=None):
         """Load one of GPT-2's four sizes, a folder in transformers' format, or an .npz file, on the CPU.
 
         block_size  keep the first positions only; None = all
         dtype       of the parameters, converted one by one as they are read; None = torch.float32
+        vocab_size  rows of embedding and head; None = those of the file. More are padding, see fill()
         raises      ValueError, OSError for a model that is missing, damaged or of another architecture
         """
         from weights import pretrained  # keeps model.py usable with kernels.py alone
         path = pretrained.find(name_or_folder)
         with torch.device('meta'):  # skip the initialization
-            config = GPTConfig(**pretrained.read_model_args(path), dropout=dropout)
+            args = pretrained.read_model_args(path)
+            config = GPTConfig(**args | dict(vocab_size=vocab_size or args['vocab_size'], dropout=dropout))
             model = cls(config).to(dtype or torch.float32)
         model.to_empty(device='cpu').finish()
-        pretrained.fill(model, path)
+        pretrained.fill(model, path, args['vocab_size'])
         model.crop_block_size(block_size or model.config.block_size)
         return model
 
-    def save_pretrained(self, path, tokenizer=None, chat_template=None, quantize=None):
+    def save_pretrained(self, path, tokenizer=None, style=None, card='', quantize=None):
         """Write a folder that transformers loads, or an .npz or .gguf file. Return the paths."""
         from weights import pretrained
-        return pretrained.save(self, path, tokenizer, chat_template, quantize)
+        return pretrained.save(self, path, tokenizer, style=style, card=card, quantize=quantize)
 
     def pack(self, quantize: str | None = None):
         """Lay the matrices out for fast generation on a CPU, in bfloat16 or in 'int8': for inference only."""

@@ -29,11 +29,11 @@ from chat import Answerer, Sampling, check, choose_style, json_line, prepare_dec
 from configurator import configure
 from corpus.dialogue import read_conversations
 from corpus.readers import read_text
-from corpus.template import Template
 from files import one_line_errors, printable, write_atomically
 from tokens.tokenizer import load_tokenizer, opening
 from weights import lora
 from weights.begin import build_model, find_start
+from weights.card import model_card
 
 # -----------------------------------------------------------------------------
 # the model
@@ -79,7 +79,7 @@ def encode_prompt(text, tokenizer, is_default):
         raise ValueError(f'--start={text!r}: accepted is text in UTF-8') from None
     text = text.replace('\r\n', '\n')  # as corpora are read
     if text and not (is_default and tokenizer.eot is None):
-        return tokenizer.encode(text, allowed_special={'<|endoftext|>'})
+        return tokenizer.prefix + tokenizer.encode(text, allowed_special={'<|endoftext|>'})
     ids = opening(tokenizer)
     if is_default and tokenizer.decode(ids) != text:
         print(f'the vocabulary has no line break, so this starts with {tokenizer.decode(ids)!r}')
@@ -201,8 +201,9 @@ if __name__ == '__main__':
             for file in lora.save_peft(model, export, trained.lora['base']):
                 print(f'{file}: {file.stat().st_size:,} bytes')
         elif export:
-            jinja = Template(tokenizer, trained.style).jinja() if trained.style else None
-            for file in model.save_pretrained(export, tokenizer, jinja, quantize):
+            card = model_card(trained, model, Path(export).name)
+            files = model.save_pretrained(export, tokenizer, trained.style, card, quantize)
+            for file in files:
                 print(f'{file}: {file.stat().st_size:,} bytes')
             reader = 'numpy.load' if export.endswith('.npz') else 'AutoModelForCausalLM.from_pretrained'
             hint = f"read it with {reader}('{export}'), or here with --init_from={export}"
@@ -214,5 +215,5 @@ if __name__ == '__main__':
         else:
             idx = torch.tensor(prompt, device=place.device).repeat(num_samples, 1)  # (num_samples, T)
             steps = sampling.stream(model, tokenizer, idx, stop_ids={tokenizer.eot})
-            prompt_text = tokenizer.decode([i for i in prompt if i != tokenizer.eot])
+            prompt_text = tokenizer.decode([i for i in prompt if i not in (tokenizer.bos, tokenizer.eot)])
             print_samples(steps, tokenizer, prompt_text, num_samples)

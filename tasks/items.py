@@ -146,9 +146,8 @@ def encode_pair(tokenizer, context: str, continuation: str) -> Row:
     word after it.
     """
     before, whole = tokenizer.encode(context.rstrip()), tokenizer.encode(context + continuation)
-    if not context.rstrip():
-        before = opening(tokenizer)
-        whole = before + whole
+    first = tokenizer.prefix if before else opening(tokenizer)
+    before, whole = first + before, first + whole
     if len(whole) <= len(before):
         raise ValueError(f'{continuation!r} has no token of its own after {context[-40:]!r}')
     return Row(np.array(whole, dtype=np.int32), len(before))

@@ -78,6 +78,23 @@ def test_a_tuned_models_export_chats_in_transformers(tuned, tmp_path):
     assert ids.tolist() == [Template(BYTES, 'chat').fit(turns, 64).ids.tolist()]
 
 
+@pytest.mark.parametrize('name', ['exported', 'exported.npz'])
+def test_an_export_knows_that_it_was_tuned_on_conversations(tuned, tmp_path, monkeypatch, name):
+    folder, _ = tuned
+    monkeypatch.chdir(tmp_path)
+    assert ask(folder, f'--export={name}')[0] == 0
+    code, out, error = ask(folder, '--chat', f'--init_from={name}', stdin='cow?\n/reset\n羊?\n')
+    assert (code, out) == (0, 'moo\n咩\n'), error
+    if name == 'exported':  # its model card says so, too, and its example runs
+        pytest.importorskip('transformers')
+        card = (tmp_path / 'exported/README.md').read_text(encoding='utf-8')
+        assert '- updates: 150\n- best validation loss: ' in card and '- dataset: `chat`\n' in card and '--init_from=exported --chat`' in card
+        stdout = io.StringIO()
+        with contextlib.redirect_stdout(stdout):
+            exec(card.partition('```python\n')[2].partition('```')[0].replace('Hello', 'cow?'), {})
+        assert '<|assistant|>moo<|endoftext|>' in stdout.getvalue()
+
+
 def test_settings_that_would_train_on_something_else(tuned, tmp_path):
     folder, _ = tuned
     conversations.build(tmp_path / 'alpaca', BYTES, [folder / 'x.jsonl'], block_size=64, style='alpaca', val=0.5)

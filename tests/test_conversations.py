@@ -565,7 +565,7 @@ def test_named_columns_take_the_place_of_known_ones(tmp_path):
 def test_the_exported_chat_template_gives_the_ids_of_training(tmp_path):
     transformers = pytest.importorskip('transformers')
     model = GPT(GPTConfig(block_size=16, vocab_size=BYTES.vocab_size, n_layer=1, n_head=2, n_embd=16))
-    model.save_pretrained(tmp_path / 'exported', BYTES, Template(BYTES, 'chat').jinja())
+    model.save_pretrained(tmp_path / 'exported', BYTES, 'chat')
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
     turns = [('user', 'cow?\n羊'), ('assistant', 'moo'), ('user', 'hen?')]
     messages = [{'role': role, 'content': text} for role, text in turns]

@@ -26,11 +26,12 @@ from conftest import (
     sentences,
     train_here,
 )
-from reference_lm_eval import random_model, read_items
+from reference_lm_eval import MODELS, read_items, write_folder
 
 import checkpoint
 import distributed
 from corpus.pack import write_dataset
+from model import GPT
 from scoring import RowScore, score_rows, table_row
 from tasks import core, sources
 from tasks.items import (
@@ -47,7 +48,8 @@ from tasks.items import (
     openbookqa,
     prepare,
 )
-from tokens.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from tokens.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
+from weights import pretrained
 
 EVALS = ROOT / '../shared/data/evals'
 PLACE = distributed.Place(0, 0, 1, torch.device('cpu'))
@@ -62,11 +64,14 @@ def rater(model, batch_tokens=512):
 
 
 @pytest.mark.skipif(not EVALS.exists(), reason='needs ../shared/data/evals')
-def test_every_item_is_scored_as_lm_evaluation_harness_scores_it():
-    reference = json.loads((Path(__file__).parent / 'reference_lm_eval.json').read_text(encoding='utf-8'))
-    rate, tokenizer = rater(random_model(), 4096), GPT2Tokenizer()
+@pytest.mark.parametrize('kind', MODELS)
+def test_every_item_is_scored_as_lm_evaluation_harness_scores_it(kind, tmp_path):
+    reference = json.loads((Path(__file__).parent / 'reference_lm_eval.json').read_text(encoding='utf-8'))[kind]
+    write_folder(tmp_path, kind)
+    rate, tokenizer = rater(GPT.from_pretrained(tmp_path), 4096), load_tokenizer(pretrained.read_tokenizer(str(tmp_path)))
+    assert tokenizer.prefix == ([tokenizer.bos] if kind == 'llama' else [])
     for name, expected in reference.items():
-        items = read_items(EVALS, name, len(expected['items']))
+        items = read_items(EVALS, name, tokenizer, MODELS[kind], 80)
         benchmark, first = prepare(name, items, name, tokenizer=tokenizer), 0
         scores = rate(benchmark.rows, name)
         for item, theirs in zip(benchmark.items, expected['items'], strict=True):
@@ -77,7 +82,7 @@ def test_every_item_is_scored_as_lm_evaluation_harness_scores_it():
             verdict = dict(acc=ours[0].is_greedy) if name == 'lambada' else choice_accuracies([item], ours)
             assert np.argmax(nats) == np.argmax(theirs['nats']) and all(verdict[key] == theirs[key] for key in theirs.keys() - {'nats'})
         summary = evaluate_task(lambda rows, title: scores, name, benchmark)
-        assert summary['n'] == 25 and all(summary[key] == pytest.approx(value, rel=1e-4) for key, value in expected['summary'].items())
+        assert summary['n'] == len(items) and all(summary[key] == pytest.approx(value, rel=1e-4) for key, value in expected['summary'].items())
 
 
 def test_what_is_scored_begins_where_the_context_by_itself_ends():

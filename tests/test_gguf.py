@@ -10,10 +10,11 @@ import torch
 from conftest import TINY, run_here, sentences, train_here
 
 from corpus.pack import write_dataset
+from corpus.template import Template
 from corpus.train_tokenizer import train_bpe
 from model import GPT, GPTConfig
-from tokens.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer, tokenizer_meta
-from tokens.tokenizer_json import BPE_PATTERN, GPT2_PATTERN, bpe_json, byte_level
+from tokens.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
+from tokens.tokenizer_json import BPE_PATTERN, GPT2_PATTERN, bpe_json, byte_level, read_tokenizer_json
 from weights.gguf import LLAMA3_PATTERN, QWEN2_PATTERN, SMOLLM
 
 gguf = pytest.importorskip('gguf')
@@ -125,7 +126,7 @@ def test_every_tensor_comes_back(kind, dtype, bpe, tmp_path):
 @pytest.mark.parametrize('kind', KINDS)
 def test_keys(kind, bpe, tmp_path):
     config = make(kind).config
-    make(kind).save_pretrained(tmp_path / 'model.gguf', bpe, '{{ template }}')
+    make(kind).save_pretrained(tmp_path / 'model.gguf', bpe, 'chat')
     keys, tensors, _ = read(tmp_path / 'model.gguf')
     arch = kind.partition('-')[0]
     expected = {'context_length': 64, 'embedding_length': 64, 'block_count': 2, 'feed_forward_length': config.n_hidden, 'vocab_size': 360,
@@ -137,7 +138,7 @@ def test_keys(kind, bpe, tmp_path):
         expected |= {'attention.layer_norm_rms_epsilon': pytest.approx(1e-5), 'rope.freq_base': config.rope_theta, **size}
     assert keys['general.architecture'] == arch and keys['general.name'] == 'model' and keys['general.file_type'] == 0
     assert {name: keys[f'{arch}.{name}'] for name in expected} == expected
-    assert keys['tokenizer.chat_template'] == '{{ template }}'
+    assert keys['tokenizer.chat_template'] == Template(bpe, 'chat').jinja()
     assert ('rope_freqs.weight' in tensors) == (kind == 'llama') and ('output.weight' in tensors) == (kind in ('llama', 'qwen3'))
 
 
@@ -207,7 +208,7 @@ def json_tokenizer(bpe, folder, pre, normalizer=None, model=None, **more):
     (folder / 'tokenizer.json').write_text(json.dumps(content), encoding='utf-8')
     config = {'eos_token': '<|im_end|>', 'bos_token': '<|bos|>', 'chat_template': '{{ theirs }}'}
     (folder / 'tokenizer_config.json').write_text(json.dumps(config))
-    return load_tokenizer(tokenizer_meta(folder))
+    return load_tokenizer(read_tokenizer_json(folder))
 
 
 def template(token, number):

@@ -242,7 +242,8 @@ def test_gpt2_tokenizer_is_exported(tmp_path, arch, gpt2_tokenizer):
     ids = their_tokenizer(text)['input_ids']
     assert ids == gpt2_tokenizer.encode(text, allowed_special={'<|endoftext|>'}) and their_tokenizer.decode(ids) == text
     assert their_tokenizer.eos_token_id == reference.config.eos_token_id == reference.generation_config.eos_token_id == 50256
-    assert reference.generation_config.suppress_tokens == list(range(50257, 50304))
+    assert reference.config.vocab_size == 50257 and reference.generation_config.suppress_tokens is None
+    assert their_tokenizer.pad_token_id == their_tokenizer.unk_token_id == 50256
     assert read_tokenizer_json(tmp_path) == GPT2_META
     their_tokenizer.save_pretrained(tmp_path / 'again')
     assert read_tokenizer_json(tmp_path / 'again') == GPT2_META

@@ -216,7 +216,7 @@ def test_a_model_without_tokenizer_or_with_anothers(monkeypatch, out_dir, tmp_pa
 
 
 class Gpt2Stub:
-    kind, vocab_size, eot = 'gpt2', 50257, 50256
+    kind, vocab_size, eot, bos, prefix = 'gpt2', 50257, 50256, 50256, []
 
     def encode(self, text, allowed_special=()):
         return [198]

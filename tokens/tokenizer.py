@@ -22,6 +22,7 @@ from tokens.tokenizer_json import (
     GPT2_META,
     GPT2_PATTERN,
     SPECIAL_TOKENS,
+    as_trained,
     bpe_json,
     bpe_tokens,
     byte_characters,
@@ -50,9 +51,10 @@ class Tokenizer:
     pieces    the bytes that each id adds to a text
     special   {name: id} of the special tokens
     eot       id that ends a document, or None; bos and pad likewise
+    prefix    ids that AutoTokenizer puts before each text, such as Llama 3's BOS
     """
 
-    special, eot, bos, pad = {}, None, None, None
+    special, eot, bos, pad, prefix = {}, None, None, None, []
 
     def __init__(self, **arguments):
         self.arguments = arguments
@@ -247,6 +249,11 @@ class JsonTokenizer(Tokenizer):
         engine.encode_special_tokens = True  # as plain text
         return engine
 
+    @cached_property
+    def prefix(self):
+        ids = self.engine.encode('').ids
+        return ids if ids == [self.bos] else []
+
     def encode_array(self, text):
         return self.encode_batch([text])[0]
 
@@ -316,7 +323,7 @@ def fingerprint(meta: dict) -> str:
 
 
 def tokenizer_meta(name, also=(), eot: str = '') -> dict:
-    """Return meta() of the tokenizer that a setting names: 'gpt2', 'byte', or a path.
+    """Return meta() of the tokenizer to train with that a setting names: 'gpt2', 'byte', or a path.
 
     also   other names that the caller accepts, for the error
     eot    token that ends a document, instead of the one that the folder names
@@ -336,13 +343,13 @@ def tokenizer_meta(name, also=(), eot: str = '') -> dict:
         raise ValueError(
             f'tokenizer {name} does not say which token ends a document: name one by --eot=TOKEN, '
             f'or as eos_token in its tokenizer_config.json; its special tokens: {special}')
-    return meta
+    return as_trained(meta)
 
 
 def opening(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids that stand before an empty text: end of text, else a line break, else the first id."""
-    if tokenizer.eot is not None:
-        return [tokenizer.eot]
+    """Return the ids that stand before an empty text: BOS, else a line break, else the first id."""
+    if tokenizer.bos is not None:
+        return [tokenizer.bos]
     try:
         return tokenizer.encode('\n') or [0]
     except ValueError:

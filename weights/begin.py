@@ -178,10 +178,9 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
         if settings['lora_rank']:
             raise ValueError(f'lora_rank={settings["lora_rank"]}: an adapter needs a base model, name it by '
                              '--init_from')
-        # multiples of 64 suit the matrix kernels (50257 -> 50304), but cost a small vocabulary too much
-        padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
         names = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'arch', *LLAMA_SETTINGS)
-        return GPT(GPTConfig(vocab_size=padded, **{name: settings[name] for name in names}))
+        shape = {name: settings[name] for name in names}
+        return GPT(GPTConfig(vocab_size=pretrained.padded(vocab_size), **shape))
 
     meta, most, dataset = start.tokenizer, start.model_args['vocab_size'], settings['dataset']
     if vocab_size > most or (meta and fingerprint(meta) != fingerprint(tokenizer_meta)):
@@ -195,7 +194,8 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
     if settings['lora_rank']:
         return make_adapter(start, settings, dtype)
     if start.weights is None:
-        return GPT.from_pretrained(start.path, settings['dropout'], settings['block_size'])
+        return GPT.from_pretrained(start.path, settings['dropout'], settings['block_size'],
+                                   vocab_size=pretrained.padded(most))
     model = GPT(GPTConfig(**start.model_args | {'dropout': settings['dropout']}))
     if start.state is None:
         foreign.load_weights(model, start.weights, start.path, settings['strict'])
@@ -245,7 +245,7 @@ def find_start(init_from='resume', out_dir='out', checkpoint_path='', n_head=Non
         meta = named or pretrained.read_tokenizer(init_from)
         if meta is None:
             print0(f"{init_from} has no tokenizer.json: using GPT-2's tokenizer")
-        return Start(init_from, tokenizer=meta or GPT2_META)
+        return Start(init_from, tokenizer=meta or GPT2_META, style=pretrained.read_style(init_from))
     if checkpoint_path:
         start = Start()
         start.take(checkpoint.load(checkpoint_path, n_head), checkpoint_path)

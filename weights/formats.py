@@ -102,6 +102,7 @@ class Npz:
             self.arrays = np.load(path, allow_pickle=False)
             settings = json.loads(str(self.arrays['settings']))
             self.model_args, self.tokenizer = dict(settings['model_args']), settings['tokenizer']
+            self.settings = settings
             check_model_args(self.model_args, path, len(self.keys()))
             if self.tokenizer is not None:
                 vocab_size_of(self.tokenizer)  # raises if it is none

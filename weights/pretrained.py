@@ -7,15 +7,18 @@ architectures.py knows the names and settings of each model class, formats.py th
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from corpus.template import STYLES, Template
 from files import print0, read_json, write_atomically, write_json
 from tokens.tokenizer import GPT2_META, read_tokenizer_json
 from tokens.tokenizer_json import tokenizer_config
 from weights import gguf, lora
 from weights.architectures import ARCHITECTURES, ConfigReader, architecture_of
+from weights.card import TAGS
 from weights.foreign import check_model_args, check_names, check_shape
 from weights.formats import Npz, read_folder, write_npz, write_safetensors
 
@@ -28,6 +31,8 @@ HUB = {
 }
 HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')
 HEAD = 'lm_head.weight'  # its name in all classes of transformers
+VOCABULARY = ('transformer.wte.weight', 'lm_head.weight')  # a row for each token
+STYLE = 'conversation_style'  # in config.json: the template of corpus/template.py that the model was tuned on
 ROWS = 4096  # of a matrix, copied at a time
 
 
@@ -92,8 +97,29 @@ def read_tokenizer(name: str) -> dict | None:
     return read_tokenizer(base) if base and tokenizer is None else tokenizer
 
 
+def read_style(name: str) -> str | None:
+    """Return the conversation template that an exported model was tuned on."""
+    if name in HUB:
+        return None
+    path, settings = find(name), None
+    if path.is_file():
+        settings = Npz(path).settings
+    elif (path / 'config.json').is_file():
+        settings = read_json(path / 'config.json')
+    style = settings.get(STYLE) if isinstance(settings, dict) else None
+    return style if style in list(STYLES) else None
+
+
 # -----------------------------------------------------------------------------
 # reading
+
+
+def padded(vocab_size: int) -> int:
+    """Return the rows of embedding and head in training: multiples of 64 suit the matrix kernels.
+
+    50257 becomes 50304. A small vocabulary stays as it is, where 63 more rows would cost more than they gain.
+    """
+    return vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
 
 
 def read_model_args(path: Path) -> dict:
@@ -124,13 +150,22 @@ def read_model_args(path: Path) -> dict:
 
 
 @torch.no_grad()
-def fill(model, path: Path):
-    """Copy the weights at path into a model, a few rows at a time. ValueError if they do not fit."""
+def fill(model, path: Path, vocab_size: int):
+    """Copy the weights at path into a model, a few rows at a time. ValueError if they do not fit.
+
+    Rows beyond the file's vocab_size pad the vocabulary. They get the mean of the other rows, so their logit
+    is the mean logit, and n of them add at most log(1 + n / vocab_size) to any loss (where no logits are
+    capped): less than 0.001 nats for GPT-2. Rows of zeros have no such bound. Only training pads, and learns
+    that these ids never occur; sampling and evaluation read the rows of the file, and get its losses exactly.
+    Source: nlp.stanford.edu/~johnhew/vocab-expansion.html
+    """
     if base := lora.base_of(path):
-        fill(model, find(base))
+        fill(model, find(base), vocab_size)
         lora.merge_peft(model, path)
         return
     architecture, parts, head = architecture_of(model.config), dict(model.named_parameters()), None
+    for name in parts.keys() & set(VOCABULARY):
+        parts[name] = parts[name][:vocab_size]
     if path.is_file():
         weights = Npz(path)
     else:
@@ -151,47 +186,65 @@ def fill(model, path: Path):
             if not part.is_contiguous():
                 to, rows = to.t(), rows.t()  # filling rows is faster than filling columns
             to.copy_(rows)
-    embedding = model.transformer.wte.weight
+    embedding = model.transformer.wte.weight[:vocab_size]
     if head is not None and not torch.equal(head[:].to(embedding.dtype), embedding):
         raise ValueError(f'{path}: {HEAD} is not the embedding: its architecture has one matrix for both')
+    if model.config.vocab_size > vocab_size:
+        for matrix in (model.transformer.wte.weight, model.lm_head.weight):
+            matrix[vocab_size:] = matrix[:vocab_size].mean(dim=0)
 
 
 # -----------------------------------------------------------------------------
 # writing
 
 
-def save(model, path, tokenizer=None, chat_template=None, quantize=None) -> list[Path]:
+def save(model, path, tokenizer=None, *, style=None, card='', quantize=None) -> list[Path]:
     """Write a folder that transformers loads, or one .npz or .gguf file. Return the paths written.
 
-    The vocabulary's padding is written, too; generation_config.json keeps it from being sampled.
+    A folder holds no rows that training added to pad the vocabulary. Rows that a model from elsewhere has for
+    ids without a token, such as Qwen3's, are kept, and generation_config.json keeps them from being sampled.
 
-    chat_template  Jinja template of a tuned model (corpus/template.py)
-    quantize       'int8', for .gguf
+    style     conversation template that the model was tuned on (corpus/template.py)
+    card      text of README.md
+    quantize  'int8', for .gguf
     """
     path, config = Path(path), model.config
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if path.suffix in ('.npz', '.gguf'):
         path.parent.mkdir(parents=True, exist_ok=True)
+    template = Template(tokenizer, style) if style else None
     if path.suffix == '.gguf':
-        gguf.save(model, path, tokenizer, chat_template, quantize)
+        gguf.save(model, path, tokenizer, template and template.jinja(), quantize)
         return [path]
     if path.suffix == '.npz':
-        settings = dict(format=1, model_args=vars(config), tokenizer=tokenizer and tokenizer.meta())
+        settings = {'format': 1, 'model_args': vars(config), 'tokenizer': tokenizer and tokenizer.meta(),
+                    STYLE: style}
         write_atomically(path, lambda f: write_npz(f, settings, tensors))
         return [path]
 
     path.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None and config.vocab_size == padded(tokenizer.vocab_size):
+        config = replace(config, vocab_size=tokenizer.vocab_size)
+    for name in tensors.keys() & set(VOCABULARY):
+        tensors[name] = tensors[name][:config.vocab_size]
     architecture = architecture_of(config)
     stored = architecture.parts(architecture.with_biases(tensors, config), config)
     write_atomically(path / 'model.safetensors', lambda f: write_safetensors(f, stored))
     dtype = str(next(iter(tensors.values())).dtype).removeprefix('torch.')
-    files = text_files(config, dtype, tokenizer, chat_template)
+    files = text_files(config, dtype, tokenizer, template)
+    if style:
+        files['config.json'][STYLE] = style
+    names = ['model.safetensors', *files]
+    readme = path / 'README.md'
+    if card and (not readme.exists() or TAGS in readme.read_text(errors='replace')):
+        names.insert(1, readme.name)
+        write_atomically(readme, lambda f: f.write(card.encode()))
     for name, content in files.items():
         write_json(path / name, content, indent=None if name == 'tokenizer.json' else 2)
-    return [path / name for name in ('model.safetensors', *files)]
+    return [path / name for name in names]
 
 
-def text_files(config, dtype, tokenizer, chat_template):
+def text_files(config, dtype, tokenizer, template):
     """Return the JSON files beside the weights, {name: content}; last config.json, for which find() looks."""
     files, n_tokens = {}, config.vocab_size
     ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
@@ -200,10 +253,12 @@ def text_files(config, dtype, tokenizer, chat_template):
         ids = dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.pad)
         files['tokenizer.json'] = tokenizer.tokenizer_json()
         files['tokenizer_config.json'] = dict(tokenizer_config(tokenizer), model_max_length=config.block_size)
-        if chat_template:
-            files['tokenizer_config.json']['chat_template'] = chat_template
+        if template:
+            files['tokenizer_config.json']['chat_template'] = template.jinja()
     padding = list(range(n_tokens, config.vocab_size))
     files['generation_config.json'] = dict(ids, suppress_tokens=padding or None)
+    if template and template.end_id != tokenizer.eot:
+        files['generation_config.json']['eos_token_id'] = [template.end_id, tokenizer.eot]
     architecture = architecture_of(config)
     files['config.json'] = dict(architectures=[architecture.class_name], model_type=architecture.model_type,
                                 dtype=dtype, vocab_size=config.vocab_size,

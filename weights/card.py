@@ -1,0 +1,61 @@
+"""The model card of an exported model: README.md in its folder."""
+
+from pathlib import Path
+
+# settings of train.py that describe a run, in the order of the table
+SETTINGS = ('init_from', 'dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'max_iters',
+            'optimizer', 'learning_rate', 'matrix_lr', 'weight_decay', 'dropout', 'lora_rank', 'seed')
+TAGS = 'tags: [flatgpt]'  # tells a card from a README.md that somebody wrote
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [flatgpt]
+---
+
+# {name}
+
+A language model of {parameters:,} parameters for up to {block_size:,} tokens, trained with flatGPT.
+{facts}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained('{name}')
+model = AutoModelForCausalLM.from_pretrained('{name}')
+{prompt}
+print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
+```
+
+In flatGPT: `python sample.py --init_from={name}{chat}`
+"""
+PLAIN = "ids = tokenizer('The', return_tensors='pt').input_ids"
+CHAT = """\
+messages = [{'role': 'user', 'content': 'Hello'}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt').input_ids"""
+
+
+def model_card(start, model, name: str) -> str:
+    """Return the text of a model card.
+
+    start  weights.begin.Start of the model
+    name   of its folder
+    """
+    facts, best = [], start.progress.best_val_loss
+    if start.progress.iter_num:
+        facts.append(f'- updates: {start.progress.iter_num:,}')
+    if 0 < best < float('inf'):
+        facts.append(f'- best validation loss: {best:.4f} nats per token')
+    if start.style:
+        facts.append(f'- tuned on conversations in the style `{start.style}`, which is its chat template')
+    if start.weights is None:
+        facts.append(f'- weights of `{Path(start.path).name}`, unchanged')
+    for setting in SETTINGS:
+        value = start.settings.get(setting)
+        if value not in (None, '', 0):
+            # names of folders on the machine that trained it are nobody else's business
+            value = ','.join(Path(part).name for part in str(value).split(','))
+            facts.append(f'- {setting}: `{value}`')
+    return CARD.format(name=name, parameters=model.get_num_params(False), block_size=model.config.block_size,
+                       facts='\n'.join(['', *facts]), prompt=CHAT if start.style else PLAIN,
+                       chat=' --chat' if start.style else '')
