@@ -52,7 +52,7 @@ def model_card(start, model, name: str) -> str:
         facts.append(f'- weights of `{Path(start.path).name}`, unchanged')
     for setting in SETTINGS:
         value = start.settings.get(setting)
-        if value not in (None, '', 0):
+        if value not in (None, '', 0, 'scratch'):
             # names of folders on the machine that trained it are nobody else's business
             value = ','.join(Path(part).name for part in str(value).split(','))
             facts.append(f'- {setting}: `{value}`')
