@@ -609,7 +609,7 @@ def refused(*flags, out_dir):
     ('--dtype=float64', "--dtype=float64: accepted are auto, float32, bfloat16, float16; did you mean float16?"),
     ('--learnin_rate=1', '--learnin_rate: unknown setting, did you mean --learning_rate?'),
     ('--init_from=gpt5', 'init_from=gpt5: no such model, accepted are scratch, resume, checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, '
-                         'a folder with config.json and model.safetensors, or an .npz file that save_pretrained wrote'),
+                         'ORGANIZATION/NAME[@REVISION] on the hub, a folder with config.json and model.safetensors, or an .npz file that save_pretrained wrote'),
 ])
 def test_a_setting_that_makes_no_sense(tiny, tmp_path, flag, problem):
     assert refused(*TINY, f'--dataset={tiny}', *flag.split(), out_dir=tmp_path / 'out') == problem
