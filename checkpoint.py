@@ -6,7 +6,8 @@
 
 A checkpoint is one dict of tensors and plain values in torch's zip format, loadable with weights_only=True:
 
-    model         parameters by name
+    model         trained parameters by name
+    lora          settings and base model of an adapter; None without one
     optimizer     state and param_groups by parameter name (not in best.pt)
     scaler        state of the float16 loss scaler (not in best.pt)
     model_args    arguments of GPTConfig

@@ -164,6 +164,8 @@ def watch_signals(read_end):
     echo_s = 3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0
     acknowledged, sigint_s = False, None
     while number := read_end.recv(1):
+        if number[0] not in STOP_SIGNALS:
+            continue
         if not acknowledged:
             print0(f'{signal.Signals(number[0]).name}: stopping after this step or batch')
             acknowledged = True

@@ -2,7 +2,7 @@
 
 Each docstring states the plain meaning. The code departs from it to save time or memory on some hardware.
 
-B batch, H heads of queries, G of keys and values, D their size, T tokens in a row, S tokens seen so far,
+B batch, H heads of queries, G of keys and values, D their size, T tokens in a row, S keys (cached and new),
 C width, V vocabulary, N loss rows
 """
 
@@ -152,9 +152,10 @@ def decoding(context, cache):
     with stance, backends:
         yield
 
+
 def draw(logits, temperature, top_k, top_p):
     """Draw one token a row from logits (B, V): (B,) int64. Arguments as in GPT.stream()."""
-    if temperature < 1e-6:  # every other probability underflows in float32
+    if temperature < 1e-6:  # 0 = greedy
         return logits.argmax(dim=-1)
     logits, order = logits / temperature, None
     if top_k and top_k < logits.size(-1):  # drawing among k is 1 ms a row faster than among V
@@ -163,7 +164,9 @@ def draw(logits, temperature, top_k, top_p):
     if top_p is not None and top_p < 1.0:
         if order is None:
             p, order = p.sort(descending=True, dim=-1)
-        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # the most likely token always stays
+        is_rest = p.cumsum(dim=-1) - p >= top_p
+        is_rest[:, 0] = False  # the most likely token always stays
+        p = p.masked_fill(is_rest, 0.0)
     choice = torch.multinomial(p, 1)  # (B, 1)
     return (choice if order is None else order.gather(1, choice))[:, 0]
 
@@ -317,5 +320,5 @@ def pack_linears(model, quantize=None):
         return
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
+            if type(child) is nn.Linear:  # not one with an adapter
                 setattr(parent, name, PackedLinear(child, quantize))

@@ -82,7 +82,7 @@ class GPTConfig:
             raise ValueError(f'dropout={self.dropout}: accepted is 0.0 or more, below 1.0')
         llama, rotary = self.arch == 'llama', self.arch != 'gpt2'
         unit = 2 * self.n_head if rotary else self.n_head  # rotary positions need an even head size
-        if self.n_embd % unit and not self.head_size:
+        if self.n_embd % unit and not (llama and self.head_size):
             near = [n for n in (self.n_embd // unit * unit, (self.n_embd // unit + 1) * unit) if n]
             raise ValueError(f'n_embd={self.n_embd} is not divisible by {"2 x " * rotary}n_head={self.n_head}'
                              f': use n_embd={" or ".join(map(str, near))}')

@@ -61,10 +61,12 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
     for_adamw = [group for group in groups if 'parts' not in group]
     for_muon = [group for group in groups if 'parts' in group]
 
-    fused = settings.fused
-    if fused is None:
-        fused = for_adamw[0]['params'][0].device.type in FUSED_ADAMW
-    optimizers = [torch.optim.AdamW(for_adamw, betas=settings.betas, eps=1e-8, fused=fused)]
+    optimizers = []
+    if for_adamw:  # a LoRA adapter has matrices alone
+        fused = settings.fused
+        if fused is None:
+            fused = for_adamw[0]['params'][0].device.type in FUSED_ADAMW
+        optimizers.append(torch.optim.AdamW(for_adamw, betas=settings.betas, eps=1e-8, fused=fused))
     if for_muon:
         ns_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(for_muon, ns_dtype=ns_dtype))

@@ -168,3 +168,12 @@ def test_the_recipe_for_a_small_llama(tiny, tmp_path):
     assert code == 0, stderr
     args = read_checkpoint(tmp_path / 'out' / 'ckpt.pt')['model_args']
     assert (args['arch'], args['n_kv_head'], args['tied'], args['n_hidden']) == ('llama', 2, True, 1024)
+
+
+def test_muon_trains_an_adapter_and_an_adapter_is_no_start(base, run, tiny, tmp_path):
+    """No matrix was left for AdamW, which crashed."""
+    flags = [*SHAPELESS, *LORA, f'--dataset={tiny}', '--max_iters=1']
+    code, _, stderr, _ = train_here(*flags, '--optimizer=muon', f'--init_from={base}', out_dir=tmp_path / 'a')
+    assert code == 0, stderr
+    code, _, stderr, _ = train_here(*flags, f'--init_from={run / "ckpt.pt"}', out_dir=tmp_path / 'b')
+    assert code == 2 and f'{run / "ckpt.pt"} holds a LoRA adapter alone: resume its run' in stderr

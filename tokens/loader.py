@@ -30,9 +30,10 @@ class Batch(NamedTuple):
     def to(self, device):
         """Copy to a device; to CUDA from pinned memory, without waiting."""
         tensors = [tensor for tensor in self if tensor is not None]
-        if torch.device(device).type == 'cuda':
+        is_cuda = torch.device(device).type == 'cuda'
+        if is_cuda:
             tensors = [tensor.pin_memory() for tensor in tensors]
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return Batch(*(tensor.to(device, non_blocking=is_cuda) for tensor in tensors))
 
 
 def pad(rows, T: int):

@@ -117,6 +117,9 @@ def begin(settings: dict, explicit: set) -> Start:
                          '--init_from=FILE.pt or by --init_from=checkpoint --checkpoint_path=FILE')
     path = path or init_from
     state = checkpoint.load(path, settings['n_head'] if 'n_head' in explicit else None)
+    if state.get('lora'):
+        raise ValueError(f'{path} holds a LoRA adapter alone: resume its run, or export the whole model '
+                         'with sample.py --export=FOLDER and begin with that')
     return Start(path, state['model_args'], state['model'], state.get('tokenizer'))
 
 
