@@ -183,6 +183,9 @@ if __name__ == '__main__':
         tokenizer = load_tokenizer(trained.tokenizer)
         if adapter and not (export and trained.lora):
             raise ValueError('adapter=True: needs --export=FOLDER, and a run with lora_rank')
+        if adapter and (trained.lora['base'].endswith(('.pt', '.npz')) or lora.base_of(trained.lora['base'])):
+            raise ValueError(f'adapter=True: peft cannot read the base model {trained.lora["base"]}: '
+                             'export the whole model without --adapter')
         questions = read_questions(prompts) if prompts else []
         template = ''
         if chat or prompts:

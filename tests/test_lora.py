@@ -177,3 +177,27 @@ def test_muon_trains_an_adapter_and_an_adapter_is_no_start(base, run, tiny, tmp_
     assert code == 0, stderr
     code, _, stderr, _ = train_here(*flags, f'--init_from={run / "ckpt.pt"}', out_dir=tmp_path / 'b')
     assert code == 2 and f'{run / "ckpt.pt"} holds a LoRA adapter alone: resume its run' in stderr
+
+
+@pytest.mark.parametrize('change, text', [
+    (dict(init_lora_weights='pissa'), "init_lora_weights = 'pissa' changes the base model"), (dict(r=100), 'are not of rank 100'),
+    (dict(lora_alpha=None), 'r = 4 and lora_alpha = None, accepted are numbers'), (dict(base_model_name_or_path=None), 'base_model_name_or_path = None'),
+])
+def test_an_adapter_that_would_compute_something_else(change, text, base, tmp_path):
+    model = GPT.from_pretrained(base)
+    lora.add(model, 4, 8.0, 'c_fc')
+    [_, path] = lora.save_peft(model, tmp_path, str(base))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(tmp_path)
+    assert text in str(error.value)
+
+
+def test_a_base_that_differs_anywhere_is_refused(base, tmp_path):
+    """Layer 0's queries, keys and values alone were compared."""
+    model = GPT.from_pretrained(base)
+    before = lora.checksum(model)
+    assert lora.checksum(GPT.from_pretrained(base, dtype=torch.bfloat16)) == before
+    with torch.no_grad():
+        model.transformer.h[2].mlp.c_proj.weight[0, 0] += 1
+    assert lora.checksum(model) != before

@@ -140,13 +140,16 @@ def read_llama(config):
         if kind != 'full_attention':
             raise ValueError(f'{config.path}: layer_types has {kind!r}, accepted is full_attention')
     # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
-    rope = {'rope_theta': settings.get('rope_theta', 10_000.0)} | (settings.get('rope_scaling') or {})
-    rope = settings.get('rope_parameters') or rope
+    rope = {'rope_theta': settings.get('rope_theta', 10_000.0)}
+    rope |= (settings.get('rope_parameters') or {}) | (settings.get('rope_scaling') or {})
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if kind not in ('default', 'llama3'):
         raise ValueError(f'{config.path}: rope_type = {kind!r} is not supported, '
                          'accepted are default, llama3')
     scaling = {name: rope[name] for name in LLAMA3_SCALING} if kind == 'llama3' else None
+    numbers = [settings.get('rms_norm_eps', 1e-6), rope['rope_theta'], *(scaling or {}).values()]
+    if not all(type(number) in (int, float) and 0 < number < 1e30 for number in numbers):
+        raise ValueError(f'rms_norm_eps and the numbers of rope are {numbers}, accepted are numbers above 0')
     return dict(args, bias=False, rope_theta=float(rope['rope_theta']), rope_scaling=scaling,
                 norm_eps=settings.get('rms_norm_eps', 1e-6), tied=settings.get('tie_word_embeddings', False),
                 activation=ACTIVATIONS[config.need('hidden_act', 'silu', *ACTIVATIONS)])

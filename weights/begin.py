@@ -218,18 +218,23 @@ def make_adapter(start, settings, dtype) -> GPT:
 
 def load_base(adapter: dict, dtype=None) -> GPT:
     """Load the base model of an adapter. ValueError for another than it was trained beside."""
-    path = adapter['base']
-    if path.endswith('.pt'):
-        state = checkpoint.load(path)
-        model = GPT(GPTConfig(**state['model_args'])).to(dtype or torch.float32)
-        foreign.load_weights(model, state['model'], path)
-    else:
-        model = GPT.from_pretrained(path, dtype=dtype)
+    path = str(adapter['base'])
+    loaded_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    try:
+        if path.endswith('.pt'):
+            state = checkpoint.load(path)
+            model = GPT(GPTConfig(**state['model_args'])).to(loaded_in)
+            foreign.load_weights(model, state['model'], path)
+        else:
+            model = GPT.from_pretrained(path, dtype=loaded_in)
+    except FileNotFoundError as error:
+        raise ValueError(f'the base model {path} of the adapter is missing ({error}): '
+                         'put it back') from None
     checksum = lora.checksum(model)
     if checksum != (adapter['checksum'] or checksum):
         raise ValueError(f'{path} is not the model that the adapter was trained beside: put that one there')
     adapter['checksum'] = checksum
-    return model
+    return model.to(dtype or torch.float32)
 
 
 # -----------------------------------------------------------------------------

@@ -29,7 +29,14 @@ PLAIN = dict(peft_type='LORA', bias='none', use_dora=False, use_rslora=False, ra
 def base_of(folder) -> str | None:
     """Return the base model that a folder of peft names; None if it holds no adapter."""
     path = Path(folder) / CONFIG
-    return read_json(path)['base_model_name_or_path'] if path.is_file() else None
+    if not path.is_file():
+        return None
+    settings = read_json(path)
+    base = settings.get('base_model_name_or_path') if isinstance(settings, dict) else None
+    if not base or not isinstance(base, str) or Path(base).resolve() == Path(folder).resolve():
+        raise ValueError(f'{path}: base_model_name_or_path = {base!r}, '
+                         'accepted is a folder or a model of the hub')
+    return base
 
 
 class LoRALinear(nn.Linear):
@@ -82,9 +89,11 @@ def merge(model):
 
 
 def checksum(model) -> int:
-    """Return a number that tells one base model from another, whatever dtype it was loaded in."""
-    weight = model.transformer.h[0].attn.c_attn.weight.detach().cpu().bfloat16()
-    return zlib.crc32(weight.view(torch.int16).numpy().tobytes())
+    """Return a number that tells one base model from another, in float32 or loaded in bfloat16."""
+    crc = zlib.crc32(repr(sorted((vars(model.config) | {'dropout': 0.0}).items())).encode())
+    for weight in model.parameters():
+        crc = zlib.crc32(weight.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes(), crc)
+    return crc
 
 
 # -----------------------------------------------------------------------------
@@ -129,12 +138,22 @@ def merge_peft(model, folder):
         if (settings.get(name) or accepted) != accepted:
             raise ValueError(f'{path}: {name} = {settings[name]!r} is not supported, '
                              f'accepted is {accepted!r}')
+    if settings.get('init_lora_weights', True) not in (True, False, 'gaussian', 'orthogonal'):
+        raise ValueError(f'{path}: init_lora_weights = {settings["init_lora_weights"]!r} changes the base '
+                         'model, which is not supported: let peft merge it')
+    rank, alpha = settings.get('r'), settings.get('lora_alpha')
+    if type(rank) is not int or type(alpha) not in (int, float) or rank < 1:
+        raise ValueError(f'{path}: r = {rank!r} and lora_alpha = {alpha!r}, accepted are numbers')
     architecture, adapter = architecture_of(model.config), read_folder(folder, 'adapter_model')
     weights = architecture.parts(dict(model.named_parameters()), model.config)
     for name in [name for name in adapter if name.endswith('.lora_A.weight')]:
         target = name.removeprefix(PREFIX).replace('.lora_A.weight', '.weight')
-        lora_a, lora_b = adapter.pop(name)[:], adapter.pop(name.replace('.lora_A.', '.lora_B.'))[:]
-        delta = lora_b.float() @ lora_a.float() * (settings['lora_alpha'] / settings['r'])
+        other = name.replace('.lora_A.', '.lora_B.')
+        if other not in adapter or not len(adapter[name].shape) == len(adapter[other].shape) == 2 \
+                or not adapter[name].shape[0] == adapter[other].shape[1] == rank:
+            raise ValueError(f'{folder}: {name} and its lora_B are not of rank {rank}')
+        lora_a, lora_b = adapter.pop(name)[:], adapter.pop(other)[:]
+        delta = lora_b.float() @ lora_a.float() * (alpha / rank)
         if architecture.transposed:
             delta = delta.t()
         if target not in weights or weights[target].shape != delta.shape:

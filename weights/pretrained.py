@@ -140,7 +140,10 @@ def read_model_args(path: Path) -> dict:
     config = ConfigReader(settings, file)
     for name, value in architecture.fixed.items():
         config.need(name, value, value)
-    args = dict(architecture.read(config), arch=architecture.arch, **dict(architecture.switches))
+    try:
+        args = dict(architecture.read(config), arch=architecture.arch, **dict(architecture.switches))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f'{file}: a setting is missing or of a wrong type ({error!r})') from None
     weights = read_folder(path)
     check_model_args(args, file, len(weights))
     if architecture.biased and not args['bias']:
