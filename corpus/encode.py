@@ -68,7 +68,9 @@ class Encoder:
     def encode(self, documents):
         """Return an Encoded for each document of a batch."""
         texts, batch = [self.choose(document.text) for document in documents], []
-        for document, text, ids in zip(documents, texts, self.tokenizer.encode_batch(texts), strict=True):
+        # rows of ids may have a tokenizer that encodes nothing
+        encoded = self.tokenizer.encode_batch(texts) if any(texts) else texts
+        for document, text, ids in zip(documents, texts, encoded, strict=True):
             if text:
                 data = text.encode('utf-8', 'surrogatepass')
                 batch.append(Encoded(document, Piece(ids, n_bytes=len(data)), hash_of(data)))

@@ -448,3 +448,10 @@ def test_a_switch_may_have_a_value(tmp_path, monkeypatch, capsys):
                               '--out', tmp_path / 'out', *switch)
         assert code == 0, stderr
         assert sum(split['documents'] for split in read_meta(tmp_path / 'out')['splits'].values()) == n_documents
+
+
+def test_rows_of_a_tokenizer_without_text(tmp_path):
+    """launch/gpu_check.py makes its data so."""
+    from tokens.tokenizer import IdTokenizer
+    meta = write_dataset(tmp_path / 'data', IdTokenizer(50257), {'train': [np.arange(100)], 'val': [np.arange(50, 70)]}, 'ids')
+    assert meta['splits']['train']['tokens'] == 100 and meta['dtype'] == 'uint16'
