@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # as in train.py
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in train.py
 
 import torch
 

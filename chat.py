@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # as in train.py
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in train.py
 
 import torch
 

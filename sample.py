@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # as in train.py
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in train.py
 
 import torch
 
