@@ -68,12 +68,11 @@ class Encoder:
     def encode(self, documents):
         """Return an Encoded for each document of a batch."""
         texts, batch = [self.choose(document.text) for document in documents], []
-        # rows of ids may have a tokenizer that encodes nothing
-        encoded = self.tokenizer.encode_batch(texts) if any(texts) else texts
-        for document, text, ids in zip(documents, texts, encoded, strict=True):
+        encoded = iter(self.tokenizer.encode_batch([text for text in texts if text]))
+        for document, text in zip(documents, texts, strict=True):
             if text:
                 data = text.encode('utf-8', 'surrogatepass')
-                batch.append(Encoded(document, Piece(ids, n_bytes=len(data)), hash_of(data)))
+                batch.append(Encoded(document, Piece(next(encoded), n_bytes=len(data)), hash_of(data)))
             elif isinstance(document.text, str):
                 batch.append(Encoded(document))
             else:
