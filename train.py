@@ -96,9 +96,9 @@ rope_theta = 10000.0
 qk_norm: bool | None = None  # normalize queries and keys, as Qwen3 does
 qkv_bias = False  # biases of queries, keys and values, as in Qwen2
 tied: bool | None = None  # one matrix for embedding and head
-# LoRA: freeze the weights of init_from, and train two thin matrices beside each of them
+# LoRA: freeze the weights of init_from, and train two thin matrices beside each of lora_targets
 lora_rank = 0  # 0 = train all weights
-lora_alpha = 32.0  # the adapter counts lora_alpha / lora_rank
+lora_alpha = 32.0  # the output of the adapter is multiplied by lora_alpha / lora_rank
 lora_targets = 'c_attn,c_proj,c_fc'
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: Muon for the blocks' matrices, AdamW for the rest
@@ -167,8 +167,7 @@ with one_line_errors(), distributed.signals_noted():
     # model and optimizers
     torch.manual_seed(seed)
     compute_dtype = devices.choose_dtype(dtype, place.device)
-    frozen_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
-    model = make_model(start, settings, vocab_size, tokenizer_meta, frozen_dtype)
+    model = make_model(start, settings, vocab_size, tokenizer_meta, compute_dtype)
     model.activation_checkpointing, model.loss_chunks = activation_checkpointing, loss_chunks
     model.bf16_residual = bf16_residual
     model = distributed.prepare(model, place, parallel=parallel, shard_ranks=shard_ranks, dtype=compute_dtype)

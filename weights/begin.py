@@ -175,7 +175,7 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
     """Make the model to train: new, with the weights of the start, or in its shape for restore() to fill.
 
     vocab_size, tokenizer_meta  of the dataset
-    dtype                       of the frozen weights beside a LoRA adapter
+    dtype                       of the matrix products
     """
     if start.model_args is None:
         if settings['lora_rank']:
@@ -210,7 +210,8 @@ def make_adapter(start, settings, dtype) -> GPT:
     """Return the base model, frozen, with an adapter that is new or in its shape for restore() to fill."""
     if start.lora is None:
         start.lora = dict(base=start.path, checksum=None, **{name: settings[name] for name in LORA_SETTINGS})
-    model = load_base(start.lora, dtype)
+    # float16 has too little range to train on: the base is then kept in float32
+    model = load_base(start.lora, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     model.crop_block_size(settings['block_size'])
     lora.add(model, settings['lora_rank'], settings['lora_alpha'], settings['lora_targets'])
     return model
