@@ -192,8 +192,8 @@ if __name__ == '__main__':
             template = choose_style(style, trained, tokenizer)
         else:
             prompt = encode_prompt(start, tokenizer, is_default='start' not in explicit)
-        merge = not adapter
-        model = build_model(trained, tokenizer, precision, strict, merge).to(place.device, precision)
+        model = build_model(trained, tokenizer, precision, strict, merge=not adapter)
+        model = model.to(place.device, precision)
 
         # export, or generate
         torch.manual_seed(seed)

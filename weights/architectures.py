@@ -149,7 +149,8 @@ def read_llama(config):
     scaling = {name: rope[name] for name in LLAMA3_SCALING} if kind == 'llama3' else None
     numbers = [settings.get('rms_norm_eps', 1e-6), rope['rope_theta'], *(scaling or {}).values()]
     if not all(type(number) in (int, float) and 0 < number < 1e30 for number in numbers):
-        raise ValueError(f'rms_norm_eps and the numbers of rope are {numbers}, accepted are numbers above 0')
+        raise ValueError(f'{config.path}: rms_norm_eps and the numbers of its rotary positions are '
+                         f'{numbers}, accepted are numbers above 0')
     return dict(args, bias=False, rope_theta=float(rope['rope_theta']), rope_scaling=scaling,
                 norm_eps=settings.get('rms_norm_eps', 1e-6), tied=settings.get('tie_word_embeddings', False),
                 activation=ACTIVATIONS[config.need('hidden_act', 'silu', *ACTIVATIONS)])

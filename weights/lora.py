@@ -92,7 +92,7 @@ def checksum(model) -> int:
     """Return a number that tells one base model from another, in float32 or loaded in bfloat16."""
     crc = zlib.crc32(repr(sorted((vars(model.config) | {'dropout': 0.0}).items())).encode())
     for weight in model.parameters():
-        crc = zlib.crc32(weight.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes(), crc)
+        crc = zlib.crc32(weight.detach().cpu().bfloat16().view(torch.int16).numpy(), crc)
     return crc
 
 
@@ -103,7 +103,7 @@ def checksum(model) -> int:
 def save_peft(model, folder, base: str) -> list[Path]:
     """Write the adapters of a model for peft.PeftModel.from_pretrained(). Return the paths.
 
-    Their classes have several matrices where ours has one: these share A, and take their rows of B.
+    transformers splits some of our matrices: the pieces share A, and each takes its rows of B.
     """
     folder, architecture = Path(folder), architecture_of(model.config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,11 +148,11 @@ def merge_peft(model, folder):
     weights = architecture.parts(dict(model.named_parameters()), model.config)
     for name in [name for name in adapter if name.endswith('.lora_A.weight')]:
         target = name.removeprefix(PREFIX).replace('.lora_A.weight', '.weight')
-        other = name.replace('.lora_A.', '.lora_B.')
-        if other not in adapter or not len(adapter[name].shape) == len(adapter[other].shape) == 2 \
-                or not adapter[name].shape[0] == adapter[other].shape[1] == rank:
+        a, b = adapter.pop(name), adapter.pop(name.replace('.lora_A.', '.lora_B.'), None)
+        are_matrices = b is not None and len(a.shape) == len(b.shape) == 2
+        if not are_matrices or not a.shape[0] == b.shape[1] == rank:
             raise ValueError(f'{folder}: {name} and its lora_B are not of rank {rank}')
-        lora_a, lora_b = adapter.pop(name)[:], adapter.pop(other)[:]
+        lora_a, lora_b = a[:], b[:]
         delta = lora_b.float() @ lora_a.float() * (alpha / rank)
         if architecture.transposed:
             delta = delta.t()
