@@ -25,12 +25,12 @@ import devices
 import distributed
 from configurator import config_of, configure
 from files import one_line_errors, print0, printable, write_json
-from scoring import score_rows, spread_windows, table_row, text_loss
 from tasks.core import evaluate_core, read_core
 from tasks.items import TASKS, evaluate_task, read_benchmarks
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
 from tokens.tokenizer import fingerprint, load_tokenizer
+from training.scoring import score_rows, spread_windows, table_row, text_loss
 from weights.begin import build_model, find_start
 
 # -----------------------------------------------------------------------------

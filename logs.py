@@ -22,7 +22,7 @@ import distributed
 import files
 from files import print0, printable
 from report import read_metrics, read_record, write_report
-from scoring import table_row
+from training.scoring import table_row
 
 METRICS = ('acc', 'acc_norm', 'perplexity', 'core')  # numbers of a benchmark in metrics.jsonl
 

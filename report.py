@@ -57,7 +57,7 @@ def write_report(folders: list, out=None) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
     try:
-        from pictures import draw_all
+        from training.pictures import draw_all
         pictures = draw_all(runs, out)
     except ImportError as error:
         print(f'the report has no curves: matplotlib cannot be imported ({error}): pip install matplotlib')

@@ -3,8 +3,8 @@
     bundle = read_core('eval_bundle', tokenizer, max_examples=500)
     numbers = evaluate_core(score, tokenizer, bundle, block_size=block_size)
 
-A bundle is a folder with core.yaml, eval_meta_data.csv and eval_data/. `score` is scoring.score_rows for a
-model.
+A bundle is a folder with core.yaml, eval_meta_data.csv and eval_data/. `score` is
+training.scoring.score_rows for a model.
 """
 
 import csv
@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scoring import Row
 from tasks.items import WRONG_FORM, Item, by_item, checked, mean_stderr
 from tasks.sources import read_file
 from tokens.tokenizer import opening
+from training.scoring import Row
 
 
 def multiple_choice(raw: dict) -> Item:

@@ -4,7 +4,7 @@
     numbers = evaluate_task(score, 'hellaswag', benchmarks['hellaswag'])     # {'n': 1000, 'acc': ..., ...}
 
 Prompts, choices and accuracies are those of lm-evaluation-harness 0.4.13 without examples in the prompt.
-`score` is scoring.score_rows for a model: (rows, title) -> [RowScore].
+`score` is training.scoring.score_rows for a model: (rows, title) -> [RowScore].
 """
 
 import math
@@ -18,9 +18,9 @@ import numpy as np
 
 import distributed
 from files import print0, printable
-from scoring import Row, RowScore
 from tasks.sources import own_form, read_items
 from tokens.tokenizer import opening
+from training.scoring import Row, RowScore
 
 TYPICAL = string.ascii_letters + string.digits + ' .,:\'"'  # characters that occur in every benchmark
 WRONG_FORM = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # raised by items of another form

@@ -32,7 +32,6 @@ import checkpoint
 import distributed
 from corpus.pack import write_dataset
 from model import GPT
-from scoring import RowScore, score_rows, table_row
 from tasks import core, sources
 from tasks.items import (
     TASKS,
@@ -49,6 +48,7 @@ from tasks.items import (
     prepare,
 )
 from tokens.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
+from training.scoring import RowScore, score_rows, table_row
 from weights import pretrained
 
 EVALS = ROOT / '../shared/data/evals'

@@ -1,4 +1,4 @@
-"""scoring.py: against the plain way to compute the same, for any batch size."""
+"""training/scoring.py: against the plain way to compute the same, for any batch size."""
 
 import contextlib
 import math
@@ -9,12 +9,12 @@ import torch
 from conftest import CHARS, pack_chars, sentences
 
 import distributed
-import scoring
 from corpus.pack import write_dataset
 from model import GPT, GPTConfig
-from scoring import Interrupted, Row, score_rows, spread_windows, text_loss
 from tokens.loader import Loader
 from tokens.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from training import scoring
+from training.scoring import Interrupted, Row, score_rows, spread_windows, text_loss
 
 HERE = dict(place=distributed.Place(0, 0, 1, torch.device('cpu')), autocast=contextlib.nullcontext())
 

@@ -30,11 +30,10 @@ from conftest import (
 import checkpoint
 import files
 import model as model_file
-import scoring
 from model import GPT, GPTConfig
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
-from training import data
+from training import data, scoring
 
 
 def train(*flags, out_dir):

@@ -1,1 +1,1 @@
-"""Parts of train.py outside its loop: checks of the settings, data, samples, benchmarks."""
+"""Parts of train.py and report.py: checks of the settings, data, scoring, samples, benchmarks, curves."""

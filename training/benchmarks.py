@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import distributed
-from scoring import Interrupted, score_rows
+from training.scoring import Interrupted, score_rows
 
 
 class Benchmark(NamedTuple):

@@ -7,11 +7,11 @@ import torch
 
 import distributed
 from files import print0, printable
-from scoring import Interrupted, TextLoss, spread_windows, text_loss
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
 from tokens.stream import open_stream
 from tokens.tokenizer import load_tokenizer
+from training.scoring import Interrupted, TextLoss, spread_windows, text_loss
 
 ORIGINS = {'meta.pkl': 'characters from meta.pkl', 'none': "GPT-2's ids"}  # of datasets without meta.json
 
