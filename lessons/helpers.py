@@ -1,0 +1,84 @@
+"""Shared by the chapters: reduced size, a folder for files, pictures, commands of this repository, Chinese text.
+
+LESSON_SMALL=1 reduces every chapter to a few seconds; LESSON_WORK moves the folder of files from lessons/work.
+"""
+
+import io
+import os
+import random
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
+
+SMALL = os.environ.get('LESSON_SMALL', '0') not in ('', '0')
+WORK = Path(os.environ.get('LESSON_WORK', 'lessons/work'))
+WORK.mkdir(parents=True, exist_ok=True)
+
+# fonts by their names on Linux, macOS and Windows
+CHINESE_FONTS = ['Noto Sans CJK SC', 'Noto Sans CJK JP', 'Noto Sans SC', 'WenQuanYi Micro Hei', 'WenQuanYi Zen Hei',
+                 'Droid Sans Fallback', 'PingFang SC', 'Microsoft YaHei', 'SimHei']
+FONTS = [name for name in CHINESE_FONTS if name in get_font_names()][:1]
+matplotlib.rcParams['font.family'] = ['DejaVu Sans', *FONTS]
+COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'  # Okabe and Ito
+
+
+def labels(texts):
+    """Return texts as labels of a picture: numbers stand in where no font has Chinese characters."""
+    return list(texts) if FONTS else [text if text.isascii() else f'({i})' for i, text in enumerate(texts)]
+
+
+def picture(width=8.0, height=3.5):
+    """Return an empty figure; figure.subplots() makes its axes, show() shows it."""
+    return Figure(figsize=(width, height), dpi=80, layout='constrained')
+
+
+def show(figure):
+    """Display a figure in a notebook; write it to WORK in a script."""
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing')
+        figure.savefig(png, format='png')
+    if 'ipykernel' in sys.modules:
+        from IPython.display import Image, display
+        display(Image(data=png.getvalue()))
+    else:
+        chapter = Path(sys.argv[0]).stem
+        path = WORK / f'{chapter}-{len(list(WORK.glob(f"{chapter}-*.png"))) + 1}.png'
+        path.write_bytes(png.getvalue())
+        print(f'picture: {path}')
+
+
+def run(*words, n_lines=8):
+    """Run a script of the repository, print the last lines of what it printed, and return all of it.
+
+    words   as on the command line: 'train.py', '--max_iters=10'
+    raises  RuntimeError with the end of its messages if it fails
+    """
+    print('$ python', *words)
+    ended = subprocess.run([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           encoding='utf-8', errors='replace', env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
+    output = ended.stdout.replace(os.getcwd() + os.sep, '')
+    if ended.returncode:
+        raise RuntimeError(f'exit code {ended.returncode}\n{output[-3000:]}')
+    print('\n'.join(output.splitlines()[-n_lines:]))
+    return output
+
+
+def chinese_text():
+    """Return Chinese text: that of data/chinese, or sentences of a small grammar without a network."""
+    from data.chinese.prepare import fetch_text
+    try:
+        return fetch_text(WORK).read_text(encoding='utf-8')
+    except OSError:
+        print('The texts of data/chinese are out of reach; sentences of a small grammar stand in for them.')
+    draw, parts = random.Random(0), []
+    when, who = ['清晨', '傍晚', '雨后', '昨天夜里'], ['老船工', '小姑娘', '邮递员', '我的祖父', '两只燕子']
+    what = ['沿着河岸慢慢走', '在桥头等人', '看远处的山', '望着天边的云', '听见了钟声']
+    while len(parts) < 2000:
+        parts.append(f'{draw.choice(when)}，{draw.choice(who)}{draw.choice(what)}。')
+    return '\n\n'.join(parts) + '\n'
