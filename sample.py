@@ -31,7 +31,7 @@ from corpus.dialogue import read_conversations
 from corpus.readers import read_text
 from files import one_line_errors, printable, write_atomically
 from tokens.tokenizer import load_tokenizer, opening
-from weights import lora
+from weights import adapters
 from weights.begin import build_model, find_start
 from weights.card import model_card
 
@@ -181,10 +181,11 @@ if __name__ == '__main__':
             precision = torch.float32  # as it was trained
         trained = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
         tokenizer = load_tokenizer(trained.tokenizer)
-        if adapter and not (export and trained.lora):
+        if adapter and not (export and trained.lora and Path(export).suffix not in ('.npz', '.gguf')):
             raise ValueError('adapter=True: needs --export=FOLDER, and a run with lora_rank')
-        if adapter and (trained.lora['base'].endswith(('.pt', '.npz')) or lora.base_of(trained.lora['base'])):
-            raise ValueError(f'adapter=True: peft cannot read the base model {trained.lora["base"]}: '
+        base = trained.lora['base'] if adapter else ''
+        if base.endswith(('.pt', '.npz')) or adapters.base_of(base):
+            raise ValueError(f'adapter=True: peft cannot read the base model {base}: '
                              'export the whole model without --adapter')
         questions = read_questions(prompts) if prompts else []
         template = ''
@@ -201,7 +202,7 @@ if __name__ == '__main__':
             prepare_decoding(model, place.device, compile, quantize)
         answerer = Answerer(model, tokenizer, template, sampling)
         if export and adapter:
-            for file in lora.save_peft(model, export, trained.lora['base']):
+            for file in adapters.save(model, export, base):
                 print(f'{file}: {file.stat().st_size:,} bytes')
         elif export:
             card = model_card(trained, model, Path(export).name)

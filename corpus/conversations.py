@@ -214,9 +214,11 @@ def build_command(argv, doc=None, folder=None, download=None, style='chat'):
     build(args.out, open_tokenizer(args.tokenizer), args.input or [download()], block_size=args.block_size,
           style=args.style, val=args.val or args.val_fraction, verbose=args.verbose,
           question=args.question, answer=args.answer, encoding=args.encoding)
-    names_model = args.tokenizer == 'gpt2' or args.tokenizer.endswith('.pt')
+    is_folder = (Path(args.tokenizer) / 'config.json').is_file()  # of a model
+    names_model = is_folder or args.tokenizer == 'gpt2' or args.tokenizer.endswith('.pt')
     base = args.tokenizer if names_model else 'CHECKPOINT'
-    print_next(args.out, ['config/finetune_dolly.py', f'--init_from={base}'], own_dataset='dolly')
+    config = 'config/finetune_qwen3.py' if is_folder else 'config/finetune_dolly.py'
+    print_next(args.out, [config, f'--init_from={base}'], own_dataset='dolly')
 
 
 def show_command(argv):

@@ -353,6 +353,9 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 0 and f'--init_from={tmp_path / "ckpt.pt"} --dataset=' in done.stdout
     assert done.stdout.endswith(' --out_dir=out-y\n')  # that recipe resumes what its out_dir holds
     assert '### Instruction:\nq' in run('show', 'y', '--rows', '1').stdout
+    model.save_pretrained(tmp_path / 'folder', BYTES)
+    done = run('build', '--input', file, '--tokenizer', tmp_path / 'folder', '--block_size', '60', '--out', 'z', '--val_fraction', '0.3')
+    assert f'next: python train.py config/finetune_qwen3.py --init_from={tmp_path / "folder"} --dataset=' in done.stdout
     gone, end = os.pipe()
     os.close(gone)  # as `| head` leaves it, for a terminal without these characters
     done = subprocess.run([sys.executable, ROOT / 'corpus/conversations.py', 'show', 'y'], stdout=end, stderr=subprocess.PIPE, cwd=tmp_path,

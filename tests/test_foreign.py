@@ -297,3 +297,9 @@ def test_files_of_torch_before_1_6_are_refused_with_the_reason(tmp_path):
 def test_a_file_whose_tuples_never_end_is_refused(tmp_path):
     torch.save(nanogpt(new_model(), config=[nested(60)]), tmp_path / 'ckpt.pt')
     assert 'tuples of more than 10,000 values' in error_of(checkpoint.load, tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('scaling', [{}, dict(factor='8'), dict(factor=0.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)])
+def test_a_rope_scaling_without_its_numbers_is_one_line(scaling):
+    with pytest.raises(ValueError, match='x.pt: rope_scaling = .*, accepted are numbers above 0 for factor, '):
+        foreign.check_model_args(dict(rope_scaling=scaling), 'x.pt', 10)

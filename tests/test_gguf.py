@@ -289,6 +289,20 @@ def test_bad_flags_are_one_line(flags, text, run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_end_of_a_turn_is_named(bpe, tmp_path):
+    tokenizer = json_tokenizer(bpe, tmp_path / 'theirs', byte_level(), None)
+    (tmp_path / 'theirs/tokenizer_config.json').write_text(json.dumps({'eos_token': '<|bos|>'}))
+    tokenizer = load_tokenizer(read_tokenizer_json(tmp_path / 'theirs'))
+    make().save_pretrained(tmp_path / 'model.gguf', tokenizer, style='chatml')
+    keys = read(tmp_path / 'model.gguf')[0]
+    assert (keys['tokenizer.ggml.eos_token_id'], keys['tokenizer.ggml.eot_token_id']) == (354, 353)
+
+
+def test_a_file_without_a_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match='a .gguf file holds a tokenizer, none was given'):
+        make().save_pretrained(tmp_path / 'x.gguf')
+
+
 @pytest.mark.parametrize('changes, text', [
     (dict(arch='modern'), 'arch=modern: llama.cpp has no counterpart, train with --arch=llama'),
     (dict(activation='relu2'), 'activation=relu2: llama.cpp has gelu_tanh and gelu there'),

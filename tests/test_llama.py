@@ -1,5 +1,6 @@
 """arch='llama': folders of Llama, Mistral, Qwen2 and Qwen3 that transformers wrote, in, out and in training."""
 
+import contextlib
 import json
 
 import pytest
@@ -90,7 +91,8 @@ def test_shards_and_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize('kind, changes, text', [
-    ('mistral', dict(sliding_window=16), "sliding_window = 16 is not supported, accepted is None"),
+    ('mistral', dict(sliding_window=16), 'sliding_window = 16 is below max_position_embeddings = '),
+    ('qwen3', dict(quantization_config=dict(quant_method='fp8')), "quantization_config = {'quant_method': 'fp8'} is not supported, accepted is None"),
     ('qwen3', dict(use_sliding_window=True, sliding_window=16), 'use_sliding_window = True is not supported, accepted is False'),
     ('llama', dict(attention_bias=True), 'attention_bias = True is not supported, accepted is False'),
     ('llama', dict(hidden_act='tanh'), "hidden_act = 'tanh' is not supported"),
@@ -106,6 +108,24 @@ def test_what_model_py_cannot_be_is_one_line(kind, changes, text, tmp_path):
     with pytest.raises(ValueError) as error:
         GPT.from_pretrained(tmp_path)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize('window, accepted', [(None, True), (4096, True), ('absent', False)])
+def test_mistral_without_an_effective_window(window, accepted, tmp_path):
+    make('mistral').save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / 'config.json').read_text()) | dict(sliding_window=window, max_position_embeddings=4096)
+    if window == 'absent':  # transformers takes 4096 then
+        settings = {name: value for name, value in settings.items() if name != 'sliding_window'} | dict(max_position_embeddings=4097)
+    (tmp_path / 'config.json').write_text(json.dumps(settings))
+    with contextlib.nullcontext() if accepted else pytest.raises(ValueError, match='sliding_window = 4096 is below'):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_swish_is_silu(tmp_path):
+    make('qwen2').save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(settings | dict(hidden_act='swish')))
+    assert GPT.from_pretrained(tmp_path).config.activation == 'silu'
 
 
 def test_the_config_of_transformers_4(tmp_path):

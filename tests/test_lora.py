@@ -10,7 +10,7 @@ from conftest import ROOT, TINY, read_checkpoint, run_here, train_here
 from test_llama import make
 
 from model import GPT, GPTConfig
-from weights import lora
+from weights import adapters, lora
 
 SHAPELESS = [flag for flag in TINY if not flag.startswith('--n_')]
 LORA = ['--lora_rank=4', '--lora_alpha=8', '--learning_rate=0.01', '--dtype=float32']
@@ -99,7 +99,7 @@ def test_peft_reads_our_adapter_and_we_read_its(kind, tmp_path):
     for name, p in model.named_parameters():
         if name.endswith('lora_b'):
             p.data.normal_(std=0.1)
-    lora.save_peft(model, tmp_path / 'ours', str(tmp_path / 'base'))
+    adapters.save(model, tmp_path / 'ours', str(tmp_path / 'base'))
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base'), tmp_path / 'ours').eval()
     torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], atol=1e-4, rtol=0)
     theirs.save_pretrained(tmp_path / 'theirs')
@@ -114,6 +114,20 @@ def test_sample_exports_the_adapter_or_the_merged_model(run, base, adapted, tmp_
     idx = torch.randint(131, (2, 16))
     for name in ('merged', 'adapter'):
         torch.testing.assert_close(GPT.from_pretrained(tmp_path / name, block_size=16).eval()(idx, idx)[0], adapted(idx, idx)[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('name', ['x.npz', 'x.gguf'])
+def test_an_adapter_is_exported_to_a_folder_alone(name, run, tmp_path):
+    code, _, stderr = run_here('sample.py', f'--out_dir={run}', f'--export={tmp_path / name}', '--adapter=True', '--device=cpu')
+    assert (code, stderr) == (2, 'adapter=True: needs --export=FOLDER, and a run with lora_rank\n')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_description_of_the_adapter_is_one_line(run, tmp_path):
+    state = read_checkpoint(run / 'ckpt.pt')
+    torch.save(state | dict(lora=state['lora'] | dict(lora_rank='4')), tmp_path / 'x.pt')
+    code, _, stderr = run_here('sample.py', f'--checkpoint_path={tmp_path / "x.pt"}')
+    assert code == 2 and f'{tmp_path / "x.pt"}: its adapter is ' in stderr and stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize('flags, text', [
@@ -186,7 +200,7 @@ def test_muon_trains_an_adapter_and_an_adapter_is_no_start(base, run, tiny, tmp_
 def test_an_adapter_that_would_compute_something_else(change, text, base, tmp_path):
     model = GPT.from_pretrained(base)
     lora.add(model, 4, 8.0, 'c_fc')
-    [_, path] = lora.save_peft(model, tmp_path, str(base))
+    [_, path] = adapters.save(model, tmp_path, str(base))
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError) as error:
         GPT.from_pretrained(tmp_path)

@@ -270,7 +270,7 @@ def error_of(call, *arguments, **named):
 @pytest.mark.parametrize('arch, wrong, text', [
     ('gpt2', dict(model_type='bert'), "model_type = 'bert' is not supported, accepted are gpt2 (GPT2LMHeadModel), nanochat (NanoChatForCausalLM), llama (LlamaForCausalLM), mistral (MistralForCausalLM), qwen2 (Qwen2ForCausalLM), qwen3 (Qwen3ForCausalLM)"),
     ('gpt2', dict(model_type=None), 'model_type = None is not supported, accepted are gpt2 (GPT2LMHeadModel), nanochat (NanoChatForCausalLM), llama (LlamaForCausalLM), mistral (MistralForCausalLM), qwen2 (Qwen2ForCausalLM), qwen3 (Qwen3ForCausalLM)'),
-    ('gpt2', dict(activation_function='tanh'), "activation_function = 'tanh' is not supported, accepted is 'gelu_new' or 'gelu' or 'relu2' or 'gelu_pytorch_tanh' or 'silu'"),
+    ('gpt2', dict(activation_function='tanh'), "activation_function = 'tanh' is not supported, accepted is 'gelu_new' or 'gelu' or 'relu2' or 'gelu_pytorch_tanh' or 'silu' or 'swish'"),
     ('gpt2', dict(n_inner=100), 'n_inner = 100 is not supported, accepted is None or 168'),
     ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx = True is not supported, accepted is False'),
     ('gpt2', dict(tie_word_embeddings=False), 'tie_word_embeddings = False is not supported, accepted is True'),

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from weights.foreign import CONV1D
+from weights.foreign import CONV1D, ROPE_SCALING
 
 # theirs: ours; the first name of each of ours is written
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu2': 'relu2', 'gelu_pytorch_tanh': 'gelu_tanh',
-               'silu': 'silu'}
+               'silu': 'silu', 'swish': 'silu'}
 ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 ROPE = {'rope_theta': 10_000.0, 'rope_type': 'default'}
-LLAMA3_SCALING = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def read_llama(config):
     if kind not in ('default', 'llama3'):
         raise ValueError(f'{config.path}: rope_type = {kind!r} is not supported, '
                          'accepted are default, llama3')
-    scaling = {name: rope[name] for name in LLAMA3_SCALING} if kind == 'llama3' else None
+    scaling = {name: rope[name] for name in ROPE_SCALING} if kind == 'llama3' else None
     numbers = [settings.get('rms_norm_eps', 1e-6), rope['rope_theta'], *(scaling or {}).values()]
     if not all(type(number) in (int, float) and 0 < number < 1e30 for number in numbers):
         raise ValueError(f'{config.path}: rms_norm_eps and the numbers of its rotary positions are '
@@ -154,6 +153,15 @@ def read_llama(config):
     return dict(args, bias=False, rope_theta=float(rope['rope_theta']), rope_scaling=scaling,
                 norm_eps=settings.get('rms_norm_eps', 1e-6), tied=settings.get('tie_word_embeddings', False),
                 activation=ACTIVATIONS[config.need('hidden_act', 'silu', *ACTIVATIONS)])
+
+
+def read_mistral(config):
+    args = read_llama(config)
+    window = config.settings.get('sliding_window', 4096)  # of positions; transformers' default
+    if window is not None and not window >= args['block_size']:
+        raise ValueError(f'{config.path}: sliding_window = {window} is below max_position_embeddings = '
+                         f'{args["block_size"]}, which is not supported: lower the second to the first')
+    return args
 
 
 def write_llama(c):
@@ -220,7 +228,8 @@ LLAMA = Architecture(
     switches=(('qk_norm', False), ('qkv_bias', False)))
 ARCHITECTURES += [
     LLAMA,
-    replace(LLAMA, model_type='mistral', class_name='MistralForCausalLM', fixed=dict(sliding_window=None)),
+    replace(LLAMA, model_type='mistral', class_name='MistralForCausalLM', fixed={},
+            read=read_mistral),
     replace(LLAMA, model_type='qwen2', class_name='Qwen2ForCausalLM', fixed=dict(use_sliding_window=False),
             switches=(('qk_norm', False), ('qkv_bias', True))),
     replace(LLAMA, model_type='qwen3', class_name='Qwen3ForCausalLM',

@@ -23,6 +23,8 @@ MODEL_ARGS |= dict(dropout=(float, int), bias=(bool, type(None)), arch=(str,), a
 MODEL_ARGS |= dict.fromkeys(('n_kv_head', 'head_size', 'n_hidden'), (int, type(None)))
 MODEL_ARGS |= dict.fromkeys(('qk_norm', 'qkv_bias', 'tied'), (bool, type(None)))
 MODEL_ARGS |= dict(rope_theta=(float, int), rope_scaling=(dict, type(None)), norm_eps=(float, type(None)))
+ROPE_SCALING = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
+LORA = dict(base=str, lora_rank=int, lora_alpha=float, lora_targets=str, checksum=int)
 # parts of a checkpoint and their types; None = the part may be absent
 PARTS = dict(model=(dict,), model_args=(dict,), iter_num=(int,), best_val_loss=(float, int, type(None)),
              style=(str, type(None)))
@@ -116,6 +118,9 @@ def check_state(state: dict, path):
         if not isinstance(state.get(key), accepted):
             raise ValueError(f'{path} is not a checkpoint of flatGPT or nanoGPT: '
                              f'{key} is a {type(state.get(key)).__name__}')
+    adapter = state.get('lora')
+    if adapter and {name: type(value) for name, value in adapter.items()} != LORA:
+        raise ValueError(f'{path}: its adapter is {adapter!r:.100}, accepted are {", ".join(LORA)}')
     check_dense(state['model'], path)
     args, weights = state['model_args'], state['model']
     check_model_args(args, path, len(weights))
@@ -150,6 +155,11 @@ def check_model_args(args: dict, path, n_weights: int):
         if type(value) not in MODEL_ARGS.get(name, ()):
             raise ValueError(f'{path}: {name} = {value!r:.60} in its model_args is none '
                              'that this version knows')
+    scaling = args.get('rope_scaling')
+    numbers = [(scaling or {}).get(name) for name in ROPE_SCALING]
+    if scaling is not None and not all(type(n) in (int, float) and 0 < n < 1e30 for n in numbers):
+        raise ValueError(f'{path}: rope_scaling = {scaling!r:.100}, accepted are numbers above 0 for '
+                         f'{", ".join(ROPE_SCALING)}')
     # a model of 10**9 layers would be built for hours before its weights turn out to be missing
     if args.get('n_layer', 1) > n_weights:
         raise ValueError(f'{path}: n_layer = {args["n_layer"]} does not fit its {n_weights} weights')

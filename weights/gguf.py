@@ -31,18 +31,21 @@ PRE_TOKENIZERS = [('gpt-2', byte_level()), ('gpt-2', byte_level(BPE_PATTERN)), (
                   ('llama-bpe', byte_level(LLAMA3_PATTERN)), ('qwen2', byte_level(QWEN2_PATTERN))]
 
 
-def save(model, path: Path, tokenizer, chat_template=None, quantize=None):
+def save(model, path: Path, tokenizer, template=None, quantize=None):
     """Write a model and its tokenizer to one file. ValueError for what llama.cpp cannot run.
 
+    template  corpus.template.Template of the conversations that the model was tuned on
     quantize  'int8': matrices as q8_0, 32 weights with one float16 scale; None = in the model's dtype
     """
     import gguf
+    if tokenizer is None:
+        raise ValueError(f'{path}: a .gguf file holds a tokenizer, none was given')
     config, architecture = model.config, checked_architecture(model.config)
     kind = 'Q8_0' if quantize == 'int8' else TYPES[model.transformer.wte.weight.dtype]
     model_arch = gguf.MODEL_ARCH[architecture.model_type.upper()]
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[model_arch])
     file_type = gguf.LlamaFileType['ALL_F32' if kind == 'F32' else f'MOSTLY_{kind}']
-    settings = model_settings(config) | tokenizer_settings(tokenizer, chat_template)
+    settings = model_settings(config) | tokenizer_settings(tokenizer, template)
     settings |= dict(name=path.stem, file_type=file_type, quantization_version=gguf.GGML_QUANT_VERSION)
     for name in [name for name in settings if settings[name] is not None]:
         getattr(writer, f'add_{name}')(settings[name])
@@ -108,7 +111,7 @@ def model_settings(c):
                 value_length=c.head_size, rope_dimension_count=c.head_size)
 
 
-def tokenizer_settings(tokenizer, chat_template):
+def tokenizer_settings(tokenizer, template):
     from gguf import TokenType
     content = tokenizer.tokenizer_json()
     ids, merges = vocabulary(content), content['model'].get('merges')
@@ -127,4 +130,5 @@ def tokenizer_settings(tokenizer, chat_template):
         token_merges=[pair if isinstance(pair, str) else ' '.join(pair) for pair in merges],
         bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.pad,
         add_bos_token=tokenizer.bos in load_engine(content).encode('').ids,
-        chat_template=chat_template or tokenizer_config(tokenizer).get('chat_template'))
+        eot_token_id=template and template.end_id,  # ends a turn
+        chat_template=template.jinja() if template else tokenizer_config(tokenizer).get('chat_template'))

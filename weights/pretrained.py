@@ -16,7 +16,7 @@ from corpus.template import STYLES, Template
 from files import print0, read_json, write_atomically, write_json
 from tokens.tokenizer import GPT2_META, read_tokenizer_json
 from tokens.tokenizer_json import tokenizer_config
-from weights import gguf, lora
+from weights import adapters, gguf
 from weights.architectures import ARCHITECTURES, ConfigReader, architecture_of
 from weights.card import TAGS
 from weights.foreign import check_model_args, check_names, check_shape
@@ -50,7 +50,7 @@ def find(name: str) -> Path:
     if name in HUB:
         return download(name)
     path = Path(name)
-    is_folder = (path / 'config.json').is_file() or (path / lora.CONFIG).is_file()
+    is_folder = (path / 'config.json').is_file() or (path / adapters.CONFIG).is_file()
     if (path.is_file() and path.suffix == '.npz') or is_folder:
         return path
     if HUB_NAME.fullmatch(name) and not path.exists():
@@ -93,7 +93,7 @@ def read_tokenizer(name: str) -> dict | None:
     path = find(name)
     if path.is_file():
         return Npz(path).tokenizer
-    tokenizer, base = read_tokenizer_json(path), lora.base_of(path)
+    tokenizer, base = read_tokenizer_json(path), adapters.base_of(path)
     return read_tokenizer(base) if base and tokenizer is None else tokenizer
 
 
@@ -128,7 +128,7 @@ def read_model_args(path: Path) -> dict:
         args = Npz(path).model_args
         args.pop('dropout', None)
         return args
-    if base := lora.base_of(path):
+    if base := adapters.base_of(path):
         return read_model_args(find(base))
     file = path / 'config.json'
     settings = read_json(file)
@@ -138,7 +138,7 @@ def read_model_args(path: Path) -> dict:
         accepted = ', '.join(f'{each.model_type} ({each.class_name})' for each in ARCHITECTURES)
         raise ValueError(f'{file}: model_type = {model_type!r} is not supported, accepted are {accepted}')
     config = ConfigReader(settings, file)
-    for name, value in architecture.fixed.items():
+    for name, value in (architecture.fixed | {'quantization_config': None}).items():
         config.need(name, value, value)
     try:
         args = dict(architecture.read(config), arch=architecture.arch, **dict(architecture.switches))
@@ -162,9 +162,9 @@ def fill(model, path: Path, vocab_size: int):
     that these ids never occur; sampling and evaluation read the rows of the file, and get its losses exactly.
     Source: nlp.stanford.edu/~johnhew/vocab-expansion.html
     """
-    if base := lora.base_of(path):
+    if base := adapters.base_of(path):
         fill(model, find(base), vocab_size)
-        lora.merge_peft(model, path)
+        adapters.merge(model, path)
         return
     architecture, parts, head = architecture_of(model.config), dict(model.named_parameters()), None
     for name in parts.keys() & set(VOCABULARY):
@@ -217,7 +217,7 @@ def save(model, path, tokenizer=None, *, style=None, card='', quantize=None) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
     template = Template(tokenizer, style) if style else None
     if path.suffix == '.gguf':
-        gguf.save(model, path, tokenizer, template and template.jinja(), quantize)
+        gguf.save(model, path, tokenizer, template, quantize)
         return [path]
     if path.suffix == '.npz':
         settings = {'format': 1, 'model_args': vars(config), 'tokenizer': tokenizer and tokenizer.meta(),
