@@ -184,7 +184,7 @@ if __name__ == '__main__':
         if adapter and not (export and trained.lora and Path(export).suffix not in ('.npz', '.gguf')):
             raise ValueError('adapter=True: needs --export=FOLDER, and a run with lora_rank')
         base = trained.lora['base'] if adapter else ''
-        if base.endswith(('.pt', '.npz')) or adapters.base_of(base):
+        if adapter and (base.endswith(('.pt', '.npz')) or adapters.base_of(base)):
             raise ValueError(f'adapter=True: peft cannot read the base model {base}: '
                              'export the whole model without --adapter')
         questions = read_questions(prompts) if prompts else []
