@@ -110,11 +110,15 @@ class Answerer:
 
         max_new_tokens, block_size = self.sampling.max_new_tokens, self.model.config.block_size
         limits = [min(max_new_tokens, block_size - len(prompt)) for prompt in prompts]
-        special = self.tokenizer.special
-        names = *ROLE_TOKENS.values(), TURN_END
-        stop_ids = {self.tokenizer.eot, *(special[name] for name in names if name in special)}
-        return self.sampling.stream(self.model, self.tokenizer, idx.to(device), stop_ids=stop_ids,
-                                    limits=limits, documents=documents)
+        return self.sampling.stream(self.model, self.tokenizer, idx.to(device), limits=limits,
+                                    stop_ids=stop_ids(self.tokenizer), documents=documents)
+
+
+def stop_ids(tokenizer) -> set:
+    """Return the tokens that end an answer: end-of-text, and those that begin or end a turn."""
+    special = tokenizer.special
+    names = *ROLE_TOKENS.values(), TURN_END
+    return {tokenizer.eot, *(special[name] for name in names if name in special)}
 
 
 def choose_style(style: str, trained, tokenizer) -> str:

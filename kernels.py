@@ -100,6 +100,28 @@ def document_mask(documents, T, dtype):
     return index[-T:] - first, mask[:, None]
 
 
+def positions_and_mask(x, n_seen, documents):
+    """Return the position of each token of x (B, T, C) after n_seen cached ones, and the attention mask.
+
+    documents  (B, S) of all tokens, as in document_mask(); None = one document
+    """
+    T = x.size(1)
+    if documents is not None:
+        return document_mask(documents, T, compute_dtype(x))
+    return slice(n_seen, n_seen + T), causal_mask(x, n_seen)
+
+
+def store(k, v, keys, values, positions):
+    """Write k and v (B, G, T, D) into their slots of a cache, and return all of it, (B, G, S, D) each.
+
+    positions  (T,) int64 in the cache, or (B, T) where they differ by row
+    """
+    if positions.dim() == 1:
+        return keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)
+    index = positions[:, None, :, None].expand_as(k)
+    return keys.scatter_(2, index, k), values.scatter_(2, index, v)
+
+
 class KVCache:
     """Keys and values of the tokens seen so far: two (B, G, max_tokens, D) a layer, allocated once.
 
@@ -117,24 +139,24 @@ class KVCache:
         self.n_tokens = 0  # tokens stored; GPT.hidden() advances it after the last layer
         self.documents = torch.empty(batch_size, 0, dtype=torch.int64, device=device)  # of those tokens
 
-    def slots(self, T):
-        """Return (keys, values, positions) of each layer, for storing and attending to the next T tokens.
+    def extend(self, x, documents):
+        """Make room for the next tokens x (B, T, C).
 
-        keys, values  (B, G, S, D)
-        positions     (T,) int64 of those tokens; a tensor, because a graph would fix a number
+        returns  their positions, the mask of their attention, and (keys, values, slots) of each layer, as
+                 store() takes them
         """
-        end = self.n_tokens + T
-        S = self.max_tokens if self.static and T == 1 else end
-        positions = torch.arange(self.n_tokens, end, device=self.documents.device)
-        return [(keys[:, :, :S], values[:, :, :S], positions) for keys, values in self.kv]
-
-    def mask_empty(self, mask, T, dtype):
-        """Extend the mask of a single token over the empty slots of a static cache."""
-        if not self.static or T > 1:
-            return mask
-        if mask is None:
-            mask = torch.zeros(1, self.n_tokens + 1, device=self.documents.device, dtype=dtype)
-        return F.pad(mask, (0, self.max_tokens - mask.size(-1)), value=-math.inf)
+        T, end = x.size(1), self.n_tokens + x.size(1)
+        if documents is not None:
+            documents = self.documents = torch.cat((self.documents, documents), dim=1)
+        position, mask = positions_and_mask(x, self.n_tokens, documents)
+        S = end
+        if self.static and T == 1:  # mask the empty slots
+            S = self.max_tokens
+            if mask is None:
+                mask = torch.zeros(1, end, device=x.device, dtype=compute_dtype(x))
+            mask = F.pad(mask, (0, S - end), value=-math.inf)
+        slots = torch.arange(self.n_tokens, end, device=x.device)  # a tensor: a graph would fix a number
+        return position, mask, [(keys[:, :, :S], values[:, :, :S], slots) for keys, values in self.kv]
 
 
 @contextlib.contextmanager
@@ -153,7 +175,7 @@ def decoding(context, cache):
         yield
 
 
-def draw(logits, temperature, top_k, top_p):
+def draw(logits, temperature, top_k, top_p, generator=None):
     """Draw one token a row from logits (B, V): (B,) int64. Arguments as in GPT.stream()."""
     if temperature < 1e-6:  # 0 = greedy
         return logits.argmax(dim=-1)
@@ -167,7 +189,7 @@ def draw(logits, temperature, top_k, top_p):
         is_rest = p.cumsum(dim=-1) - p >= top_p
         is_rest[:, 0] = False  # the most likely token always stays
         p = p.masked_fill(is_rest, 0.0)
-    choice = torch.multinomial(p, 1)  # (B, 1)
+    choice = torch.multinomial(p, 1, generator=generator)  # (B, 1)
     return (choice if order is None else order.gather(1, choice))[:, 0]
 
 

@@ -159,9 +159,8 @@ class CausalSelfAttention(nn.Module):
             qk = F.rms_norm(qk, (D,), eps=config.norm_eps)  # arXiv:2010.04245
         q, k = qk.split((H, G), dim=2)  # (B, T, H, D), (B, T, G, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
-        if slots is not None:  # of a layer, from KVCache.slots()
-            keys, values, positions = slots
-            k, v = keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)  # (B, G, S, D)
+        if slots is not None:  # of a layer, from KVCache.extend()
+            k, v = kernels.store(k, v, *slots)  # (B, G, S, D)
         y = kernels.attention(q, k, v, mask, config.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, H * D)
         return self.resid_dropout(self.c_proj(y))
@@ -261,14 +260,12 @@ class GPT(nn.Module):
         n_seen = 0 if cache is None else cache.n_tokens
         if n_seen + T > self.config.block_size:
             raise ValueError(f'{n_seen + T} tokens do not fit into block_size {self.config.block_size}')
-        x, rotary = self.transformer.wte(idx), None  # (B, T, C)
+        x, rotary, slots = self.transformer.wte(idx), None, [None] * self.config.n_layer  # (B, T, C)
         dtype = kernels.compute_dtype(x)
-        if documents is None:
-            position, mask = slice(n_seen, n_seen + T), kernels.causal_mask(x, n_seen)
+        if cache is not None:
+            position, mask, slots = cache.extend(x, documents)
         else:
-            if cache is not None:
-                documents = cache.documents = torch.cat((cache.documents, documents), dim=1)
-            position, mask = kernels.document_mask(documents, T, dtype)
+            position, mask = kernels.positions_and_mask(x, 0, documents)
         if self.config.arch == 'gpt2':
             x = x + self.transformer.wpe.weight[position]
         else:
@@ -278,9 +275,6 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         if self.bf16_residual and dtype == torch.bfloat16:
             x = x.to(dtype)
-        slots = [None] * self.config.n_layer
-        if cache is not None:
-            slots, mask = cache.slots(T), cache.mask_empty(mask, T, dtype)
         for block, layer_slots in zip(self.transformer.h, slots, strict=True):
             if self.activation_checkpointing and self.training:
                 x = recompute(block, x, rotary, mask, layer_slots, use_reentrant=False)

@@ -1,0 +1,104 @@
+"""Serve a model by OpenAI's HTTP API, with a page to talk to it.
+
+    python serve.py --out_dir=out-dolly                    # then open http://127.0.0.1:8000
+    python serve.py --init_from=Qwen3-0.6B --port=8001
+    FLATGPT_API_KEY=secret python serve.py --out_dir=out-dolly --host=0.0.0.0
+
+A model that was tuned on conversations chats, any other completes texts. Ctrl-C ends the server.
+"""
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in train.py
+
+import devices
+import distributed
+from chat import Sampling, check, choose_style, prepare_decoding, stop_ids
+from configurator import configure
+from files import one_line_errors, printable
+from tokens.tokenizer import load_tokenizer
+from weights.begin import build_model, find_start
+
+# -----------------------------------------------------------------------------
+# the model
+init_from = 'resume'  # the checkpoint in out_dir; or gpt2 ... gpt2-xl, a transformers folder, an .npz file
+out_dir = 'out'
+checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be another trainer's
+tokenizer = ''  # gpt2, byte, or a folder with tokenizer.json, for a model that has none
+name = ''  # the model's id in the API; '' = the name of its folder
+# prompt template; auto = the one the model was tuned with
+style: Literal['auto', 'chat', 'alpaca', 'chatml'] = 'auto'
+# how to draw, for requests that do not say it
+temperature = 0.8  # lower is more predictable, 0 always takes the most likely token
+top_k: int | None = 200  # draw among this many most likely tokens; 0 or None = all
+top_p: float | None = None  # draw among the fewest tokens with this total probability; None = all
+# the server
+host = '127.0.0.1'  # this computer alone; 0.0.0.0 = reachable from others
+port = 8000  # 0 = any that is free
+api_key = ''  # required of each request; better in FLATGPT_API_KEY, because others can see flags
+cors = ''  # origins of other sites whose pages may use the API, separated by commas; * = all
+max_batch = 32  # answers that are generated at the same time
+max_queue = 64  # answers that wait; more are refused
+# system
+device = 'auto'  # cpu, cuda, cuda:1, mps
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+quantize: Literal['none', 'int8'] = 'none'  # int8: a byte a weight, on the CPU
+# -----------------------------------------------------------------------------
+
+
+def open_socket(host, port):
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f'--host={host} --port={port}: {error}: use another port') from None
+
+
+if __name__ == '__main__':
+    with one_line_errors():
+        configure(globals())
+
+        # find mistakes in the settings before the weights are read
+        sampling = Sampling(1, temperature, top_k, top_p, seed=0)
+        check('max_batch', max_batch, max_batch >= 1, '1 or more')
+        check('max_queue', max_queue, max_queue >= 0, '0 or more')
+        import uvicorn
+
+        from serving.api import Api, make_app
+        from serving.engine import Engine
+        listener = open_socket(host, port)
+
+        # the model
+        place = distributed.start(device)
+        precision = devices.choose_dtype(dtype, place.device)
+        trained = find_start(init_from, out_dir, checkpoint_path, tokenizer=tokenizer)
+        tokenizer = load_tokenizer(trained.tokenizer)
+        try:
+            template, no_chat = choose_style(style, trained, tokenizer), ''
+        except ValueError as error:
+            if style != 'auto':
+                raise
+            template, no_chat = '', str(error)
+        model = build_model(trained, tokenizer, precision).to(place.device, precision)
+        prepare_decoding(model, place.device, False, quantize)
+
+        # the server
+        name = name or Path(out_dir if init_from == 'resume' else init_from).resolve().name
+        engine = Engine(model, tokenizer, max_batch, max_queue)
+        api = Api(engine, name, template, no_chat, sampling, stop_ids(tokenizer))
+        is_local = host in ('127.0.0.1', 'localhost', '::1')
+        app = make_app(api, api_key=api_key or os.environ.get('FLATGPT_API_KEY', ''),
+                       origins=cors.split(',') if cors else [],
+                       hosts={'127.0.0.1', 'localhost', '[::1]'} if is_local else None)
+        shown = f'[{host}]' if ':' in host else host
+        print(f'http://{shown}:{listener.getsockname()[1]} serves {printable(name)}'
+              f'{f", style {template}" if template else ": a base model, it completes texts"}', flush=True)
+        config = uvicorn.Config(app, http='h11', ws='none', log_level='warning', limit_concurrency=512,
+                                server_header=False, timeout_graceful_shutdown=2)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run([listener])
+        engine.close()

@@ -1,0 +1,1 @@
+"""The HTTP server: batched generation, and OpenAI's API."""

@@ -1,0 +1,65 @@
+"""The keys and values of sequences of different length, one a row, for GPT.hidden().
+
+L layers, R rows in use, G heads of keys and values, S columns, D head size
+"""
+
+import math
+
+import torch
+
+
+class RowCache:
+    """A KV cache whose rows join and leave independently of each other.
+
+    The tokens of a row start at column 0. The rows in use are always the first ones, because remove() moves
+    the last one into the gap. The columns double when a row outgrows them.
+    """
+
+    def __init__(self, config, n_rows, device, dtype):
+        self.block_size = config.block_size
+        self.lengths = []  # tokens of each row in use
+        self.n_tokens = 0  # of the longest row; GPT.hidden() advances it
+        shape = config.n_layer, 2, n_rows, config.n_kv_head, min(256, self.block_size), config.head_size
+        # zeros: a masked slot must not hold a NaN
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # keys and values of each layer
+
+    def reserve(self, n_tokens):
+        """Make the rows at least n_tokens wide."""
+        old, n_columns = self.kv, self.kv.size(4)
+        if n_tokens > n_columns:
+            n_wider = min(max(n_tokens, 2 * n_columns), self.block_size)
+            self.kv = old.new_zeros(*old.shape[:4], n_wider, old.size(5))
+            self.kv[..., :n_columns, :] = old
+
+    def add(self, prompt):
+        """Append a row that begins with the one row of a KVCache."""
+        self.reserve(prompt.n_tokens)
+        for layer, prompt_layer in zip(self.kv, prompt.kv, strict=True):
+            for rows, row in zip(layer, prompt_layer, strict=True):
+                rows[len(self.lengths), :, :prompt.n_tokens] = row[0, :, :prompt.n_tokens]
+        self.lengths.append(prompt.n_tokens)
+        self.n_tokens = max(self.lengths)
+
+    def remove(self, row):
+        """Free a row. The last row takes its number."""
+        n_tokens = self.lengths.pop()
+        if row < len(self.lengths):
+            self.kv[:, :, row, :, :n_tokens] = self.kv[:, :, len(self.lengths), :, :n_tokens]
+            self.lengths[row] = n_tokens
+        self.n_tokens = max(self.lengths, default=0)
+
+    def clear(self):
+        self.lengths, self.n_tokens = [], 0
+
+    def extend(self, x, documents=None):
+        """Make room for one more token in each row, x (R, 1, C). See KVCache.extend()."""
+        self.reserve(self.n_tokens + 1)
+        R, S = len(self.lengths), self.n_tokens + 1
+        positions = torch.tensor(self.lengths, device=x.device)[:, None]  # (R, 1)
+        mask = None
+        if min(self.lengths) < self.n_tokens:
+            is_empty = torch.arange(S, device=x.device) > positions  # (R, S)
+            mask = torch.zeros_like(is_empty, dtype=x.dtype).masked_fill(is_empty, -math.inf)
+            mask = mask[:, None, None]  # (R, 1, 1, S)
+        self.lengths = [n + 1 for n in self.lengths]
+        return positions, mask, [(keys[:R, :, :S], values[:R, :, :S], positions) for keys, values in self.kv]

@@ -1,0 +1,221 @@
+"""Generate for many requests at once. Requests join and leave between the steps of one loop.
+
+    engine = Engine(model, tokenizer, max_batch=32, max_queue=64)
+    engine.submit([Sequence(ids, sampling, tokenizer, print, stop, stop_ids)])    # prints a Piece a step
+
+A step takes in at most one prompt, so that a burst of prompts does not stall the running answers, and then
+draws one token for each answer in one forward pass. Every sequence has its own random generator: neighbours
+change its result by no more than the rounding of a larger matrix product.
+
+R running sequences, T prompt length, V vocabulary
+"""
+
+import codecs
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+import kernels
+from chat import Sampling
+from files import print0, printable
+from serving.cache import RowCache
+
+
+class Token(NamedTuple):
+    id: int
+    offset: int  # characters of the answer before it
+    logprob: float | None  # by the model, before temperature, top_k and top_p
+    top: list  # [(id, logprob)] of the most likely tokens
+
+
+class Piece(NamedTuple):
+    """Text that a sequence has gained, and the tokens that it was made of."""
+    text: str
+    tokens: list[Token]
+    finish_reason: str | None = None  # of the last piece: stop, length, or error
+
+
+class Full(Exception):
+    """The queue has no room for a request."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer while it grows. The first fields are the request."""
+    ids: list[int]  # of the prompt
+    sampling: Sampling
+    tokenizer: object
+    emit: Callable  # called in the engine's thread with each Piece
+    stop: list[str]  # the answer ends before any of these texts
+    stop_ids: set[int]  # and before these tokens
+    n_logprobs: int | None = None  # alternatives to report for each token; None = no log probabilities
+    is_over: bool = False  # set from any thread: the engine forgets the sequence before its next step
+    n_tokens: int = 0  # drawn, without stop_ids
+    text: str = ''  # held back: it may begin a stop text
+    n_emitted: int = 0  # characters
+
+    def __post_init__(self):
+        self.tokens, self.last, self.generator = [], None, None  # tokens of the text; the one drawn last
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span several tokens
+
+    def push(self, token_id: int, logprob: float | None = None, top: list = ()):
+        """Add a drawn token, and emit the text that is now certain."""
+        self.last = token_id
+        if token_id in self.stop_ids:
+            return self.finish('stop')
+        self.n_tokens += 1
+        self.tokens.append(Token(token_id, self.n_emitted + len(self.text), logprob, top))
+        self.text += self.decoder.decode(self.tokenizer.decode_bytes([token_id]))
+        cuts = [self.text.find(stop) for stop in self.stop if stop in self.text]
+        if cuts:
+            self.text = self.text[:min(cuts)]
+            end = self.n_emitted + len(self.text)
+            self.tokens = [token for token in self.tokens if token.offset < end]
+            self.decoder.reset()
+            return self.finish('stop')
+        if self.n_tokens >= self.sampling.max_new_tokens:
+            return self.finish('length')
+        n_certain = len(self.text) - self.count_held()
+        if n_certain:
+            piece = Piece(self.text[:n_certain], self.tokens)
+            self.text, self.tokens = self.text[n_certain:], []
+            self.n_emitted += n_certain
+            self.emit(piece)
+
+    def count_held(self):
+        """Return how many characters at the end of the text may begin a stop text."""
+        longest = max(map(len, self.stop), default=0)
+        for n in range(min(len(self.text), longest - 1), 0, -1):
+            if any(stop.startswith(self.text[-n:]) for stop in self.stop):
+                return n
+        return 0
+
+    def finish(self, reason):
+        self.is_over = True
+        self.text += self.decoder.decode(b'', final=True)
+        self.emit(Piece(self.text, self.tokens, reason))
+
+
+class Engine:
+    """A thread that runs the model.
+
+    max_batch  sequences that run at the same time
+    max_queue  sequences that wait
+    """
+
+    def __init__(self, model, tokenizer, max_batch: int = 32, max_queue: int = 64):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch, self.max_queue = max_batch, max_queue
+        weight = model.transformer.wte.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.waiting = deque()
+        self.running = []  # row r of the cache belongs to running[r]
+        self.cache = RowCache(model.config, max_batch, self.device, self.dtype)
+        self.prompt = None  # (ids, KVCache, logits) of the last prompt: the choices of a request share it
+        self.is_closed = False
+        self.wake = threading.Condition()
+        self.thread = threading.Thread(target=self.loop, name='engine', daemon=True)
+        self.thread.start()
+
+    def submit(self, sequences: list[Sequence]):
+        """Queue the sequences of a request. Full if there is no room for all of them."""
+        with self.wake:
+            self.waiting = deque(sequence for sequence in self.waiting if not sequence.is_over)
+            n_free = self.max_batch - len(self.running) + self.max_queue - len(self.waiting)
+            if len(sequences) > n_free:
+                raise Full
+            self.waiting.extend(sequences)
+            self.wake.notify()
+
+    def close(self):
+        with self.wake:
+            self.is_closed = True
+            self.wake.notify()
+        self.thread.join()
+
+    def loop(self):
+        while True:
+            with self.wake:
+                self.wake.wait_for(lambda: self.is_closed or self.waiting or self.running)
+                if self.is_closed:
+                    break
+            try:
+                self.step()
+            except Exception as error:  # out of memory, for example: the server outlives it
+                print0(printable(f'the answers in progress are lost: {type(error).__name__}: {error}'))
+                self.fail()
+        self.fail()
+
+    def fail(self):
+        """End all sequences with an error."""
+        with self.wake:
+            sequences = [*self.running, *self.waiting]
+            self.running, self.prompt = [], None
+            self.waiting.clear()
+        self.cache.clear()
+        for sequence in sequences:
+            if not sequence.is_over:
+                sequence.finish('error')
+
+    @torch.inference_mode()
+    def step(self):
+        """Take in a prompt, run the model once for all sequences, draw, and hand out."""
+        self.leave()
+        self.join()
+        self.leave()
+        if not self.running:
+            return
+        ids = torch.tensor([[sequence.last] for sequence in self.running], device=self.device)  # (R, 1)
+        logits = self.model.head(self.model.hidden(ids, cache=self.cache)[:, -1])  # (R, V)
+        for row, sequence in enumerate(self.running):
+            self.draw(sequence, logits[row:row + 1])
+
+    def leave(self):
+        """Free the rows of sequences that are over."""
+        for row in reversed(range(len(self.running))):
+            if self.running[row].is_over:
+                self.cache.remove(row)
+                last = self.running.pop()
+                if row < len(self.running):
+                    self.running[row] = last
+
+    def join(self):
+        """Read the prompt of the next sequence that waits, and draw its first token."""
+        with self.wake:
+            while self.waiting and self.waiting[0].is_over:
+                self.waiting.popleft()
+            if not self.waiting or len(self.running) == self.max_batch:
+                return
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+        if self.prompt is None or self.prompt[0] != sequence.ids:
+            self.prompt = None  # its memory is used again
+            idx = torch.tensor([sequence.ids], device=self.device)  # (1, T)
+            cache = kernels.KVCache(self.model.config, 1, idx.size(1), self.device, self.dtype)
+            with kernels.decoding(idx, cache):
+                logits = self.model(idx, cache=cache)[0][:, -1]  # (1, V)
+            self.prompt = sequence.ids, cache, logits
+        _, cache, logits = self.prompt
+        self.cache.add(cache)
+        sequence.generator = torch.Generator(self.device).manual_seed(sequence.sampling.seed)
+        self.draw(sequence, logits)
+
+    def draw(self, sequence, logits):
+        """Draw the next token of a sequence from its logits (1, V)."""
+        if sequence.is_over:
+            return
+        sampling = sequence.sampling
+        logits = logits[:, :self.tokenizer.vocab_size]
+        token = kernels.draw(logits, sampling.temperature, sampling.top_k, sampling.top_p,
+                             sequence.generator).item()
+        logprob, top = None, []
+        if sequence.n_logprobs is not None:
+            logprobs = logits[0].log_softmax(dim=-1)  # (V,)
+            best = logprobs.topk(min(sequence.n_logprobs, len(logprobs)))
+            logprob = logprobs[token].item()
+            top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        sequence.push(token, logprob, top)

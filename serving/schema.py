@@ -1,0 +1,95 @@
+"""The parameters of requests. Unknown ones are ignored; those that would change the answer are refused."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from chat import Sampling
+from serving.guard import Refusal
+
+# parameters of OpenAI and others that are not supported, and the values that ask for nothing
+NEUTRAL = {
+    'best_of': 1, 'echo': False, 'suffix': '', 'presence_penalty': 0, 'frequency_penalty': 0,
+    'logit_bias': {}, 'tools': [], 'functions': [], 'response_format': {'type': 'text'}, 'min_p': 0,
+}
+ROLES = {'developer': 'system', 'tool': 'context'}  # others have the name of ours
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class Shared(BaseModel):
+    """Parameters of both kinds of requests."""
+    model_config = ConfigDict(strict=True, extra='allow')  # strict: the text '1' is no number
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # 0 = all
+    seed: Annotated[int, Field(ge=-2**63, lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def check_supported(self):
+        for name, neutral in NEUTRAL.items():
+            if self.model_extra.get(name) not in (None, neutral):
+                raise Refusal(400, f'{name} is not supported: leave it out', name, 'unsupported_parameter')
+
+    def stops(self) -> list[str]:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [stop for stop in stops if stop]
+
+    def sampling(self, default: Sampling, max_new_tokens: int, seed: int) -> Sampling:
+        values = {name: getattr(self, name) for name in ('temperature', 'top_k', 'top_p')}
+        given = {name: value for name, value in values.items() if value is not None}
+        return Sampling(**{**vars(default), **given, 'max_new_tokens': max_new_tokens, 'seed': seed})
+
+
+class CompletionRequest(Shared):
+    prompt: str | list[str] | list[int] | list[list[int]] = ''
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens or 16  # OpenAI's default
+
+
+class Part(BaseModel):
+    type: Literal['text']
+    text: str
+
+
+class Message(BaseModel):
+    role: Literal['system', 'developer', 'user', 'assistant', 'tool']
+    content: str | list[Part] | None = None
+
+
+class ChatRequest(Shared):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def n_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    def turns(self) -> list[tuple[str, str]]:
+        """Return (role, text) of each message, as the chat template of an export would write them."""
+        turns = []
+        for message in self.messages:
+            content = message.content or ''
+            if isinstance(content, list):
+                content = ''.join(part.text for part in content)
+            text = content.replace('\r\n', '\n').replace('\r', '\n').strip()
+            turns.append((ROLES.get(message.role, message.role), text))
+        if turns[-1][0] == 'assistant':
+            raise Refusal(400, 'messages: the last one is an answer: end with a question', 'messages')
+        return turns
