@@ -99,8 +99,8 @@ CASES = [
     ('--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2', ''),
     ('--optimizer=muon --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', ''),  # 12 windows: the last batch is one rank's
     ('--gradient_accumulation_steps=4 --dropout=0.0', '--parallel=fsdp --shard_gradients=True'),
-    ('--arch=modern --bias=False', '--parallel=fsdp --activation_checkpointing=True'),
-    ('--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2 --arch=llama --n_kv_head=1 --qk_norm=True --qkv_bias=True', '--parallel=fsdp'),
+    ('--arch=llama --n_kv_head=1 --qk_norm=True --qkv_bias=True', '--parallel=fsdp --activation_checkpointing=True'),
+    ('--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2', '--parallel=fsdp'),
     ('--optimizer=muon --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', '--parallel=fsdp'),
 ]
 HALF = {dtype: [*FLAGS, f'--dtype={dtype}', '--optimizer=muon', '--max_iters=4'] for dtype in ('bfloat16', 'float16')}
