@@ -1,0 +1,304 @@
+"""The chat page in a real headless Chromium, against serve.py with a tiny model that writes <script><script>…"""
+
+import re
+import shutil
+import subprocess
+import sys
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import ROOT, train_here
+from test_conversations import BYTES
+
+from corpus.pack import write_dataset
+
+for package in ('playwright', 'fastapi', 'uvicorn'):
+    pytest.importorskip(package)
+from playwright.sync_api import expect, sync_playwright  # noqa: E402
+
+CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
+if CHROMIUM is None:
+    pytest.skip('no chromium in PATH', allow_module_level=True)
+QUIET = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update',
+         '--disable-sync', '--no-first-run']  # no connections of its own
+KEY = 'correct-horse'
+
+
+@pytest.fixture(scope='module')
+def servers(tmp_path_factory):
+    """URLs of a chat server, and of a base model's that asks for KEY."""
+    folder = tmp_path_factory.mktemp('page')
+    write_dataset(folder / 'data', BYTES, {'train': ['<script>' * 3000], 'val': ['<script>' * 400]}, 'a test')
+    code, _, error, _ = train_here(
+        '--arch=modern', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=2048', '--device=cpu',
+        '--dtype=float32', f'--dataset={folder / "data"}', '--batch_size=1', '--gradient_accumulation_steps=1',
+        '--optimizer=adamw', '--learning_rate=2e-2', '--warmup_iters=0', '--max_iters=25', '--eval_interval=25',
+        '--eval_iters=1', '--report=False', out_dir=folder / 'tiny')
+    assert code == 0, error
+    command = [sys.executable, str(ROOT / 'serve.py'), f'--out_dir={folder / "tiny"}', '--port=0', '--device=cpu',
+               '--dtype=float32']
+    processes, urls = [], []
+    for flags in (['--style=chat'], [f'--api_key={KEY}']):
+        processes.append(subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True))
+    try:
+        for process in processes:
+            urls += next(filter(None, (re.findall(r'http://[\d.:]+', line) for line in process.stdout)))
+        yield urls
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope='module')
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, servers):
+    """Open the page: visit() for the chat model, visit(base=True) for the base model."""
+    contexts, errors, hosts = [], [], set()
+
+    def visit(base=False, key=KEY, **options):
+        context = browser.new_context(**{'locale': 'en-US', **options})
+        contexts.append(context)
+        context.set_default_timeout(10_000)
+        page = context.new_page()
+        page.on('pageerror', lambda error: errors.append(str(error)))
+        page.on('request', lambda request: hosts.add(urlsplit(request.url).hostname))
+        if base and key:
+            page.add_init_script(f'sessionStorage.setItem("flatgpt key", "{key}")')
+        page.goto(servers[base])
+        return page
+    yield visit
+    for context in contexts:
+        context.close()
+    assert not errors and hosts <= {'127.0.0.1'}
+
+
+def ask(page, text):
+    """Send a message with the keyboard and wait for the whole answer. Return the answer's text."""
+    page.fill('#box', text)
+    page.press('#box', 'Enter')
+    page.wait_for_selector('.again')
+    return page.inner_text('.assistant:last-child .text')
+
+
+def setting(page, name, value):
+    page.eval_on_selector(f'[name={name}]', 'field => { field.max = 1e9; field.value = ' f'{value!r}; '
+                          'field.dispatchEvent(new Event("input", { bubbles: true })); }')
+
+
+def test_markup_in_questions_and_answers_is_shown_as_text(visit):
+    page = visit()
+    question = '<img src=x onerror="document.title=1"><b>bold</b>'
+    assert '<script><script>' in ask(page, question)
+    assert page.inner_text('.user .text') == question
+    assert page.locator('#log').locator('script, img, b').count() == 0
+    assert page.title() == 'tiny'
+
+
+def test_an_answer_streams_and_escape_stops_it(visit):
+    page = visit()
+    setting(page, 'max_tokens', 2000)
+    page.fill('#box', 'go')
+    page.press('#box', 'Enter')
+    page.wait_for_selector('.token')
+    expect(page.locator('#send')).to_have_text('Stop')
+    page.keyboard.press('Escape')
+    expect(page.locator('.note')).to_have_text(['', 'stopped'])
+    expect(page.locator('#send')).to_have_text('Send')
+    assert 0 < len(page.inner_text('.assistant .text')) < 1900
+
+
+def test_the_stop_button_stops_and_regenerate_writes_another_answer(visit):
+    page = visit()
+    setting(page, 'max_tokens', 2000)
+    page.fill('#box', 'go')
+    page.click('#send')
+    page.wait_for_selector('.token')
+    page.click('#send')
+    before = page.wait_for_selector('.again') and page.inner_text('.assistant .text')
+    setting(page, 'max_tokens', 8)
+    page.click('.again')
+    page.wait_for_selector('.again')
+    assert page.locator('.turn').count() == 2
+    assert len(page.inner_text('.assistant .text')) <= 8 < len(before)
+    expect(page.locator('.assistant .note')).to_contain_text('8 tokens')
+
+
+def test_conversation_and_settings_survive_a_reload(visit):
+    page = visit()
+    setting(page, 'temperature', 0)
+    setting(page, 'max_tokens', 16)
+    answer = ask(page, 'first')
+    page.reload()
+    expect(page.locator('.text')).to_have_text(['first', answer])
+    assert page.input_value('[name=temperature]') == '0'
+    page.click('#new')
+    page.reload()
+    expect(page.locator('.intro')).to_be_visible()
+    assert page.locator('.turn').count() == 0
+
+
+def test_reload_in_the_middle_of_an_answer_keeps_what_came(visit):
+    page = visit()
+    setting(page, 'max_tokens', 2000)
+    page.fill('#box', 'go')
+    page.press('#box', 'Enter')
+    page.wait_for_selector('.token')
+    page.reload()
+    expect(page.locator('.assistant .text')).not_to_be_empty()
+    expect(page.locator('#send')).to_have_text('Send')
+
+
+def test_nothing_overflows_a_screen_of_360_pixels(visit):
+    for locale in ('en-US', 'zh-CN'):
+        page = visit(viewport={'width': 360, 'height': 640}, locale=locale)
+        ask(page, 'word' * 40)
+        for selector in ('#toggle', '#box', '#send'):
+            box = page.locator(selector).bounding_box()
+            assert box['x'] >= 0 and box['x'] + box['width'] <= 360 and box['y'] + box['height'] <= 640
+        page.click('#toggle')
+        for selector in ('html', '#log', '#settings'):
+            assert page.eval_on_selector(selector, 'node => node.scrollWidth - node.clientWidth') == 0
+        assert page.locator('header').bounding_box()['height'] < 60
+        page.hover('.token')
+        tip = page.locator('#alternatives').bounding_box()
+        assert tip['x'] >= 0 and tip['x'] + tip['width'] <= 360
+
+
+def test_everything_can_be_reached_with_the_keyboard(visit):
+    page = visit()
+    expect(page.locator('.intro')).to_be_visible()
+    page.keyboard.type('one')
+    page.keyboard.press('Shift+Enter')
+    page.keyboard.type('two')
+    page.keyboard.press('Enter')
+    page.wait_for_selector('.again')
+    assert page.inner_text('.user .text') == 'one\ntwo'
+    focused, visited = '', []
+    while focused != 'box' and len(visited) < 40:
+        page.keyboard.press('Tab')
+        focused = page.evaluate('document.activeElement.id || document.activeElement.name || '
+                                'document.activeElement.className')
+        visited.append(focused)
+        if focused == 'token':
+            first = page.inner_text('#alternatives .chosen code')
+            page.keyboard.press('ArrowRight')
+            assert page.inner_text('#alternatives .chosen code') != first
+            assert page.evaluate('getComputedStyle(document.activeElement).outlineStyle') == 'solid'
+    wanted = {'new', 'toggle', 'language', 'theme', 'temperature', 'log', 'copy', 'token', 'again', 'box', 'send'}
+    assert wanted <= set(visited)
+
+
+def test_enter_in_an_input_method_does_not_send(visit):
+    page = visit()
+    page.fill('#box', 'ni hao')
+    key = {'key': 'Enter', 'bubbles': True}
+    page.dispatch_event('#box', 'keydown', {**key, 'isComposing': True})
+    page.dispatch_event('#box', 'keydown', {**key, 'keyCode': 229})
+    assert page.locator('.turn').count() == 0
+    page.dispatch_event('#box', 'keydown', key)
+    expect(page.locator('.user .text')).to_have_text('ni hao')
+
+
+def test_pointing_at_a_token_shows_its_alternatives(visit):
+    page = visit()
+    setting(page, 'temperature', 0)
+    ask(page, 'go')
+    page.hover('.token >> nth=9')
+    rows = page.locator('#alternatives div').all_inner_texts()
+    assert len(rows) == 5
+    assert page.inner_text('#alternatives .chosen') == rows[0]
+    assert page.inner_text('#alternatives .chosen code') == page.inner_text('.token >> nth=9')
+    percents = [float(re.search(r'([\d.]+)%', row)[1]) for row in rows]
+    assert percents == sorted(percents, reverse=True) and sum(percents) < 101
+    page.hover('#box')
+    expect(page.locator('#alternatives')).to_be_hidden()
+
+
+def test_a_base_model_continues_one_text(visit):
+    page = visit(base=True)
+    expect(page.locator('.intro')).to_contain_text('base model')
+    assert not page.locator('#system-row').is_visible()
+    setting(page, 'max_tokens', 8)
+    setting(page, 'temperature', 0)
+    assert ask(page, '<scr') == 'ipt><scr'
+    expect(page.locator('#send')).to_have_text('Continue')
+    page.click('#send')
+    expect(page.locator('.text')).to_have_text(['<scr', 'ipt><scr', 'ipt><scr'])
+    page.hover('.token >> nth=1')
+    assert page.inner_text('#alternatives .chosen code') == 'p'
+
+
+@pytest.mark.parametrize('base', [False, True], ids=['chat', 'base'])
+def test_the_beginning_is_left_out_where_the_context_has_no_room_for_it(visit, base):
+    page = visit(base)
+    setting(page, 'max_tokens', 8)
+    ask(page, '<script>' * 150)
+    assert ask(page, '<script>' * 150)
+    expect(page.locator('.note').last).to_contain_text('left out')
+    page.reload()
+    assert page.locator('.turn').count() == 4
+
+
+def test_dark_follows_the_system_and_the_switch(visit):
+    page = visit(color_scheme='dark')
+
+    def brightness():
+        return sum(map(int, re.findall(r'\d+', page.eval_on_selector('body', 'b => getComputedStyle(b).backgroundColor'))))
+    assert brightness() < 200
+    page.click('#theme')
+    assert brightness() > 600
+    page.reload()
+    assert brightness() > 600
+
+
+def test_the_page_speaks_chinese(visit):
+    page = visit(locale='zh-CN')
+    expect(page.locator('#send')).to_have_text('发送')
+    assert page.get_attribute('html', 'lang') == 'zh-CN'
+    page.click('#language')
+    expect(page.locator('#send')).to_have_text('Send')
+    page.reload()
+    expect(page.locator('#send')).to_have_text('Send')
+
+
+def test_a_server_with_a_key_asks_for_it(visit):
+    page = visit(base=True, key=None)
+    expect(page.locator('#key-title')).to_have_text('This server asks for an API key.')
+    page.keyboard.type('wrong')
+    page.keyboard.press('Enter')
+    expect(page.locator('#key-title')).to_have_text('The server did not accept the API key.')
+    page.keyboard.type(KEY)
+    page.keyboard.press('Enter')
+    expect(page.locator('#model')).to_have_text('tiny')
+    page.reload()
+    expect(page.locator('#model')).to_have_text('tiny')
+    assert KEY not in page.evaluate('JSON.stringify(localStorage)')
+
+
+def test_an_error_is_told_in_words_and_the_question_is_kept(visit):
+    page = visit()
+    setting(page, 'seed', 0.5)
+    page.fill('#box', 'go')
+    page.press('#box', 'Enter')
+    expect(page.locator('#error')).to_contain_text('The server refused the request. seed')
+    assert page.input_value('#box') == 'go' and page.locator('.turn').count() == 0
+    page.context.set_offline(True)
+    page.press('#box', 'Enter')
+    expect(page.locator('#error')).to_have_text('The server does not answer. Is it still running?')
+
+
+def test_copy_puts_the_answer_on_the_clipboard(visit):
+    page = visit()
+    page.context.grant_permissions(['clipboard-read', 'clipboard-write'])
+    answer = ask(page, 'go')
+    page.click('.assistant .copy')
+    expect(page.locator('.assistant .copy')).to_have_text('Copied')
+    assert page.evaluate('navigator.clipboard.readText()') == answer
