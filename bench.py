@@ -16,6 +16,7 @@ import platform
 import re
 import sys
 import time
+from collections import Counter
 from itertools import count, islice, starmap
 from json import dumps
 from pathlib import Path
@@ -30,6 +31,7 @@ import devices
 import distributed
 from configurator import config_of, configure
 from files import one_line_errors, print0
+from kernels import loss_chunk_rows
 from model import GPT, GPTConfig
 from optim import OptimizerSettings, StepJudge, configure_optimizers, muon_momentum, set_lr, step_unless
 from tokens.dataset import dataset_folders
@@ -181,8 +183,29 @@ def measure_step(model, device, precision, use_compile):
     mfu, peak = None, devices.peak_flops(device)
     if peak and precision != torch.float32:
         mfu = tok_per_s * flops_per_token / peak
-    return dict(step_ms=step_ms, tok_per_s=tok_per_s, flops_per_token=flops_per_token,
-                flop_per_s=tok_per_s * flops_per_token, mfu=mfu, loss=losses[-1].item())
+    flop_per_s, matmul_rate = tok_per_s * flops_per_token, matmul_flop_per_s(model, device, precision)
+    print0(f'the step reaches {flop_per_s / matmul_rate:.0%} of the rate of its matrix products alone')
+    return dict(step_ms=step_ms, tok_per_s=tok_per_s, flops_per_token=flops_per_token, flop_per_s=flop_per_s,
+                matmul_flop_per_s=matmul_rate, matmul_share=flop_per_s / matmul_rate, mfu=mfu,
+                loss=losses[-1].item())
+
+
+def matmul_flop_per_s(model, device, precision):
+    """Measure the rate of the linear layers' products alone: the forward one and both of the backward pass."""
+    n_rows, shapes = batch_size * block_size, Counter()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            is_head = module is model.lm_head
+            rows = loss_chunk_rows(n_rows, loss_chunks, module.weight) if is_head else n_rows
+            shapes[(rows, *module.weight.shape)] += n_rows / rows
+    flops = total_ms = 0
+    for (rows, n_out, n_in), n_times in shapes.items():
+        x, grad, weight = (torch.randn(shape, device=device, dtype=precision)
+                           for shape in ((rows, n_in), (rows, n_out), (n_out, n_in)))
+        for a, b in ((x, weight.mT), (grad, weight), (grad.mT, x)):
+            total_ms += n_times * median(ms for _, ms in timed(starmap(torch.mm, [(a, b)] * 5), device))
+            flops += n_times * 2 * rows * n_out * n_in
+    return flops / total_ms * 1000
 
 
 def measure_data():

@@ -6,29 +6,29 @@
 
 out_dir = 'out-quickstart'
 dataset = 'shakespeare_char'
-eval_interval = 600
+eval_interval = 650
 eval_iters = 0  # the whole validation set
 log_interval = 25
 
 arch = 'modern'
-n_layer = 4
+n_layer = 3
 n_head = 2
 n_embd = 128
-block_size = 128
-batch_size = 16
+block_size = 256
+batch_size = 8
 gradient_accumulation_steps = 1
 
 optimizer = 'muon'
-matrix_lr = 0.04
+matrix_lr = 0.025
 learning_rate = 0.004
-embedding_lr = 0.4
-head_lr = 0.004
-weight_decay = 0.0
+embedding_lr = 0.3
+head_lr = 0.003
+weight_decay = 0.05
 beta1 = 0.8
 beta2 = 0.95
 grad_clip = 0.0
 
-max_iters = 1200
+max_iters = 1300
 lr_schedule = 'wsd'
 warmup_iters = 0
 decay_fraction = 0.7

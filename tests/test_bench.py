@@ -40,6 +40,8 @@ def test_step(arch, optimizer):
     assert 0 < ms['min'] <= ms['median'] <= ms['max'] and ms['n'] == 3
     assert result['tok_per_s'] == pytest.approx(2 * 16 / ms['median'] * 1000)
     assert result['flop_per_s'] == pytest.approx(result['tok_per_s'] * result['flops_per_token'])
+    assert result['matmul_share'] == pytest.approx(result['flop_per_s'] / result['matmul_flop_per_s']) and 0 < result['matmul_share'] < 1
+    assert f'the step reaches {result["matmul_share"]:.0%} of the rate of its matrix products alone' in stdout
     # six for each weight of the matrices and the head, and the T x C products of scores and values
     assert result['flops_per_token'] == 6 * (2 * 12 * 16 * 16 + 65 * 16) + 12 * 2 * 16 * 16
     assert result['loss'] == pytest.approx(math.log(65), abs=0.5)

@@ -70,11 +70,12 @@ def test_the_dial_trains(tiny, tmp_path):
     assert 'modern' in stdout and lines[-1]['iter'] == 10 and lines[-1]['val_loss'] < lines[0]['val_loss'] - 0.4
 
 
-def test_the_speedrun_trains_what_it_says(tmp_path):
+@pytest.mark.parametrize('config, tokens', [('speedrun_cpu', 1024), ('quickstart', 2048), ('shakespeare_cpu', 2048)])
+def test_the_recipes_for_two_cores_train_what_they_say(config, tokens, tmp_path):
     data = pack_chars(tmp_path / 'data', sentences(20_000, 1), sentences(1000, 2))
-    code, stdout, stderr, lines = train_here('config/speedrun_cpu.py', f'--dataset={data}', '--max_iters=20', '--device=cpu', out_dir=tmp_path / 'out')
+    code, stdout, stderr, lines = train_here(f'config/{config}.py', f'--dataset={data}', '--max_iters=20', '--device=cpu', out_dir=tmp_path / 'out')
     assert code == 0, stderr
-    assert '1,024 tokens a step' in stdout and lines[-1]['val_loss'] < 1.5
+    assert f'{tokens:,} tokens a step' in stdout and lines[-1]['val_loss'] < 1.5
 
 
 def test_a_small_model_is_tuned_by_the_recipe_of_the_results():
