@@ -191,7 +191,7 @@ def measure_step(model, device, precision, use_compile):
 
 
 def matmul_flop_per_s(model, device, precision):
-    """Measure the rate of the linear layers' products alone: the forward one and both of the backward pass."""
+    """Measure the rate of the linear layers' products alone: one forward, two in the backward pass."""
     n_rows, shapes = batch_size * block_size, Counter()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -203,7 +203,8 @@ def matmul_flop_per_s(model, device, precision):
         x, grad, weight = (torch.randn(shape, device=device, dtype=precision)
                            for shape in ((rows, n_in), (rows, n_out), (n_out, n_in)))
         for a, b in ((x, weight.mT), (grad, weight), (grad.mT, x)):
-            total_ms += n_times * median(ms for _, ms in timed(starmap(torch.mm, [(a, b)] * 5), device))
+            products = starmap(torch.mm, [(a, b)] * 5)
+            total_ms += n_times * median(ms for _, ms in timed(products, device))
             flops += n_times * 2 * rows * n_out * n_in
     return flops / total_ms * 1000
 

@@ -347,10 +347,13 @@ def scatter(state, model, optimizers):
     for group in groups:
         keys = {'momentum_buffer'} if 'momentum' in group else {'step', 'exp_avg', 'exp_avg_sq'}
         like_p = sorted(keys - {'step'})
+        if group.get('normuon'):
+            keys.add('variances')
+        listed = ' and '.join(sorted(keys - {'step'}))
         for name in group['params']:
             own, shape = moments.get(name, {}), shapes[name]
             if own.keys() != keys or any(own[key].shape != shape for key in like_p):
-                raise ValueError(f'the checkpoint has no {" and ".join(like_p)} of {name} with shape '
+                raise ValueError(f'the checkpoint has no {listed} of {name} with shape '
                                  f'{tuple(shape)}: resume it with the optimizer that it was written with')
             copies[name] = {key: value.clone() for key, value in own.items()}
     dcp.set_state_dict(model, optimizers, model_state_dict=state['model'],

@@ -19,6 +19,7 @@ batch_size = 8
 gradient_accumulation_steps = 1
 
 optimizer = 'muon'
+normuon = True
 matrix_lr = 0.025
 learning_rate = 0.004
 embedding_lr = 0.3

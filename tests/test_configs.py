@@ -76,6 +76,7 @@ def test_the_recipes_for_two_cores_train_what_they_say(config, tokens, tmp_path)
     code, stdout, stderr, lines = train_here(f'config/{config}.py', f'--dataset={data}', '--max_iters=20', '--device=cpu', out_dir=tmp_path / 'out')
     assert code == 0, stderr
     assert f'{tokens:,} tokens a step' in stdout and lines[-1]['val_loss'] < 1.5
+    assert ('val_loss' in lines[0]) == (config != 'speedrun_cpu'), 'it counts the whole command, and evaluates at the end only'
 
 
 def test_a_small_model_is_tuned_by_the_recipe_of_the_results():

@@ -145,28 +145,42 @@ def plain_orthogonalize(G):
     return X.T if G.size(0) > G.size(1) else X
 
 
-def plain_muon(p, grad, buffer, lr, momentum, weight_decay, parts):
+def plain_even_out(update, mean_squares):
+    """NorMuon of one matrix: rows, or the columns of a wide one, are divided by what they were before on average."""
+    if update.size(0) < update.size(1):
+        return plain_even_out(update.T, mean_squares).T
+    mean_squares.copy_(0.9 * mean_squares + 0.1 * (update ** 2).mean(dim=1))
+    scaled = update / mean_squares.sqrt()[:, None]
+    return scaled * update.norm() / scaled.norm()
+
+
+def plain_muon(p, grad, buffer, mean_squares, lr, momentum, weight_decay, parts):
     buffer = momentum * buffer + (1 - momentum) * grad
     update = (1 - momentum) * grad + momentum * buffer
     rows = p.size(0) // parts
     p = p - lr * weight_decay * p
     for i in range(parts):
         part = slice(i * rows, (i + 1) * rows)
-        p[part] = p[part] - lr * max(1, rows / p.size(1)) ** 0.5 * plain_orthogonalize(update[part])
+        step = plain_orthogonalize(update[part])
+        if mean_squares is not None:
+            step = plain_even_out(step, mean_squares[i])
+        p[part] = p[part] - lr * max(1, rows / p.size(1)) ** 0.5 * step
     return p, buffer
 
 
 SHAPES = {(24, 8): 3, (8, 8): 1, (32, 8): 1, (8, 32): 1}  # -> parts: c_attn, attn.c_proj, c_fc, mlp.c_proj
 
 
+@pytest.mark.parametrize('normuon', [False, True])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_muon_equals_the_plain_formula(dtype, tolerance):
+def test_muon_equals_the_plain_formula(dtype, tolerance, normuon):
     torch.manual_seed(0)
     weights = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES for _ in range(2)]
     params = [w.clone().to(torch.float64 if dtype is torch.float64 else torch.float32).requires_grad_() for w in weights]
     buffers = [torch.zeros_like(w) for w in weights]
+    mean_squares = [torch.zeros(SHAPES[tuple(w.shape)], max(w.size(0) // SHAPES[tuple(w.shape)], w.size(1)), dtype=torch.float64) for w in weights]
     muon = Muon([dict(params=params[2 * i:2 * i + 2], parts=parts) for i, parts in enumerate(SHAPES.values())],
-                weight_decay=0.1, ns_dtype=dtype)
+                weight_decay=0.1, ns_dtype=dtype, normuon=normuon)
     for step in range(4):
         lr, momentum = 0.02 * (step + 1), 0.85 + 0.02 * step
         for group in muon.param_groups:
@@ -174,7 +188,7 @@ def test_muon_equals_the_plain_formula(dtype, tolerance):
         for i, p in enumerate(params):
             grad = torch.randn(p.shape, dtype=torch.float64)
             p.grad = grad.to(p.dtype)
-            weights[i], buffers[i] = plain_muon(weights[i], grad, buffers[i], lr, momentum, 0.1, SHAPES[tuple(p.shape)])
+            weights[i], buffers[i] = plain_muon(weights[i], grad, buffers[i], mean_squares[i] if normuon else None, lr, momentum, 0.1, SHAPES[tuple(p.shape)])
         muon.step()
     for p, w in zip(params, weights):
         torch.testing.assert_close(p.double(), w, rtol=0, atol=tolerance)

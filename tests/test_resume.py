@@ -44,6 +44,7 @@ CASES = {
     'adamw, in the third epoch': ('--dropout=0.1', 19, ''),
     'muon, before an epoch ends': ('--dropout=0.1 --optimizer=muon --arch=modern', 7, ''),
     'muon, in the second epoch': ('--dropout=0.1 --optimizer=muon --arch=modern', 13, ''),
+    'normuon': ('--dropout=0.1 --optimizer=muon --normuon=True --arch=llama', 13, ''),
     'float16 with its scaler': ('--dtype=float16', 13, ''),
     'bfloat16, logged now and then': ('--dtype=bfloat16 --log_interval=3', 15, ''),
     'spikes skipped': ('--dropout=0.1 --max_iters=40 --skip_spikes=1.1 --decay_lr=False', 33, ''),
