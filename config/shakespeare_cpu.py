@@ -1,5 +1,5 @@
 # To a validation loss of 1.4697 on tinyshakespeare, where nanoGPT's GPU recipe ends after three minutes on an
-# A100, in three minutes on two CPU cores with AVX512-BF16, more with AVX2 alone.
+# A100, in three minutes on two cores of a Xeon with AMX; other CPUs take longer.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/shakespeare_cpu.py
 # Three seeds ended at 1.4479, 1.4494 and 1.4387 on the whole validation set. docs/RESULTS.md has the times,
