@@ -3,7 +3,7 @@
     GET  /                       page.html, with a policy that allows its own scripts and styles alone
     GET  /v1/models              also tells `context` (tokens) and `chat` (whether it has a template)
     POST /v1/completions
-    POST /v1/chat/completions
+    POST /v1/chat/completions    truncation='auto': the oldest turns that no longer fit are left out
 
 Errors have OpenAI's shape, {"error": {"message", "type", "param", "code"}}.
 """
@@ -100,7 +100,15 @@ class Api:
             raise Refusal(400, str(error), 'prompt') from None
 
     def encode_conversation(self, body):
-        return Template(self.tokenizer, self.style).encode([*body.turns(), ('assistant', None)])[0]
+        turns, template = body.turns(), Template(self.tokenizer, self.style)
+        if body.truncation == 'disabled':
+            return template.encode([*turns, ('assistant', None)])[0]
+        n_reserved = min(body.max_new_tokens() or self.context, max(1, self.context // 4))
+        fitted = template.fit(turns, self.context - n_reserved)
+        if fitted is None:
+            raise Refusal(400, f'the context of {self.context} tokens has no room for a question',
+                          'messages', 'context_length_exceeded')
+        return fitted.ids.tolist()
 
     def answer(self, body, prompts, form, n_logprobs) -> Response:
         """Queue the sequences of a request, and return the response that waits for them."""
@@ -289,7 +297,7 @@ async def on_invalid(request: Request, error: RequestValidationError):
     """Report a value of the wrong type or range as OpenAI does: 400, and the name of the parameter."""
     first = error.errors()[0]
     if first['type'] == 'json_invalid' or len(first['loc']) < 2:
-        return Refusal(400, 'send a JSON object, Content-Type: application/json').response()
+        return Refusal(400, 'send a JSON object, with Content-Type: application/json').response()
     param = first['loc'][1]
     return Refusal(400, f'{param}: {first["msg"]}', param).response()
 

@@ -73,6 +73,7 @@ class ChatRequest(Shared):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
+    truncation: Literal['auto', 'disabled'] = 'disabled'
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def max_new_tokens(self) -> int | None:
