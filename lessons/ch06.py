@@ -173,6 +173,9 @@ assert not any(mark in text for mark in ('{{', '[[', '<ref', '==', 'wikitable', 
 #
 # 处理数据集常用 `datasets` 库，它存盘的格式是 **Arrow**：按列存放，不必全部读进内存就能取用。我们用它存一些简短的对话。
 # %%
+import warnings
+
+warnings.filterwarnings('ignore', 'IProgress')  # a bar that only some notebooks can show
 import datasets
 
 datasets.disable_progress_bars()
