@@ -4,8 +4,10 @@ LESSON_SMALL=1 reduces every chapter to a few seconds; LESSON_WORK moves the fol
 """
 
 import io
+import itertools
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -18,12 +20,16 @@ from matplotlib.font_manager import get_font_names
 SMALL = os.environ.get('LESSON_SMALL', '0') not in ('', '0')
 WORK = Path(os.environ.get('LESSON_WORK', 'lessons/work'))
 WORK.mkdir(parents=True, exist_ok=True)
+NUMBERS = itertools.count(1)  # of a script's pictures
 
 # fonts by their names on Linux, macOS and Windows
 CHINESE_FONTS = ['Noto Sans CJK SC', 'Noto Sans CJK JP', 'Noto Sans SC', 'WenQuanYi Micro Hei', 'WenQuanYi Zen Hei',
                  'Droid Sans Fallback', 'PingFang SC', 'Microsoft YaHei', 'SimHei']
 FONTS = [name for name in CHINESE_FONTS if name in get_font_names()][:1]
 matplotlib.rcParams['font.family'] = ['DejaVu Sans', *FONTS]
+# the Python package's dialogues, BSD licence
+DIALOGUE = ('pip:chatterbot-corpus==1.3.3#86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154'
+            '!chatterbot_corpus/data/chinese/conversations.yml')
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'  # Okabe and Ito
 
 
@@ -47,8 +53,7 @@ def show(figure):
         from IPython.display import Image, display
         display(Image(data=png.getvalue()))
     else:
-        chapter = Path(sys.argv[0]).stem
-        path = WORK / f'{chapter}-{len(list(WORK.glob(f"{chapter}-*.png"))) + 1}.png'
+        path = WORK / f'{Path(sys.argv[0]).stem}-{next(NUMBERS)}.png'
         path.write_bytes(png.getvalue())
         print(f'picture: {path}')
 
@@ -76,9 +81,27 @@ def chinese_text():
         return fetch_text(WORK).read_text(encoding='utf-8')
     except OSError:
         print('The texts of data/chinese are out of reach; sentences of a small grammar stand in for them.')
-    draw, parts = random.Random(0), []
+        return made_up_chinese()
+
+
+def chinese_kinds():
+    """Return {kind: Chinese text}: poems, and if they are in reach dialogue and the prose of a handbook."""
+    from corpus.fetch import fetch
+    from data.chinese.prepare import REFERENCE, REFERENCE_SHA256, read_reference
+    kinds = {'poems': chinese_text()}
+    try:
+        kinds['dialogue'] = fetch('chatterbot-chinese.yml', [DIALOGUE]).read_text(encoding='utf-8')
+        kinds['dialogue'] = re.sub(r'^(- - |  - )', '', kinds['dialogue'].partition('conversations:\n')[2], flags=re.M)
+        kinds['prose'] = read_reference(fetch('debian-reference-zh-cn_2.100_all.deb', [REFERENCE], REFERENCE_SHA256))
+    except OSError:
+        print('Other kinds of text are out of reach: a package mirror is needed once, then they are cached.')
+    return kinds
+
+
+def made_up_chinese(n_sentences=4000):
+    draw, sentences = random.Random(0), []
     when, who = ['清晨', '傍晚', '雨后', '昨天夜里'], ['老船工', '小姑娘', '邮递员', '我的祖父', '两只燕子']
     what = ['沿着河岸慢慢走', '在桥头等人', '看远处的山', '望着天边的云', '听见了钟声']
-    while len(parts) < 2000:
-        parts.append(f'{draw.choice(when)}，{draw.choice(who)}{draw.choice(what)}。')
-    return '\n\n'.join(parts) + '\n'
+    for _ in range(n_sentences):
+        sentences.append(f'{draw.choice(when)}，{draw.choice(who)}{draw.choice(what)}。')
+    return '\n\n'.join(sentences) + '\n'
