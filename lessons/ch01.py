@@ -5,7 +5,7 @@
 # **tokens** (词元): integers, each of which stands for a small piece of text. The piece can be a byte, a
 # character, a word, or something in between, and the choice decides how long a text is for the model.
 #
-# At the end you will have written the method that GPT-2 and nearly all later models use, **byte-pair
+# At the end you will have written the method that GPT-2 and most later models use, **byte-pair
 # encoding** (BPE, 字节对编码), and you will have checked it against this repository's own.
 # %% [markdown] lang=zh
 # # 第一章　从文本到词元
@@ -112,9 +112,7 @@ try:
     import jieba
     jieba.setLogLevel(logging.WARNING)
     cut_words = jieba.lcut
-    words = cut_words(poems)
-    split = cut_words(poems[:cut])
-    n_vocabulary, share = unseen(split, words[len(split):])
+    n_vocabulary, share = unseen(cut_words(poems[:cut]), cut_words(poems[cut:]))
     print(' | '.join(cut_words('老船工沿着河岸慢慢走回家')))
     print(f'words: {n_vocabulary:,} in the vocabulary, {share:.2%} of the rest are not in it')
 except ImportError:
@@ -157,7 +155,7 @@ print(ByteTokenizer().encode('老船工 🚣'))
 # 一串标点也是一段。不然的话，句号和后一句的头一个字就可能并成一个词元。
 # 本仓库用正则表达式 `BPE_PATTERN` 来切段。
 # %%
-cut_text = regex.compile(BPE_PATTERN, regex.VERSION1).findall
+cut_text = regex.compile(BPE_PATTERN, regex.VERSION1).findall  # VERSION1: [A&&[^B]] means A without B
 print(cut_text('雨后，老船工说：Good morning, 2026!'))
 # %% [markdown] lang=en
 # We keep each different stretch once, with its count, as a tuple of byte strings. Merging a pair then only means to
@@ -216,13 +214,13 @@ whole = [text for text in (b''.join(pair).decode('utf-8', errors='replace') for 
 print(len(whole), 'of', len(merges), 'new tokens are whole characters or more:')
 print(' '.join(whole[:10]), '...', ' '.join(whole[-10:]))
 # %% [markdown] lang=en
-# The first merges build the bytes that many characters share, such as `e4 b8`; they are not yet characters,
-# and print as `�`. Then come common characters and punctuation, and later whole words.
+# Early merges join the bytes with which many characters begin, such as `e3 80` of 。 and 、; these are not yet
+# characters, and print as `�`. Then come common characters and punctuation, and later whole words.
 #
 # To **encode** (编码) a new text, apply the merges in the order in which training made them. To **decode** (解码),
 # join the bytes.
 # %% [markdown] lang=zh
-# 最先合并出来的是许多汉字共有的前两个字节，例如 `e4 b8`：它们还不是完整的字，所以打印成 `�`。
+# 最先合并出来的是许多字符共有的前两个字节，例如 。 和 、 开头的 `e3 80`：它们还不是完整的字符，所以打印成 `�`。
 # 接着是常用的字和标点，再往后就是整个的词。
 #
 # 给新文本**编码**（encode）时，按训练时的先后顺序依次合并；**解码**（decode）时，把字节接起来就行。

@@ -53,10 +53,12 @@ mean = torch.stack([x[:t + 1].mean(dim=0) for t in range(T)])
 print('x', tuple(x.shape), '-> mean', tuple(mean.shape))
 print(mean)
 # %% [markdown] lang=en
-# The same as one matrix product: row t of the matrix `weights` says how much token t takes from each token. Everything
-# that follows only changes where these weights come from.
+# The same as one matrix product, written `@` in Python: row t of `weights @ x` is the sum of all rows of x, each times a
+# number from row t of `weights`. So row t of `weights` says how much token t takes from each token. Everything that
+# follows only changes where these weights come from.
 # %% [markdown] lang=zh
-# 同样的事可以写成一次矩阵乘法：矩阵 `weights` 的第 t 行，表示第 t 个词元从每个词元那里各取多少。
+# 同样的事可以写成一次矩阵乘法，Python 里写作 `@`：`weights @ x` 的第 t 行，就是把 x 的各行分别乘以 `weights`
+# 第 t 行里的数，再加起来。所以 `weights` 的第 t 行表示第 t 个词元从每个词元那里各取多少。
 # 后面的每一步，改的都只是这些权重从哪里来。
 # %%
 weights = torch.ones(T, T).tril()
@@ -97,8 +99,11 @@ assert torch.allclose(softmax(scores + mask), torch.softmax(scores + mask, dim=-
 # - a **key** (键): what do I offer to those who look?
 # - a **value** (值): what do I hand over if chosen?
 #
-# The score between two tokens is the **dot product** (点积) of the query of one and the key of the other: large when
-# they point the same way. The result is the weighted sum of the *values*.
+# The score between two tokens is the **dot product** (点积) of the query of one and the key of the other: multiply them
+# number by number, and add up. It is large when the two vectors point the same way. The result is the weighted sum of the
+# *values*.
+#
+# `nn.Linear(C, D)` holds such a matrix and turns C numbers into D. Here the matrices are still random.
 # %% [markdown] lang=zh
 # ## 第三步：查询、键、值
 #
@@ -108,8 +113,10 @@ assert torch.allclose(softmax(scores + mask), torch.softmax(scores + mask, dim=-
 # - **键**（key）：别人来找的时候，我以什么示人？
 # - **值**（value）：如果选中我，我交出什么？
 #
-# 一个词元的查询和另一个词元的键做**点积**（dot product），就是两者之间的分数：方向越一致，分数越高。
-# 最后的结果是各个**值**的加权和。
+# 一个词元的查询和另一个词元的键做**点积**（dot product），也就是对应的数相乘再求和，得到两者之间的分数：
+# 方向越一致，分数越高。最后的结果是各个**值**的加权和。
+#
+# `nn.Linear(C, D)` 里就装着这样一个矩阵，把 C 个数变成 D 个。眼下矩阵里还是随机数。
 # %%
 D = 3
 to_query, to_key, to_value = (nn.Linear(C, D, bias=False) for _ in range(3))
@@ -247,6 +254,9 @@ assert torch.allclose(ours, from_model, atol=1e-6)
 #
 # To answer `b?`, the token must find the token with the letter b, and fetch its digit. That is precisely query, key and
 # value. The vector of a token is the sum of a learned vector for its letter and one for its digit.
+#
+# How the loop below learns is the subject of chapter 4. For now: the **loss** (损失) says how wrong the answers are, and each
+# step changes the matrices a little so that it falls.
 # %% [markdown] lang=zh
 # ## 看注意力怎样工作
 #
@@ -257,6 +267,8 @@ assert torch.allclose(ours, from_model, atol=1e-6)
 #
 # 要回答 `b?`，就得找到字母是 b 的那个词元，取来它的数字。这不就是查询、键和值吗？
 # 每个词元的向量，是字母的向量加上数字的向量，两者都是学出来的。
+#
+# 下面的循环怎样学习，第四章再讲。现在只需知道：**损失**（loss）表示答得有多差，每一步都把各个矩阵改一点点，让它变小。
 # %%
 N_PAIRS, N_QUERIES, WIDTH = 6, 3, 32
 UNKNOWN = 10  # the digit of a token that asks
@@ -274,6 +286,7 @@ def make_rows(n_rows):
 class Lookup(nn.Module):
     def __init__(self):
         super().__init__()
+        # tables with a learned vector for each letter and each digit
         self.letter, self.digit = nn.Embedding(N_PAIRS, WIDTH), nn.Embedding(11, WIDTH)
         self.qkv, self.head = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 10)
 

@@ -79,11 +79,16 @@ x = table(ids) + position_table(torch.arange(T))  # (B, T, C): the positions are
 # **Layer norm** (层归一化) takes each vector on its own: subtract the mean of its C numbers, divide by their standard deviation,
 # then scale and shift each of the C places by learned numbers. So every part receives numbers of the same size, no matter how
 # deep in the model it is.
+#
+# In torch a part with parameters is an `nn.Module`; `nn.Parameter` marks numbers that are to be learned, and `norm(x)` calls
+# `forward`.
 # %% [markdown] lang=zh
 # ## 归一化：让数的大小合适
 #
 # **层归一化**（layer norm）对每个向量单独做：减去这 C 个数的平均值，除以标准差，再在 C 个分量上各乘一个、各加一个学出来的数。
 # 这样不管在模型的哪一层，每个零件收到的数大小都差不多。
+#
+# 在 torch 里，带参数的零件是一个 `nn.Module`；要学的数用 `nn.Parameter` 标出来；写 `norm(x)` 就会调用 `forward`。
 # %%
 class LayerNorm(nn.Module):
     def __init__(self, C):

@@ -3,6 +3,7 @@
 LESSON_SMALL=1 reduces every chapter to a few seconds; LESSON_WORK moves the folder of files from lessons/work.
 """
 
+import contextlib
 import io
 import itertools
 import os
@@ -74,11 +75,35 @@ def run(*words, n_lines=8):
     return output
 
 
+def quiet():
+    """Keep the addresses that fetch() prints out of notebooks."""
+    output = io.StringIO()
+    stack = contextlib.ExitStack()
+    stack.enter_context(contextlib.redirect_stdout(output))
+    stack.enter_context(contextlib.redirect_stderr(output))
+    return stack
+
+
+def english_text():
+    """Return the text of data/shakespeare_char, or sentences of a small grammar without a network."""
+    from data.shakespeare_char.prepare import find_text
+    try:
+        with quiet():
+            return find_text(WORK / 'shakespeare')[0]
+    except OSError:
+        print('Shakespeare is out of reach; sentences of a small grammar stand in for him.')
+    who, did, where = ['The miller', 'A ferryman', 'My sister', 'Old Tom'], ['slept', 'sang', 'waited'], ['here', 'by the sea', 'at home']
+    return made_up([who, [' '], did, [' '], where, ['.\n']], 20_000)
+
+
 def chinese_text():
     """Return Chinese text: that of data/chinese, or sentences of a small grammar without a network."""
     from data.chinese.prepare import fetch_text
+    folder = WORK / 'chinese'
+    folder.mkdir(exist_ok=True)
     try:
-        return fetch_text(WORK).read_text(encoding='utf-8')
+        with quiet():
+            return fetch_text(folder).read_text(encoding='utf-8')
     except OSError:
         print('The texts of data/chinese are out of reach; sentences of a small grammar stand in for them.')
         return made_up_chinese()
@@ -90,18 +115,23 @@ def chinese_kinds():
     from data.chinese.prepare import REFERENCE, REFERENCE_SHA256, read_reference
     kinds = {'poems': chinese_text()}
     try:
-        kinds['dialogue'] = fetch('chatterbot-chinese.yml', [DIALOGUE]).read_text(encoding='utf-8')
-        kinds['dialogue'] = re.sub(r'^(- - |  - )', '', kinds['dialogue'].partition('conversations:\n')[2], flags=re.M)
-        kinds['prose'] = read_reference(fetch('debian-reference-zh-cn_2.100_all.deb', [REFERENCE], REFERENCE_SHA256))
+        with quiet():
+            turns = fetch('chatterbot-chinese.yml', [DIALOGUE]).read_text(encoding='utf-8')
+            handbook = fetch('debian-reference-zh-cn_2.100_all.deb', [REFERENCE], REFERENCE_SHA256)
+        kinds['dialogue'] = re.sub(r'^(- - |  - )', '', turns.partition('conversations:\n')[2], flags=re.M)
+        kinds['prose'] = read_reference(handbook)
     except OSError:
         print('Other kinds of text are out of reach: a package mirror is needed once, then they are cached.')
     return kinds
 
 
-def made_up_chinese(n_sentences=4000):
-    draw, sentences = random.Random(0), []
+def made_up_chinese():
     when, who = ['清晨', '傍晚', '雨后', '昨天夜里'], ['老船工', '小姑娘', '邮递员', '我的祖父', '两只燕子']
     what = ['沿着河岸慢慢走', '在桥头等人', '看远处的山', '望着天边的云', '听见了钟声']
-    for _ in range(n_sentences):
-        sentences.append(f'{draw.choice(when)}，{draw.choice(who)}{draw.choice(what)}。')
-    return '\n\n'.join(sentences) + '\n'
+    return made_up([when, ['，'], who, what, ['。\n\n']], 4000)
+
+
+def made_up(parts, n_sentences):
+    """Return sentences that take one word of each part."""
+    draw = random.Random(0)
+    return ''.join(draw.choice(words) for _ in range(n_sentences) for words in parts)

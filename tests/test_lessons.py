@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lessons.build import LANGUAGES, parse
+from lessons.build import LANGUAGES, REFERENCE, parse
 
 CHAPTERS = sorted(path.stem for path in (ROOT / 'lessons').glob('ch[0-9][0-9].py'))
 NOTEBOOKS = [f'{language}/{chapter}' for language in LANGUAGES for chapter in CHAPTERS]
@@ -69,3 +69,14 @@ def test_a_notebook_names_no_machine(name):
     for cell in json.loads(text_of(name))['cells']:
         printed = json.dumps([output.get('text', '') for output in cell.get('outputs', [])])
         assert not re.search(r'(?<![\w.~-])/(tmp|work|root|home|Users)/|\b[A-Z]:\\\\|https?://', printed)
+
+
+@pytest.mark.parametrize('name', ['README.md', 'README.zh-CN.md'])
+def test_the_readme_points_to_the_code(name):
+    text = (ROOT / 'lessons' / name).read_text(encoding='utf-8')
+    references = list(REFERENCE.finditer(text))
+    assert len(references) >= len(CHAPTERS)
+    for match in references:
+        line = int(match['number']) - 1
+        near = (ROOT / match['name']).read_text(encoding='utf-8').splitlines()[max(line - 15, 0):line + 15]  # an editor shows these
+        assert any(text.strip().startswith(match['text']) for text in near), f'{match[0]}: run python lessons/build.py --text'
