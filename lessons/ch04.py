@@ -23,7 +23,6 @@ sys.path.insert(0, '')
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from corpus.pack import write_dataset
 from lessons.helpers import COLOURS, SMALL, WORK, english_text, picture, run, show
