@@ -183,8 +183,8 @@ show(figure)
 # ## What the model believes
 #
 # A model gives each possible next token a probability: a **distribution** (概率分布). Take the model of characters, give it a
-# line up to 吃 ("eats"), and compare with the true chances. Each food begins with a different character, so the next character
-# decides.
+# line up to 吃 (eats): "At dawn, on the bridge, the boatman eats". Each food begins with a different character (面 noodles, 米 rice,
+# 饺 dumplings, 红 sweet potatoes), so the next character decides. The true chances are those of the boatman's menu.
 # %% [markdown] lang=zh
 # 左图上两个模型差别很大，右图上几乎一样，而且都接近下界。剩下的差距有两个原因：
 # 评测窗口从一行的中间开始，那里能依据的上文少；训练的时间也短。
@@ -305,8 +305,8 @@ axes.set(xlabel='temperature', ylabel='share of the lines drawn', ylim=(0, 1.05)
 axes.legend(frameon=False)
 show(figure)
 # %% [markdown] lang=en
-# At 0 all lines are the same one. When the temperature rises, the lines vary, and more of them go wrong. In between lies
-# what one wants; values from 0.6 to 1 are usual. On the command line:
+# At 0 all lines are the same one. When the temperature rises, the lines vary, and from some point on more of them go wrong. One
+# wants the range in between; 0.6 to 1 is usual. On the command line:
 # %% [markdown] lang=zh
 # 温度为 0 时，每次写出的都是同一句。温度升高，句子多样起来，错的也多起来。要的是中间那一段，通常取 0.6 到 1。在命令行里这样写：
 # %%
@@ -437,7 +437,8 @@ print('by hand:    ', by_hand)
 print('evaluate.py:', {name: by_program[name] for name in by_hand})
 assert by_hand == {name: by_program[name] for name in by_hand}
 # %% [markdown] lang=en
-# Equal, item by item. Guessing would give 0.25. With few items an accuracy is itself uncertain, so `evaluate.py` prints a
+# The two agree. Guessing would give 0.25. All answers are right by `acc`, but not by `acc_norm`: the girl's favourite, rice, is a
+# short word, and per character the long words "sweet potatoes" overtake it. With few items an accuracy is itself uncertain, so `evaluate.py` prints a
 # standard error (标准误差, the number after ±). Differences smaller than about twice that number may be chance.
 #
 # ## Where to go on
@@ -445,7 +446,8 @@ assert by_hand == {name: by_program[name] for name in by_hand}
 # `training/scoring.py` has the bits per byte and the log-likelihoods, `tasks/items.py` the benchmarks,
 # `kernels.draw` the sampling, `GPT.stream` in `model.py` the loop with the cache.
 # %% [markdown] lang=zh
-# 两边相等。瞎猜的话是 0.25。题目少的时候，正确率本身也不准，所以 `evaluate.py` 还给出标准误差（standard error，± 后面的数）。
+# 两边相等。瞎猜的话是 0.25。按 `acc` 题题都对，按 `acc_norm` 却不是：小姑娘最爱的 rice 是个短词，
+# 平均到每个字符，反而被很长的 sweet potatoes 超过了。题目少的时候，正确率本身也不准，所以 `evaluate.py` 还给出标准误差（standard error，± 后面的数）。
 # 两个模型相差不到它的两倍左右，就可能只是碰巧。
 #
 # ## 接着读什么

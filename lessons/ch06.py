@@ -217,13 +217,14 @@ for name, source in zip(('news', 'wiki', 'dialogue'), SOURCES, strict=True):
     run('-m', 'corpus.pack', 'build', '--input', source, fields, f'--tokenizer={HERE}/tokenizer', '--clean',
         '--val_fraction=0.05', f'--out={HERE}/packed/{name}', n_lines=4)
 # %% [markdown] lang=en
-# Look at the lines `left out`: of the news the copy (an empty file yields no document at all); of the wiki the redirect (talk pages do not
+# Look at the lines `left out`: of the news the copy, and articles that came out
+# alike by chance (an empty file yields no document at all); of the wiki the redirect (talk pages do not
 # count as documents); of the dialogues very many, because few different ones exist. Why does it matter? A model that reads the same text
 # ten times learns it by heart. And if a validation text also stands in the training data, the validation loss is too good to be true.
 #
 # Nothing in the file is secret. `train.bin` is a row of 16-bit numbers, `train.idx` says where each document begins and how long it is.
 # %% [markdown] lang=zh
-# 看 `left out` 那几行：新闻去掉了重复的那篇（空文件根本产生不了文档）；维基百科去掉了重定向（讨论页本来就不算文档）；
+# 看 `left out` 那几行：新闻去掉了重复的那篇，还有碰巧写得一模一样的几篇（空文件根本产生不了文档）；维基百科去掉了重定向（讨论页本来就不算文档）；
 # 对话去掉得最多，因为真正不同的没有几句。为什么要去重？同样的文本读十遍，模型就背下来了；
 # 验证集里的文本如果训练集里也有，验证损失就会好得不真实。
 #
@@ -247,15 +248,16 @@ assert (ids == tokenizer.eot).sum() >= len(starts) - 1
 #
 # ## Mixing
 #
-# The sources differ in size, and size is not importance. A **mixture** (混合) gives each source its share of the training tokens. Here
-# the dialogues are few, and we want more of them than there are by size.
+# The sources differ in size, and size is not importance. A **mixture** (混合) gives each source its share of the training tokens. By
+# size the news would be nearly half of it. We want as much of the encyclopedia as of the news, and a fifth of dialogue.
 # %% [markdown] lang=zh
 # 哪些文档用来验证？不是最后几篇，也不是随便抽的，而是由文本算出来的一个数——**哈希**（hash）——决定。
 # 所以以后再添文档，原来的文档还在原来的那一边。
 #
 # ## 混合
 #
-# 各种来源多少不一，可多不等于重要。**混合**（mixture）就是规定每种来源占训练词元的多大比例。这里对话很少，我们想让它占得比实际多一些。
+# 各种来源多少不一，可多不等于重要。**混合**（mixture）就是规定每种来源占训练词元的多大比例。按实际数量，新闻要占将近一半；
+# 我们希望百科和新闻一样多，对话占五分之一。
 # %%
 SHARES = {'news': 0.4, 'wiki': 0.4, 'dialogue': 0.2}
 mixture = ','.join(f'{HERE}/packed/{name}:{share}' for name, share in SHARES.items())
@@ -324,12 +326,12 @@ for part in (HERE / 'model/samples.md').read_text(encoding='utf-8').split('## It
         prompt, continuation = (' '.join(text.split()) for text in sample.split('comes'))
         print(f'    {prompt} | {continuation.partition(" **")[0][:60]}')
 # %% [markdown] lang=en
-# After `|` stands what the model wrote. At step 0 these are random tokens, many of them parts of characters, which print as `�`. Then
-# come words, at last sentences, and each beginning is continued in the manner of its source. The content is not to be relied on: nobody
+# After `|` stands what the model wrote. At step 0 these are random tokens, many of them parts of characters, which print as `�`. Later
+# there are sentences, and most beginnings are continued in the manner of their source. The content is not to be relied on: nobody
 # told the model that numbers have to fit together. Now with `sample.py`:
 # %% [markdown] lang=zh
-# `|` 后面是模型写的。第 0 步是随机的词元，许多只是半个字，所以显示成 `�`；后来有了词，最后成了句子，
-# 而且什么开头就接什么文体。内容当然靠不住：没有人告诉过它，前后的数字应该对得上。
+# `|` 后面是模型写的。第 0 步是随机的词元，许多只是半个字，所以显示成 `�`；后来写得成句子了，
+# 而且多半是什么开头就接什么文体。内容当然靠不住：没有人告诉过它，前后的数字应该对得上。
 # 最后用 `sample.py` 写两段：
 # %%
 output = run('sample.py', f'--out_dir={HERE}/model', '--start=甲：请问', '--num_samples=2', '--max_new_tokens=40', '--temperature=0.7', '--seed=3')
