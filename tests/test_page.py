@@ -1,5 +1,6 @@
 """The chat page in a real headless Chromium, against serve.py with a tiny model that writes <script><script>…"""
 
+import json
 import re
 import shutil
 import subprocess
@@ -167,6 +168,7 @@ def test_nothing_overflows_a_screen_of_360_pixels(visit):
         for selector in ('html', '#log', '#settings'):
             assert page.eval_on_selector(selector, 'node => node.scrollWidth - node.clientWidth') == 0
         assert page.locator('header').bounding_box()['height'] < 60
+        assert page.locator('.assistant .note').bounding_box()['x'] >= 0
         page.hover('.token')
         tip = page.locator('#alternatives').bounding_box()
         assert tip['x'] >= 0 and tip['x'] + tip['width'] <= 360
@@ -234,6 +236,24 @@ def test_a_base_model_continues_one_text(visit):
     expect(page.locator('.text')).to_have_text(['<scr', 'ipt><scr', 'ipt><scr'])
     page.hover('.token >> nth=1')
     assert page.inner_text('#alternatives .chosen code') == 'p'
+
+
+def test_a_long_conversation_opens_at_its_end_and_does_not_jump(visit):
+    page = visit()
+    turns = [turn for i in range(60) for turn in ({'role': 'user', 'text': f'question {i}'},
+                                                  {'role': 'assistant', 'text': 'answer ' * 300})]
+    page.add_init_script(f'localStorage["flatgpt turns tiny"] = {json.dumps(json.dumps(turns))}')
+    page.reload()
+    expect(page.locator('.turn')).to_have_count(120)
+    below = 'log => log.scrollHeight - log.scrollTop - log.clientHeight'
+    assert page.eval_on_selector('#log', below) < 2
+    setting(page, 'max_tokens', 1500)
+    page.fill('#box', 'go')
+    page.press('#box', 'Enter')
+    page.wait_for_selector('.token')
+    page.eval_on_selector('#log', 'log => { log.scrollTop = 500; }')
+    page.wait_for_selector('.again')
+    assert page.eval_on_selector('#log', 'log => log.scrollTop') == 500
 
 
 @pytest.mark.parametrize('base', [False, True], ids=['chat', 'base'])
