@@ -311,9 +311,10 @@ def gather(model, optimizers) -> dict:
             for moments in optimizer.state.values():
                 if 'step' in moments:
                     moments['step'].zero_()
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    model_state, optimizer_state = dcp.get_state_dict(model, optimizers, options=options)
     trained = foreign.trained_weights(model)
+    is_adapter = len(trained) < len(model.state_dict())  # without its base; weights frozen by lr_groups stay
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
+    model_state, optimizer_state = dcp.get_state_dict(model, optimizers, options=options)
     model_state = {name: tensor for name, tensor in model_state.items() if name in trained}
     return dict(model=model_state, optimizer=optimizer_state)
 
@@ -354,7 +355,8 @@ def scatter(state, model, optimizers):
             own, shape = moments.get(name, {}), shapes[name]
             if own.keys() != keys or any(own[key].shape != shape for key in like_p):
                 raise ValueError(f'the checkpoint has no {listed} of {name} with shape '
-                                 f'{tuple(shape)}: resume it with the optimizer that it was written with')
+                                 f'{tuple(shape)}: resume it with the optimizer that it was written with, '
+                                 'and with its lr_groups')
             copies[name] = {key: value.clone() for key, value in own.items()}
     dcp.set_state_dict(model, optimizers, model_state_dict=state['model'],
                        optim_state_dict=dict(state=copies, param_groups=groups),

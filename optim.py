@@ -44,21 +44,25 @@ class OptimizerSettings:
     fused: bool | None = None  # AdamW's fused kernel; None = where the device has one
 
 
-def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32) -> list:
+def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32, factors=None) -> list:
     """Make the optimizers of a model with GPT-2's parameter names.
 
     dtype    of the matrix products in training; Muon orthogonalizes in bfloat16 too, else in float32
+    factors  of the peak rates, {parameter name: factor}; a name that is missing has 1.0
     returns  optimizers, whose groups have a 'kind' and a 'peak_lr' (lr at scale 1). load_state_dict() keeps
              these settings, so a resumed run can change them
     """
     settings_of = group_settings(settings, model.config)
-    params = {kind: [] for kind in settings_of}
+    params = defaultdict(list)
     for name, p in model.named_parameters():  # a tied weight appears once
         if p.requires_grad:
-            params[parameter_kind(name, p, settings.optimizer, model.config.arch)].append(p)
+            kind = parameter_kind(name, p, settings.optimizer, model.config.arch)
+            params[kind, (factors or {}).get(name, 1.0)].append(p)
     # torch.distributed.checkpoint refuses an empty group beside a second optimizer
-    groups = [dict(settings_of[kind], params=params[kind], kind=kind, peak_lr=settings_of[kind]['lr'])
-              for kind in params if params[kind]]
+    groups = []
+    for kind, factor in sorted(params, key=lambda key: (list(settings_of).index(key[0]), -key[1])):
+        lr = settings_of[kind]['lr'] * factor
+        groups.append(settings_of[kind] | dict(params=params[kind, factor], kind=kind, lr=lr, peak_lr=lr))
     for_adamw = [group for group in groups if 'parts' not in group]
     for_muon = [group for group in groups if 'parts' in group]
 

@@ -33,6 +33,7 @@ from tokens.tokenizer import load_tokenizer
 from training.benchmarks import open_benchmarks
 from training.checks import check_limits, check_settings, check_unused
 from training.data import count_bytes, evaluate, open_data
+from training.groups import LrGroups
 from training.samples import generate, read_prompts
 from weights.begin import adopted_settings, begin, make_model
 
@@ -117,6 +118,7 @@ grad_clip = 1.0  # clip the gradient to this norm; 0.0 = off
 # skip a step if loss or gradient norm exceeds this multiple of its running mean; 0 = only if not finite
 skip_spikes = 0.0
 max_skipped_steps = 100  # stop the run after this many in a row
+lr_groups = ''  # factors of the rates by parameter name, such as mlp:1,attn:0.1,*:0; 0 = frozen
 # learning rate
 decay_lr = True  # False = constant, without warm-up
 lr_schedule: Literal['cosine', 'wsd', 'cosine_restarts', 'constant'] = 'cosine'
@@ -172,13 +174,14 @@ with one_line_errors(), distributed.signals_noted():
     model = make_model(start, settings, vocab_size, tokenizer_meta, compute_dtype)
     model.activation_checkpointing, model.loss_chunks = activation_checkpointing, loss_chunks
     model.bf16_residual = bf16_residual
+    groups = LrGroups(model, lr_groups)  # freezes some
     model = distributed.prepare(model, place, parallel=parallel, shard_ranks=shard_ranks, dtype=compute_dtype)
     parameters = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(place.device.type, compute_dtype, enabled=compute_dtype != torch.float32)
     scaler = torch.amp.GradScaler(place.device.type, enabled=compute_dtype == torch.float16)
     optimizers = optim.configure_optimizers(model, OptimizerSettings(
         optimizer, learning_rate, matrix_lr, embedding_lr, head_lr, betas=(beta1, beta2),
-        weight_decay=weight_decay, decay_groups=decay_groups, normuon=normuon), compute_dtype)
+        weight_decay=weight_decay, decay_groups=decay_groups, normuon=normuon), compute_dtype, groups.factors)
     schedule = Schedule(
         kind=lr_schedule if decay_lr else 'constant', warmup_iters=warmup_iters if decay_lr else 0,
         max_iters=max_iters, lr_decay_iters=lr_decay_iters, min_lr_ratio=min_lr / (learning_rate or 1.0),
@@ -207,6 +210,8 @@ with one_line_errors(), distributed.signals_noted():
     precision = str(compute_dtype).removeprefix('torch.')
     print0(f'model: {arch}, {model.get_num_params() / 1e6:.2f}M parameters, '
            f'vocabulary {model.config.vocab_size:,}')
+    if lr_groups:
+        print0(groups.describe())
     device_name, mode = devices.device_name(place.device), 'compiled' if use_compile else 'eager'
     print0(f'device: {device_name}, {precision}, {mode}')
     print0(f'data: {data.describe(max_iters * tokens_per_step)}, {tokens_per_step:,} tokens a step '

@@ -89,3 +89,25 @@ def draw_panel(axes, runs, panel):
         axes.yaxis.set_minor_formatter(LogFormatter())  # 3 instead of 3 x 10^0
     if 'val_loss' in panel.curves:
         axes.set_title('training: each step faint, smoothed solid; validation: dashed', fontsize='small')
+
+
+def draw_errors(rows, tolerance: float, path):
+    """Draw the relative error of each tensor of two dumps (numerics.Row) in the order of execution."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 5), layout='constrained')
+    axes = figure.subplots()
+    kinds = {'weights': ('.weight', '.bias'), 'inputs and outputs': ('.in', '.out', 'loss'),
+             'their gradients': ('.in.grad', '.out.grad'),
+             'gradients of weights': ('.weight.grad', '.bias.grad')}
+    for colour, (label, ends) in zip(COLOURS, kinds.items(), strict=False):
+        points = [(i, row.error) for i, row in enumerate(rows) if row.name.endswith(ends) and row.error > 0]
+        if points:
+            axes.plot(*zip(*points, strict=True), '.-', color=colour, label=label, linewidth=0.8)
+    axes.axhline(tolerance, color='black', linestyle=':', label='tolerance')
+    blocks = [(i, row.name) for i, row in enumerate(rows) if row.name.endswith(('.in', '.in.grad'))
+              and row.name.count('.') == 2 + row.name.endswith('.grad')]
+    axes.set_xticks([i for i, _ in blocks], [name.split('.in')[0] for _, name in blocks], rotation=90)
+    axes.set(yscale='log', ylabel='relative error', xlabel='order of execution: forward, then backward')
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    write_atomically(path, lambda f: figure.savefig(f, format='png'))

@@ -221,7 +221,8 @@ def load_weights(model, weights: dict, path, strict: bool = True):
 
 def trained_weights(model) -> dict:
     """Return the weights of a model by name, without those that are frozen beside a LoRA adapter."""
-    return {name: p for name, p in model.state_dict(keep_vars=True).items() if p.requires_grad}
+    weights = model.state_dict(keep_vars=True)
+    return {name: weight for name, weight in weights.items() if '.lora_' in name} or weights
 
 
 def check_weights(model, weights: dict, path, strict: bool = True, remedy: str = ''):

@@ -1,0 +1,239 @@
+"""Write every layer's numbers to disk, and compare two such dumps. Settings are the names below, see --help.
+
+    python numerics.py dump --out=a --out_dir=out-quickstart
+    python numerics.py dump --out=b --out_dir=out-quickstart --dtype=bfloat16
+    python numerics.py dump --out=c --out_dir=out-quickstart --reference=transformers
+    python numerics.py compare a b --picture=error.png
+
+dump runs one forward and one backward pass on fixed tokens and writes a .npy file for each tensor, such as
+h.03.attn.c_proj.out.npy: weight, bias, in, out, and the same with .grad; then index.json. compare prints the
+error of each tensor in the order of execution, names the first that leaves its tolerance, and exits with 1 if
+there is one. docs/NUMERICS.md explains both.
+"""
+
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in train.py
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+
+import devices
+import distributed
+from configurator import configure
+from files import one_line_errors, print0, printable
+from model import GPT
+from tokens.dataset import dataset_folders
+from tokens.loader import Loader
+from tokens.tokenizer import load_tokenizer
+from training.dumps import Recorder, measure, read_array, read_index
+from training.pictures import draw_errors
+from weights import reference as transformers_model
+from weights.begin import build_model, find_start
+
+# -----------------------------------------------------------------------------
+# dump: the model
+out = ''  # folder to write
+init_from = 'resume'  # the checkpoint in out_dir; or gpt2 ... gpt2-xl, a transformers folder, an .npz file
+out_dir = 'out'
+checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be another trainer's
+n_head: int | None = None  # for a checkpoint_path that does not say it
+reference: Literal['', 'transformers'] = ''  # run the same weights by transformers, under the same names
+# dump: the tokens; the default is random ids of this seed
+dataset = ''  # the first windows of the validation split of this folder in data/
+ids = ''  # a file of whole numbers, a row of them per line, or .npy; each row has one more than the inputs
+batch_size = 2
+block_size = 64  # inputs in a row; no more than the model's
+seed = 1337
+# dump: the system
+device = 'auto'  # cpu, cuda, cuda:1, mps
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'  # of matrix products, as in train.py
+compile = False
+parallel: Literal['ddp', 'fsdp'] = 'ddp'  # of several ranks under torchrun
+# compare: relative error, or largest difference, up to which a tensor counts as equal
+rtol: float | None = None  # None = by the coarser dtype of the two dumps
+atol = 1e-12
+picture = ''  # draw the errors into this .png file
+# -----------------------------------------------------------------------------
+
+RECORDED = nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm
+
+
+# -----------------------------------------------------------------------------
+# dump
+
+
+def short(name):
+    """'transformer.h.3.mlp.c_fc' -> 'h.03.mlp.c_fc'"""
+    parts = name.removeprefix('transformer.').split('.')
+    return '.'.join(f'{int(part):02d}' if part.isdecimal() else part for part in parts)
+
+
+def read_ids(vocab_size: int, most: int) -> torch.Tensor:
+    """Return the tokens to run on: (batch_size, T + 1) int64, T of them inputs.
+
+    most  tokens in a row that the model takes
+    """
+    T = min(block_size, most)
+    if ids:
+        try:
+            rows = np.load(ids, allow_pickle=False) if ids.endswith('.npy') else np.loadtxt(ids, np.int64)
+            rows = np.atleast_2d(rows).astype(np.int64, casting='safe')
+        except (ValueError, TypeError, EOFError) as error:
+            raise ValueError(f'--ids={ids}: {error}: accepted is a file of whole numbers, '
+                             'the same number of them on each line, or a .npy file') from None
+        rows = torch.from_numpy(rows)
+    elif dataset:
+        loader = Loader(dataset_folders(dataset)[0], 'val', block_size=T, batch_size=batch_size,
+                        order='sequential')
+        x, y, _ = loader.windows(np.arange(batch_size))
+        rows = torch.cat((x, y[:, -1:]), dim=1)
+    else:
+        rows = torch.randint(vocab_size, (batch_size, T + 1), generator=torch.Generator().manual_seed(seed))
+    source = f'--ids={ids}' if ids else f'--dataset={dataset}'
+    if rows.dim() != 2 or not 1 < rows.size(1) <= most + 1:
+        raise ValueError(f'{source}: has shape {tuple(rows.shape)}, accepted are rows of 2 to {most + 1} ids')
+    if not 0 <= rows.min() <= rows.max() < vocab_size:
+        raise ValueError(f'{source}: has ids from {rows.min()} to {rows.max()}, the vocabulary of the model '
+                         f'has 0 to {vocab_size - 1}')
+    return rows
+
+
+def read_model() -> GPT:
+    if init_from != 'resume':
+        return GPT.from_pretrained(init_from).eval()
+    start = find_start(init_from, out_dir, checkpoint_path, n_head)
+    return build_model(start, load_tokenizer(start.tokenizer))
+
+
+def dump(place):
+    """Run one forward and backward pass, and write every tensor of it."""
+    model = read_model()
+    rows = read_ids(model.config.vocab_size, model.config.block_size)
+    if len(rows) % place.world_size:
+        raise ValueError(f'{len(rows)} rows of tokens do not divide over {place.world_size} ranks: '
+                         'give another --batch_size or --ids')
+    precision = devices.choose_dtype(dtype, place.device)
+    recorder = Recorder(out)
+    recorder.write('ids', rows)
+    if reference:
+        run_reference(model, rows.to(place.device), recorder, precision)
+    else:
+        run_model(model, rows, recorder, precision, place)
+    recorder.finish(dtype=str(precision).removeprefix('torch.'), device=devices.device_name(place.device),
+                    torch=torch.__version__, compiled=compile, ranks=place.world_size, reference=reference)
+    print0(f'{out}: {len(recorder.facts)} tensors')
+
+
+def run_model(model, rows, recorder, precision, place):
+    model = distributed.prepare(model, place, parallel=parallel, dtype=precision)
+    for name, p in model.named_parameters():
+        recorder.write(short(name), distributed.whole(p))
+    for name, module in model.named_modules():
+        if isinstance(module, RECORDED) or module in list(model.transformer.h):
+            recorder.watch(module, short(name))
+    if compile and isinstance(model, FSDPModule):
+        for block in model.transformer.h:
+            block.compile(dynamic=False)
+    elif compile:
+        model.compile(dynamic=False)
+
+    # each rank takes its share of the rows; gradients and losses are sums over the ranks
+    own = rows.chunk(place.world_size)[place.rank].to(place.device)
+    with torch.autocast(place.device.type, precision, enabled=precision != torch.float32):
+        loss = model(own[:, :-1], own[:, 1:])[1] / place.world_size
+    loss.backward()
+    distributed.sum_gradients(model)
+    recorder.write('loss', distributed.all_reduce_sum(loss.detach()))
+    for name, p in model.named_parameters():
+        recorder.write(f'{short(name)}.grad', distributed.whole(p.grad))
+
+
+def run_reference(model, rows, recorder, precision):
+    """Run the model of transformers with the same weights."""
+    config, names = model.config, transformers_model.names_of(model)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    model = transformers_model.reference_of(model).to(rows.device)
+    weights = dict(model.named_parameters())
+    for name, weight in transformers_model.in_our_layout(shapes, config, weights):
+        recorder.write(short(name), weight)
+    modules = dict(model.named_modules())
+    for name, parts in names.items():
+        for i, part in enumerate(parts):
+            if part in modules:  # an architecture may lack some, such as Qwen3's norms
+                recorder.watch(modules[part], short(name), i, len(parts))
+    with torch.autocast(rows.device.type, precision, enabled=precision != torch.float32):
+        logits = model(rows[:, :-1], use_cache=False).logits.float()
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    loss.backward()
+    recorder.write('loss', loss)
+    grads = {name: p.grad for name, p in weights.items()}
+    for name, grad in transformers_model.in_our_layout(shapes, config, grads):
+        recorder.write(f'{short(name)}.grad', grad)
+
+
+# -----------------------------------------------------------------------------
+# compare
+
+
+def compare(folder_a, folder_b) -> bool:
+    """Print the differences of two dumps. Return whether all are within the tolerance."""
+    (names_a, rtol_a), (names_b, rtol_b) = read_index(folder_a), read_index(folder_b)
+    tolerance = max(rtol_a, rtol_b) if rtol is None else rtol
+    names = [name for name in names_a if name in set(names_b)]
+    if not names:
+        raise ValueError(f'{folder_a} and {folder_b} have no tensor of the same name')
+    for folder, own in ((folder_a, names_a), (folder_b, names_b)):
+        alone = [name for name in own if name not in set(names)]
+        if alone:
+            print(f'only in {folder}: {len(alone)} tensors ({printable(", ".join(alone[:3]))} ...)')
+    width = max(map(len, names))
+    print(f'{"tensor":{width}}  relative error  largest difference    cosine')
+    rows = []
+    for name in names:
+        a, b = read_array(folder_a, name), read_array(folder_b, name)
+        if a.shape != b.shape:
+            raise ValueError(f'{name} has shape {a.shape} in {folder_a} and {b.shape} in {folder_b}: '
+                             'the dumps are of different models or tokens')
+        row = measure(name, a, b, tolerance, atol=atol)
+        print(f'{printable(name):{width}}  {row.error:14.2e}  {row.largest:18.2e}  {row.cosine:8.6f}'
+              + '  *' * (not row.is_equal))
+        rows.append(row)
+    if picture:
+        draw_errors(rows, tolerance, Path(picture))
+    bad = [row for row in rows if not row.is_equal]
+    if not bad:
+        print(f'{len(rows)} tensors, all within {tolerance:g}')
+        return True
+    previous = {row.name: last.name for last, row in pairwise(rows)}
+    print(f'{len(bad)} of {len(rows)} tensors differ by more than {tolerance:g} (*). First {bad[0].name}: '
+          f'relative error {bad[0].error:.2e}; before it {previous.get(bad[0].name, "nothing")} is equal')
+    return False
+
+
+if __name__ == '__main__':
+    with one_line_errors():
+        command, arguments = sys.argv[1:2], sys.argv[2:]
+        if command == ['dump']:
+            configure(globals(), arguments)
+            if not out:
+                raise ValueError('--out is empty: name the folder to write')
+            place = distributed.start(device)
+            torch.set_float32_matmul_precision('highest')  # no TensorFloat32
+            dump(place)
+            distributed.stop()
+        elif command == ['compare'] and len(arguments) >= 2 and not ''.join(arguments[:2]).startswith('-'):
+            configure(globals(), arguments[2:])
+            if not compare(*arguments[:2]):
+                sys.exit(1)
+        else:
+            configure(globals(), [flag for flag in sys.argv[1:] if flag in ('--help', '-h')])
+            raise ValueError(f'{" ".join(sys.argv[1:]) or "no command"}: accepted are dump --out=FOLDER, '
+                             'compare FOLDER FOLDER, and --help')
