@@ -114,7 +114,7 @@ print(f'{entropy} bits a line, {bytes_per_line:.1f} bytes a line: at least {boun
 #
 # 一个模型按字读，另一个按字节读，大小和训练步数都一样。
 # %%
-N_ITERS = 80 if SMALL else 400
+N_ITERS = 120 if SMALL else 400
 SHAPE = ['--block_size=128', '--n_layer=2', '--n_head=2', '--n_embd=64']
 for name in ('char', 'byte'):
     run('data/text/prepare.py', '--input', HERE / 'text.txt', f'--tokenizer={name}', f'--out={HERE}/{name}',
@@ -496,7 +496,7 @@ for end in range(len(line)):
     p = reshape(next_logits('\n' + line[:end]), top_p=0.9)
     counts.append(int((p > 0).sum()))
 print(' '.join(f'{count}{character}' for count, character in zip(counts, line, strict=True)))
-assert min(counts) == 1 < max(counts)
+assert counts[0] > counts[-1]
 # %% solution
 train_bytes = (HERE / 'byte/train.bin').read_bytes()[::2]  # 2 bytes a token; the first is the byte itself
 val_bytes = (HERE / 'byte/val.bin').read_bytes()[::2]
