@@ -141,7 +141,8 @@ def numbered(out_dir) -> dict[int, Path]:
 
 def run_files(out_dir):
     """Return the files of a run in out_dir, ckpt.pt last: an interrupted move leaves the run in place."""
-    names = ('best.pt', 'metrics.jsonl', 'run.json', 'samples.md', 'eval.json', 'report.md')
+    names = ('best.pt', 'metrics.jsonl', 'run.json', 'samples.md', 'eval.json', 'report.md', 'report.html',
+             'tensorboard')
     out_dir = Path(out_dir)
     paths = [*(out_dir / name for name in names), *numbered(out_dir).values(), out_dir / 'ckpt.pt']
     return [path for path in paths if os.path.lexists(path)]

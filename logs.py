@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, run.json, samples.md, wandb and the lines on the terminal."""
+"""The log of a run: metrics.jsonl, run.json, samples.md, TensorBoard, wandb, events and the terminal."""
 
 import contextlib
 import json
@@ -22,6 +22,7 @@ import distributed
 import files
 from files import print0, printable
 from report import read_metrics, read_record, write_report
+from training.events import Hook
 from training.scoring import table_row
 
 METRICS = ('acc', 'acc_norm', 'perplexity', 'core')  # numbers of a benchmark in metrics.jsonl
@@ -32,13 +33,16 @@ class Log:
 
     out_dir          None = print only
     tokens_per_step  over all ranks
+    on_event         shell command for events; '' = none
     """
 
-    def __init__(self, out_dir, place, progress, tokens_per_step: int, max_iters: int):
+    def __init__(self, out_dir, place, progress, tokens_per_step: int, max_iters: int, on_event: str = ''):
         self.out_dir = Path(out_dir) if out_dir is not None and place.is_master else None  # None = no files
         self.place, self.progress = place, progress
         self.tokens_per_step, self.max_iters = tokens_per_step, max_iters
-        self.lock = self.wandb = None
+        self.lock = self.wandb = self.tensorboard = None
+        self.hook = Hook(on_event) if on_event and self.out_dir else None
+        self.skipped_in_a_row = 0  # at the latest logged step
         self.mfu_per_tok_per_s = None  # None = the device's peak is unknown
         self.logged_at = progress.iter_num  # iter_num after the last logged step
         self.last_line_s = time.perf_counter()  # paused() adds its duration
@@ -82,6 +86,14 @@ class Log:
         environment |= dict(processes=self.place.world_size, system=platform.platform(), **versions)
         files.write_json(path, dict(**facts, environment=environment, starts=[*earlier['starts'], start]))
 
+    def start_tensorboard(self):
+        """Write TensorBoard's files to out_dir/tensorboard. Its readers drop the steps that are repeated."""
+        if self.out_dir is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        self.tensorboard = SummaryWriter(str(self.out_dir / 'tensorboard'), flush_secs=10,
+                                         purge_step=self.progress.iter_num or None)
+
     def start_wandb(self, project, name, config):
         """Start or resume the wandb run: offline if there is no key, because training needs no network."""
         if self.out_dir is None:
@@ -109,8 +121,8 @@ class Log:
         yield
         self.last_line_s += time.perf_counter() - begun_s
 
-    def step(self, lr: float, loss, grad_norm, judge) -> int:
-        """Log step iter_num. Return how many steps in a row were skipped, this one included.
+    def step(self, lr: float, loss, grad_norm, judge):
+        """Log step iter_num.
 
         loss, grad_norm  0-d, read from the device in one transfer with the numbers of the StepJudge
         """
@@ -137,7 +149,17 @@ class Log:
         self.write(loss=loss, loss_smoothed=smoothed_loss, lr=lr, grad_norm=grad_norm, tok_per_s=tok_per_s,
                    mfu=mfu, eta_s=eta_s, dt_s=dt_s, n_steps=n_steps, skipped=int(skipped),
                    peak_memory_bytes=devices.peak_memory_bytes(self.place.device))
-        return int(skipped_in_a_row)
+        begins, self.skipped_in_a_row = not self.skipped_in_a_row, int(skipped_in_a_row)
+        if begins and skipped_in_a_row:
+            self.event('skipped_steps', skipped=int(skipped), loss=loss, grad_norm=grad_norm)
+
+    def check_skipped(self, max_skipped_steps: int, folder):
+        """Raise ValueError if the latest steps, max_skipped_steps or more in a row, were skipped."""
+        if self.skipped_in_a_row < max_skipped_steps:
+            return
+        message = folder.too_many_skipped(max_skipped_steps, self.progress.iter_num)
+        self.end('nan_limit', message)
+        raise ValueError(message)
 
     def evaluation(self, losses):
         """Log the EvalLosses of the state after iter_num updates."""
@@ -164,15 +186,32 @@ class Log:
         except OSError as error:
             print0(f'{error.filename}: {error.strerror}: the samples of iteration {self.progress.iter_num} '
                    'are lost')
+        for i, (prompt, text) in enumerate(samples, 1):
+            text = f'{indented(prompt)}\n\ncomes\n\n{indented(text)}'
+            self.to_tensorboard('add_text', f'samples/{i}', text, self.progress.iter_num)
+
+    def saved(self, folder, is_best: bool):
+        """Report what save_or_warn() has just written."""
+        self.to_tensorboard('flush')
+        if folder.saved_iter == self.progress.iter_num:
+            self.event('saved', path=str(folder.newest))
+        if is_best and self.progress.since_best == 0:
+            self.event('new_best', path=str(folder.best), val_loss=self.progress.best_val_loss)
+
+    def event(self, name: str, **facts):
+        """Call the command of on_event, which runs beside training."""
+        if self.hook is None:
+            return
+        general = dict(event=name, out_dir=str(self.out_dir.absolute()), iter=self.progress.iter_num,
+                       max_iters=self.max_iters, best_val_loss=self.progress.best_val_loss,
+                       time=round(time.time(), 1), host=socket.gethostname())
+        self.hook.send(name, finite(general | facts))
 
     def write(self, **numbers):
         """Append a line to metrics.jsonl, and send it to wandb. A full disk loses the line, not the run."""
         if self.out_dir is None:
             return
-        line = dict(iter=self.progress.iter_num, **numbers, time=round(time.time(), 1))
-        for name, value in line.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                line[name] = None  # JSON has no NaN
+        line = finite(dict(iter=self.progress.iter_num, **numbers, time=round(time.time(), 1)))
         path, size = self.out_dir / 'metrics.jsonl', None
         try:
             with open(path, 'a', encoding='utf-8') as f:
@@ -185,6 +224,19 @@ class Log:
                     os.truncate(path, size)
         if self.wandb is not None:
             self.wandb.log(line, step=line['iter'])
+        for name in numbers:
+            if line[name] is not None:
+                self.to_tensorboard('add_scalar', name, line[name], line['iter'], walltime=line['time'])
+
+    def to_tensorboard(self, method: str, *args, **kwargs):
+        """Call a method of the SummaryWriter. After an error, such as a full disk, there is none."""
+        if self.tensorboard is None:
+            return
+        try:
+            getattr(self.tensorboard, method)(*args, **kwargs)
+        except Exception as error:  # raised by its thread
+            self.tensorboard = None
+            print0(printable(f'tensorboard: {error}: nothing more is written there by this process'))
 
     # at the end
 
@@ -197,10 +249,30 @@ class Log:
         except Exception as error:
             print0(printable(f'no report: {type(error).__name__}: {error}'))
 
+    def end(self, event: str, reason: str):
+        """Note in run.json that the run ended in order, and wait for the commands of on_event."""
+        if self.out_dir is None:
+            return
+        path = self.out_dir / 'run.json'
+        ended = dict(event=event, reason=reason, time=round(time.time(), 1))
+        try:
+            files.write_json(path, read_record(path) | dict(ended=ended))
+        except OSError as error:
+            print0(f'{path}: {error.strerror}: report.py will not know how the run ended')
+        self.to_tensorboard('close')
+        self.event(event, reason=reason)
+        if self.hook is not None:
+            self.hook.close()
+
     def close(self, stop: str | None, folder):
         """Print what is saved and what to do next."""
         if self.out_dir is None:
             return
+        if stop:
+            self.end('stopped', stop)
+        else:
+            reached = self.progress.iter_num >= self.max_iters
+            self.end('finished', 'max_iters' if reached else 'patience')
         it, out_dir = self.progress.iter_num, printable(str(self.out_dir))
         if stop and not self.progress.advanced:
             print0(f'stopped by {stop} at iteration {it}, where this run began: nothing new to save')
@@ -212,6 +284,12 @@ class Log:
         else:
             print0(f'done: {out_dir}/ckpt.pt after {it} iterations, best val loss '
                    f'{self.progress.best_val_loss:.4f} in best.pt; python sample.py --out_dir={out_dir}')
+
+
+def finite(numbers: dict) -> dict:
+    """Return numbers with None for those that are not finite, which JSON lacks."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in numbers.items()}
 
 
 def git_commit() -> str | None:

@@ -2,6 +2,7 @@
 
     python report.py out-quickstart                  # report.md and its pictures in out-quickstart
     python report.py out-a out-b --out=comparison    # both runs in each picture, and settings that differ
+    python report.py --watch out-quickstart          # report.html there, renewed until Ctrl-C
 
 It reads metrics.jsonl and, if they exist, run.json, samples.md and eval.json (evaluate.py), so an unfinished
 run has a report too. A damaged line or field is skipped with a warning. train.py calls it at the end.
@@ -43,7 +44,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
     parser.add_argument('runs', nargs='+', metavar='OUT_DIR')
     parser.add_argument('--out', help='folder for the report (default: the first OUT_DIR)')
+    parser.add_argument('--watch', action='store_true', help='renew report.html every few seconds')
     args = parser.parse_args()
+    if args.watch:
+        from training.watch import watch
+        return watch(args.runs, args.out)
     print(printable(f'report: {write_report(args.runs, args.out)}'))
 
 
@@ -80,12 +85,14 @@ def write_report(folders: list, out=None) -> Path:
 
 
 def read_run(folder: Path) -> Run:
+    """Return what the folder of a run holds. Raises ValueError if it has no line of metrics yet."""
     path = folder / 'metrics.jsonl'
     lines = [{name: number(value) for name, value in line.items()} for line in read_metrics(path)]
     if not lines:
         raise ValueError(f'{path} has no line yet: name the out_dir of a run that has begun to train')
     add_totals(lines)
-    facts = read_record(folder / 'run.json', settings=dict, defaults=dict, environment=dict, starts=list)
+    facts = read_record(folder / 'run.json', settings=dict, defaults=dict, environment=dict, starts=list,
+                        ended=dict)
     evals = read_record(folder / 'eval.json', results=dict)
     path = folder / 'samples.md'
     samples = path.read_bytes().decode('utf-8', 'replace') if path.is_file() else ''
@@ -216,14 +223,19 @@ def starts(run) -> str:
 
 
 def settings(runs) -> str:
-    """The settings of the last start: those that differ between the runs, then others than the defaults."""
-    columns = []
-    for values in (*(run.facts['settings'] for run in runs), runs[0].facts['defaults']):
-        columns.append({name: code(repr(value)) for name, value in values.items() if name != 'out_dir'})
-    rows = [[code(name), *values] for name, *values in side_by_side(columns) if len(set(values)) > 1]
-    rows.sort(key=lambda row: len(set(row[1:-1])) == 1)
+    """The settings of the last start."""
+    rows = [[code(cell) for cell in row] for row in settings_rows(runs)]
     heads = ['', *(code(run.name) for run in runs), 'default']
     return table('Settings that differ between the runs or from the defaults', heads, rows)
+
+
+def settings_rows(runs) -> list[list[str]]:
+    """Return name, values of each run, default: settings that differ between runs, then from the default."""
+    columns = []
+    for values in (*(run.facts['settings'] for run in runs), runs[0].facts['defaults']):
+        columns.append({name: repr(value) for name, value in values.items() if name != 'out_dir'})
+    rows = [row for row in side_by_side(columns) if len(set(row[1:])) > 1]
+    return sorted(rows, key=lambda row: len(set(row[1:-1])) == 1)
 
 
 def side_by_side(columns: list[dict]) -> list[list]:

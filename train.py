@@ -12,6 +12,7 @@ report.md with curves.
 """
 
 import dataclasses
+import math
 import os
 from typing import Literal
 
@@ -34,6 +35,7 @@ from training.benchmarks import open_benchmarks
 from training.checks import check_limits, check_settings, check_unused
 from training.data import count_bytes, evaluate, open_data
 from training.groups import LrGroups
+from training.progress import SaveTimes
 from training.samples import generate, read_prompts
 from weights.begin import adopted_settings, begin, make_model
 
@@ -49,9 +51,12 @@ eval_only = False  # evaluate once, write nothing
 generate_interval = 0  # iterations between samples from the same prompts, in out_dir/samples.md; 0 = none
 generate_prompts = ''  # one a line; '' = the beginnings of four validation windows
 report = True  # write report.md and its curves at the end; report.py writes them at any time
+max_hours = 0.0  # stop and save after this many hours of wall clock, to be resumed; 0 = no limit
+on_event = ''  # shell command, called with the name of each event and JSON on its input: docs/TRAIN.md
 patience = 0  # stop after this many evaluations without a new best validation loss; 0 = never
 always_save_checkpoint = True  # False: sample.py loads best.pt, not ckpt.pt
 checkpoint_interval = 0  # iterations between checkpoints; 0 = save with each evaluation
+checkpoint_minutes = 0.0  # save when this many minutes have passed since the last of these checkpoints, too
 keep_last_n_checkpoints = 1  # older checkpoints to keep; -1 = all
 init_from = 'scratch'  # resume; x.pt (weights only); gpt2 to gpt2-xl; a folder in transformers' format
 auto_resume = False  # resume if out_dir has a checkpoint, else start from scratch
@@ -64,7 +69,8 @@ core_interval = 0
 core = ''  # folder of the CORE bundle
 eval_dir = ''  # folder with hellaswag.jsonl and lambada.jsonl, read instead of downloading
 max_examples = 0  # per benchmark; 0 = all
-# wandb
+# TensorBoard and wandb
+tensorboard_log = False  # write out_dir/tensorboard
 wandb_log = False
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
@@ -160,6 +166,7 @@ with one_line_errors(), distributed.signals_noted():
     check_settings(settings)
     check_unused(settings, explicit)
     progress = start.progress
+    distributed.time_limit.hours = max_hours or math.inf
 
     # data: divide the batch over the ranks, so that any number of ranks takes the same steps
     grad_accum, rows = distributed.divide_batch(gradient_accumulation_steps, batch_size, place.world_size)
@@ -217,14 +224,16 @@ with one_line_errors(), distributed.signals_noted():
     print0(f'data: {data.describe(max_iters * tokens_per_step)}, {tokens_per_step:,} tokens a step '
            f'({place.world_size} ranks x {grad_accum} micro-steps x {rows} windows x {block_size}), '
            f'{max_iters:,} steps')
-    log = Log(None if eval_only else out_dir, place, progress, tokens_per_step, max_iters)
+    log = Log(None if eval_only else out_dir, place, progress, tokens_per_step, max_iters, on_event)
     log.open(is_new, dict(settings=settings, defaults=DEFAULTS, parameters=model.get_num_params(),
                           flops_per_token=model.flops_per_token(), dataset_tokens=data.train.n_tokens,
                           device=device_name, dtype=precision, compiled=use_compile))
+    if tensorboard_log:
+        log.start_tensorboard()
     if wandb_log:
         log.start_wandb(wandb_project, wandb_run_name, settings)
-    save_interval = checkpoint_interval or eval_interval
-    intervals = [eval_interval, save_interval, *(benchmark.interval for benchmark in benchmarks)]
+    save_times = SaveTimes(checkpoint_interval or eval_interval, checkpoint_minutes)
+    intervals = [eval_interval, *(benchmark.interval for benchmark in benchmarks)]
     intervals += [generate_interval] if prompts else []
     # the constant part of each checkpoint
     facts = dict(model_args=vars(model.config), config=settings, tokenizer=tokenizer_meta,
@@ -238,7 +247,8 @@ with one_line_errors(), distributed.signals_noted():
     while True:
         stop = distributed.signal_to_stop()  # the same on all ranks
         finished = progress.iter_num >= max_iters
-        with log.paused(stop or finished or any(progress.iter_num % n == 0 for n in intervals)):
+        save_due = save_times.due(progress.iter_num) or finished or stop
+        with log.paused(save_due or any(progress.iter_num % n == 0 for n in intervals)):
             # evaluate
             evaluation_due = finished or eval_only or progress.iter_num % eval_interval == 0
             losses, is_best = None, False
@@ -251,7 +261,7 @@ with one_line_errors(), distributed.signals_noted():
                 finished = finished or progress.out_of_patience(patience)
 
             # save
-            save_due = finished or stop or is_best or progress.iter_num % save_interval == 0
+            save_due = save_due or finished or stop or is_best
             if save_due and progress.advanced and not eval_only:
                 progress.to_evaluate = evaluation_due and losses is None
                 tensors = checkpoint.gather(model, optimizers)
@@ -259,6 +269,7 @@ with one_line_errors(), distributed.signals_noted():
                              history=judge.state(), position=data.train.position(progress.iter_num))
                 folder.save_or_warn(state, progress, keep_last_n=keep_last_n_checkpoints, is_best=is_best,
                                     must_succeed=finished or stop)
+                log.saved(folder, is_best)
 
             # benchmarks and samples take long: save first, and skip them after a signal
             last = finished or eval_only
@@ -295,15 +306,13 @@ with one_line_errors(), distributed.signals_noted():
         skip = judge.judge(grad_norm, step_loss)  # the same on all ranks
         for each in optimizers:
             optim.step_unless(each, skip)
-        scaler.update()
-        for each in optimizers:
             each.zero_grad(set_to_none=True)
+        scaler.update()
 
         # log; on a GPU, reading `skip` would wait for the step to end
         if progress.iter_num % log_interval == 0 or (place.device.type == 'cpu' and skip):
-            n_skipped_in_a_row = log.step(lr_scale * peak_lr, step_loss, grad_norm, judge)
-            if n_skipped_in_a_row >= max_skipped_steps:
-                raise ValueError(folder.too_many_skipped(max_skipped_steps, progress.iter_num))
+            log.step(lr_scale * peak_lr, step_loss, grad_norm, judge)
+            log.check_skipped(max_skipped_steps, folder)
         progress.iter_num += 1
 
     if report and not stop and not eval_only:

@@ -12,7 +12,7 @@ LIMITS = (
     (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters muon_warmup_iters'),
     (0, math.inf, 'learning_rate matrix_lr embedding_lr head_lr min_lr weight_decay grad_clip skip_spikes'),
     (0, math.inf, 'lr_decay_iters shard_ranks patience hellaswag_interval lambada_interval core_interval'),
-    (0, math.inf, 'max_examples lora_alpha'),
+    (0, math.inf, 'max_examples lora_alpha max_hours checkpoint_minutes'),
     (0, 2**31, 'lora_rank'),
     (0, 1, 'beta1 beta2'),
     (0, 2**63, 'seed'),
@@ -64,6 +64,8 @@ def check_settings(settings: dict):
         'and the folder of the CORE bundle': bool(s.core_interval) != bool(s.core),
         'wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False':
             s.wandb_log and importlib.util.find_spec('wandb') is None,
+        'tensorboard_log=True: tensorboard is not installed: pip install tensorboard, or use '
+        '--tensorboard_log=False': s.tensorboard_log and importlib.util.find_spec('tensorboard') is None,
     }
     for message, applies in problems.items():
         if applies:

@@ -1,10 +1,12 @@
-"""Pictures of training: the curves of one run or several as PNGs.
+"""Pictures of training: the curves of one run or several, as PNG files or as SVG within a page.
 
     names = draw_all(runs, Path('out'))     # ['loss.png', 'training.png']
+    drawings = as_svg(runs)                 # ['<svg ...', '<svg ...']
 
 A run is a report.Run.
 """
 
+import io
 import warnings
 from typing import NamedTuple
 
@@ -39,20 +41,47 @@ STYLES = {'loss': dict(alpha=0.3, linewidth=0.8), 'val_loss': dict(linestyle='--
 
 def draw_all(runs, folder) -> list[str]:
     """Draw every picture that has something to show; return their names."""
+    names = []
+    for name, figure in figures(runs):
+        write_atomically(folder / name, lambda f, figure=figure: save(figure, f, 'png'))
+        names.append(name)
+    return names
+
+
+def as_svg(runs) -> list[str]:
+    """Return every picture as SVG without a background, its text and its black lines in the page's colour."""
+    drawings = []
+    for _, figure in figures(runs):
+        f = io.StringIO()
+        save(figure, f, 'svg')
+        svg = f.getvalue()
+        drawings.append(svg[svg.index('<svg'):].replace('#000000', 'currentColor'))
+    return drawings
+
+
+def save(figure, f, kind):
+    from matplotlib import rc_context
+    with warnings.catch_warnings(), rc_context({'svg.fonttype': 'none'}):  # text stays text
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # the page has the names
+        figure.savefig(f, format=kind, transparent=kind == 'svg')
+
+
+def figures(runs):
+    """Yield (name, figure) of each picture that has something to show."""
     names = dict.fromkeys(name for run in runs for name in run.benchmark_names)
     # more than four would be too small to read
     benchmarks = [Panel('tokens', 'log', name, 'linear', (name,)) for name in list(names)[:4]]
     pictures = PICTURES | {'benchmarks.png': benchmarks}
-    return [name for name, panels in pictures.items() if draw(runs, panels, folder / name)]
+    for name, panels in pictures.items():
+        if any(run.values(curve) for run in runs for panel in panels for curve in panel.curves):
+            yield name, draw(runs, panels)
 
 
-def draw(runs, panels, path) -> bool:
-    """Draw panels side by side into a PNG. False if no run has a value to show."""
+def draw(runs, panels):
+    """Draw panels side by side."""
     from matplotlib.figure import Figure
     from matplotlib.font_manager import get_font_names
     from matplotlib.lines import Line2D
-    if not any(run.values(curve) for run in runs for panel in panels for curve in panel.curves):
-        return False
     figure = Figure(figsize=(11, 4.2 + 0.2 * len(runs)), layout='constrained')
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw_panel(axes, runs, panel)
@@ -65,10 +94,7 @@ def draw(runs, panels, path) -> bool:
     # each character is taken from the first font that has it
     fonts = ['DejaVu Sans', *sorted(CHINESE_FONTS & set(get_font_names()))]
     figure.legend(handles=handles, loc='outside upper left', frameon=False, prop=dict(family=fonts))
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # the page has the names
-        write_atomically(path, lambda f: figure.savefig(f, format='png'))
-    return True
+    return figure
 
 
 def draw_panel(axes, runs, panel):

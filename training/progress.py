@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 
+import distributed
 from files import print0
 
 
@@ -55,3 +57,24 @@ class Progress:
         print0(f'no new best validation loss in {self.since_best} evaluations: '
                f'stopping here (patience={patience})')
         return True
+
+
+class SaveTimes:
+    """When to save a checkpoint without a special reason: by iterations, and by the clock.
+
+    interval  iterations between checkpoints
+    minutes   of wall clock; 0 = by iterations alone
+    """
+
+    def __init__(self, interval: int, minutes: float):
+        self.interval, self.minutes = interval, minutes
+        self.last_s = time.monotonic()
+
+    def due(self, iter_num: int) -> bool:
+        """Whether to save now, the same on all ranks. A save that is due starts the minutes anew."""
+        is_due = iter_num % self.interval == 0
+        if self.minutes and not is_due:
+            is_due = distributed.largest(time.monotonic() - self.last_s >= self.minutes * 60) == 1
+        if is_due:
+            self.last_s = time.monotonic()
+        return is_due

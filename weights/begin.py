@@ -29,7 +29,7 @@ FIXED_ON_RESUME = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 
                    *LORA_SETTINGS)
 # settings of one start of a run, which a checkpoint does not bring back
 PER_START = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'verify_data',
-             'device', 'backend', 'timeout_s')
+             'device', 'backend', 'timeout_s', 'max_hours', 'on_event')
 # settings that decide which windows the validation loss is measured on
 EVALUATION = ('dataset', 'batch_size', 'block_size', 'eval_iters', 'sampling', 'isolate_documents',
               'stream_val')
