@@ -26,7 +26,7 @@ ALLOWED = {
     'optim': ['distributed'],
 }
 # packages that are imported inside the functions that need them
-WHERE_USED = {'datasets', 'wandb', 'tokenizers', 'matplotlib', 'safetensors', 'huggingface_hub', 'transformers', 'tiktoken', 'gguf'}
+WHERE_USED = {'datasets', 'wandb', 'tokenizers', 'matplotlib', 'safetensors', 'huggingface_hub', 'transformers', 'tiktoken', 'gguf', 'tensorboard'}
 
 
 def tracked(*patterns):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import subprocess
 from types import SimpleNamespace
 
 # minimum, upper bound (excluded), and names of the settings; GPTConfig checks those of the model
@@ -70,6 +71,16 @@ def check_settings(settings: dict):
     for message, applies in problems.items():
         if applies:
             raise ValueError(message)
+    if s.on_event:
+        check_command(s.on_event)
+
+
+def check_command(command: str):
+    """Raise ValueError for a command whose syntax is wrong. What it calls may come to exist later."""
+    checked = subprocess.run(['sh', '-n', '-c', f'{command} "$@"'], capture_output=True, text=True)
+    if checked.returncode:
+        raise ValueError(f'on_event={command!r}: sh cannot read it ({checked.stderr.strip()}): '
+                         'give a command line of sh')
 
 
 def check_unused(settings: dict, explicit: set):

@@ -95,7 +95,7 @@ def make_page(folders) -> str:
         except (ValueError, OSError) as error:
             waiting.append(f'<p class="faint">{text_of(error)}</p>')
     states = [state_of(run) for run in runs]
-    names = [Path(run.name).name or run.name for run in runs]
+    names = [run.name for run in runs]
     title = ' and '.join(f'{name}: {state}' for name, state in zip(names, states, strict=True))
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><!--refresh-->',
