@@ -61,9 +61,10 @@ def as_svg(runs) -> list[str]:
 
 def save(figure, f, kind):
     from matplotlib import rc_context
+    metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type')) if kind == 'svg' else None  # none at all
     with warnings.catch_warnings(), rc_context({'svg.fonttype': 'none'}):  # text stays text
         warnings.filterwarnings('ignore', 'Glyph .* missing')  # the page has the names
-        figure.savefig(f, format=kind, transparent=kind == 'svg')
+        figure.savefig(f, format=kind, transparent=kind == 'svg', metadata=metadata)
 
 
 def figures(runs):
