@@ -87,12 +87,15 @@ class Log:
         files.write_json(path, dict(**facts, environment=environment, starts=[*earlier['starts'], start]))
 
     def start_tensorboard(self):
-        """Write TensorBoard's files to out_dir/tensorboard. Its readers drop the steps that are repeated."""
+        """Write TensorBoard's files to out_dir/tensorboard.
+
+        From the second start on its readers drop the steps that are repeated: from purge_step onwards.
+        """
         if self.out_dir is None:
             return
         from torch.utils.tensorboard import SummaryWriter
         self.tensorboard = SummaryWriter(str(self.out_dir / 'tensorboard'), flush_secs=10,
-                                         purge_step=self.progress.iter_num or None)
+                                         purge_step=self.progress.iter_num)
 
     def start_wandb(self, project, name, config):
         """Start or resume the wandb run: offline if there is no key, because training needs no network."""
