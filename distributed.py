@@ -6,7 +6,6 @@ resumed run adds in another order, and losses of 3 ranks differed by 6e-8 (torch
 """
 
 import contextlib
-import math
 import os
 import signal
 import socket
@@ -134,29 +133,14 @@ def once_a_node(function, place: Place):
 # signals
 
 
-received = []  # numbers of the stop signals so far
 TIME_OVER = 1000  # in place of a signal's number
-
-
-@dataclass
-class TimeLimit:
-    """The wall clock of this process since signals_noted() began."""
-
-    hours: float = math.inf
-    begun_s: float = 0.0
-
-    def is_over(self) -> bool:
-        return time.monotonic() - self.begun_s >= self.hours * 3600
-
-
-time_limit = TimeLimit()  # train.py sets its hours
+received = []  # numbers of the stop signals so far, and TIME_OVER after max_hours
 
 
 @contextlib.contextmanager
 def signals_noted():
     """Note SIGTERM, SIGINT and SIGUSR1 for signal_to_stop(). A second SIGINT ends the process at once."""
     received.clear()
-    time_limit.hours, time_limit.begun_s = math.inf, time.monotonic()
     read_end, write_end = socket.socketpair()
     write_end.setblocking(False)
     threading.Thread(target=watch_signals, args=[read_end], daemon=True).start()
@@ -194,9 +178,8 @@ def watch_signals(read_end):
 
 
 def signal_to_stop() -> str | None:
-    """Return the name of a stop signal that any rank has received, or 'max_hours', the same on all ranks."""
-    number = received[0] if received else TIME_OVER * time_limit.is_over()
-    number = largest(number)
+    """Return the name of a stop signal that any rank has received, or max_hours, the same on all ranks."""
+    number = largest(received[0] if received else 0)
     if number == TIME_OVER:
         return 'max_hours'
     return signal.Signals(number).name if number else None
@@ -204,10 +187,9 @@ def signal_to_stop() -> str | None:
 
 def largest(number: int) -> int:
     """Return the largest number of all ranks."""
-    if not dist.is_initialized():
-        return number
     number = torch.tensor(number)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
 

@@ -60,6 +60,8 @@ class Log:
         if peak_flops and facts['dtype'] != 'float32':
             self.mfu_per_tok_per_s = facts['flops_per_token'] / (peak_flops * self.place.world_size)
         distributed.on_first_rank(lambda: self.claim(is_new, facts))
+        if facts['settings']['tensorboard_log']:
+            self.start_tensorboard()
 
     def claim(self, is_new, facts):
         if self.out_dir is None:

@@ -12,7 +12,6 @@ report.md with curves.
 """
 
 import dataclasses
-import math
 import os
 from typing import Literal
 
@@ -35,7 +34,7 @@ from training.benchmarks import open_benchmarks
 from training.checks import check_limits, check_settings, check_unused
 from training.data import count_bytes, evaluate, open_data
 from training.groups import LrGroups
-from training.progress import SaveTimes
+from training.progress import SaveTimes, limit_hours
 from training.samples import generate, read_prompts
 from weights.begin import adopted_settings, begin, make_model
 
@@ -51,12 +50,12 @@ eval_only = False  # evaluate once, write nothing
 generate_interval = 0  # iterations between samples from the same prompts, in out_dir/samples.md; 0 = none
 generate_prompts = ''  # one a line; '' = the beginnings of four validation windows
 report = True  # write report.md and its curves at the end; report.py writes them at any time
-max_hours = 0.0  # stop and save after this many hours of wall clock, to be resumed; 0 = no limit
-on_event = ''  # shell command, called with the name of each event and JSON on its input: docs/TRAIN.md
+max_hours = 0.0  # save and stop after this many hours of wall clock; 0 = never
+on_event = ''  # shell command, called at events as docs/TRAIN.md says
 patience = 0  # stop after this many evaluations without a new best validation loss; 0 = never
 always_save_checkpoint = True  # False: sample.py loads best.pt, not ckpt.pt
 checkpoint_interval = 0  # iterations between checkpoints; 0 = save with each evaluation
-checkpoint_minutes = 0.0  # save when this many minutes have passed since the last of these checkpoints, too
+checkpoint_minutes = 0.0  # save after this many minutes, too; 0 = never
 keep_last_n_checkpoints = 1  # older checkpoints to keep; -1 = all
 init_from = 'scratch'  # resume; x.pt (weights only); gpt2 to gpt2-xl; a folder in transformers' format
 auto_resume = False  # resume if out_dir has a checkpoint, else start from scratch
@@ -69,7 +68,7 @@ core_interval = 0
 core = ''  # folder of the CORE bundle
 eval_dir = ''  # folder with hellaswag.jsonl and lambada.jsonl, read instead of downloading
 max_examples = 0  # per benchmark; 0 = all
-# TensorBoard and wandb
+# wandb and TensorBoard
 tensorboard_log = False  # write out_dir/tensorboard
 wandb_log = False
 wandb_project = 'owt'
@@ -166,7 +165,7 @@ with one_line_errors(), distributed.signals_noted():
     check_settings(settings)
     check_unused(settings, explicit)
     progress = start.progress
-    distributed.time_limit.hours = max_hours or math.inf
+    limit_hours(max_hours)
 
     # data: divide the batch over the ranks, so that any number of ranks takes the same steps
     grad_accum, rows = distributed.divide_batch(gradient_accumulation_steps, batch_size, place.world_size)
@@ -228,8 +227,6 @@ with one_line_errors(), distributed.signals_noted():
     log.open(is_new, dict(settings=settings, defaults=DEFAULTS, parameters=model.get_num_params(),
                           flops_per_token=model.flops_per_token(), dataset_tokens=data.train.n_tokens,
                           device=device_name, dtype=precision, compiled=use_compile))
-    if tensorboard_log:
-        log.start_tensorboard()
     if wandb_log:
         log.start_wandb(wandb_project, wandb_run_name, settings)
     save_times = SaveTimes(checkpoint_interval or eval_interval, checkpoint_minutes)

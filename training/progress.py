@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+import threading
 import time
 from dataclasses import dataclass
 
 import distributed
 from files import print0
+
+BEGUN_S = time.monotonic()  # about when the process began
 
 
 @dataclass
@@ -57,6 +60,15 @@ class Progress:
         print0(f'no new best validation loss in {self.since_best} evaluations: '
                f'stopping here (patience={patience})')
         return True
+
+
+def limit_hours(max_hours: float):
+    """Let distributed.signal_to_stop() stop the run when this process is so many hours old; 0 = never."""
+    if max_hours:
+        left_s = BEGUN_S + max_hours * 3600 - time.monotonic()
+        timer = threading.Timer(left_s, distributed.received.append, [distributed.TIME_OVER])
+        timer.daemon = True  # the process may end before it
+        timer.start()
 
 
 class SaveTimes:
