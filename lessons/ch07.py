@@ -182,15 +182,20 @@ for name in ('webqa', 'dureader'):
 # ## A model that only continues
 #
 # The **base model** (基座模型) learns from passages alone, without any question. First its tokenizer and its data
-# (chapter 6 explains these commands), then a short training.
+# (chapter 6 explains these commands), then a short training. The tokenizer does see questions, so that their characters
+# become tokens; the model does not.
 # %% [markdown] lang=zh
 # ## 只会续写的模型
 #
 # 先训练一个**基座模型**（base model）：只读短文，一个问题也没见过。先做分词器和数据（这些命令第六章讲过），再训练一小会儿。
+# 分词器倒是读过问题，不然问句里的字就没有自己的词元；模型没有读过。
 # %%
 passages = [''.join(describe(new_person(name)) for name in draw.sample(NAMES, 2)) for _ in range(N_TRAIN)]
 (HERE / 'passages.txt').write_text('\n\n'.join(passages), encoding='utf-8')
-run('-m', 'corpus.train_tokenizer', 'train', '--input', HERE / 'passages.txt', '--vocab_size=500', f'--out={HERE}/tokenizer')
+questions = [QUESTION[draw.choice(list(FACTS))].format(draw.choice(NAMES)) for _ in range(N_TRAIN)]
+(HERE / 'questions.txt').write_text('\n'.join(questions), encoding='utf-8')
+run('-m', 'corpus.train_tokenizer', 'train', '--input', HERE / 'passages.txt', HERE / 'questions.txt', '--vocab_size=600',
+    f'--out={HERE}/tokenizer')
 run('-m', 'corpus.pack', 'build', '--input', HERE / 'passages.txt', '--format=paragraphs',
     f'--tokenizer={HERE}/tokenizer', f'--out={HERE}/passages', n_lines=2)
 SHAPE = ['--block_size=96', '--n_layer=3', '--n_head=4', '--n_embd=96']
@@ -254,7 +259,7 @@ def draw_tokens(axes, pieces, colours, columns=70):
     """Write pieces of text into boxes, line by line."""
     x = y = 0
     for piece, colour in zip(labels(pieces), colours, strict=True):
-        width = 1.6 + sum(0.95 if character.isascii() else 1.75 for character in piece)
+        width = 1.3 + sum(0.8 if character.isascii() else 1.5 for character in piece)
         if x + width > columns:
             x, y = 0, y - 1
         axes.text(x, y, piece, va='center', fontsize=11, bbox=dict(facecolor=colour, edgecolor='white', pad=3))
@@ -278,7 +283,7 @@ draw_tokens(figure.subplots(), pieces_of(ids), colours_of(ids, mask))
 show(figure)
 # %% [markdown] lang=en
 # Each box is a token. Yellow: special tokens of the template. Grey: read, but not learned. **Green: the targets** (目标).
-# A box with `�` holds a part of a character, as in chapter 1.
+# A box with `�`, if there is one, holds a part of a character, as in chapter 1.
 #
 # ## From mask to labels
 #
@@ -287,7 +292,7 @@ show(figure)
 # is the input `x`, the lower line the label `y` under each input.
 # %% [markdown] lang=zh
 # 一个方框是一个词元。黄色：模板的特殊词元；灰色：只读不学；**绿色：要学的目标**（target）。
-# 带 `�` 的方框只装着半个字，第一章见过。
+# 如果有带 `�` 的方框，里面只装着半个字，第一章见过。
 #
 # ## 从掩码到标签
 #
