@@ -237,7 +237,10 @@ ASSIGNMENT = re.compile(r'(\w+)(?:: .+?)? = .+?(?:  # (.*))?\n')
 def help_text(settings):
     """Return the script's docstring and its settings with headings, remarks and accepted values."""
     remarks = read_remarks(settings['__file__']) if '__file__' in settings else {}
-    lines = [(settings.get('__doc__') or '').strip(), '', 'Settings, as flags or in a config file:']
+    project = (Path(__file__).parent / 'pyproject.toml').read_text(encoding='utf-8')
+    version = re.search(r'^version = "(.+)"', project, re.MULTILINE)[1]
+    lines = [f'flatGPT {version}', '', (settings.get('__doc__') or '').strip(), '',
+             'Settings, as flags or in a config file:']
     for name, options in accepted_by(settings).items():
         default, (heading, remark) = settings[name], remarks.get(name, ([], ''))
         shown = default if isinstance(default, str) and default.isprintable() else repr(default)

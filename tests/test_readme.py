@@ -14,7 +14,9 @@ from configurator import config_of, configure
 from corpus.options import OPTIONS
 
 READMES = [ROOT / 'README.md', ROOT / 'README.zh-CN.md']
-PAGES = [*READMES, *sorted(ROOT.glob('docs/*.md'))]
+CONTRIBUTING = [ROOT / 'CONTRIBUTING.md', ROOT / 'CONTRIBUTING.zh-CN.md']
+TRANSLATED = [READMES, CONTRIBUTING, *((ROOT / f'docs/{path.name}', path) for path in sorted(ROOT.glob('docs/zh/*.md')))]
+PAGES = [*READMES, *CONTRIBUTING, *sorted(ROOT.glob('docs/*.md')), *sorted(ROOT.glob('docs/zh/*.md'))]
 RUN = ['python data/shakespeare_char/prepare.py', 'python train.py config/quickstart.py', 'python sample.py --out_dir=out-quickstart']
 TEST = ['python -m pytest']
 INSTALL = ['python3 -m venv .venv', '. .venv/bin/activate', 'pip install -r requirements.txt']
@@ -60,9 +62,18 @@ def test_the_pages_hold_what_is_checked():
     assert {command[0] for command in SCRIPTS} >= {'train.py', 'sample.py', 'bench.py', 'data/text/prepare.py'}
 
 
-def test_both_languages_have_the_same_commands():
-    english, chinese = ([commands(block) for block in blocks(page)] for page in READMES)
-    assert english == chinese and blocks(READMES[0], '') == blocks(READMES[1], '')
+@pytest.mark.parametrize('pages', TRANSLATED, ids=lambda pages: pages[0].name)
+def test_both_languages_have_the_same_commands(pages):
+    english, chinese = ([commands(block) for block in blocks(page)] for page in pages)
+    assert english == chinese and blocks(pages[0], '') == blocks(pages[1], '')
+
+
+def test_the_readme_is_short():
+    assert len(READMES[0].read_text(encoding='utf-8').split()) <= 1200
+    sizes = {name: len((ROOT / name).read_text(encoding='utf-8').splitlines()) for name in ('model.py', 'train.py')}
+    for page in READMES:
+        text = page.read_text(encoding='utf-8')
+        assert all(re.search(rf'\({name}\)[ （(]*{size}\b', text) for name, size in sizes.items()), sizes
 
 
 @pytest.mark.parametrize('page', READMES, ids=lambda page: page.name)
@@ -76,6 +87,8 @@ def test_run_and_test_are_one_line_each_on_the_first_screen(page):
 def test_commands_name_what_exists(command, tiny, capsys):
     script, *arguments = command
     assert (ROOT / script).is_file()
+    if script.startswith('lessons/'):
+        return
     if script.startswith('data/') or script == 'report.py':
         done = subprocess.run([sys.executable, ROOT / script, '--help'], capture_output=True, text=True, encoding='utf-8') if arguments else None
         assert not [flag for flag in arguments if flag.startswith('--') and flag.split('=')[0] not in done.stdout]
@@ -93,7 +106,7 @@ def test_commands_name_what_exists(command, tiny, capsys):
 def test_git_ignores_what_the_commands_write():
     if subprocess.run(['git', 'rev-parse'], cwd=ROOT, capture_output=True).returncode:
         pytest.skip('needs a git repository')
-    text = ' '.join(word for page in READMES for command in named_commands(page) for word in command)
+    text = ' '.join(word for page in PAGES for command in named_commands(page) for word in command)
     written = re.findall(r'--(?:out|out_dir|export|answers|results)[= ]([\w./-]+)', text)
     files = {path if '.' in path else f'{path}/train.bin' for path in written if not path.startswith('/')}
     assert files >= {'exported/train.bin', 'weights.npz', 'comparison/train.bin', 'answers.jsonl', 'data/corpus/train.bin'}
@@ -102,18 +115,27 @@ def test_git_ignores_what_the_commands_write():
 
 
 def test_the_error_shown_is_the_one_that_comes():
-    for page in READMES:
+    for page in (ROOT / 'docs/TRAIN.md', ROOT / 'docs/zh/TRAIN.md'):
         [shown] = [line for block in blocks(page, '') for line in block.splitlines() if 'unknown setting' in line]
         with pytest.raises(ValueError) as error:
             configure(settings_of('train'), [shown.split(':')[0] + '=1'])
         assert str(error.value) == shown
 
 
+def anchors(page):
+    """The anchors that a code host gives to the headings of a page."""
+    headings = re.findall(r'^#+ (.+)$', page.read_text(encoding='utf-8'), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_and_settings_exist(page):
     text = page.read_text(encoding='utf-8')
-    links = [link for link in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in link]
-    assert not [link for link in links if link.split('#')[0] and not (page.parent / link.split('#')[0]).exists()]
+    links = [link.partition('#') for link in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in link]
+    for path, _, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), (path, anchor)
     known = {name for script in ('train', 'sample', 'evaluate', 'bench') for name in config_of(settings_of(script))}
     known.update(OPTIONS)
     for path in ROOT.glob('corpus/*.py'):
@@ -126,3 +148,18 @@ def test_links_and_settings_exist(page):
 def test_requirements_bound_torch_and_the_rest():
     lines = [line for line in Path(ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines() if line and not line.startswith('#')]
     assert lines[0] == 'torch>=2.10' and all(re.fullmatch(r'[\w]+>=[\d.]+', line) for line in lines)
+
+
+def test_the_groups_of_pyproject_are_the_requirements():
+    text = (ROOT / 'pyproject.toml').read_text(encoding='utf-8').partition('[dependency-groups]')[2].partition('\n[')[0]
+    grouped = re.findall(r'"([^"]+)"', text)
+    lines = (ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines()
+    assert sorted(grouped) == sorted(line for line in lines if line and not line.startswith('#'))
+    assert all(name in text for name in ('core', 'data', 'serve', 'lessons', 'dev'))
+
+
+def test_help_names_the_version(capsys):
+    with pytest.raises(SystemExit, match='0'):
+        configure(settings_of('train'), ['--help'])
+    version = re.search(r'^version = "(.+)"', (ROOT / 'pyproject.toml').read_text(encoding='utf-8'), re.MULTILINE)[1]
+    assert capsys.readouterr().out.startswith(f'flatGPT {version}\n') and f'## {version}' in (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
