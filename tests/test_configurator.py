@@ -304,7 +304,7 @@ def test_overrides_line_names_what_differs(capsys, monkeypatch):
 def test_help(run):
     done = run('--batch_size=1', '--help')
     assert (done.returncode, done.stderr) == (0, '')
-    assert done.stdout == '''Train a toy.
+    assert done.stdout.partition('\n\n')[2] == '''Train a toy.
 
     python toy.py config/a.py
 

@@ -136,10 +136,12 @@ def test_links_and_settings_exist(page):
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), (path, anchor)
-    known = {name for script in ('train', 'sample', 'evaluate', 'bench') for name in config_of(settings_of(script))}
+    known = {name for script in ('train', 'sample', 'evaluate', 'bench', 'serve') for name in config_of(settings_of(script))}
     known.update(OPTIONS)
     for path in ROOT.glob('corpus/*.py'):
         known.update(re.findall(r"'--(\w+)'", path.read_text(encoding='utf-8')))
+    for path in (ROOT / 'bench.py', *ROOT.glob('serving/*.py')):  # fields of their JSON
+        known.update(re.findall(r'\w+', path.read_text(encoding='utf-8')))
     named = re.findall(r'`(?:--)?([a-z]\w*)=[^`\n]*`', text) + re.findall(r'`([a-z]+_[a-z_]+)`', text)
     assert not [name for name in named if name not in known]
     assert not [name for name in re.findall(r'\bconfig/\w+\.py', text) if not (ROOT / name).is_file()]
