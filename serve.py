@@ -19,7 +19,7 @@ import devices
 import distributed
 from chat import Sampling, check, choose_style, prepare_decoding, stop_ids
 from configurator import configure
-from files import one_line_errors, printable
+from files import one_line_errors, print0, printable
 from tokens.tokenizer import load_tokenizer
 from weights.begin import build_model, find_start
 
@@ -82,7 +82,10 @@ if __name__ == '__main__':
         except ValueError as error:
             if style != 'auto':
                 raise
-            template, no_chat = '', str(error)
+            template = ''
+            no_chat = ('the model was not tuned on conversations: use /v1/completions, or serve one that was, '
+                       'for example by config/finetune_dolly.py')
+            print0(f'no chat: {error}')
         model = build_model(trained, tokenizer, precision).to(place.device, precision)
         prepare_decoding(model, place.device, False, quantize)
 

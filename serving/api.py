@@ -85,7 +85,14 @@ class Api:
     def encode_prompts(self, prompt) -> list[list[int]]:
         """Return the ids of each prompt: a text, a list of ids, or a list of those."""
         is_one = isinstance(prompt, str) or all(isinstance(part, int) for part in prompt)
-        return [self.encode_prompt(part) for part in ([prompt] if is_one else prompt)]
+        prompts = [prompt] if is_one else prompt
+        self.check_count(len(prompts), 'prompt')  # before the work of encoding
+        return [self.encode_prompt(part) for part in prompts]
+
+    def check_count(self, n, param):
+        most = self.engine.max_batch + self.engine.max_queue
+        if n > most:
+            raise Refusal(400, f'{n} answers at once: this server takes at most {most}', param)
 
     def encode_prompt(self, prompt):
         tokenizer = self.tokenizer
@@ -127,9 +134,7 @@ class Api:
                 emit = partial(answer.receive, len(sequences))
                 sequences.append(Sequence(ids, sampling, self.tokenizer, emit, body.stops(), self.stop_ids,
                                           n_logprobs))
-        most = self.engine.max_batch + self.engine.max_queue
-        if len(sequences) > most:
-            raise Refusal(400, f'{len(sequences)} answers at once: this server takes at most {most}', 'n')
+        self.check_count(len(sequences), 'n')
         answer.sequences = sequences
         try:
             self.engine.submit(sequences)
@@ -320,7 +325,7 @@ def make_app(api: Api, *, api_key: str = '', origins=(), hosts=None) -> FastAPI:
     hosts    names of the server in requests; None = any
     """
     app = FastAPI(openapi_url=None)  # FastAPI's documentation pages load scripts from other hosts
-    app.add_api_route('/', api.page, methods=['GET'])
+    app.add_api_route('/', api.page, methods=['GET', 'HEAD'])
     app.add_api_route('/v1/models', api.models, methods=['GET'])
     app.add_api_route('/v1/completions', api.completions, methods=['POST'])
     app.add_api_route('/v1/chat/completions', api.chat, methods=['POST'])

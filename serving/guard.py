@@ -64,7 +64,8 @@ class Guard:
         origin = headers.get('origin')
         is_own = origin is None or urlsplit(origin).netloc == host
         if not is_own and origin not in self.origins and '*' not in self.origins:
-            raise Refusal(403, f'pages of {origin!r} may not use this server: start it with --cors={origin}')
+            remedy = f': start it with --cors={origin}' if origin != 'null' else ''  # null: any file or frame
+            raise Refusal(403, f'pages of {origin!r} may not use this server{remedy}')
         scheme, _, key = headers.get('authorization', '').partition(' ')
         is_right = scheme.lower() == 'bearer' and hmac.compare_digest(key.encode('latin-1'), self.api_key)
         if self.api_key and path != '/' and not is_right:

@@ -253,6 +253,7 @@ TEXT, CHAT = '/v1/completions', '/v1/chat/completions'
     (TEXT, {'prompt': 'a', 'top_p': 0}, 400, 'top_p'),
     (TEXT, {'prompt': 'a', 'n': 1000}, 400, 'n'),
     (TEXT, {'prompt': 'a', 'n': 9}, 400, 'n'),  # places and queue hold 8
+    (TEXT, {'prompt': ['a'] * 1000}, 400, 'prompt'),  # refused before it is encoded
     (TEXT, {'prompt': 'a', 'n': True}, 400, 'n'),
     (TEXT, {'prompt': 'a', 'stop': list('abcde')}, 400, 'stop'),
     (TEXT, {'prompt': 'a', 'echo': True}, 400, 'echo'),
