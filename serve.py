@@ -83,8 +83,8 @@ if __name__ == '__main__':
             if style != 'auto':
                 raise
             template = ''
-            no_chat = ('the model was not tuned on conversations: use /v1/completions, or serve one that was, '
-                       'for example by config/finetune_dolly.py')
+            no_chat = ('the model was not tuned on conversations: use /v1/completions, or serve one that '
+                       'was, for example by config/finetune_dolly.py')
             print0(f'no chat: {error}')
         model = build_model(trained, tokenizer, precision).to(place.device, precision)
         prepare_decoding(model, place.device, False, quantize)
