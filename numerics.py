@@ -91,14 +91,13 @@ def read_ids(vocab_size: int, most: int) -> torch.Tensor:
                              'the same number of them on each line, or a .npy file') from None
         rows = torch.from_numpy(rows)
     elif dataset:
-        loader = Loader(dataset_folders(dataset)[0], 'val', block_size=T, batch_size=batch_size,
+        loader = Loader(dataset_folders(dataset)[0], 'val', block_size=T + 1, batch_size=batch_size,
                         order='sequential')
-        x, y, _ = loader.windows(np.arange(batch_size))
-        rows = torch.cat((x, y[:, -1:]), dim=1)
+        rows = loader.windows(np.arange(batch_size)).x
     else:
         rows = torch.randint(vocab_size, (batch_size, T + 1), generator=torch.Generator().manual_seed(seed))
-    source = f'--ids={ids}' if ids else f'--dataset={dataset}'
-    if rows.dim() != 2 or not 1 < rows.size(1) <= most + 1:
+    source = f'--ids={ids}, --dataset={dataset}, --batch_size={batch_size}, --block_size={block_size}'
+    if rows.dim() != 2 or not rows.numel() or not 1 < rows.size(1) <= most + 1:
         raise ValueError(f'{source}: has shape {tuple(rows.shape)}, accepted are rows of 2 to {most + 1} ids')
     if not 0 <= rows.min() <= rows.max() < vocab_size:
         raise ValueError(f'{source}: has ids from {rows.min()} to {rows.max()}, the vocabulary of the model '
@@ -117,6 +116,8 @@ def dump(place):
     """Run one forward and backward pass, and write every tensor of it."""
     model = read_model()
     rows = read_ids(model.config.vocab_size, model.config.block_size)
+    if reference and place.world_size > 1:
+        raise ValueError(f'--reference={reference} runs on one rank: leave torchrun out')
     if len(rows) % place.world_size:
         raise ValueError(f'{len(rows)} rows of tokens do not divide over {place.world_size} ranks: '
                          'give another --batch_size or --ids')

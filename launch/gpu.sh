@@ -64,6 +64,9 @@ if [ "$half" = 1 ]; then
     train "train, ddp" $rank --out_dir="$out/ddp"
     train "train, fsdp" $rank --parallel=fsdp --out_dir="$out/fsdp"
     part resume $python train.py --init_from=resume --out_dir="$out/one" --max_iters=$((steps + 5)) $flags
+    part "numerics, gpu" $python numerics.py dump --out="$out/gpu" --out_dir="$out/one"
+    part "numerics, cpu" $python numerics.py dump --out="$out/cpu" --out_dir="$out/one" --device=cpu
+    part "numerics, compare" $python numerics.py compare "$out/gpu" "$out/cpu"
     part evaluate $python evaluate.py --tasks=bpb --out_dir="$out/one"
     part gradients-fsdp $python -m torch.distributed.run --standalone --nproc_per_node=1 launch/gpu_check.py \
         gradients --parallel=fsdp $flags

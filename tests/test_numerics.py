@@ -195,6 +195,11 @@ def test_ids_from_a_file(folder, tmp_path):
     assert compare(tmp_path / 'a', tmp_path / 'b', '--rtol=0')[0] == 0
 
 
+def test_windows_of_a_dataset(folder, tmp_path, tiny):
+    dump(tmp_path / 'a', f'--init_from={folder}/gpt2.npz', f'--dataset={tiny}', '--block_size=9')
+    assert np.load(tmp_path / 'a' / 'ids.npy').ravel().tolist() == np.fromfile(tiny / 'val.bin', np.uint16)[:20].tolist()
+
+
 @pytest.mark.parametrize('page', ['docs/NUMERICS.md', 'docs/zh/NUMERICS.md'])
 def test_the_example_in_numpy_alone_compares(folder, tmp_path, page):
     (example,) = re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(encoding='utf-8'), re.DOTALL)
@@ -216,6 +221,7 @@ def test_the_example_in_numpy_alone_compares(folder, tmp_path, page):
     (['dump', '--init_from={}/llama.npz'], '--out is empty'),
     (['dump', '--out={}/x', '--init_from={}/llama.npz', '--ids={}/words.txt'], 'accepted is a file of whole numbers'),
     (['dump', '--out={}/x', '--init_from={}/llama.npz', '--ids={}/big.txt'], 'has ids from 1 to 99'),
+    (['dump', '--out={}/x', '--init_from={}/llama.npz', '--batch_size=0'], '--batch_size=0, --block_size=64: has shape (0, 25)'),
 ])
 def test_bad_input_is_one_line(folder, argv, message):
     for name, text in (('half', '{"tensors": ['), ('strange', '{"tensors": 3}'), ('cut', '{"tensors": [{"name": "loss"}]}')):
