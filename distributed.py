@@ -134,7 +134,7 @@ def once_a_node(function, place: Place):
 
 
 TIME_OVER = 1000  # in place of a signal's number
-received = []  # numbers of the stop signals so far, and TIME_OVER after max_hours
+received = []  # numbers of the stop signals so far, or TIME_OVER
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ generate_interval = 0  # iterations between samples from the same prompts, in ou
 generate_prompts = ''  # one a line; '' = the beginnings of four validation windows
 report = True  # write report.md and its curves at the end; report.py writes them at any time
 max_hours = 0.0  # save and stop after this many hours of wall clock; 0 = never
-on_event = ''  # shell command, called at events as docs/TRAIN.md says
+on_event = ''  # shell command called at events, see docs/TRAIN.md
 patience = 0  # stop after this many evaluations without a new best validation loss; 0 = never
 always_save_checkpoint = True  # False: sample.py loads best.pt, not ckpt.pt
 checkpoint_interval = 0  # iterations between checkpoints; 0 = save with each evaluation
