@@ -156,7 +156,7 @@ def test_json_leaves_out_the_words():
     _, stdout, _, result = run_bench(*STEP, '--json')
     (line,) = stdout.splitlines()
     assert json.loads(line) == result
-    assert run_bench(*STEP)[1].startswith('overrides: ') and run_here('bench.py', '--json', '--help')[1].startswith('Measure ')
+    assert run_bench(*STEP)[1].startswith('overrides: ') and run_here('bench.py', '--json', '--help')[1].startswith('flatGPT ')
 
 
 def test_batch_size_follows_the_mode():
