@@ -205,12 +205,15 @@ class Log:
 
     def event(self, name: str, **facts):
         """Call the command of on_event, which runs beside training."""
-        if self.hook is None:
-            return
+        if self.hook is not None:
+            self.hook.send(name, self.facts_of(name, **facts))
+
+    def facts_of(self, name, **facts) -> dict:
+        """Return what the command of on_event reads."""
         general = dict(event=name, out_dir=str(self.out_dir.absolute()), iter=self.progress.iter_num,
                        max_iters=self.max_iters, best_val_loss=self.progress.best_val_loss,
                        time=round(time.time(), 1), host=socket.gethostname())
-        self.hook.send(name, finite(general | facts))
+        return finite(general | facts)
 
     def write(self, **numbers):
         """Append a line to metrics.jsonl, and send it to wandb. A full disk loses the line, not the run."""
@@ -265,19 +268,13 @@ class Log:
         except OSError as error:
             print0(f'{path}: {error.strerror}: report.py will not know how the run ended')
         self.to_tensorboard('close')
-        self.event(event, reason=reason)
         if self.hook is not None:
-            self.hook.close()
+            self.hook.close(event, self.facts_of(event, reason=reason))
 
     def close(self, stop: str | None, folder):
         """Print what is saved and what to do next."""
         if self.out_dir is None:
             return
-        if stop:
-            self.end('stopped', stop)
-        else:
-            reached = self.progress.iter_num >= self.max_iters
-            self.end('finished', 'max_iters' if reached else 'patience')
         it, out_dir = self.progress.iter_num, printable(str(self.out_dir))
         if stop and not self.progress.advanced:
             print0(f'stopped by {stop} at iteration {it}, where this run began: nothing new to save')
@@ -289,6 +286,10 @@ class Log:
         else:
             print0(f'done: {out_dir}/ckpt.pt after {it} iterations, best val loss '
                    f'{self.progress.best_val_loss:.4f} in best.pt; python sample.py --out_dir={out_dir}')
+        if stop:
+            self.end('stopped', stop)
+        else:
+            self.end('finished', 'max_iters' if it >= self.max_iters else 'patience')
 
 
 def finite(numbers: dict) -> dict:

@@ -157,10 +157,11 @@ def test_events_that_wait_behind_a_hanging_command_are_dropped(monkeypatch, caps
     hook = events.Hook('sleep 1000 #')
     for n in range(events.MAX_WAITING + 1):
         hook.send(f'event{n}', {})
-    hook.close()
+    hook.close('finished', {})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == 'on_event: event8 dropped: 8 earlier calls of the command have not ended'
-    assert lines[-1] == 'on_event: event7 dropped: the run has ended' and len(lines) == 9
+    assert lines[-2] == 'on_event: event7 dropped: the run has ended' and len(lines) == 10
+    assert lines[-1] == 'on_event: finished failed (ended after 0 s), training continues: '
 
 
 def test_a_command_does_not_join_the_ranks(monkeypatch):

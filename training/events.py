@@ -27,7 +27,7 @@ class Hook:
     def __init__(self, command: str):
         self.command = command
         self.waiting = []  # futures
-        self.ends_s = float('inf')  # time.monotonic() after which no call may go on
+        self.ends_s = float('inf')  # time.monotonic() after which no call may go on, but for the last
         self.pool = ThreadPoolExecutor(1)
 
     def send(self, event: str, facts: dict):
@@ -40,12 +40,12 @@ class Hook:
 
     def call(self, event, text):
         """Run the command, and print its output or its failure as one line."""
-        timeout_s = min(TIMEOUT_S, self.ends_s - time.monotonic())
-        if timeout_s <= 0:
+        left_s = self.ends_s - time.monotonic()
+        if left_s <= 0:
             print0(f'on_event: {event} dropped: the run has ended')
             return
         try:
-            code, output = run(self.command, event, text, timeout_s)
+            code, output = run(self.command, event, text, min(TIMEOUT_S, left_s))
         except Exception as error:  # no process can be started, for example
             code, output = type(error).__name__, str(error)
         output = printable(' '.join(output.split()))[:300]
@@ -54,10 +54,12 @@ class Hook:
         elif output:
             print0(f'on_event: {event}: {output}')
 
-    def close(self):
-        """Wait for the calls, TIMEOUT_S at most and once more for the one that runs."""
+    def close(self, event: str, facts: dict):
+        """Wait for the calls, TIMEOUT_S in all, and make the last one, of the end of the run."""
         self.ends_s = time.monotonic() + TIMEOUT_S
         self.pool.shutdown()
+        self.ends_s = float('inf')
+        self.call(event, json.dumps(facts) + '\n')
 
 
 def run(command: str, event: str, text: str, timeout_s: float) -> tuple[int | str, str]:
