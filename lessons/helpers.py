@@ -16,22 +16,20 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font_names
+
+from training.pictures import COLOURS as COLOURS  # for the chapters
+from training.pictures import chinese_fonts
 
 SMALL = os.environ.get('LESSON_SMALL', '0') not in ('', '0')
 WORK = Path(os.environ.get('LESSON_WORK', 'lessons/work'))
 WORK.mkdir(parents=True, exist_ok=True)
 NUMBERS = itertools.count(1)  # of a script's pictures
 
-# fonts by their names on Linux, macOS and Windows
-CHINESE_FONTS = ['Noto Sans CJK SC', 'Noto Sans CJK JP', 'Noto Sans SC', 'WenQuanYi Micro Hei', 'WenQuanYi Zen Hei',
-                 'Droid Sans Fallback', 'PingFang SC', 'Microsoft YaHei', 'SimHei']
-FONTS = [name for name in CHINESE_FONTS if name in get_font_names()][:1]
+FONTS = chinese_fonts()[:1]
 matplotlib.rcParams['font.family'] = ['DejaVu Sans', *FONTS]
 # the Python package's dialogues, BSD licence
 DIALOGUE = ('pip:chatterbot-corpus==1.3.3#86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154'
             '!chatterbot_corpus/data/chinese/conversations.yml')
-COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'  # Okabe and Ito
 
 
 def labels(texts):

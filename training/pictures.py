@@ -14,8 +14,9 @@ from files import printable, write_atomically
 
 # Okabe and Ito's palette for colour-blind readers, without its faint yellow: https://jfly.uni-koeln.de/color/
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
-CHINESE_FONTS = {'Noto Sans CJK SC', 'Noto Sans SC', 'WenQuanYi Micro Hei', 'WenQuanYi Zen Hei',
-                 'Droid Sans Fallback', 'PingFang SC', 'Microsoft YaHei', 'SimHei'}
+# by their names on Linux, macOS and Windows
+CHINESE_FONTS = ('Noto Sans CJK SC', 'Noto Sans CJK JP', 'Noto Sans SC', 'WenQuanYi Micro Hei',
+                 'WenQuanYi Zen Hei', 'Droid Sans Fallback', 'PingFang SC', 'Microsoft YaHei', 'SimHei')
 
 
 class Panel(NamedTuple):
@@ -81,7 +82,6 @@ def figures(runs):
 def draw(runs, panels):
     """Draw panels side by side."""
     from matplotlib.figure import Figure
-    from matplotlib.font_manager import get_font_names
     from matplotlib.lines import Line2D
     figure = Figure(figsize=(11, 4.2 + 0.2 * len(runs)), layout='constrained')
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -93,9 +93,16 @@ def draw(runs, panels):
         label = printable(run.name)[-120:].replace('$', r'\$')  # a $ would begin a formula
         handles.append(Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=label))
     # each character is taken from the first font that has it
-    fonts = ['DejaVu Sans', *sorted(CHINESE_FONTS & set(get_font_names()))]
+    fonts = ['DejaVu Sans', *chinese_fonts()]
     figure.legend(handles=handles, loc='outside upper left', frameon=False, prop=dict(family=fonts))
     return figure
+
+
+def chinese_fonts() -> list[str]:
+    """Return the names of the installed fonts that have Chinese characters."""
+    from matplotlib.font_manager import get_font_names
+    installed = set(get_font_names())
+    return [name for name in CHINESE_FONTS if name in installed]
 
 
 def draw_panel(axes, runs, panel):
