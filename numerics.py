@@ -188,11 +188,12 @@ def compare(folder_a, folder_b) -> bool:
     """Print the differences of two dumps. Return whether all are within the tolerance."""
     (names_a, rtol_a), (names_b, rtol_b) = read_index(folder_a), read_index(folder_b)
     tolerance = max(rtol_a, rtol_b) if rtol is None else rtol
-    names = [name for name in names_a if name in set(names_b)]
+    common = set(names_a) & set(names_b)
+    names = [name for name in names_a if name in common]
     if not names:
         raise ValueError(f'{folder_a} and {folder_b} have no tensor of the same name')
     for folder, own in ((folder_a, names_a), (folder_b, names_b)):
-        alone = [name for name in own if name not in set(names)]
+        alone = [name for name in own if name not in common]
         if alone:
             print(f'only in {folder}: {len(alone)} tensors ({printable(", ".join(alone[:3]))} ...)')
     width = max(map(len, names))

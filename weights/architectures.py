@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from weights.foreign import CONV1D, ROPE_SCALING
+from weights.foreign import CONV1D, ROPE_SCALING, are_positive
 
 # theirs: ours; the first name of each of ours is written
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu2': 'relu2', 'gelu_pytorch_tanh': 'gelu_tanh',
@@ -147,7 +147,7 @@ def read_llama(config):
                          'accepted are default, llama3')
     scaling = {name: rope[name] for name in ROPE_SCALING} if kind == 'llama3' else None
     numbers = [settings.get('rms_norm_eps', 1e-6), rope['rope_theta'], *(scaling or {}).values()]
-    if not all(type(number) in (int, float) and 0 < number < 1e30 for number in numbers):
+    if not are_positive(numbers):
         raise ValueError(f'{config.path}: rms_norm_eps and the numbers of its rotary positions are '
                          f'{numbers}, accepted are numbers above 0')
     return dict(args, bias=False, rope_theta=float(rope['rope_theta']), rope_scaling=scaling,

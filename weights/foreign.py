@@ -156,13 +156,16 @@ def check_model_args(args: dict, path, n_weights: int):
             raise ValueError(f'{path}: {name} = {value!r:.60} in its model_args is none '
                              'that this version knows')
     scaling = args.get('rope_scaling')
-    numbers = [(scaling or {}).get(name) for name in ROPE_SCALING]
-    if scaling is not None and not all(type(n) in (int, float) and 0 < n < 1e30 for n in numbers):
+    if scaling is not None and not are_positive(scaling.get(name) for name in ROPE_SCALING):
         raise ValueError(f'{path}: rope_scaling = {scaling!r:.100}, accepted are numbers above 0 for '
                          f'{", ".join(ROPE_SCALING)}')
     # a model of 10**9 layers would be built for hours before its weights turn out to be missing
     if args.get('n_layer', 1) > n_weights:
         raise ValueError(f'{path}: n_layer = {args["n_layer"]} does not fit its {n_weights} weights')
+
+
+def are_positive(numbers) -> bool:
+    return all(type(number) in (int, float) and 0 < number < 1e30 for number in numbers)
 
 
 def check_pickle(data: bytes, path):

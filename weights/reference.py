@@ -1,8 +1,8 @@
 """The model of transformers that a GPT is, recorded under our names and in our layouts.
 
-    names = names_of(model)                 # {our module: [their modules]}
-    theirs = reference_of(model)            # by way of an export
-    tensors = in_our_layout(model, theirs)  # yields (our name, weight or gradient)
+    names = names_of(model)         # {our module: [their modules]}
+    theirs = reference_of(model)    # by way of an export
+    for name, tensor in in_our_layout(shapes, model.config, dict(theirs.named_parameters())): ...
 """
 
 import tempfile
