@@ -198,14 +198,6 @@ def test_tensorboard_has_the_numbers_of_metrics_once_after_a_kill(tiny, tmp_path
     assert [event.step for event in samples] == [0, 5, 8] and b'comes' in samples[0].tensor_proto.string_val[0]
 
 
-def test_tensorboard_that_is_not_installed(tiny, tmp_path, monkeypatch):
-    import importlib.util
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *args: None if name == 'tensorboard' else find_spec(name, *args))
-    assert refused(*TINY, '--tensorboard_log=True', f'--dataset={tiny}', out_dir=tmp_path / 'out') == \
-        'tensorboard_log=True: tensorboard is not installed: pip install tensorboard, or use --tensorboard_log=False'
-
-
 def test_a_tensorboard_that_cannot_be_written_ends_alone(tiny, tmp_path, monkeypatch):
     pytest.importorskip('tensorboard')
     from torch.utils.tensorboard import SummaryWriter

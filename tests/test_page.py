@@ -103,12 +103,16 @@ def test_markup_in_questions_and_answers_is_shown_as_text(visit):
     assert page.title() == 'tiny'
 
 
-def test_an_answer_streams_and_escape_stops_it(visit):
-    page = visit()
+def begin_a_long_answer(page):
     setting(page, 'max_tokens', 2000)
     page.fill('#box', 'go')
     page.press('#box', 'Enter')
     page.wait_for_selector('.token')
+
+
+def test_an_answer_streams_and_escape_stops_it(visit):
+    page = visit()
+    begin_a_long_answer(page)
     expect(page.locator('#send')).to_have_text('Stop')
     page.keyboard.press('Escape')
     expect(page.locator('.note')).to_have_text(['', 'stopped'])
@@ -148,10 +152,7 @@ def test_conversation_and_settings_survive_a_reload(visit):
 
 def test_reload_in_the_middle_of_an_answer_keeps_what_came(visit):
     page = visit()
-    setting(page, 'max_tokens', 2000)
-    page.fill('#box', 'go')
-    page.press('#box', 'Enter')
-    page.wait_for_selector('.token')
+    begin_a_long_answer(page)
     page.reload()
     expect(page.locator('.assistant .text')).not_to_be_empty()
     expect(page.locator('#send')).to_have_text('Send')

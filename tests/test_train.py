@@ -690,12 +690,13 @@ def test_out_dir_that_cannot_be_made(tiny, tmp_path):
     assert refused(*TINY, f'--dataset={tiny}', out_dir=tmp_path / 'file' / 'out') == f'{tmp_path / "file" / "out"}: Not a directory'
 
 
-def test_wandb_that_is_not_installed(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize('package', ['wandb', 'tensorboard'])
+def test_a_logger_that_is_not_installed(package, tiny, tmp_path, monkeypatch):
     import importlib.util
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *args: None if name == 'wandb' else find_spec(name, *args))
-    assert refused(*TINY, '--wandb_log=True', f'--dataset={tiny}', out_dir=tmp_path / 'out') == \
-        'wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False'
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *args: None if name == package else find_spec(name, *args))
+    assert refused(*TINY, f'--{package}_log=True', f'--dataset={tiny}', out_dir=tmp_path / 'out') == \
+        f'{package}_log=True: {package} is not installed: pip install {package}, or use --{package}_log=False'
 
 
 def test_a_gradient_of_zero_in_the_first_step_ends_the_run(tiny, tmp_path, monkeypatch):
