@@ -1,4 +1,4 @@
-# A character-level GPT on Shakespeare in about 90 seconds of training on two CPU cores; on a GPU the same
+# A character-level GPT on Shakespeare in about two minutes of training on two CPU cores; on a GPU the same
 # file simply runs faster.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/quickstart.py
