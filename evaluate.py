@@ -4,11 +4,11 @@
     python evaluate.py --init_from=gpt2 --tasks=hellaswag,lambada --max_examples=1000
     torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=out --core=eval_bundle
 
-It prints a table and writes out_dir/eval.json. Prompts, choices and scores of the benchmarks are those of
+It prints a table and writes out_dir/eval.json. Prompts, choices and scores are those of
 lm-evaluation-harness 0.4.13 without examples in the prompt, item by item (docs/RESULTS.md). acc is the part
-of the items whose right choice has the largest log-likelihood; acc_norm, acc_bytes and acc_tokens take it per
-character, per UTF-8 byte and per token of the choice. perplexity is that of LAMBADA's last words, and bpb the
-bits per byte of the dataset's validation split.
+of the items whose right choice is the most likely one; acc_norm, acc_bytes and acc_tokens take the
+log-likelihood per character, byte and token. perplexity is that of LAMBADA's last words, and bpb the bits per
+byte of the validation split.
 """
 
 import os
@@ -25,12 +25,13 @@ import devices
 import distributed
 from configurator import config_of, configure
 from files import one_line_errors, print0, printable, write_json
-from tasks.core import evaluate_core, read_core
-from tasks.items import TASKS, evaluate_task, read_benchmarks
+from report import table_row
+from tasks.items import TASKS
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
 from tokens.tokenizer import fingerprint, load_tokenizer
-from training.scoring import score_rows, spread_windows, table_row, text_loss
+from training.benchmarks import open_tasks
+from training.scoring import score_rows, spread_windows, text_loss
 from weights.begin import build_model, find_start
 
 # -----------------------------------------------------------------------------
@@ -82,47 +83,43 @@ if __name__ == '__main__':
             if name not in ('bpb', *TASKS):
                 raise ValueError(f'--tasks={tasks}: {name!r} is not a task, '
                                  f'accepted are bpb, {", ".join(TASKS)}')
-        if not names and not core:
+        if core:
+            names.append('core')
+        if not names:
             raise ValueError('--tasks is empty and there is no --core: nothing to evaluate')
         if max_examples < 0 or batch_tokens < 1:
             raise ValueError(f'--max_examples={max_examples} --batch_tokens={batch_tokens}: '
                              'accepted are 0 or more, and 1 or more')
 
-        # find the model, its tokenizer and the items before the weights are read
+        # the model, its tokenizer and the items
         place = distributed.start(device)
         started_s = time.perf_counter()
         precision = devices.choose_dtype(dtype, place.device)
         autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
         start = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
         tokenizer = load_tokenizer(start.tokenizer)
-        benchmark_names = [name for name in names if name != 'bpb']
-        benchmarks = read_benchmarks(benchmark_names, eval_dir, max_examples, tokenizer=tokenizer,
-                                     skip_unwritable='tasks' not in explicit)
-        bundle = read_core(core, tokenizer, max_examples) if core else []
         model = build_model(start, tokenizer).to(place.device)
         block_size = model.config.block_size
         text = open_text(start, block_size) if 'bpb' in names else None
+        benchmarks = open_tasks([name for name in names if name != 'bpb'], settings, tokenizer, block_size,
+                                skip_unwritable='tasks' not in explicit)
 
-        # evaluate; the benchmarks that were skipped are not among benchmarks
-        score = partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast)
+        # evaluate
         numbers = {}
-        for name in names:
-            if name == 'bpb':
-                windows = spread_windows(text, max_examples)
-                token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(place.device)
-                loss = text_loss(model, text, windows, token_bytes=token_bytes, place=place,
-                                 autocast=autocast)
-                numbers[name] = dict(
-                    n=len(windows), loss=loss.nats_per_target, bpb=loss.bits_per_byte, tokens=loss.n_targets,
-                    bytes=loss.n_bytes, source=', '.join(str(split.folder) for split in text.splits))
-            elif name in benchmarks:
-                numbers[name] = evaluate_task(score, name, benchmarks[name])
-            if name in numbers:
-                print0(table_row(name, numbers[name]))
-        if core:
-            numbers['core'] = evaluate_core(score, tokenizer, bundle, block_size=block_size)
-            for label, task_numbers in (*numbers['core']['tasks'].items(), ('core', numbers['core'])):
+        score = partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast)
+        if text is not None:
+            windows = spread_windows(text, max_examples)
+            token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(place.device)
+            loss = text_loss(model, text, windows, token_bytes=token_bytes, place=place, autocast=autocast)
+            numbers['bpb'] = dict(
+                n=len(windows), loss=loss.nats_per_target, bpb=loss.bits_per_byte, tokens=loss.n_targets,
+                bytes=loss.n_bytes, source=', '.join(str(split.folder) for split in text.splits))
+            print0(table_row('bpb', numbers['bpb']))
+        for name, measure in benchmarks.items():
+            numbers[name] = measure(score)
+            for label, task_numbers in numbers[name].get('tasks', {}).items():
                 print0(table_row(label, task_numbers))
+            print0(table_row(name, numbers[name]))
 
         # write the results: not to the default out_dir if the model is another one
         is_of_out_dir = init_from == 'resume' and not checkpoint_path

@@ -1,6 +1,7 @@
 """The log of a run: metrics.jsonl, run.json, samples.md, TensorBoard, wandb, events and the terminal."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -21,11 +22,8 @@ import devices
 import distributed
 import files
 from files import print0, printable
-from report import read_metrics, read_record, write_report
+from report import read_metrics, read_record, read_text, table_row, write_report
 from training.events import Hook
-from training.scoring import table_row
-
-METRICS = ('acc', 'acc_norm', 'perplexity', 'core')  # numbers of a benchmark in metrics.jsonl
 
 
 class Log:
@@ -33,37 +31,42 @@ class Log:
 
     out_dir          None = print only
     tokens_per_step  over all ranks
-    on_event         shell command for events; '' = none
     """
 
     def __init__(self, out_dir, place, progress, tokens_per_step: int, max_iters: int, on_event: str = ''):
-        self.out_dir = Path(out_dir) if out_dir is not None and place.is_master else None  # None = no files
+        self.out_dir = Path(out_dir) if out_dir and place.is_master else None  # None = no files
         self.place, self.progress = place, progress
         self.tokens_per_step, self.max_iters = tokens_per_step, max_iters
         self.lock = self.wandb = self.tensorboard = None
         self.hook = Hook(on_event) if on_event and self.out_dir else None
         self.skipped_in_a_row = 0  # at the latest logged step
-        self.mfu_per_tok_per_s = None  # None = the device's peak is unknown
+        self.mfu_per_tok_per_s = math.nan  # where the device's peak is unknown
         self.logged_at = progress.iter_num  # iter_num after the last logged step
         self.last_line_s = time.perf_counter()  # paused() adds its duration
 
     # starting
 
     def open(self, is_new: bool, facts: dict):
-        """Claim out_dir: lock it, set another run aside, drop the metrics of steps that will be repeated.
+        """Claim out_dir, and write facts about the run to run.json.
 
         is_new  the run was not resumed
-        facts   plain values about the run for run.json, the settings under 'settings'
         raises  ValueError if another process trains there; OSError if it cannot be written
         """
         peak_flops = devices.peak_flops(self.place.device)
         if peak_flops and facts['dtype'] != 'float32':
             self.mfu_per_tok_per_s = facts['flops_per_token'] / (peak_flops * self.place.world_size)
+        settings = facts['settings']
         distributed.on_first_rank(lambda: self.claim(is_new, facts))
-        if facts['settings']['tensorboard_log']:
-            self.start_tensorboard()
+        if settings['tensorboard_log'] and self.out_dir:
+            from torch.utils.tensorboard import SummaryWriter
+            # readers drop earlier points from purge_step on, which this start repeats
+            self.tensorboard = SummaryWriter(str(self.out_dir / 'tensorboard'), flush_secs=10,
+                                             purge_step=self.progress.iter_num)
+        if settings['wandb_log'] and self.out_dir:
+            self.start_wandb(settings)
 
     def claim(self, is_new, facts):
+        """Lock out_dir, set another run aside, drop the metrics of steps that will be repeated."""
         if self.out_dir is None:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -73,8 +76,7 @@ class Log:
             checkpoint.set_aside(self.out_dir, checkpoint.run_files(self.out_dir))
         path = self.out_dir / 'metrics.jsonl'
         lines = [line for line in read_metrics(path) if line['iter'] < self.progress.iter_num]
-        text = ''.join(json.dumps(line) + '\n' for line in lines)
-        files.write_atomically(path, lambda f: f.write(text.encode('utf-8')))
+        write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
 
         # run.json: the facts of this start, and a record of every start
         path = self.out_dir / 'run.json'
@@ -88,49 +90,31 @@ class Log:
         environment |= dict(processes=self.place.world_size, system=platform.platform(), **versions)
         files.write_json(path, dict(**facts, environment=environment, starts=[*earlier['starts'], start]))
 
-    def start_tensorboard(self):
-        """Write TensorBoard's files to out_dir/tensorboard.
-
-        From the second start on its readers drop the steps that are repeated: from purge_step onwards.
-        """
-        if self.out_dir is None:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-        self.tensorboard = SummaryWriter(str(self.out_dir / 'tensorboard'), flush_secs=10,
-                                         purge_step=self.progress.iter_num)
-
-    def start_wandb(self, project, name, config):
-        """Start or resume the wandb run: offline if there is no key, because training needs no network."""
-        if self.out_dir is None:
-            return
+    def start_wandb(self, settings):
+        """Start or resume the wandb run, offline if there is no key."""
         import wandb
         mode = os.environ.get('WANDB_MODE') or ('online' if wandb.api.api_key else 'offline')
         if mode == 'offline':
             print0('wandb: offline, for lack of a key or by WANDB_MODE: upload with `wandb sync`')
         run_id = self.progress.wandb_id
-        self.wandb = wandb.init(id=run_id, resume='allow' if run_id else None, mode=mode, project=project,
-                                name=name, config=config, dir=str(self.out_dir))
+        self.wandb = wandb.init(id=run_id, resume='allow' if run_id else None, mode=mode,
+                                project=settings['wandb_project'], name=settings['wandb_run_name'],
+                                config=settings, dir=str(self.out_dir))
         self.progress.wandb_id = self.wandb.id
 
     # while training
 
     @contextlib.contextmanager
     def paused(self, anything_due):
-        """Exclude the time spent inside from the training clock.
-
-        anything_due  wait for the accelerator first, so that its pending updates count as training
-        """
-        if anything_due:
+        """Exclude the time spent inside from the training clock."""
+        if anything_due:  # pending updates count as training
             devices.synchronize(self.place.device)
         begun_s = time.perf_counter()
         yield
         self.last_line_s += time.perf_counter() - begun_s
 
     def step(self, lr: float, loss, grad_norm, judge):
-        """Log step iter_num.
-
-        loss, grad_norm  0-d, read from the device in one transfer with the numbers of the StepJudge
-        """
+        """Log step iter_num. The numbers of the device are read in one transfer."""
         numbers = loss, grad_norm, judge.skipped, judge.skipped_in_a_row, judge.smoothed_loss
         loss, grad_norm, skipped, skipped_in_a_row, smoothed_loss = torch.stack(numbers).tolist()
         it, now_s = self.progress.iter_num, time.perf_counter()
@@ -141,9 +125,9 @@ class Log:
         dt_s = (now_s - self.last_line_s) / n_steps
         self.last_line_s, self.logged_at = now_s, it + 1
         tok_per_s, eta_s = self.tokens_per_step / dt_s, (self.max_iters - it - 1) * dt_s
-        mfu = tok_per_s * self.mfu_per_tok_per_s if self.mfu_per_tok_per_s else None
+        mfu = tok_per_s * self.mfu_per_tok_per_s
 
-        utilisation = f'mfu {mfu:.1%}, ' if mfu else ''
+        utilisation = f'mfu {mfu:.1%}, ' if mfu > 0 else ''
         warning = ''
         if skipped_in_a_row:
             problem = 'SPIKE' if math.isfinite(loss + grad_norm) else 'NOT FINITE'
@@ -154,46 +138,39 @@ class Log:
         self.write(loss=loss, loss_smoothed=smoothed_loss, lr=lr, grad_norm=grad_norm, tok_per_s=tok_per_s,
                    mfu=mfu, eta_s=eta_s, dt_s=dt_s, n_steps=n_steps, skipped=int(skipped),
                    peak_memory_bytes=devices.peak_memory_bytes(self.place.device))
-        begins, self.skipped_in_a_row = not self.skipped_in_a_row, int(skipped_in_a_row)
-        if begins and skipped_in_a_row:
+        if skipped_in_a_row and not self.skipped_in_a_row:
             self.event('skipped_steps', skipped=int(skipped), loss=loss, grad_norm=grad_norm)
+        self.skipped_in_a_row = int(skipped_in_a_row)
 
     def check_skipped(self, max_skipped_steps: int, folder):
         """Raise ValueError if the latest steps, max_skipped_steps or more in a row, were skipped."""
-        if self.skipped_in_a_row < max_skipped_steps:
-            return
-        message = folder.too_many_skipped(max_skipped_steps, self.progress.iter_num)
-        self.end('nan_limit', message)
-        raise ValueError(message)
+        if self.skipped_in_a_row >= max_skipped_steps:
+            message = folder.too_many_skipped(max_skipped_steps, self.progress.iter_num)
+            self.end('nan_limit', message)
+            raise ValueError(message)
 
     def evaluation(self, losses):
-        """Log the EvalLosses of the state after iter_num updates."""
-        bits_per_byte = losses.val.bits_per_byte
         train_loss, val_loss = losses.train.nats_per_target, losses.val.nats_per_target
+        bits_per_byte = losses.val.bits_per_byte
         bits = f', {bits_per_byte:.4f} bits per byte' if bits_per_byte else ''
         print0(f'step {self.progress.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{bits}')
         self.write(train_loss=train_loss, val_loss=val_loss, val_bpb=bits_per_byte)
 
     def benchmark(self, name: str, numbers: dict | None):
-        """Log the numbers of a benchmark."""
-        if numbers is None:
-            return
-        print0(f'step {self.progress.iter_num}: {table_row(name, numbers)}')
-        columns = {key: name if key == name else f'{name}_{key}' for key in METRICS}
-        self.write(**{column: numbers[key] for key, column in columns.items() if key in numbers})
+        if numbers is not None:
+            print0(f'step {self.progress.iter_num}: {table_row(name, numbers)}')
+            columns = dict(core='core', acc=f'{name}_acc', acc_norm=f'{name}_acc_norm',
+                           perplexity=f'{name}_perplexity')
+            self.write(**{columns[key]: value for key, value in numbers.items() if key in columns})
 
     def samples(self, samples):
-        """Write [(prompt, text)] to samples.md."""
         if self.out_dir is None:
             return
-        try:
-            write_samples(self.out_dir, self.progress.iter_num, samples)
-        except OSError as error:
-            print0(f'{error.filename}: {error.strerror}: the samples of iteration {self.progress.iter_num} '
-                   'are lost')
+        it = self.progress.iter_num
+        with loss_printed(self.out_dir / 'samples.md', f'the samples of iteration {it} are lost'):
+            write_samples(self.out_dir, it, samples)
         for i, (prompt, text) in enumerate(samples, 1):
-            text = f'{indented(prompt)}\n\ncomes\n\n{indented(text)}'
-            self.to_tensorboard('add_text', f'samples/{i}', text, self.progress.iter_num)
+            self.to_tensorboard('add_text', f'samples/{i}', sample_text(prompt, text), it)
 
     def saved(self, folder, is_best: bool):
         """Report what save_or_warn() has just written."""
@@ -204,40 +181,31 @@ class Log:
             self.event('new_best', path=str(folder.best), val_loss=self.progress.best_val_loss)
 
     def event(self, name: str, **facts):
-        """Call the command of on_event, which runs beside training."""
         if self.hook is not None:
-            self.hook.send(name, self.facts_of(name, **facts))
-
-    def facts_of(self, name, **facts) -> dict:
-        """Return what the command of on_event reads."""
-        general = dict(event=name, out_dir=str(self.out_dir.absolute()), iter=self.progress.iter_num,
-                       max_iters=self.max_iters, best_val_loss=self.progress.best_val_loss,
-                       time=round(time.time(), 1), host=socket.gethostname())
-        return finite(general | facts)
+            general = dict(event=name, out_dir=str(self.out_dir.absolute()), iter=self.progress.iter_num,
+                           max_iters=self.max_iters, best_val_loss=self.progress.best_val_loss,
+                           time=round(time.time(), 1), host=socket.gethostname())
+            self.hook.send(name, finite(general | facts))
 
     def write(self, **numbers):
-        """Append a line to metrics.jsonl, and send it to wandb. A full disk loses the line, not the run."""
+        """Append a line to metrics.jsonl, and send it to TensorBoard and wandb."""
         if self.out_dir is None:
             return
-        line = finite(dict(iter=self.progress.iter_num, **numbers, time=round(time.time(), 1)))
-        path, size = self.out_dir / 'metrics.jsonl', None
-        try:
-            with open(path, 'a', encoding='utf-8') as f:
-                size = f.tell()
-                f.write(json.dumps(line) + '\n')
-        except OSError as error:
-            print0(f'{path}: {error.strerror}: the line of iteration {line["iter"]} is lost')
-            if size is not None:
-                with contextlib.suppress(OSError):  # readers skip a torn line
-                    os.truncate(path, size)
+        it, path = self.progress.iter_num, self.out_dir / 'metrics.jsonl'
+        line = finite(dict(iter=it, **numbers, time=round(time.time(), 1)))
+        with (loss_printed(path, f'the line of iteration {it} is lost'), open(path, 'ab', buffering=0) as f):
+            size, data = f.tell(), (json.dumps(line) + '\n').encode()
+            if f.write(data) < len(data):  # the disk is full now: leave no torn line
+                f.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.wandb is not None:
-            self.wandb.log(line, step=line['iter'])
+            self.wandb.log(line, step=it)
         for name in numbers:
             if line[name] is not None:
-                self.to_tensorboard('add_scalar', name, line[name], line['iter'], walltime=line['time'])
+                self.to_tensorboard('add_scalar', name, line[name], it, walltime=line['time'])
 
     def to_tensorboard(self, method: str, *args, **kwargs):
-        """Call a method of the SummaryWriter. After an error, such as a full disk, there is none."""
+        """Call a method of the SummaryWriter, which an error such as a full disk ends."""
         if self.tensorboard is None:
             return
         try:
@@ -249,12 +217,11 @@ class Log:
     # at the end
 
     def report(self):
-        """Write report.md. A failure is only printed, because the run itself is saved."""
         if self.out_dir is None:
             return
         try:
             print0(printable(f'report: {write_report([self.out_dir])}'))
-        except Exception as error:
+        except Exception as error:  # the run itself is saved
             print0(printable(f'no report: {type(error).__name__}: {error}'))
 
     def end(self, event: str, reason: str):
@@ -263,13 +230,12 @@ class Log:
             return
         path = self.out_dir / 'run.json'
         ended = dict(event=event, reason=reason, time=round(time.time(), 1))
-        try:
+        with loss_printed(path, 'report.py will not know how the run ended'):
             files.write_json(path, read_record(path) | dict(ended=ended))
-        except OSError as error:
-            print0(f'{path}: {error.strerror}: report.py will not know how the run ended')
         self.to_tensorboard('close')
         if self.hook is not None:
-            self.hook.close(event, self.facts_of(event, reason=reason))
+            self.event(event, reason=reason)
+            self.hook.close()
 
     def close(self, stop: str | None, folder):
         """Print what is saved and what to do next."""
@@ -292,8 +258,17 @@ class Log:
             self.end('finished', 'max_iters' if it >= self.max_iters else 'patience')
 
 
+@contextlib.contextmanager
+def loss_printed(path, loss: str):
+    """Print an OSError of writing path, and what it costs: a full disk does not end the run."""
+    try:
+        yield
+    except OSError as error:
+        print0(f'{path}: {error.strerror}: {loss}')
+
+
 def finite(numbers: dict) -> dict:
-    """Return numbers with None for those that are not finite, which JSON lacks."""
+    """Put None in place of inf and nan, which JSON lacks."""
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in numbers.items()}
 
@@ -311,15 +286,19 @@ def git_commit() -> str | None:
 def write_samples(folder, iter_num: int, samples: list[tuple[str, str]]):
     """Add the samples of an iteration to samples.md, in place of those of this and later ones."""
     path = Path(folder) / 'samples.md'
-    text = path.read_bytes().decode('utf-8', 'replace') if path.is_file() else ''
-    sections = re.split(r'^(?=## Iteration [0-9]+\n)', text, flags=re.MULTILINE)
+    sections = re.split(r'^(?=## Iteration [0-9]+\n)', read_text(path), flags=re.MULTILINE)
     page = ''.join(section for section in sections[1:] if int(section.split()[2]) < iter_num)
     page += f'## Iteration {iter_num}\n\n'
     for i, (prompt, text) in enumerate(samples, 1):
-        page += f'**{i}.** after the prompt\n\n{indented(prompt)}\n\ncomes\n\n{indented(text)}\n\n'
-    files.write_atomically(path, lambda f: f.write(page.encode('utf-8')))
+        page += f'**{i}.** after the prompt\n\n{sample_text(prompt, text)}\n\n'
+    write_text(path, page)
 
 
-def indented(text):
-    # a block of code in Markdown, which nothing in the text can end
-    return textwrap.indent(printable(text), '    ', lambda line: True)
+def sample_text(prompt, text):
+    """Show a sample as two blocks of code in Markdown, which nothing in it can end."""
+    prompt, text = (textwrap.indent(printable(part), '    ', lambda line: True) for part in (prompt, text))
+    return f'{prompt}\n\ncomes\n\n{text}'
+
+
+def write_text(path, text):
+    files.write_atomically(path, lambda f: f.write(text.encode('utf-8')))

@@ -4,8 +4,8 @@
     python report.py out-a out-b --out=comparison    # both runs in each picture, and settings that differ
     python report.py --watch out-quickstart          # report.html there, renewed until Ctrl-C
 
-It reads metrics.jsonl and, if they exist, run.json, samples.md and eval.json (evaluate.py), so an unfinished
-run has a report too. A damaged line or field is skipped with a warning. train.py calls it at the end.
+It reads metrics.jsonl and, if they exist, run.json, samples.md and eval.json, so an unfinished run has a
+report too. A damaged line or field is skipped with a warning. train.py calls it at the end.
 """
 
 import argparse
@@ -20,23 +20,26 @@ import numpy as np
 
 from files import one_line_errors, print0, printable, read_json, write_atomically
 
+BENCHMARKS = ('core', '_acc', '_acc_norm', '_perplexity')  # endings of their names in metrics.jsonl
+
 
 class Run(NamedTuple):
     name: str
-    lines: list[dict]  # metrics.jsonl, with the updates, tokens and minutes of training before each line
+    lines: list[dict]  # numbers of metrics.jsonl, and the updates, tokens and minutes before each line
+    latest: dict  # the latest of each number
     facts: dict  # run.json
     evals: dict  # eval.json
     samples: str  # the last section of samples.md
 
-    def values(self, name, where=None) -> list:
-        """Return a number of each line whose number `where` (default: the same one) is finite."""
-        return [line[name] for line in self.lines if math.isfinite(line.get(where or name, math.nan))]
+    def values(self, name) -> list:
+        return [line[name] for line in self.lines if name in line]
 
-    @property
-    def benchmark_names(self):
-        own = 'iter', 'time', 'updates', 'tokens', 'minutes'
-        lines = [line for line in self.lines if 'loss' not in line and 'val_loss' not in line]
-        return [name for line in lines for name in line if name not in own]
+
+class Table(NamedTuple):
+    title: str
+    heads: list[str]
+    rows: list[list[str]]
+    is_code: bool = False  # cells of report.md
 
 
 def main():
@@ -66,18 +69,30 @@ def write_report(folders: list, out=None) -> Path:
         pictures = draw_all(runs, out)
     except ImportError as error:
         print(f'the report has no curves: matplotlib cannot be imported ({error}): pip install matplotlib')
-    heads = ['', *(code(run.name) for run in runs)]
-    sections = [
-        '# ' + ' and '.join(heads[1:]),
-        table('', heads, side_by_side([summary(run) for run in runs])),
-        *(f'![{Path(name).stem}]({name})' for name in pictures),
-        table('Evaluation', heads, side_by_side([evaluation(run) for run in runs])),
-        *(f'## Samples of {code(run.name)}, iteration {run.samples}' for run in runs if run.samples),
-        *(starts(run) for run in runs), settings(runs),
-        table('Environment', heads, side_by_side([run.facts['environment'] for run in runs]))]
-    page = printable('\n\n'.join(filter(None, sections)) + '\n')
+    first, *others = [markdown(table) for table in tables(runs)]
+    sections = ['# ' + ' and '.join(code(run.name) for run in runs), first]
+    sections += [f'![{Path(name).stem}]({name})' for name in pictures]
+    sections += [f'## Samples of {code(run.name)}, iteration {run.samples}' for run in runs if run.samples]
+    page = printable('\n\n'.join(sections + others) + '\n')
     write_atomically(out / 'report.md', lambda f: f.write(page.encode('utf-8', 'backslashreplace')))
     return out / 'report.md'
+
+
+def markdown(table: Table) -> str:
+    rows = table.rows
+    if table.is_code:
+        rows = [[code(cell) for cell in row] for row in rows]
+    lines = [f'## {table.title}\n'] if table.title else []
+    for cells in ([code(head) for head in table.heads], ['---'] * len(table.heads), *rows):
+        cells = [str(cell).replace('|', '\\|').replace('\n', ' ') for cell in cells]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def code(text):
+    if '`' in text:
+        return f'`` {text} ``'
+    return f'`{text}`' if text else ''
 
 
 # -----------------------------------------------------------------------------
@@ -87,22 +102,29 @@ def write_report(folders: list, out=None) -> Path:
 def read_run(folder: Path) -> Run:
     """Return what the folder of a run holds. Raises ValueError if it has no line of metrics yet."""
     path = folder / 'metrics.jsonl'
-    lines = [{name: number(value) for name, value in line.items()} for line in read_metrics(path)]
+    lines = read_metrics(path)
     if not lines:
         raise ValueError(f'{path} has no line yet: name the out_dir of a run that has begun to train')
     add_totals(lines)
+    lines = [{name: value for name, value in line.items() if math.isfinite(number(value))} for line in lines]
+    latest = {name: value for line in lines for name, value in line.items()}
     facts = read_record(folder / 'run.json', settings=dict, defaults=dict, environment=dict, starts=list,
                         ended=dict)
     evals = read_record(folder / 'eval.json', results=dict)
-    path = folder / 'samples.md'
-    samples = path.read_bytes().decode('utf-8', 'replace') if path.is_file() else ''
-    return Run(str(folder), lines, facts, evals, f'\n{samples}'.rpartition('\n## Iteration ')[2].strip())
+    samples = '\n' + read_text(folder / 'samples.md')
+    return Run(str(folder), lines, latest, facts, evals, samples.rpartition('\n## Iteration ')[2].strip())
+
+
+def read_text(path: Path) -> str:
+    if not path.is_file():  # a pipe is no file
+        return ''
+    return path.read_bytes().decode('utf-8', 'replace')
 
 
 def read_metrics(path: Path) -> list[dict]:
     """Read metrics.jsonl without damaged lines, such as one torn by a crash; [] if there is no file."""
-    texts = path.read_bytes().splitlines() if path.is_file() else []  # a pipe is no file
-    lines = []
+    texts, lines = read_text(path).split('\n'), []
+    texts = [text for text in texts if text]
     for text in texts:
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
@@ -114,7 +136,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def read_record(path: Path, **types) -> dict:
-    """Read an object from a JSON file. A field of another type, or without a value, is an empty one."""
+    """Read an object from a JSON file. Fields that are missing or of another type are empty."""
     record = {}
     if path.is_file():
         try:
@@ -133,109 +155,53 @@ def expect(value, kind, source):
     return kind()
 
 
-def number(value):
-    """Return the value if it is a number that fits a float, else nan."""
-    return value if type(value) in (int, float) and abs(value) < 1e300 else math.nan
+def number(value, default=math.nan):
+    """Return the value if it is a number that fits a float."""
+    return value if type(value) in (int, float) and abs(value) < 1e300 else default
 
 
 def add_totals(lines: list[dict]):
     """Add the updates, tokens and minutes of training before each line to it.
 
     A logged step carries the mean rate and time of the n_steps updates since the previous line. Other updates
-    between two lines were done by a process that ended before it logged them: they count as the previous line
-    says, whatever the first update of the new process cost. Before the first line no time is known.
+    were done by a process that ended before it logged them, and count as the previous line says.
     """
     for line in lines:
         line['updates'] = line['iter'] + ('loss' in line)  # a step is logged under the updates before it
-    # updates after the last logged step cost what it cost
-    steps = [line for line in lines if 'loss' in line] + [dict(updates=lines[-1]['updates'], n_steps=0)]
-    names = 'updates', 'n_steps', 'tok_per_s', 'dt_s'
-    updates, n_timed, tok_per_s, dt_s = np.nan_to_num(
-        [[line.get(name, math.nan) for line in steps] for name in names])
-    n_other = np.diff(updates, prepend=0) - n_timed
-    per_step = tok_per_s * dt_s
-    tokens = np.cumsum(n_timed * per_step + n_other * np.append(per_step[0], per_step[:-1]))
-    seconds = np.cumsum(n_timed * dt_s + n_other * np.append(0, dt_s[:-1]))
-    # before the first step, nothing
-    updates, tokens, seconds = (np.append(0, values) for values in (updates, tokens, seconds))
+    steps = [line for line in lines if 'loss' in line] + [dict(updates=lines[-1]['updates'])]
+    points = [(0, 0.0, 0.0)]  # updates, and tokens and seconds up to there
+    earlier_tokens, earlier_s = None, 0.0  # of an update before the step's; at first no time is known
+    for step in steps:
+        updates, tokens, seconds = points[-1]
+        tok_per_s, dt_s, n_steps = (number(step.get(name), 0) for name in ('tok_per_s', 'dt_s', 'n_steps'))
+        n_tokens = tok_per_s * dt_s
+        if earlier_tokens is None:
+            earlier_tokens = n_tokens
+        n_other = step['updates'] - updates - n_steps
+        tokens += n_other * earlier_tokens + n_steps * n_tokens
+        seconds += n_other * earlier_s + n_steps * dt_s
+        points.append((step['updates'], tokens, seconds))
+        earlier_tokens, earlier_s = n_tokens, dt_s
+    updates, tokens, seconds = zip(*points, strict=True)
     for line in lines:
         line['tokens'] = float(np.interp(line['updates'], updates, tokens))
         line['minutes'] = float(np.interp(line['updates'], updates, seconds)) / 60
 
 
 # -----------------------------------------------------------------------------
-# the sections of report.md
+# tables
 
 
-def summary(run) -> dict[str, str]:
-    last, steps = run.lines[-1], [line for line in run.lines if 'loss' in line]
-    tokens, flops = last['tokens'], number(run.facts.get('flops_per_token'))
-    dataset_tokens = number(run.facts.get('dataset_tokens')) or math.nan
-    evaluations = [line for line in run.lines if math.isfinite(line.get('val_loss', math.nan))]
-    trained = [line for line in evaluations if line['iter']]  # best.pt is never the model before training
-    best = min(trained or evaluations, key=lambda line: line['val_loss'], default={})
-    last_step = steps[-1] if steps else {}
-    unit, per_minute = ('hours', 1 / 60) if last['minutes'] >= 120 else ('seconds', 60)
-    return formatted([
-        ('updates', '{:,}', last['updates']),
-        ('max_iters', '{:,}', run.facts['settings'].get('max_iters')),
-        ('tokens', '{:,.0f}', tokens),
-        ('epochs', '{:.2f}', tokens / dataset_tokens),
-        (f'{unit} in training', '{:,.1f}', last['minutes'] * per_minute),
-        ('parameters', '{:,}', run.facts.get('parameters')),
-        ('last training loss, smoothed', '{:.4f}', last_step.get('loss_smoothed')),
-        ('best validation loss', '{:.4f}', best.get('val_loss')),
-        ('bits per byte then', '{:.4f}', best.get('val_bpb')),
-        ('updates then', '{:,}', best.get('iter')),
-        ('tokens per second (median)', '{:,.0f}', median(run.values('tok_per_s') or [math.nan])),
-        ('model FLOPs utilisation (median)', '{:.1%}', median(run.values('mfu') or [math.nan])),
-        ('FLOPs in training', '{:.3g}', tokens * flops),
-        ('FLOPs per token, forward and backward', '{:.3g}', flops),
-        ('peak memory in GB', '{:.2f}', last_step.get('peak_memory_bytes', math.nan) / 1e9)])
-
-
-def evaluation(run) -> dict[str, str]:
-    """The results of evaluate.py by task and measure."""
-    rows = [('updates', '{:,}', run.evals.get('iter'))]
-    for task, measures in run.evals['results'].items():
-        measures = expect(measures, dict, f'{run.name}: eval.json: {task}')
-        for name, value in measures.items():
-            form = '{:,}' if isinstance(value, int) else '{:.4f}'
-            error = number(measures.get(f'{name}_stderr'))
-            if math.isfinite(error):
-                form += f' ± {error:.4f}'
-            if not name.endswith('_stderr'):
-                rows.append((f'{code(task)} {name}', form, value))
-    return formatted(rows)
-
-
-def formatted(rows) -> dict[str, str]:
-    """Format rows of (name, format, number); leave out those without a number."""
-    return {name: form.format(value) for name, form, value in rows if math.isfinite(number(value))}
-
-
-def starts(run) -> str:
-    """When, where and how the run was started, and the settings that a resumed run changed: [old, new]."""
-    records = [expect(start, dict, f'{run.name}: run.json: a start') for start in run.facts['starts']]
-    names = list(dict.fromkeys(name for start in records for name in start))
-    rows = [[code(str(start.get(name, ''))) for name in names] for start in records]
-    return table(f'Starts of {code(run.name)}', names, rows)
-
-
-def settings(runs) -> str:
-    """The settings of the last start."""
-    rows = [[code(cell) for cell in row] for row in settings_rows(runs)]
-    heads = ['', *(code(run.name) for run in runs), 'default']
-    return table('Settings that differ between the runs or from the defaults', heads, rows)
-
-
-def settings_rows(runs) -> list[list[str]]:
-    """Return name, values of each run, default: settings that differ between runs, then from the default."""
-    columns = []
-    for values in (*(run.facts['settings'] for run in runs), runs[0].facts['defaults']):
-        columns.append({name: repr(value) for name, value in values.items() if name != 'out_dir'})
-    rows = [row for row in side_by_side(columns) if len(set(row[1:])) > 1]
-    return sorted(rows, key=lambda row: len(set(row[1:-1])) == 1)
+def tables(runs: list[Run]) -> list[Table]:
+    """Return the tables of a report that have rows, the summary first."""
+    heads = ['', *(run.name for run in runs)]
+    every = [Table('', heads, side_by_side([summary(run) for run in runs])),
+             Table('Evaluation', heads, side_by_side([evaluation(run) for run in runs])),
+             *(starts(run) for run in runs),
+             Table('Settings that differ between the runs or from the defaults', [*heads, 'default'],
+                   settings(runs), is_code=True),
+             Table('Environment', heads, side_by_side([run.facts['environment'] for run in runs]))]
+    return [table for table in every if table.rows]
 
 
 def side_by_side(columns: list[dict]) -> list[list]:
@@ -244,20 +210,76 @@ def side_by_side(columns: list[dict]) -> list[list]:
     return [[name, *(column.get(name, '') for column in columns)] for name in names]
 
 
-def table(title, heads, rows) -> str:
-    if not rows:
-        return ''
-    lines = [f'## {title}\n'] if title else []
-    for cells in (heads, ['---'] * len(heads), *rows):
-        cells = [str(cell).replace('|', '\\|').replace('\n', ' ') for cell in cells]
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+def summary(run) -> dict[str, str]:
+    last, latest = run.lines[-1], run.latest
+    flops = number(run.facts.get('flops_per_token'))
+    dataset_tokens = number(run.facts.get('dataset_tokens')) or math.nan
+    evaluations = [line for line in run.lines if 'val_loss' in line]
+    trained = [line for line in evaluations if line['iter']]  # best.pt is never the model before training
+    best = min(trained or evaluations, key=lambda line: line['val_loss'], default={})
+    unit, per_minute = ('hours', 1 / 60) if last['minutes'] >= 120 else ('seconds', 60)
+    return formatted([
+        ('updates', '{:,}', last['updates']),
+        ('max_iters', '{:,}', run.facts['settings'].get('max_iters')),
+        ('tokens', '{:,.0f}', last['tokens']),
+        ('epochs', '{:.2f}', last['tokens'] / dataset_tokens),
+        (f'{unit} in training', '{:,.1f}', last['minutes'] * per_minute),
+        ('parameters', '{:,}', run.facts.get('parameters')),
+        ('last training loss, smoothed', '{:.4f}', latest.get('loss_smoothed')),
+        ('best validation loss', '{:.4f}', best.get('val_loss')),
+        ('bits per byte then', '{:.4f}', best.get('val_bpb')),
+        ('updates then', '{:,}', best.get('iter')),
+        ('tokens per second (median)', '{:,.0f}', median(run.values('tok_per_s') or [math.nan])),
+        ('model FLOPs utilisation (median)', '{:.1%}', median(run.values('mfu') or [math.nan])),
+        ('FLOPs in training', '{:.3g}', last['tokens'] * flops),
+        ('FLOPs per token, forward and backward', '{:.3g}', flops),
+        ('peak memory in GB', '{:.2f}', latest.get('peak_memory_bytes', math.nan) / 1e9)])
 
 
-def code(text):
-    if '`' in text:
-        return f'`` {text} ``'
-    return f'`{text}`' if text else ''
+def evaluation(run) -> dict[str, str]:
+    """Return the results of evaluate.py by task."""
+    rows = formatted([('updates', '{:,}', run.evals.get('iter'))])
+    for task, numbers in run.evals['results'].items():
+        rows[task] = measures(expect(numbers, dict, f'{run.name}: eval.json: {task}'))
+    return rows
+
+
+def measures(numbers: dict) -> str:
+    """Format the numbers of a task, such as {'n': 10, 'acc': 0.5, 'acc_stderr': 0.1}."""
+    cells = []
+    for name, value in numbers.items():
+        if name.endswith('_stderr') or not math.isfinite(number(value)):
+            continue
+        form = '{:,}' if isinstance(value, int) else '{:.4f}'
+        error = number(numbers.get(f'{name}_stderr'), 0)
+        cells.append(f'{name} {form.format(value)}' + (f' ±{error:.4f}' if error else ''))
+    return '   '.join(cells)
+
+
+def table_row(name: str, numbers: dict) -> str:
+    return f'{printable(name):28} {measures(numbers)}'
+
+
+def formatted(rows) -> dict[str, str]:
+    """Format those rows of (name, format, number) that have a number."""
+    return {name: form.format(value) for name, form, value in rows if math.isfinite(number(value))}
+
+
+def starts(run) -> Table:
+    """Return the starts of a run, with the settings that each of them changed: [old, new]."""
+    records = [expect(start, dict, f'{run.name}: run.json: a start') for start in run.facts['starts']]
+    names = list(dict.fromkeys(name for start in records for name in start))
+    rows = [[str(start.get(name, '')) for name in names] for start in records]
+    return Table(f'Starts of {run.name}', names, rows, is_code=True)
+
+
+def settings(runs) -> list[list[str]]:
+    """Return the settings that differ between runs, then those that differ from the default."""
+    columns = []
+    for values in (*(run.facts['settings'] for run in runs), runs[0].facts['defaults']):
+        columns.append({name: repr(value) for name, value in values.items() if name != 'out_dir'})
+    rows = [row for row in side_by_side(columns) if len(set(row[1:])) > 1]
+    return sorted(rows, key=lambda row: len(set(row[1:-1])) == 1)
 
 
 if __name__ == '__main__':

@@ -227,8 +227,6 @@ with one_line_errors(), distributed.signals_noted():
     log.open(is_new, dict(settings=settings, defaults=DEFAULTS, parameters=model.get_num_params(),
                           flops_per_token=model.flops_per_token(), dataset_tokens=data.train.n_tokens,
                           device=device_name, dtype=precision, compiled=use_compile))
-    if wandb_log:
-        log.start_wandb(wandb_project, wandb_run_name, settings)
     save_times = SaveTimes(checkpoint_interval or eval_interval, checkpoint_minutes)
     intervals = [eval_interval, *(benchmark.interval for benchmark in benchmarks)]
     intervals += [generate_interval] if prompts else []

@@ -3,8 +3,7 @@
     bundle = read_core('eval_bundle', tokenizer, max_examples=500)
     numbers = evaluate_core(score, tokenizer, bundle, block_size=block_size)
 
-A bundle is a folder with core.yaml, eval_meta_data.csv and eval_data/. `score` is
-training.scoring.score_rows for a model.
+`score` is training.scoring.score_rows for a model.
 """
 
 import csv
@@ -19,7 +18,7 @@ import numpy as np
 from tasks.items import WRONG_FORM, Item, by_item, checked, mean_stderr
 from tasks.sources import read_file
 from tokens.tokenizer import opening
-from training.scoring import Row
+from training.scoring import Row, cut_left
 
 
 def multiple_choice(raw: dict) -> Item:
@@ -47,10 +46,9 @@ class CoreTask(NamedTuple):
 
 
 def read_core(folder: str, tokenizer, max_examples: int = 0) -> list[CoreTask]:
-    """Read the tasks of a bundle, and check that each item can be scored.
+    """Read core.yaml, eval_meta_data.csv and eval_data/, and check that each item can be scored.
 
-    max_examples  of each task, the first ones of its seeded order; 0 = all
-    raises        OSError, ValueError in one line
+    max_examples  of each task, after a seeded shuffle; 0 = all
     """
     import yaml
     folder, tasks, source = Path(folder), [], 'core.yaml, eval_meta_data.csv'
@@ -82,11 +80,7 @@ def read_core(folder: str, tokenizer, max_examples: int = 0) -> list[CoreTask]:
 
 
 def evaluate_core(score, tokenizer, bundle: list[CoreTask], *, block_size: int) -> dict:
-    """Score a bundle.
-
-    returns  {'n': items, 'core': the metric, 'tasks': {label: numbers}}; the numbers of a task are n, acc,
-             acc_stderr, centered and shots
-    """
+    """Score a bundle: {'n': items, 'core': the metric, 'tasks': {label: numbers}}."""
     tasks = {}
     for task in bundle:
         rows = []
@@ -102,11 +96,7 @@ def evaluate_core(score, tokenizer, bundle: list[CoreTask], *, block_size: int) 
 
 
 def rows_of(task: CoreTask, i: int, tokenizer, *, block_size: int) -> list[Row]:
-    """Return the rows of item i's pairs, after examples drawn from the other items.
-
-    Only the last block_size tokens of a text are kept, as nanochat does.
-    """
-    # the examples, then the item
+    """Return the rows of item i's pairs, after examples drawn from the other items."""
     others = [n for n in range(len(task.items)) if n != i]
     shown = [task.items[n] for n in random.Random(1234 + i).sample(others, task.n_shots)]
     answered = [item.pairs[item.gold] for item in shown]
@@ -125,8 +115,7 @@ def rows_of(task: CoreTask, i: int, tokenizer, *, block_size: int) -> list[Row]:
         starts = [shared_length([opening(tokenizer) + tokenizer.encode(prompts[0].strip()), *texts])]
     rows = []
     for ids, start in zip(texts, starts, strict=True):
-        n_cut = max(len(ids) - block_size, 0)
-        rows.append(Row(np.array(ids[n_cut:], dtype=np.int32), max(start - n_cut, 1)))
+        rows.append(cut_left(Row(np.array(ids, dtype=np.int32), start), block_size))  # as nanochat does
     return rows
 
 
@@ -137,7 +126,7 @@ def shared_length(sequences):
 
 
 def is_right(kind, item, scores):
-    """Tell whether the right text has the smallest loss per token, or each token is the most likely one."""
+    """Whether the right text has the smallest loss per token, or each token is the most likely one."""
     if kind == 'language_modeling':
         return scores[0].is_greedy
     # a text without tokens of its own has no loss; min() then takes the first text, as in nanochat

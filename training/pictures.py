@@ -1,16 +1,12 @@
-"""Pictures of training: the curves of one run or several, as PNG files or as SVG within a page.
-
-    names = draw_all(runs, Path('out'))     # ['loss.png', 'training.png']
-    drawings = as_svg(runs)                 # ['<svg ...', '<svg ...']
-
-A run is a report.Run.
-"""
+"""Pictures of training: the curves of one run or several (report.Run), as PNG files or as SVG in a page."""
 
 import io
+import re
 import warnings
 from typing import NamedTuple
 
 from files import printable, write_atomically
+from report import BENCHMARKS
 
 # Okabe and Ito's palette for colour-blind readers, without its faint yellow: https://jfly.uni-koeln.de/color/
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
@@ -36,70 +32,69 @@ PICTURES = {
                      Panel('tokens', 'linear', 'gradient norm', 'log', ('grad_norm',)),
                      Panel('tokens', 'linear', 'tokens per second', 'linear', ('tok_per_s',))],
 }
+BLOCK_INPUT = re.compile(r'(h[.][0-9]+)[.]in([.]grad)?')
+SVG_METADATA = ('Creator', 'Date', 'Format', 'Type')  # left out
 STYLES = {'loss': dict(alpha=0.3, linewidth=0.8), 'val_loss': dict(linestyle='--'),
           'val_bpb': dict(linestyle='--')}
 
 
 def draw_all(runs, folder) -> list[str]:
-    """Draw every picture that has something to show; return their names."""
-    names = []
-    for name, figure in figures(runs):
-        write_atomically(folder / name, lambda f, figure=figure: save(figure, f, 'png'))
-        names.append(name)
-    return names
+    """Draw every picture that has something to show. Return their names."""
+    drawn = figures(runs)
+    for name, figure in drawn.items():
+        write_atomically(folder / name, lambda f, figure=figure: save(figure, f, format='png'))
+    return list(drawn)
 
 
 def as_svg(runs) -> list[str]:
-    """Return every picture as SVG without a background, its text and its black lines in the page's colour."""
+    """Return every picture as SVG without a background, its black lines and its text in the page's colour."""
+    from matplotlib import rc_context
     drawings = []
-    for _, figure in figures(runs):
+    for figure in figures(runs).values():
         f = io.StringIO()
-        save(figure, f, 'svg')
+        with rc_context({'svg.fonttype': 'none'}):  # text stays text
+            save(figure, f, format='svg', transparent=True, metadata=dict.fromkeys(SVG_METADATA))
         svg = f.getvalue()
         drawings.append(svg[svg.index('<svg'):].replace('#000000', 'currentColor'))
     return drawings
 
 
-def save(figure, f, kind):
-    from matplotlib import rc_context
-    metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type')) if kind == 'svg' else None  # none at all
-    with warnings.catch_warnings(), rc_context({'svg.fonttype': 'none'}):  # text stays text
+def save(figure, f, **settings):
+    with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')  # the page has the names
-        figure.savefig(f, format=kind, transparent=kind == 'svg', metadata=metadata)
+        figure.savefig(f, **settings)
 
 
-def figures(runs):
-    """Yield (name, figure) of each picture that has something to show."""
-    names = dict.fromkeys(name for run in runs for name in run.benchmark_names)
+def figures(runs) -> dict:
+    """Return the figure of each picture that has something to show, by name."""
+    names = dict.fromkeys(name for run in runs for name in run.latest if name.endswith(BENCHMARKS))
     # more than four would be too small to read
     benchmarks = [Panel('tokens', 'log', name, 'linear', (name,)) for name in list(names)[:4]]
-    pictures = PICTURES | {'benchmarks.png': benchmarks}
-    for name, panels in pictures.items():
-        if any(run.values(curve) for run in runs for panel in panels for curve in panel.curves):
-            yield name, draw(runs, panels)
+    drawn = {}
+    for name, panels in (PICTURES | {'benchmarks.png': benchmarks}).items():
+        if any(curve in run.latest for run in runs for panel in panels for curve in panel.curves):
+            drawn[name] = draw(runs, panels)
+    return drawn
 
 
 def draw(runs, panels):
-    """Draw panels side by side."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     figure = Figure(figsize=(11, 4.2 + 0.2 * len(runs)), layout='constrained')
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw_panel(axes, runs, panel)
 
-    # a row of the legend for each run; 120 characters are as wide as the picture
+    # a row of the legend for each run
     handles = []
     for i, run in enumerate(runs):
-        label = printable(run.name)[-120:].replace('$', r'\$')  # a $ would begin a formula
+        label = printable(run.name)[-120:].replace('$', r'\$')  # as wide as the picture; $ begins a formula
         handles.append(Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=label))
-    # each character is taken from the first font that has it
-    fonts = ['DejaVu Sans', *chinese_fonts()]
+    fonts = ['DejaVu Sans', *chinese_fonts()]  # each character is taken from the first font that has it
     figure.legend(handles=handles, loc='outside upper left', frameon=False, prop=dict(family=fonts))
     return figure
 
 
 def chinese_fonts() -> list[str]:
-    """Return the names of the installed fonts that have Chinese characters."""
     from matplotlib.font_manager import get_font_names
     installed = set(get_font_names())
     return [name for name in CHINESE_FONTS if name in installed]
@@ -109,9 +104,9 @@ def draw_panel(axes, runs, panel):
     from matplotlib.ticker import LogFormatter
     for i, run in enumerate(runs):
         for curve in panel.curves:
-            points = zip(run.values(panel.x, where=curve), run.values(curve), strict=True)
-            # a logarithmic axis has no place for the evaluation before the first step
-            points = [(x, y) for x, y in points if x > 0 or panel.x_scale == 'linear']
+            points = [(line[panel.x], line[curve]) for line in run.lines if curve in line]
+            if panel.x_scale == 'log':  # has no place for the evaluation before the first step
+                points = [(x, y) for x, y in points if x > 0]
             marker = 'o' if len(points) < 20 else None  # a single point makes no line
             axes.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], marker=marker,
                       markersize=4, **STYLES.get(curve, {}))
@@ -138,9 +133,8 @@ def draw_errors(rows, tolerance: float, path):
         if points:
             axes.plot(*zip(*points, strict=True), '.-', color=colour, label=label, linewidth=0.8)
     axes.axhline(tolerance, color='black', linestyle=':', label='tolerance')
-    blocks = [(i, row.name) for i, row in enumerate(rows) if row.name.endswith(('.in', '.in.grad'))
-              and row.name.count('.') == 2 + row.name.endswith('.grad')]
-    axes.set_xticks([i for i, _ in blocks], [name.split('.in')[0] for _, name in blocks], rotation=90)
+    blocks = {i: row.name.split('.in')[0] for i, row in enumerate(rows) if BLOCK_INPUT.fullmatch(row.name)}
+    axes.set_xticks(list(blocks), blocks.values(), rotation=90)
     axes.set(yscale='log', ylabel='relative error', xlabel='order of execution: forward, then backward')
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

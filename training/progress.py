@@ -30,13 +30,13 @@ class Progress:
 
     @classmethod
     def of(cls, state: dict):
-        """Return the progress stored in a checkpoint, with defaults for the fields that it lacks."""
+        """Return the progress of a checkpoint, with defaults for the fields that it lacks."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: state[name] for name in names if state.get(name) is not None})
 
     @property
     def advanced(self) -> bool:
-        """Whether there is anything new to evaluate and save since this start."""
+        """Whether there is anything to evaluate and save since this start."""
         return self.iter_num > self.started_at or self.resumes_evaluation
 
     def note_evaluation(self, val_loss: float) -> bool:
@@ -72,18 +72,14 @@ def limit_hours(max_hours: float):
 
 
 class SaveTimes:
-    """When to save a checkpoint without a special reason: by iterations, and by the clock.
-
-    interval  iterations between checkpoints
-    minutes   of wall clock; 0 = by iterations alone
-    """
+    """When to save: every so many iterations, and after so many minutes; 0 = never by the clock."""
 
     def __init__(self, interval: int, minutes: float):
         self.interval, self.minutes = interval, minutes
         self.last_s = time.monotonic()
 
     def due(self, iter_num: int) -> bool:
-        """Whether to save now, the same on all ranks. A save that is due starts the minutes anew."""
+        """Whether to save now, the same on all ranks, which starts the minutes anew."""
         is_due = iter_num % self.interval == 0
         if self.minutes and not is_due:
             is_due = distributed.largest(time.monotonic() - self.last_s >= self.minutes * 60) == 1

@@ -17,9 +17,9 @@ class Sample(NamedTuple):
 
 
 def read_prompts(generate_prompts: str, tokenizer, loader) -> list[list[int]]:
-    """Return prompts as ids: the lines of generate_prompts, or the beginnings of four windows.
+    """Return prompts as ids: the lines of generate_prompts, or 16 tokens of each of four windows.
 
-    A beginning is 16 tokens; of a conversation, everything before the first target.
+    Of a conversation everything before the first target is taken.
     """
     if generate_prompts:
         return [tokenizer.encode(line) for line in as_utf8(generate_prompts).splitlines() if line]

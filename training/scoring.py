@@ -1,9 +1,7 @@
 """Score a model: the log-likelihood of the ends of rows, and the loss on a text.
 
-Each rank scores its share of the batches, and every rank gets all results. Models run eagerly, because each
-batch of rows has a shape of its own, for which a compiled function would be compiled again.
-
-B rows of a batch, T tokens of a row, V vocabulary size
+Each rank scores its share of the batches, and every rank gets all results. Models run eagerly: each batch of
+rows has a shape of its own. B rows of a batch, T tokens of a row, V vocabulary size.
 """
 
 import contextlib
@@ -17,10 +15,10 @@ import numpy as np
 import torch
 
 import distributed
-from files import print0, printable
+from files import print0
 from kernels import IGNORE
 
-PROGRESS_S = 10.0  # seconds until the first line of progress; the next ones come at 2, 4, 8 times the time
+PROGRESS_S = 10.0  # seconds until the first line of progress; each later one comes after twice the time
 
 
 class Row(NamedTuple):
@@ -31,8 +29,8 @@ class Row(NamedTuple):
 
 
 class RowScore(NamedTuple):
-    log_likelihood: float  # sum of the log-probabilities of the scored tokens, in nats
-    is_greedy: bool  # each scored token is the most likely one at its place in the row
+    log_likelihood: float  # of the scored tokens, in nats
+    is_greedy: bool  # each scored token is the most likely one
     n_tokens: int  # scored tokens
 
 
@@ -47,15 +45,9 @@ class Interrupted(Exception):
     """A signal to stop arrived between two batches."""
 
 
-# -----------------------------------------------------------------------------
-# rows
-
-
 def score_rows(model, rows: list[Row], title: str, *, batch_tokens: int, place, autocast,
                stop: Callable[[], object] | None = None) -> list[RowScore]:
-    """Score the end of each row.
-
-    A row of more than block_size + 1 tokens is cut from the left, as lm-evaluation-harness does.
+    """Score the end of each row, cut from the left to block_size + 1 tokens.
 
     batch_tokens  padded tokens of one forward pass at most; a longer row is a batch of its own
     stop          called between batches on every rank; a true result raises Interrupted
@@ -76,16 +68,14 @@ def score_rows(model, rows: list[Row], title: str, *, batch_tokens: int, place, 
             for row, (log_likelihood, n_others) in zip(rows, sums, strict=True)]
 
 
-def cut_left(row, max_tokens):
+def cut_left(row: Row, max_tokens: int) -> Row:
+    """Keep the last tokens of a row, as lm-evaluation-harness does."""
     n_cut = max(len(row.ids) - max_tokens, 0)
     return Row(row.ids[n_cut:], max(row.start - n_cut, 1))
 
 
 def batch_rows(rows, batch_tokens):
-    """Group row numbers by length, which saves padding.
-
-    The longest rows come first, so that a lack of memory shows in the first batch.
-    """
+    """Group row numbers by length. A lack of memory shows in the first batch, which has the longest rows."""
     batches = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
         if not batches or (len(batches[-1]) + 1) * len(rows[batches[-1][0]].ids) > batch_tokens:
@@ -105,10 +95,6 @@ def pad(rows):
     return x, y
 
 
-# -----------------------------------------------------------------------------
-# text
-
-
 def spread_windows(loader, count: int) -> np.ndarray:
     """Return the numbers of `count` windows spread evenly over a split; all windows if count is 0."""
     n = min(count or loader.n_windows, loader.n_windows)
@@ -119,46 +105,32 @@ def text_loss(model, loader, windows: np.ndarray, *, token_bytes, place, autocas
               stop: Callable[[], object] | None = None) -> TextLoss:
     """Measure the loss on windows of a text, the same for any number of ranks and any batch size.
 
-    Bits per byte compare models with different tokenizers, which the loss per token does not (The Pile,
-    arXiv:2101.00027). Targets without bytes, such as special tokens, count in neither bits nor bytes.
+    Bits per byte compare models with different tokenizers (The Pile, arXiv:2101.00027). Targets without
+    bytes, such as special tokens, count in neither bits nor bytes.
 
     windows      (K,) int64 numbers of the loader's windows
     token_bytes  (V,) int64 UTF-8 bytes of each token, 0 for special tokens; None = unknown
-    stop         called between batches on every rank; a true result raises Interrupted
+    stop         as in score_rows()
     """
     batches = [windows[i:i + loader.batch_size] for i in range(0, len(windows), loader.batch_size)]
     # nats, targets, nats of targets that have bytes, bytes; MPS has no float64
     exact = torch.float32 if place.device.type == 'mps' else torch.float64
     sums = torch.zeros(4, dtype=exact, device=place.device)
+    if token_bytes is None:
+        token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64, device=place.device)
     with evaluation(model):
         for batch, counts in share(batches, 'the loss', place=place, stop=stop):
             x, y, documents = loader.windows(batch).to(place.device)  # (B, T) each
             with autocast:
                 nats = model.score(x, y, documents).nats.to(exact)  # (B, T), 0 where there is no target
             is_target = y != IGNORE
-            n_bytes = torch.zeros_like(y)
-            if token_bytes is not None:
-                n_bytes = token_bytes[y.clamp(min=0)] * is_target
+            n_bytes = token_bytes[y.clamp(min=0)] * is_target
             if counts:
                 nats_with_bytes = (nats * (n_bytes > 0)).sum()
                 sums += torch.stack((nats.sum(), is_target.sum(), nats_with_bytes, n_bytes.sum()))
     nats, n_targets, nats_with_bytes, n_bytes = distributed.all_reduce_sum(sums).tolist()
     bits_per_byte = nats_with_bytes / math.log(2) / n_bytes if n_bytes else None
     return TextLoss(nats / max(n_targets, 1), bits_per_byte, int(n_targets), int(n_bytes))
-
-
-def table_row(name: str, numbers: dict) -> str:
-    """Format the numbers of a task, such as {'n': 10, 'acc': 0.5, 'acc_stderr': 0.1}, as one line."""
-    columns = []
-    for key, value in numbers.items():
-        if isinstance(value, float) and not key.endswith('_stderr'):
-            error = f' ±{numbers[key + "_stderr"]:.4f}' if key + '_stderr' in numbers else ''
-            columns.append(f'{key} {value:.4f}{error}')
-    return f'{printable(name):28} n {numbers["n"]:>7,}   ' + '   '.join(columns)
-
-
-# -----------------------------------------------------------------------------
-# shared
 
 
 @contextlib.contextmanager
@@ -176,8 +148,7 @@ def evaluation(model):
 def share(batches, title, *, place, stop) -> Iterator:
     """Yield this rank's share of batches, as (batch, whether it counts).
 
-    Every rank gets the same number of batches, because sharded weights are gathered by all ranks together. A
-    rank without a batch of its own repeats the last one, which then does not count.
+    All ranks gather sharded weights together, so a rank without a batch of its own repeats the last one.
     """
     started_s = time.perf_counter()
     next_line_s = PROGRESS_S
