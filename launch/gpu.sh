@@ -2,7 +2,7 @@
 # Check and measure everything that one GPU is needed for, in two calls of at most eight minutes each:
 #
 #     sh launch/gpu.sh 1 | tee gpu1.txt     # correctness, training speed, the trainer in all its forms, decoding
-#     sh launch/gpu.sh 2 | tee gpu2.txt     # variants, attention kernels, first-visit latency, profiles
+#     sh launch/gpu.sh 2 | tee gpu2.txt     # variants, profiles
 #
 # Each part ends with a line of JSON; a part that fails does not stop the others, but makes the exit code 1. Parts
 # that would start after SECONDS_LIMIT are skipped. Further flags go to every train.py and bench.py. STEPS, PROMPT,
@@ -77,9 +77,6 @@ else
     bench "step, loss in chunks" --compile=True --batch_size=16 --loss_chunks=auto
     bench "step, modern and muon" --compile=True --batch_size=16 --arch=modern --optimizer=muon
     bench "step, eager" --compile=False --batch_size=16
-    part recompiles $python launch/gpu_check.py recompiles $flags
-    part attention $python launch/gpu_check.py attention $flags
-    part "first visits" $python launch/gpu_check.py visits $flags
     decode "decode, compiled, batch 8" --compile=True --batch_size=8
     bench "profile, compiled" --compile=True --batch_size=16 --profile=True
     bench "profile, eager" --compile=False --batch_size=16 --profile=True

@@ -348,7 +348,7 @@ def test_other_data_is_said(finished, tmp_path, tiny):
                                                              'or begin with its weights by --init_from=checkpoint --checkpoint_path=FILE\n'),
     (['--init_from=resume', '--checkpoint_path={}/none.pt'], '{}/none.pt: No such file or directory\n'),
     (['--checkpoint_path={}/ckpt.pt'], 'checkpoint_path={}/ckpt.pt is not used by init_from=scratch: add --init_from=resume to resume from it, '
-                                      '--init_from=checkpoint to begin with its weights, or leave it out\n'),
+                                      'or --init_from=checkpoint to begin with its weights\n'),
     (['--init_from=a.pt', '--checkpoint_path={}/ckpt.pt'], 'init_from=a.pt, checkpoint_path={}/ckpt.pt: name one file to begin with, by --init_from=FILE.pt '
                                                            'or by --init_from=checkpoint --checkpoint_path=FILE\n'),
 ])

@@ -1,4 +1,4 @@
-"""Checks of train.py's settings, alone and in combination."""
+"""Checks of train.py's settings, alone and in combination. Each raises ValueError."""
 
 import importlib.util
 import math
@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 # minimum, upper bound (excluded), and names of the settings; GPTConfig checks those of the model
 LIMITS = (
-    (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters'),
-    (1, math.inf, 'restart_iters restart_mult shuffle_window max_skipped_steps'),
+    (1, math.inf, 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_iters '
+                  'restart_iters restart_mult shuffle_window max_skipped_steps'),
+    (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters muon_warmup_iters '
+                  'learning_rate matrix_lr embedding_lr head_lr min_lr weight_decay grad_clip skip_spikes '
+                  'lr_decay_iters shard_ranks patience hellaswag_interval lambada_interval core_interval '
+                  'max_examples lora_alpha checkpoint_minutes'),
     (1, 2**31, 'timeout_s'),
-    (0, math.inf, 'eval_iters generate_interval checkpoint_interval warmup_iters muon_warmup_iters'),
-    (0, math.inf, 'learning_rate matrix_lr embedding_lr head_lr min_lr weight_decay grad_clip skip_spikes'),
-    (0, math.inf, 'lr_decay_iters shard_ranks patience hellaswag_interval lambada_interval core_interval'),
-    (0, math.inf, 'max_examples lora_alpha checkpoint_minutes'),
     (0, 1e6, 'max_hours'),
     (0, 2**31, 'lora_rank'),
     (0, 1, 'beta1 beta2'),
@@ -26,7 +26,6 @@ FOR_PACKED = ('sampling', 'verify_data')
 
 
 def check_limits(settings: dict):
-    """Raise ValueError for a setting that is out of range."""
     for least, bound, names in LIMITS:
         for name in names.split():
             value = settings[name]
@@ -36,7 +35,6 @@ def check_limits(settings: dict):
 
 
 def check_settings(settings: dict):
-    """Raise ValueError for a setting that is invalid, alone or with another."""
     check_limits(settings)
     s = SimpleNamespace(**settings)
     decays = s.decay_lr and s.lr_schedule != 'constant'
@@ -47,13 +45,12 @@ def check_settings(settings: dict):
         f'use --min_lr={s.learning_rate / 10:g}, or --decay_lr=False': decays and s.min_lr > s.learning_rate,
         f'loss_chunks={s.loss_chunks}: accepted is 0 or more, or auto':
             s.loss_chunks != 'auto' and s.loss_chunks < 0,
-        f'decay_fraction={s.decay_fraction}: accepted is 0 to 1, the part of max_iters':
-            not 0 <= s.decay_fraction <= 1,
+        f'decay_fraction={s.decay_fraction}: accepted is 0 to 1': not 0 <= s.decay_fraction <= 1,
         f'skip_spikes={s.skip_spikes} would skip steps below the running mean: '
         'accepted is 0 (off) or more than 1, such as 3': 0 < s.skip_spikes <= 1,
-        'out_dir is empty: name the folder for checkpoints and logs': not s.out_dir,
+        'out_dir is empty: name a folder': not s.out_dir,
         f'checkpoint_path={s.checkpoint_path} is not used by init_from={s.init_from}: add --init_from=resume '
-        'to resume from it, --init_from=checkpoint to begin with its weights, or leave it out':
+        'to resume from it, or --init_from=checkpoint to begin with its weights':
             s.checkpoint_path and not reads_file,
         'isolate_documents=True is for packed datasets, a stream does not keep documents apart: '
         'pack the text, or leave isolate_documents out': s.isolate_documents and is_stream,
@@ -64,28 +61,24 @@ def check_settings(settings: dict):
             s.shard_gradients and not is_fsdp,
         f'core_interval={s.core_interval} and core={s.core!r} go together: the interval, '
         'and the folder of the CORE bundle': bool(s.core_interval) != bool(s.core),
-        'wandb_log=True: wandb is not installed: pip install wandb, or use --wandb_log=False':
-            s.wandb_log and importlib.util.find_spec('wandb') is None,
-        'tensorboard_log=True: tensorboard is not installed: pip install tensorboard, or use '
-        '--tensorboard_log=False': s.tensorboard_log and importlib.util.find_spec('tensorboard') is None,
     }
+    for package in ('wandb', 'tensorboard'):
+        name = f'{package}_log'
+        problems[f'{name}=True: {package} is not installed: pip install {package}, or use --{name}=False'] = (
+            settings[name] and importlib.util.find_spec(package) is None)
     for message, applies in problems.items():
         if applies:
             raise ValueError(message)
     if s.on_event:
-        check_command(s.on_event)
-
-
-def check_command(command: str):
-    """Raise ValueError for a command whose syntax is wrong. What it calls may come to exist later."""
-    checked = subprocess.run(['sh', '-n', '-c', f'{command} "$@"'], capture_output=True, text=True)
-    if checked.returncode:
-        raise ValueError(f'on_event={command!r}: sh cannot read it ({checked.stderr.strip()}): '
-                         'give a command line of sh')
+        # check the syntax alone: what the command calls may come to exist later
+        checked = subprocess.run(['sh', '-n', '-c', f'{s.on_event} "$@"'], capture_output=True, text=True)
+        if checked.returncode:
+            raise ValueError(f'on_event={s.on_event!r}: sh cannot read it ({checked.stderr.strip()}): '
+                             'give a command line of sh')
 
 
 def check_unused(settings: dict, explicit: set):
-    """Raise ValueError for a flag that the chosen data would ignore."""
+    """Refuse a flag that the chosen data would ignore."""
     names, kind = FOR_STREAMS, 'dataset=stream:PATH'
     if settings['dataset'].startswith('stream:'):
         names, kind = FOR_PACKED, 'a packed dataset'
