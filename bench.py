@@ -2,7 +2,7 @@
 
     python bench.py                                          # GPT-2 (124M), 12 windows of 1024 tokens
     python bench.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --vocab_size=65 --batch_size=16
-    python bench.py --mode=decode --prompt_tokens=512 --max_new_tokens=128
+    python bench.py --mode=decode --quantize=both  # int8 against 16 bits, 1 and 8 rows
     python bench.py --mode=data --dataset=shakespeare_char
 
 Weights are random, and so are the tokens unless a dataset is named. The last line is a JSON object of all
@@ -14,11 +14,12 @@ import io
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
 from itertools import count, islice, starmap
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -29,6 +30,7 @@ import torch
 
 import devices
 import distributed
+from chat import prepare_decoding
 from configurator import config_of, configure
 from files import one_line_errors, print0
 from kernels import loss_chunk_rows
@@ -66,7 +68,7 @@ steps = 20
 prompt_tokens = 512
 max_new_tokens = 128
 rounds = 3  # times to read the prompt and continue it, after one round of warm-up
-quantize: Literal['none', 'int8'] = 'none'  # int8 = one byte per weight, on the CPU
+quantize: Literal['none', 'int8', 'both'] = 'none'  # int8: on the CPU; both: compare
 # system
 seed = 1337
 device = 'auto'  # cpu, cuda, cuda:1, mps
@@ -76,7 +78,8 @@ compile: bool | Literal['auto'] = 'auto'  # auto = as in train.py (step) and in 
 
 LEAST = dict(batch_size=1, loss_chunks=0, steps=1, warmup_steps=0, prompt_tokens=1, max_new_tokens=2,
              rounds=1, seed=0)
-CACHE_BYTES = 128 << 20  # smaller weights may stay in a processor's caches: no memory limit is measured
+COMPARED = 'decode_tok_per_s', 'memory_share', 'prefill_tok_per_s', 'process_bytes'
+CACHE_BYTES = 64 << 20  # smaller weights may stay in a processor's caches: no memory limit is measured
 
 
 def main():
@@ -92,7 +95,7 @@ def main():
         raise ValueError(f'prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} do not fit into '
                          f'block_size={block_size}: use --block_size={n_context} or more')
     with contextlib.redirect_stdout(io.StringIO() if json else sys.stdout):
-        result = measure()
+        result = compare_quantized() if mode == 'decode' and quantize == 'both' else measure()
     print(dumps(result))
     distributed.stop()
 
@@ -101,10 +104,10 @@ def measure() -> dict:
     """Measure and print. Return the JSON object."""
     place = distributed.start(device)
     torch.manual_seed(seed)
-    precision = devices.choose_dtype(dtype, place.device)
     wants_compile = compile
     if mode == 'decode':
         wants_compile = compile is True and quantize == 'none'
+    precision = devices.choose_dtype(dtype, place.device, mode == 'decode' and not wants_compile)
     use_compile = devices.choose_compile(wants_compile, place.device)
     settings, machine = config_of(globals()), describe_machine(place.device)
     facts = dict(mode=mode, dtype=str(precision).removeprefix('torch.'), compiled=use_compile)
@@ -115,7 +118,9 @@ def measure() -> dict:
             result = measure_data()
         else:
             sizes = {name: settings[name] for name in settings if name in GPTConfig.__dataclass_fields__}
+            torch.set_default_dtype(precision if mode == 'decode' else torch.float32)
             model = GPT(GPTConfig(**sizes)).to(place.device)
+            torch.set_default_dtype(torch.float32)
             n_parameters = model.get_num_params()  # before packing: packed weights are no parameters
             measure_model = measure_step if mode == 'step' else measure_decode
             result = measure_model(model, place.device, precision, use_compile)
@@ -241,43 +246,57 @@ def read_batches(device):
 
 def measure_decode(model, device, precision, use_compile):
     """Time the first token, for which the prompt is read (prefill), and the later ones."""
-    # a token takes at least as long as reading the weights, and the keys and values of its row
+    # a token takes at least as long as reading the weights, keys and values
     n_matrix = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     n_vector = sum(p.numel() for p in model.parameters() if p.dim() < 2)  # norms and biases
-    weight_bytes = n_vector * precision.itemsize
-    weight_bytes += n_matrix if quantize == 'int8' else n_matrix * precision.itemsize
     config, mean_context = model.config, prompt_tokens + max_new_tokens / 2
     n_cached = 2 * n_layer * config.n_kv_head * config.head_size * mean_context * batch_size
-    cache_bytes = int(n_cached) * precision.itemsize
 
-    model.to(precision).eval()
-    if use_compile:
-        model.compile_blocks()
-    else:
-        model.pack(None if quantize == 'none' else quantize)
+    prepare_decoding(model.eval(), device, use_compile, quantize, batch_size)
     prompt = torch.randint(vocab_size, (batch_size, prompt_tokens), device=device)
+    item_bytes = model.transformer.wte(prompt[:, :1]).itemsize
+    weight_bytes = n_matrix * (1 if quantize == 'int8' else precision.itemsize) + n_vector * item_bytes
+    cache_bytes = int(n_cached) * item_bytes
     prefill_ms, decode_ms = [], []
     for i in range(1 + rounds):
         new_tokens = model.stream(prompt, max_new_tokens, temperature=0.8, top_k=200)
         first_ms, *later_ms = [ms for _, ms in timed(new_tokens, device)]
-        if i == 0:
-            print0(f'warm-up: {first_ms + sum(later_ms):.0f} ms')
-        else:
+        if i > 0:  # not the warm-up
             prefill_ms.append(first_ms)
             decode_ms += later_ms
     prefill_ms, decode_ms = spread(prefill_ms), spread(decode_ms)
 
-    read_bytes_per_s = limit_ms = None
+    process_bytes = devices.anonymous_bytes()
+    read_bytes_per_s = limit_ms = share = None
     if weight_bytes >= CACHE_BYTES:
         x = torch.ones(128 << 20, device=device)
         pass_ms = min(ms for _, ms in timed((x.max() for _ in range(10)), device))
         read_bytes_per_s = x.nbytes / pass_ms * 1000
         limit_ms = (weight_bytes + cache_bytes) / read_bytes_per_s * 1000
-        print0(f'decoding reaches {limit_ms / decode_ms["median"]:.0%} of the rate that memory allows')
+        share = limit_ms / decode_ms['median']
     prefill_tok_per_s = 1000 * batch_size * prompt_tokens / prefill_ms['median']
     return dict(prefill_ms=prefill_ms, prefill_tok_per_s=prefill_tok_per_s, decode_ms=decode_ms,
                 decode_tok_per_s=1000 * batch_size / decode_ms['median'], weight_bytes=weight_bytes,
-                cache_bytes=cache_bytes, read_bytes_per_s=read_bytes_per_s, memory_limit_ms=limit_ms)
+                cache_bytes=cache_bytes, read_bytes_per_s=read_bytes_per_s, memory_limit_ms=limit_ms,
+                memory_share=share, process_bytes=process_bytes)
+
+
+def compare_quantized() -> dict:
+    """Measure 16 bits and int8 with 1 and 8 rows, each in a process of its own. Print the ratios."""
+    runs, ratios, settings = {}, {}, dict(config_of(globals()), json=True)
+    print0('| rows, unit | 16 bits | int8 | ratio |\n| --- | --- | --- | --- |')
+    for n_rows in (1, 8):
+        for kind in ('none', 'int8'):
+            flags = dict(settings, quantize=kind, batch_size=n_rows)
+            command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            runs[f'{kind}_{n_rows}'] = loads(done.stdout.splitlines()[-1])
+        for name in COMPARED:
+            half, int8 = runs[f'none_{n_rows}'][name], runs[f'int8_{n_rows}'][name]
+            if half and int8:
+                ratios[f'{name}_{n_rows}'] = int8 / half
+                print0(f'| {n_rows}, {name} | {half:,.6g} | {int8:,.6g} | {int8 / half:.2f} |')
+    return dict(ratios=ratios, runs=runs)
 
 
 # -----------------------------------------------------------------------------

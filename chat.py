@@ -137,12 +137,12 @@ def choose_style(style: str, trained, tokenizer) -> str:
     return chosen
 
 
-def prepare_decoding(model, device, compile, quantize):
-    """Compile the model, or pack its weights for fast reading."""
+def prepare_decoding(model, device, compile, quantize, n_rows=1):
+    """Compile the model, or lay its weights out for generating n_rows at a time."""
     if compile is True and devices.choose_compile(True, device):
         model.compile_blocks()
     else:
-        model.pack(None if quantize == 'none' else quantize)
+        model.pack(None if quantize == 'none' else quantize, n_rows)
 
 
 def json_line(value) -> bytes:

@@ -62,17 +62,19 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(cpu_info.read_text(encoding='utf-8').split())
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device, packs: bool = False) -> torch.dtype:
     """Return the dtype of matrix products.
 
     'auto' is bfloat16 if the device multiplies it, else float16 on CUDA and float32 elsewhere. On CPUs that
     do, a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
+    packs  for GPT.pack(): 'auto' is float16 on x86, too
     """
     if name != 'auto':
         return getattr(torch, name)
     if multiplies_bfloat16(device):
         return torch.bfloat16
-    return torch.float16 if device.type == 'cuda' else torch.float32
+    packs_float16 = packs and device.type == 'cpu' and 'fbgemm' in torch.backends.quantized.supported_engines
+    return torch.float16 if device.type == 'cuda' or packs_float16 else torch.float32
 
 
 def choose_compile(choice: bool | str, device: torch.device) -> bool:
@@ -110,6 +112,13 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == 'darwin' else 1024  # Linux counts kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def anonymous_bytes() -> int | None:
+    """Return the RAM that this process holds without mapped files, on Linux; else None."""
+    status = Path('/proc/self/status')
+    text = status.read_text(encoding='ascii') if status.exists() else ''
+    return int(text.split('RssAnon:')[1].split()[0]) * 1024 if 'RssAnon:' in text else None
 
 
 def synchronize(device: torch.device):

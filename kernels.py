@@ -7,7 +7,10 @@ C width, V vocabulary, N loss rows
 """
 
 import contextlib
+import ctypes
 import math
+import sys
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -298,49 +301,123 @@ def cross_entropy_gradient(logits, target, softcap):
 # -----------------------------------------------------------------------------
 # linear layers for generation on a CPU
 
+HAS_FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
+
 
 class PackedLinear(nn.Module):
-    """A Linear laid out for inference: weights in oneDNN's blocks, or in int8 with a scale per output."""
+    """The base of the layers that replace Linear for inference."""
 
-    def __init__(self, linear, quantize):
+    def train(self, mode=True):
+        if mode:
+            raise ValueError('a model packed for generation cannot be trained: load it again')
+        return super().train(mode)
+
+
+class RowLinear(PackedLinear):
+    """Weights in 16 bits as they are; a tied head shares the embedding's."""
+
+    def __init__(self, linear):
         super().__init__()
-        weight, self.bias, self.scale = linear.weight.detach(), linear.bias, None
-        if quantize == 'int8':
-            largest = weight.abs().amax(dim=1).float()  # (out,)
-            self.scale = (largest / 127).clamp(min=1e-12).to(weight.dtype)
-            steps = weight.float() / self.scale.float()[:, None]
-            self.weight = steps.round().clamp(-127, 127).to(torch.int8)
-        else:  # for one row: prefill is a fifth slower in the default layout
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x):
-        if self.scale is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
-        rows = x.flatten(0, -2)
-        # the int8 kernel's time grows with the rows; it crashes on widths that are no multiple of 8
-        if len(rows) <= 16 and rows.size(1) % 8 == 0:
-            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
-        else:
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale  # int8 is exact in bfloat16
-        if self.bias is not None:
-            y = y + self.bias
-        return y.view(*x.shape[:-1], -1)
+        if x.numel() > x.size(-1):
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        torch._C._set_mkldnn_enabled(False)  # for one row torch's own kernel reads memory twice as fast
+        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        torch._C._set_mkldnn_enabled(True)
+        return y.to(x.dtype)
 
 
-def pack_linears(model, quantize=None):
-    """Replace the Linear layers of a model on the CPU by PackedLinear, if that is faster.
+class BFloat16Linear(PackedLinear):
+    """Weights in oneDNN's blocks, for bfloat16 x of several rows."""
 
-    quantize  None = pack bfloat16 models only; 'int8' = quantize any model
+    def __init__(self, linear):
+        super().__init__()
+        self.bias = linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)  # 1 is fastest
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+
+
+class Float16Linear(PackedLinear):
+    """Weights in float16 in FBGEMM's blocks, for float32 x."""
+
+    def __init__(self, linear):
+        super().__init__()
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), bias)
+
+    def forward(self, x):
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class Int8Linear(PackedLinear):
+    """Weights in int8 with a scale per output. Each row of x is rounded to 8 bits with a scale of its own."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight, self.bias = linear.weight.detach(), linear.bias
+        scale = torch.empty(len(weight))
+        steps = torch.empty(weight.shape, dtype=torch.int8)  # -127 .. 127
+        for start in range(0, len(weight), 1024):  # keeps the float32 copy small
+            rows, part = weight[start:start + 1024].float(), slice(start, start + 1024)
+            scale[part] = (rows.abs().amax(dim=1) / 127).clamp_(min=1e-12)
+            steps[part] = (rows / scale[part, None]).round_()  # rows may be the weights themselves
+        with warnings.catch_warnings():  # torch will drop these tensors (pytorch issue 184982)
+            warnings.simplefilter('ignore')
+            zeros = torch.zeros(len(scale), dtype=torch.int64)
+            quantized = torch._make_per_channel_quantized_tensor(steps, scale.double(), zeros, 0)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
+        # without VNNI pairs of products are summed in 16 bits
+        self.reduce_range = HAS_FBGEMM and not torch.cpu._is_vnni_supported()
+
+    def forward(self, x):
+        is_row = x.numel() == x.size(-1)
+        if not is_row:  # linear_dynamic has one scale for all rows
+            scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30)
+            x = x / scale
+        y = torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
+        y = y if is_row else y.mul_(scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def pack_linears(model, quantize=None, n_rows=1):
+    """Lay the matrices of a model on the CPU out for generation. It cannot be trained any more.
+
+    quantize  'int8', or None: float16 (all but the weights is then float32) and bfloat16, if that is faster
+    n_rows    rows at a time; with several, a tied head in float16 becomes a matrix of its own
     """
-    weight = model.lm_head.weight
-    if quantize and weight.device.type != 'cpu':
-        raise ValueError(f'quantize={quantize} works on the CPU, the model is on {weight.device.type}: '
+    head = model.lm_head
+    kind, dtype = head.weight.device.type, head.weight.dtype
+    if quantize and kind != 'cpu':
+        raise ValueError(f'quantize={quantize} works on the CPU, the model is on {kind}: '
                          'use --device=cpu, or leave it out')
     has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    helps = weight.device.type == 'cpu' and weight.dtype == torch.bfloat16 and has_bfloat16
-    if not quantize and not helps:
+    if quantize:
+        layer = Int8Linear
+    elif kind == 'cpu' and dtype == torch.float16 and HAS_FBGEMM:
+        layer = Float16Linear
+    elif kind == 'cpu' and dtype == torch.bfloat16 and has_bfloat16:
+        layer = RowLinear if n_rows == 1 else BFloat16Linear
+    else:
         return
-    for parent in list(model.modules()):
+    model.eval().requires_grad_(False)
+    if layer is Float16Linear and head.weight is model.transformer.wte.weight and n_rows == 1:
+        model.lm_head = RowLinear(head)
+    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+    del head
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    for parent in reversed(parents):  # the head last
         for name, child in parent.named_children():
             if type(child) is nn.Linear:  # not one with an adapter
-                setattr(parent, name, PackedLinear(child, quantize))
+                setattr(parent, name, layer(child))
+                del child
+                if hasattr(libc, 'malloc_trim'):
+                    libc.malloc_trim(0)
+    if layer in (Int8Linear, Float16Linear):
+        rows = model.transformer.wte.weight
+        for p in model.parameters():
+            p.data = p.data if p is rows else p.data.float()
+        model.transformer.wte.register_forward_hook(lambda *args: args[-1].float())

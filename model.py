@@ -369,9 +369,9 @@ class GPT(nn.Module):
         from weights import pretrained
         return pretrained.save(self, path, tokenizer, style=style, card=card, quantize=quantize)
 
-    def pack(self, quantize: str | None = None):
-        """Lay the matrices out for fast generation on a CPU, in bfloat16 or in 'int8': for inference only."""
-        kernels.pack_linears(self, quantize)
+    def pack(self, quantize: str | None = None, n_rows: int = 1):
+        """Prepare a 16-bit model, or with 'int8' any, for generation on a CPU. See kernels.pack_linears()."""
+        kernels.pack_linears(self.finish().to(self.lm_head.weight.device), quantize, n_rows)
         return self
 
     def compile_blocks(self):
@@ -401,7 +401,7 @@ class GPT(nn.Module):
         limit, cache, new = self.config.block_size, None, idx
         if idx.size(1) < limit:
             n_tokens = min(limit, idx.size(1) + max_new_tokens)
-            dtype = kernels.compute_dtype(self.transformer.wte.weight)
+            dtype = kernels.compute_dtype(self.transformer.wte(idx[:, :1]))
             cache = kernels.KVCache(self.config, idx.size(0), n_tokens, idx.device, dtype, self.compiled)
         for _ in range(max_new_tokens):
             if cache is not None and cache.n_tokens + new.size(1) > limit:

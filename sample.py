@@ -176,7 +176,7 @@ if __name__ == '__main__':
         if quantize != 'none' and export and not export.endswith('.gguf'):
             raise ValueError(f'--quantize={quantize}: accepted is none, or an export to a .gguf file')
         place = distributed.start(device)
-        precision = devices.choose_dtype(dtype, place.device)
+        precision = devices.choose_dtype(dtype, place.device, packs=compile is not True)
         if export and dtype == 'auto':
             precision = torch.float32  # as it was trained
         trained = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
@@ -199,7 +199,10 @@ if __name__ == '__main__':
         # export, or generate
         torch.manual_seed(seed)
         if not export:
-            prepare_decoding(model, place.device, compile, quantize)
+            n_rows = num_samples
+            if chat or prompts:
+                n_rows = 1 if chat else batch_size
+            prepare_decoding(model, place.device, compile, quantize, n_rows)
         answerer = Answerer(model, tokenizer, template, sampling)
         if export and adapter:
             for file in adapters.save(model, export, base):

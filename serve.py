@@ -74,7 +74,7 @@ if __name__ == '__main__':
 
         # the model
         place = distributed.start(device)
-        precision = devices.choose_dtype(dtype, place.device)
+        precision = devices.choose_dtype(dtype, place.device, packs=True)
         trained = find_start(init_from, out_dir, checkpoint_path, tokenizer=tokenizer)
         tokenizer = load_tokenizer(trained.tokenizer)
         try:
@@ -87,7 +87,7 @@ if __name__ == '__main__':
                        'was, for example by config/finetune_dolly.py')
             print0(f'no chat: {error}')
         model = build_model(trained, tokenizer, precision).to(place.device, precision)
-        prepare_decoding(model, place.device, False, quantize)
+        prepare_decoding(model, place.device, False, quantize, max_batch)
 
         # the server
         name = name or Path(out_dir if init_from == 'resume' else init_from).resolve().name

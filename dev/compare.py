@@ -1,7 +1,6 @@
 """Compare training and decoding with plain reference code on one machine, for the table in docs/RESULTS.md.
 
     python -m dev.compare
-    python -m dev.compare --rounds=1
 
 The reference is float32 and eager. It updates tensor by tensor, opens a new memmap for each batch, and
 decodes without a cache. It runs in this process, which distributed.start() has not prepared, and takes turns
@@ -42,7 +41,6 @@ TRAINING = {
     '0.8M': (dict(n_layer=4, n_head=4, n_embd=128, block_size=64), 12, 40),
 }
 DECODING = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
-WAYS = {'1 row': {}, '8 rows': dict(batch_size=8), 'int8, 1 row': dict(quantize='int8')}
 
 
 def main():
@@ -144,25 +142,22 @@ def plain_logits(model, idx, positions=slice(None)):
 
 
 def compare_decoding() -> dict:
-    """Continue a prompt in turns. The reference draws 2 tokens in its turn."""
+    """Continue a prompt in turns. The reference draws 2 tokens."""
     chosen = devices.choose_device(device)
     model = GPT(GPTConfig(**DECODING, bias=False)).to(chosen).eval()
     prompt = torch.randint(DECODING['vocab_size'], (1, prompt_tokens), device=chosen)
-    ways = {name: flags for name, flags in WAYS.items() if chosen.type == 'cpu' or 'quantize' not in flags}
-    rates, reference = {name: [] for name in ways}, []  # tokens/s
+    rates, reference = [], []  # tokens/s
     for _ in range(rounds):
         begun_s = now_s(chosen)
         plain_next(model, plain_next(model, prompt))
         reference.append(2 / (now_s(chosen) - begun_s))
-        for name, flags in ways.items():
-            here = bench(mode='decode', rounds=1, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
-                         **DECODING, **flags)
-            rates[name].append(here['decode_tok_per_s'])
-    reference, rates = median(reference), {name: median(values) for name, values in rates.items()}
-    for name, rate in rates.items():
-        print(f'| decoding, {model.get_num_params() / 1e6:.0f}M, {name}: tokens/s | {reference:.1f} | '
-              f'{rate:.1f} | {rate / reference:.1f} |')
-    return dict(reference_tok_per_s=reference, tok_per_s=rates)
+        here = bench(mode='decode', rounds=1, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
+                     **DECODING)
+        rates.append(here['decode_tok_per_s'])
+    reference, rate = median(reference), median(rates)
+    print(f'| decoding, {model.get_num_params() / 1e6:.0f}M: tokens/s | {reference:.1f} | {rate:.1f} | '
+          f'{rate / reference:.1f} |')
+    return dict(reference_tok_per_s=reference, tok_per_s=rate)
 
 
 @torch.no_grad()

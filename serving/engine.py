@@ -110,8 +110,8 @@ class Engine:
     def __init__(self, model, tokenizer, max_batch: int = 32, max_queue: int = 64):
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_queue = max_batch, max_queue
-        weight = model.transformer.wte.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device = model.transformer.wte.weight.device
+        self.dtype = model.transformer.wte(torch.zeros(1, dtype=torch.int64, device=self.device)).dtype
         self.waiting = deque()
         self.running = []  # row r of the cache belongs to running[r]
         self.cache = RowCache(model.config, max_batch, self.device, self.dtype)
