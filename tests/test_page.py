@@ -125,7 +125,7 @@ def test_the_stop_button_stops_and_regenerate_writes_another_answer(visit):
     setting(page, 'max_tokens', 2000)
     page.fill('#box', 'go')
     page.click('#send')
-    page.wait_for_selector('.token')
+    page.wait_for_selector('.token >> nth=16')
     page.click('#send')
     before = page.wait_for_selector('.again') and page.inner_text('.assistant .text')
     setting(page, 'max_tokens', 8)
@@ -265,7 +265,7 @@ def test_the_beginning_is_left_out_where_the_context_has_no_room_for_it(visit, b
     assert ask(page, '<script>' * 150)
     expect(page.locator('.note').last).to_contain_text('left out')
     page.reload()
-    assert page.locator('.turn').count() == 4
+    expect(page.locator('.turn')).to_have_count(4)
 
 
 def test_dark_follows_the_system_and_the_switch(visit):
