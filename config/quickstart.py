@@ -1,5 +1,5 @@
-# A character-level GPT on Shakespeare in about two minutes of training on two CPU cores; on a GPU the same
-# file simply runs faster.
+# A character-level GPT on Shakespeare in two to four minutes of training on two CPU cores; on a GPU the
+# same file runs faster.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/quickstart.py
 #   python sample.py --out_dir=out-quickstart
