@@ -68,6 +68,23 @@ def test_both_languages_have_the_same_commands(pages):
     assert english == chinese and blocks(pages[0], '') == blocks(pages[1], '')
 
 
+def rows(page):
+    """The rows of all tables of a page, and the numbers in each."""
+    lines = re.findall(r'^\|.*\|$', page.read_text(encoding='utf-8'), re.MULTILINE)
+    return [(line, sorted(re.findall(r'\d+(?:[.,]\d+)*(?:e-?\d+)?', line))) for line in lines]
+
+
+@pytest.mark.parametrize('pages', TRANSLATED, ids=lambda pages: pages[0].name)
+def test_both_languages_have_the_same_numbers_in_their_tables(pages):
+    english, chinese = map(rows, pages)
+    assert len(english) == len(chinese)
+    assert not [(a, b) for (a, numbers), (b, others) in zip(english, chinese) if numbers != others]
+
+
+def test_every_page_has_a_chinese_one():
+    assert {path.name for path in ROOT.glob('docs/*.md')} == {path.name for path in ROOT.glob('docs/zh/*.md')}
+
+
 def test_the_readme_is_short():
     assert len(READMES[0].read_text(encoding='utf-8').split()) <= 1200
     sizes = {name: len((ROOT / name).read_text(encoding='utf-8').splitlines()) for name in ('model.py', 'train.py')}
@@ -144,6 +161,8 @@ def test_links_and_settings_exist(page):
         known.update(re.findall(r"'--(\w+)'", path.read_text(encoding='utf-8')))
     for path in (ROOT / 'bench.py', ROOT / 'weights/architectures.py', *ROOT.glob('serving/*.py')):  # fields of JSON, weights
         known.update(re.findall(r'\w+', path.read_text(encoding='utf-8')))
+    known.update(re.findall(r'--(\w+)=', (ROOT / 'launch/slurm.sbatch').read_text(encoding='utf-8')))
+    known.update(re.findall(r'\w+', ' '.join(blocks(page, 'python'))))  # examples explain their own names
     named = re.findall(r'`(?:--)?([a-z]\w*)=[^`\n]*`', text) + re.findall(r'`([a-z]+_[a-z_]+)`', text)
     assert not [name for name in named if name not in known]
     assert not [name for name in re.findall(r'\bconfig/\w+\.py', text) if not (ROOT / name).is_file()]
