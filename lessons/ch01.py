@@ -5,8 +5,8 @@
 # **tokens** (词元): integers, each of which stands for a small piece of text. The piece can be a byte, a
 # character, a word, or something in between, and the choice decides how long a text is for the model.
 #
-# At the end you will have written the method that GPT-2 and most later models use, **byte-pair
-# encoding** (BPE, 字节对编码), and you will have checked it against this repository's own.
+# By the end you will have written **byte-pair encoding** (BPE, 字节对编码), the method of GPT-2 and most
+# later models, and compared it with this repository's implementation.
 # %% [markdown] lang=zh
 # # 第一章　从文本到词元
 #
@@ -54,14 +54,16 @@ for character in 'A河é':
 # We read three kinds of Chinese: Song dynasty poems, short dialogues, and the prose of a computer handbook.
 # They come from package mirrors and are cached. Without a network, made-up sentences stand in for the poems.
 #
-# The cell prints how many characters and bytes each kind has, and how many *different* characters.
+# The cell prints how many characters and bytes each kind has, and how many *different* characters. The poems have
+# nearly three bytes per character. The handbook has fewer than two, because it is full of commands and English words.
 # %% [markdown] lang=zh
 # ## 真实的文本
 #
 # 下面读三种中文：宋词、日常对话，还有一本计算机手册。它们来自软件包镜像，下载一次以后就缓存在本地。
 # 没有网络时，用几条规则拼出来的句子代替宋词。
 #
-# 这一格打印每种文本有多少字、多少字节，以及有多少个**不同**的字。
+# 这一格打印每种文本有多少字、多少字节，以及有多少个**不同**的字。宋词平均每个字将近三个字节；
+# 手册不到两个，因为里面有大量的命令和英文。
 # %%
 kinds = chinese_kinds()
 for kind, content in kinds.items():
@@ -86,7 +88,7 @@ print(line)
 print(ids)
 print(by_character.decode(ids) == line)
 # %% [markdown] lang=en
-# This is simple, but a character that the training text never showed has no id at all. Let us build the
+# This is simple, but a character that does not occur in the training text has no id at all. Let us build the
 # vocabulary from the first nine tenths of the poems and look at the last tenth.
 # %% [markdown] lang=zh
 # 简单是简单，可是训练文本里没出现过的字就没有编号。我们用前九成宋词建词表，再看后一成里有多少字不在表里。
@@ -102,8 +104,8 @@ n_vocabulary, share = unseen(poems[:cut], poems[cut:])
 print(f'characters: {n_vocabulary:,} in the vocabulary, {share:.2%} of the rest are not in it')
 # %% [markdown] lang=en
 # **By word** (按词). Chinese has no spaces, so a program has to find the words. `jieba` is such a program; it uses
-# a dictionary and word frequencies. Words carry more meaning than characters, and there are fewer of them in a
-# sentence. But the vocabulary grows without end, and more of a new text is missing from it.
+# a dictionary and word frequencies. Words carry more meaning than characters, and a
+# sentence has fewer of them. But the vocabulary keeps growing with the text, and a larger part of a new text is missing from it.
 # %% [markdown] lang=zh
 # **按词切**（word-level）。中文的词之间没有空格，得用程序分词。`jieba` 就是一个分词工具，靠的是词典和词频。
 # 词比字的含义更完整，同一句话切成词也更短。可是词表会越长越大，新文本里不在表里的词也更多。
@@ -119,7 +121,7 @@ except ImportError:
     cut_words = None
     print('jieba is not installed (pip install jieba): this chapter goes on without words')
 # %% [markdown] lang=en
-# **By byte** (按字节). There are only 256 bytes, so nothing can ever be missing: any text in any language, even an
+# **By byte** (按字节). There are only 256 different bytes, so nothing is ever missing: any text in any language, even an
 # emoji, is a sequence of bytes. The price is length: a Chinese text becomes three times as long. That matters,
 # because a model reads a fixed number of tokens at a time (its **context**, 上下文) and computes for each of them.
 # %% [markdown] lang=zh
@@ -138,8 +140,8 @@ print(ByteTokenizer().encode('老船工 🚣'))
 # 3. Make the most frequent pair a new token, everywhere in the text.
 # 4. Repeat from step 2 until the vocabulary is as large as you want.
 #
-# A practical detail comes first: the text is cut into stretches that merging never crosses, such as a run
-# of Chinese characters, a word with the space in front of it, or a run of punctuation. Otherwise a full stop and
+# A practical detail comes first. The text is cut into stretches that merging never crosses (**pre-tokenization**, 预切分),
+# such as a run of Chinese characters, a word with the space in front of it, or a run of punctuation. Otherwise a full stop and
 # the word after it could become one token. `BPE_PATTERN` is the regular expression that this repository uses.
 # %% [markdown] lang=zh
 # ## 字节对编码（BPE）
@@ -151,15 +153,15 @@ print(ByteTokenizer().encode('老船工 🚣'))
 # 3. 把出现最多的那一对合并成一个新词元，文本里处处照办。
 # 4. 回到第 2 步，直到词表够大为止。
 #
-# 动手之前还有一个细节：先把文本切成小段，合并不能跨段。一串汉字是一段，一个英文单词连同前面的空格是一段，
+# 动手之前还有一个细节：先把文本切成小段，合并不能跨段，这叫**预切分**（pre-tokenization）。一串汉字是一段，一个英文单词连同前面的空格是一段，
 # 一串标点也是一段。不然的话，句号和后一句的头一个字就可能并成一个词元。
 # 本仓库用正则表达式 `BPE_PATTERN` 来切段。
 # %%
 cut_text = regex.compile(BPE_PATTERN, regex.VERSION1).findall  # VERSION1: [A&&[^B]] means A without B
 print(cut_text('雨后，老船工说：Good morning, 2026!'))
 # %% [markdown] lang=en
-# We keep each different stretch once, with its count, as a tuple of byte strings. Merging a pair then only means to
-# join two neighbouring strings.
+# Equal stretches are stored once, with their count. A stretch is a tuple of byte strings, so merging a pair only means
+# joining two neighbouring strings.
 # %% [markdown] lang=zh
 # 相同的段只存一份，记下出现的次数。每一段写成由字节串组成的元组，合并一对，就是把相邻的两个字节串接起来。
 # %%
@@ -190,9 +192,10 @@ def merge(pieces, pair):
 
 print(merge(as_bytes('abab'), (b'a', b'b')))
 # %% [markdown] lang=en
-# Now the loop. Ties are broken in favour of the larger pair, so that every run gives the same result.
+# Now the loop. If several pairs are equally frequent, `max` takes the one whose bytes are largest, so that every run gives
+# the same result.
 # %% [markdown] lang=zh
-# 现在写主循环。出现次数相同时取较大的那一对，这样每次运行的结果都一样。
+# 现在写主循环。几对的次数相同时，`max` 取字节最大的那一对，这样每次运行的结果都一样。
 # %%
 def train(text, n_merges, cut_text=cut_text):
     counts = Counter(cut_text(text))
@@ -214,13 +217,13 @@ whole = [text for text in (b''.join(pair).decode('utf-8', errors='replace') for 
 print(len(whole), 'of', len(merges), 'new tokens are whole characters or more:')
 print(' '.join(whole[:10]), '...', ' '.join(whole[-10:]))
 # %% [markdown] lang=en
-# Early merges join the bytes with which many characters begin, such as `e3 80` of 。 and 、; these are not yet
-# characters, and print as `�`. Then come common characters and punctuation, and later whole words.
+# The first merges join bytes with which many characters begin, such as `e3 80` (in hexadecimal) of 。 and 、. These are not
+# characters yet, and print as `�`. Then come common characters and punctuation, and later whole words.
 #
 # To **encode** (编码) a new text, apply the merges in the order in which training made them. To **decode** (解码),
 # join the bytes.
 # %% [markdown] lang=zh
-# 最先合并出来的是许多字符共有的前两个字节，例如 。 和 、 开头的 `e3 80`：它们还不是完整的字符，所以打印成 `�`。
+# 最先合并出来的是许多字符共有的前两个字节，例如 。 和 、 开头的 `e3 80`（十六进制）：它们还不是完整的字符，所以打印成 `�`。
 # 接着是常用的字和标点，再往后就是整个的词。
 #
 # 给新文本**编码**（encode）时，按训练时的先后顺序依次合并；**解码**（decode）时，把字节接起来就行。
@@ -243,12 +246,12 @@ assert b''.join(tokens).decode('utf-8') == sentence
 # %% [markdown] lang=en
 # ## The same in this repository
 #
-# `BPETokenizer` takes merges in the form of GPT-2's `merges.txt`, where each byte is written as one visible
-# character. We hand ours over, and both must cut every text alike.
+# `BPETokenizer` reads merges in the format of GPT-2's `merges.txt`. There each byte is written as one visible character,
+# because a real space or line break would separate entries. We hand our merges over, and both must cut every text alike.
 # %% [markdown] lang=zh
 # ## 和本仓库的实现对一对
 #
-# `BPETokenizer` 读的是 GPT-2 的 `merges.txt` 格式，其中每个字节写成一个看得见的字符。
+# `BPETokenizer` 读的是 GPT-2 的 `merges.txt` 格式，其中每个字节写成一个看得见的字符，因为真正的空格和换行是用来分隔各项的。
 # 把我们的合并表交给它，两边切出来的词元必须完全一样。
 # %%
 character_of = {byte: character for character, byte in byte_characters().items()}
@@ -263,8 +266,8 @@ print(list(tokenizer.special))
 # The special tokens (特殊词元) stand for no text: `<|endoftext|>` separates documents, others mark who speaks in a
 # conversation (chapter 7).
 #
-# Our loop counts all pairs again after each merge. `train_bpe` calls the `tokenizers` library, which only updates the
-# counts that change, and learns thousands of merges in seconds.
+# Our loop counts all pairs again after each merge. `train_bpe` calls the `tokenizers` library, which updates only the
+# counts that change. It learns thousands of merges in seconds.
 # %% [markdown] lang=zh
 # **特殊词元**（special token）不代表任何文本：`<|endoftext|>` 隔开两篇文档，另外几个标明对话里是谁在说话（第七章会用到）。
 #
@@ -317,8 +320,8 @@ axes.set_ylabel('tokens')
 figure.legend(loc='outside upper center', fontsize=9, frameon=False, ncols=len(methods))
 show(figure)
 # %% [markdown] lang=en
-# Two remarks on reading the picture. Characters and words look cheap, but they fail on anything new.
-# And our BPE has seen poems only: the manual costs it more, English most of all. **Train a tokenizer on the kind
+# Note two things. Characters and words look cheap, but they fail on anything new. And our BPE was trained on poems alone,
+# so the manual costs it more, and English costs it one token per byte. **Train a tokenizer on the kind
 # of text that the model will read.**
 #
 # ## How large a vocabulary?
@@ -328,7 +331,7 @@ show(figure)
 # the model (chapter 3), so a small model should not have a large vocabulary.
 # %% [markdown] lang=zh
 # 看图时注意两点。按字、按词看上去省，但遇到没见过的东西就没办法了。我们的 BPE 只读过宋词，所以手册要花更多词元，
-# 英文花得最多。**模型将来读什么文本，就用什么文本训练分词器**（tokenizer）。
+# 英文则退回到一个字节一个词元。**模型将来读什么文本，就用什么文本训练分词器**（tokenizer）。
 #
 # ## 词表要多大？
 #
@@ -375,9 +378,9 @@ show(figure)
 #
 # <details><summary>Solutions in words</summary>
 #
-# 1. They are names of tunes and fixed phrases: whatever comes back again and again. □ marks a character that is lost.
+# 1. They are names of tunes and fixed phrases, which recur again and again. □ marks a lost character.
 # 2. Each byte of the emoji is a token of its own, and a single byte is no character. So decode shows `�` until all four
-#    are together. Programs that show text while it is written have to hold such bytes back.
+#    are together. A program that prints text while it is generated has to hold such bytes back.
 # 3. Yes: questions end in "吗?" so often that the two become one token. The model would then have one "吗" with a
 #    question mark and another one without, and would have to learn twice what the word means.
 #

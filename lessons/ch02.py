@@ -2,12 +2,11 @@
 # # Chapter 2: attention
 #
 # After chapter 1 a text is a row of tokens, and each token becomes a **vector** (向量), a list of numbers that the
-# model learns. So far every vector knows its own token alone. To understand "it" in a sentence, a model has to look at
-# other tokens. **Attention** (注意力) is how: every token takes a weighted sum of the vectors before it, and the
+# model learns. So far each vector knows only its own token. To understand "it" in a sentence, a model has to look at
+# other tokens. **Attention** (注意力) does this: every token takes a weighted sum of the vectors before it, and the
 # weights are computed from the vectors themselves.
 #
-# We go in five small steps, print every shape, and end with the attention of `model.py`: our numbers and its numbers
-# must be equal.
+# We take five small steps, print every shape, and end with the attention of `model.py`, whose numbers must equal ours.
 # %% [markdown] lang=zh
 # # 第二章　注意力
 #
@@ -38,9 +37,9 @@ torch.set_printoptions(precision=2, sci_mode=False)
 # %% [markdown] lang=en
 # ## Step 1: a weighted sum
 #
-# Take T = 5 tokens, each a vector of C = 4 numbers. The plainest way to look back is the mean of all vectors up to and
-# including one's own. A token may not look ahead: the model will be trained to predict the next token, and must not
-# see it. This is the word **causal** (因果).
+# Take T = 5 tokens, each a vector of C = 4 numbers. The simplest way to look back is the mean of all vectors up to and
+# including the token's own. A token may not look ahead: the model will be trained to predict the next token, and must not
+# see it. Attention that keeps to this rule is **causal** (因果).
 # %% [markdown] lang=zh
 # ## 第一步：加权和
 #
@@ -53,7 +52,7 @@ mean = torch.stack([x[:t + 1].mean(dim=0) for t in range(T)])
 print('x', tuple(x.shape), '-> mean', tuple(mean.shape))
 print(mean)
 # %% [markdown] lang=en
-# The same as one matrix product, written `@` in Python: row t of `weights @ x` is the sum of all rows of x, each times a
+# The same can be written as one matrix product, `@` in Python: row t of `weights @ x` is the sum of all rows of x, each times a
 # number from row t of `weights`. So row t of `weights` says how much token t takes from each token. Everything that
 # follows only changes where these weights come from.
 # %% [markdown] lang=zh
@@ -100,8 +99,8 @@ assert torch.allclose(softmax(scores + mask), torch.softmax(scores + mask, dim=-
 # - a **value** (值): what do I hand over if chosen?
 #
 # The score between two tokens is the **dot product** (点积) of the query of one and the key of the other: multiply them
-# number by number, and add up. It is large when the two vectors point the same way. The result is the weighted sum of the
-# *values*.
+# number by number, and add up. It is large when the two vectors point the same way. `q @ k.T` computes all scores at once: row t, column s
+# holds the score between query t and key s. The result is the weighted sum of the *values*.
 #
 # `nn.Linear(C, D)` holds such a matrix and turns C numbers into D. Here the matrices are still random.
 # %% [markdown] lang=zh
@@ -114,7 +113,8 @@ assert torch.allclose(softmax(scores + mask), torch.softmax(scores + mask, dim=-
 # - **值**（value）：如果选中我，我交出什么？
 #
 # 一个词元的查询和另一个词元的键做**点积**（dot product），也就是对应的数相乘再求和，得到两者之间的分数：
-# 方向越一致，分数越高。最后的结果是各个**值**的加权和。
+# 方向越一致，分数越高。`q @ k.T` 一次算出全部分数：第 t 行第 s 列是查询 t 和键 s 之间的分数。
+# 最后的结果是各个**值**的加权和。
 #
 # `nn.Linear(C, D)` 里就装着这样一个矩阵，把 C 个数变成 D 个。眼下矩阵里还是随机数。
 # %%
@@ -142,9 +142,10 @@ for size in (4, 64, 1024):
 # %% [markdown] lang=en
 # ## Step 4: several heads
 #
-# One set of weights can follow one relation only. So the C numbers are split among H **heads** (头) of D = C / H numbers,
-# each with its own weights, and the results are put side by side again. No loop is needed: the heads become
+# One set of weights can follow only one relation. So the C numbers are split among H **heads** (头) of D = C / H numbers each,
+# every head has its own weights, and the results are put side by side again. No loop is needed: the heads become
 # one more dimension of the tensors, and `@` multiplies the last two dimensions for all batches and heads at once.
+# `view` splits a dimension in two, and `transpose` exchanges two dimensions.
 #
 # B is the number of rows (texts) computed together, the **batch** (批).
 # %% [markdown] lang=zh
@@ -152,6 +153,7 @@ for size in (4, 64, 1024):
 #
 # 一套权重只能跟踪一种关系。于是把 C 个数分给 H 个**头**（head），每个头 D = C / H 个数，各算各的权重，最后再拼起来。
 # 不用写循环：头是张量多出来的一维，`@` 只对最后两维做矩阵乘法，所有的批次和头一次算完。
+# `view` 把一维拆成两维，`transpose` 交换两维。
 #
 # B 是同时计算的文本条数，叫**批**（batch）。
 # %%
@@ -180,7 +182,7 @@ ours = attention(x, causal)
 # %% [markdown] lang=en
 # ## Step 5: other masks
 #
-# The mask decides who may see whom, and nothing else has to change for that:
+# The mask alone decides who may see whom:
 #
 # - **causal**: each token sees itself and what came before.
 # - **documents** (文档): several short texts lie in one row, and no token sees another text. The numbers of the
@@ -229,8 +231,8 @@ show(figure)
 # ## The attention of model.py
 #
 # `CausalSelfAttention` has the same two linear layers: `c_attn` makes queries, keys and values, `c_proj` mixes the heads.
-# We give it our weights. It calls torch's fused function, which never stores the (T, T) weights and is therefore faster
-# and smaller; the numbers are equal up to rounding.
+# We give it our weights. It calls a function of torch that fuses all these steps. It never stores the (T, T) weights, so it is faster
+# and needs less memory; the numbers are equal up to rounding.
 # %% [markdown] lang=zh
 # ## model.py 里的注意力
 #
@@ -328,7 +330,7 @@ axes.set(xlabel='key: seen', ylabel='query: sees', title='attention weights')
 figure.colorbar(shown)
 show(figure)
 # %% [markdown] lang=en
-# Look at the last three rows: each query has its weight where its letter is. The rows above are free, because no answer
+# Look at the last three rows: each query puts its weight on the token with its letter. The rows above are arbitrary, because no answer
 # is asked of them. Nobody wrote a rule for looking up; it follows from the loss.
 #
 # ## Where to go on

@@ -5,7 +5,7 @@
 # more parts, all of them simple. We build each part by hand, count the parameters of the 124M model with pencil and
 # paper, put the parts together in 60 lines, and check that our model gives the same output as `model.py`.
 #
-# The way of a token through the model:
+# The path of a token through the model:
 #
 #     token ids (B, T)
 #       -> embedding + positions         (B, T, C)      the residual stream begins
@@ -77,7 +77,7 @@ x = table(ids) + position_table(torch.arange(T))  # (B, T, C): the positions are
 # ## Norm: keep the numbers in range
 #
 # **Layer norm** (层归一化) takes each vector on its own: subtract the mean of its C numbers, divide by their standard deviation,
-# then scale and shift each of the C places by learned numbers. So every part receives numbers of the same size, no matter how
+# then scale and shift each of the C places by learned numbers. So every part receives numbers of a similar size, no matter how
 # deep in the model it is.
 #
 # In torch a part with parameters is an `nn.Module`; `nn.Parameter` marks numbers that are to be learned, and `norm(x)` calls
@@ -149,8 +149,8 @@ show(figure)
 #     x = x + attention(norm(x))
 #     x = x + mlp(norm(x))
 #
-# This is the **residual connection** (残差连接). A block makes a correction to x instead of a new x: what a token is, is
-# never lost on the way, and in training the gradient has a direct path along the plus signs back to the first layer.
+# This is the **residual connection** (残差连接). A block corrects x instead of replacing it. So the model never loses which token it has, and in training
+# the gradient has a direct path along the plus signs back to the first layer.
 #
 # The attention is chapter 2's.
 # %% [markdown] lang=zh
@@ -195,7 +195,7 @@ print(tuple(Block(C, H)(x).shape), '- same shape in and out, so blocks can be st
 # %% [markdown] lang=en
 # How much do the plus signs matter? Stack 12 blocks with and without them, and measure how alike the vectors of
 # different tokens are after each block, by the cosine of the angle between them: 1 means the same direction. Attention
-# averages, so without the plus signs all tokens soon look alike, and no later part can tell them apart.
+# averages, so without the plus signs all tokens soon look alike, and later parts cannot tell them apart.
 # %% [markdown] lang=zh
 # 加号到底有多要紧？叠 12 个块，一次有加号，一次没有，看看每过一块，不同词元的向量有多像。
 # 像不像用夹角的余弦来衡量：等于 1 就是方向完全相同。注意力是求平均，没有加号的话，所有词元很快变成一个样，
@@ -328,8 +328,8 @@ with torch.device('meta'):
 print(f'{by_hand:,} by hand, {gpt2.get_num_params(non_embedding=False):,} in model.py')
 assert by_hand == gpt2.get_num_params(non_embedding=False) == 124_439_808
 # %% [markdown] lang=en
-# Where do the parameters of the four GPT-2 models sit? In the small one nearly a third belongs to the embedding. In a larger one,
-# nearly two thirds are the MLPs.
+# Where are the parameters of the four GPT-2 models? In the small one nearly a third belongs to the embedding. In the larger ones
+# the MLPs have nearly two thirds.
 # %% [markdown] lang=zh
 # 四种大小的 GPT-2，参数都花在哪里？小号有将近三分之一是词嵌入；模型变大以后，将近三分之二在 MLP 里。
 # %%
@@ -385,7 +385,7 @@ assert abs(loss.item() - math.log(V)) < 0.2
 # 1. Compute the number of parameters of GPT-2 XL by hand (L = 48, C = 1600) and check it against `model.py`. It has 25 heads: why do
 #    they not appear in the formula?
 # 2. Training with AdamW keeps for each parameter the weight, its gradient and two running means, 4 bytes each. How much memory
-#    does the 124M model need for that? And roughly 6 floating-point operations per parameter and token: how long do 300 billion
+#    does the 124M model need for that? Training takes roughly 6 floating-point operations per parameter and token: how long do 300 billion
 #    tokens take at 10¹⁴ operations a second?
 # 3. Remove the position table from our model (set it to zero) and exchange tokens 0 and 1 of the input. Do the logits of token 15
 #    change in a model of one layer? And of three?

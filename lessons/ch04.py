@@ -1,9 +1,9 @@
 # %% [markdown] lang=en
 # # Chapter 4: training
 #
-# Chapter 3 built a model that knows nothing. **Training** (训练) shows it text and changes its parameters a little after each look, so that
-# the right next token becomes more probable. We write the whole training loop by hand, then let `train.py` do the same run: the two loss
-# curves lie on top of each other.
+# Chapter 3 built a model that knows nothing. **Training** (训练) shows it text and, after each look, changes its parameters a little, so that
+# the right next token becomes more probable. We write the whole training loop by hand, then let `train.py` do the same run. The two loss
+# curves will lie on top of each other.
 # %% [markdown] lang=zh
 # # 第四章　训练
 #
@@ -36,8 +36,8 @@ device = 'cpu'
 # ## Data: a long row of numbers
 #
 # The text is Shakespeare, or made-up sentences without a network. One character is one token, as in chapter 1. The first 90% are
-# for training. The last 10% are for **validation** (验证): text that the model never learns from, to see whether it has
-# learned the language or only memorized.
+# for training. The last 10% are for **validation** (验证): text that the model never learns from. It shows whether the model has
+# learned the language or only memorized the text.
 #
 # `write_dataset` writes the ids to `train.bin` and `val.bin`, two bytes for each.
 # %% [markdown] lang=zh
@@ -56,10 +56,10 @@ write_dataset(dataset, tokenizer, {'train': [text[:cut]], 'val': [text[cut:]]}, 
 V = tokenizer.vocab_size
 print(f'{len(text):,} characters, {V} different ones')
 # %% [markdown] lang=en
-# A file of a real run has billions of tokens and does not fit into memory. `np.memmap` treats the file as an array and reads only the
-# parts that are asked for.
+# The file of a real run has billions of tokens and does not fit into memory. `np.memmap` treats the file as an array and reads only the
+# parts that are used.
 #
-# One training example is a **window** (窗口): T tokens `x`, and the same shifted by one as targets `y`. So one window holds T
+# One training example is a **window** (窗口): T tokens `x`, and as targets `y` the same tokens shifted by one. So one window holds T
 # exercises: given the first token, predict the second; given two, predict the third; and so on.
 # %% [markdown] lang=zh
 # 真正的训练数据有几十亿个词元，内存放不下。`np.memmap` 把文件当成数组来用，用到哪里才读哪里。
@@ -97,12 +97,13 @@ assert torch.allclose(-of_targets.log().mean(), loss)
 # %% [markdown] lang=en
 # ## Gradient accumulation: a large batch in small pieces
 #
-# `loss.backward()` computes the **gradient** (梯度): for each parameter, how much the loss would grow if the parameter grew. One window gives
+# `loss.backward()` computes the **gradient** (梯度): for each parameter, how fast the loss grows if the parameter grows. One window gives
 # a noisy gradient, so we average over many. If they do not fit into memory together, we take several **micro-batches** (微批) one after another:
 # `backward()` *adds* to the gradients that are there, and so each micro-batch adds its part. Only then do we take a step.
 # This is **gradient accumulation** (梯度累积).
 #
-# Each micro-batch's mean loss has to be divided by their number, so that the sum is the mean over all. Here is the proof that nothing else changes.
+# The mean loss of each micro-batch has to be divided by the number of micro-batches, so that the sum is the mean over all. The cell checks
+# that nothing else changes.
 # %% [markdown] lang=zh
 # ## 梯度累积：大批次拆成小块
 #
@@ -164,7 +165,7 @@ show(figure)
 # %% [markdown] lang=en
 # ## The loop
 #
-# Everything together. Two loops: the outer one takes steps, the inner one goes through the micro-batches of a step. Three parts are new:
+# Now everything together, in two loops: the outer one takes steps, the inner one goes through the micro-batches of a step. Three parts are new:
 #
 # - **AdamW** is the optimizer (优化器). It divides each gradient by its usual size, so that all parameters move at a similar pace, and
 #   it pulls matrices a little towards zero (**weight decay**, 权重衰减).
@@ -232,8 +233,8 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=150, temperature=0.8)[
 # ## The same with train.py
 #
 # `train.py` is this loop, and around it what a long run needs: checkpoints, evaluation, resuming, several GPUs. We give it our settings on the
-# command line. It writes a line of `metrics.jsonl` for each step. (Its validation loss is of other windows than ours, and so a little
-# different.)
+# command line. It writes a line of `metrics.jsonl` for each step. (It measures the
+# validation loss on other windows, so that number differs a little from ours.)
 # %% [markdown] lang=zh
 # 短的单词大多写对了，长一点的还是生造的。小模型算一分钟，也就是这个水平。
 #
@@ -267,7 +268,7 @@ axes.grid(alpha=0.25)
 axes.legend(frameon=False)
 show(figure)
 # %% [markdown] lang=en
-# Same seed, same windows, same steps: the curves agree to rounding. That is no luck. A run of this repository depends on its
+# Same seed, same windows, same steps: the curves agree up to rounding. That is no accident. A run of this repository depends on its
 # settings alone, so it can be stopped and resumed without a trace.
 #
 # ## Where to go on
@@ -300,13 +301,13 @@ show(figure)
 # ## Exercises
 #
 # 1. A good first check of any training program: can the model learn a single batch by heart? Train 150 steps on one batch of
-#    4 windows. What loss is reached?
-# 2. Train 60 steps with constant learning rates of 1e-5, 3e-3 and 3. Which is too small, which too large, and how does one see it?
+#    4 windows. Which loss do you reach?
+# 2. Train 60 steps with constant learning rates of 1e-5, 3e-3 and 3. Which is too small, which is too large, and how do you see it?
 # 3. Leave out the division by `n_parts` in `gradient`. By what factor does the gradient change? Would AdamW notice?
 #
 # <details><summary>Solutions in words</summary>
 #
-# 1. Close to zero. A model that cannot do this has a mistake in it. A loss of zero on four windows, however, says nothing about new text.
+# 1. Close to zero. If it stays high, the program has a mistake. A loss of zero on four windows, however, says nothing about new text.
 # 2. With 1e-5 the loss hardly moves; with 3 it stays high or explodes; 3e-3 falls quickly.
 # 3. It becomes exactly `n_parts` times as large. AdamW divides by the usual size of the gradient and takes almost the same steps. Clipping does notice, and
 #    so would plain gradient descent.

@@ -52,8 +52,8 @@ HERE.mkdir(parents=True)
 # %% [markdown] lang=zh
 # ## 一篇“意外程度”已知的文本
 #
-# 每一行说的是：什么时候，谁，在哪里，吃什么。用中文还是英文写，抛硬币决定。时间、地点、人物都均匀抽取；
-# 食物则不然：每个人一半时候吃自己最爱的，四分之一的时候吃第二爱的，另外两样各占八分之一。
+# 每一行说的是：什么时候，谁，在哪里，吃什么。用中文还是英文写，抛硬币决定。时间、地点、人物都是均匀抽取的，
+# 食物不是：每个人一半的时候吃自己最爱的，四分之一的时候吃第二爱吃的，另外两样各占八分之一。
 # %%
 TIMES = [('清晨', 'At dawn'), ('中午', 'At noon'), ('傍晚', 'At dusk'), ('夜里', 'At night')]
 PLACES = [('桥头', 'on the bridge'), ('山上', 'on the hill'), ('船里', 'in the boat'), ('河边', 'by the river')]
@@ -94,7 +94,7 @@ print('\n'.join(lines[:4]))
 # the world gets below it** on new lines of this text.
 # %% [markdown] lang=zh
 # 一行文字有多出人意料？概率为 $p$ 的事件带有 $-\log_2 p$ **比特**（bit）的信息：抛一次硬币是 1 比特，四种等可能的情形是 2 比特。
-# 对所有情形取平均，就是**熵**（entropy）。一行的熵逐项相加：语言 1，时间 2，地点 2，人物 2，食物是
+# 对所有情形取平均，就是**熵**（entropy）。一行的熵逐项相加：语言 1，时间 2，地点 2，人物 2，食物则是
 #
 # $$\tfrac12\cdot1+\tfrac14\cdot2+\tfrac18\cdot3+\tfrac18\cdot3=1.75 .$$
 #
@@ -191,8 +191,8 @@ show(figure)
 #
 # ## 模型心里的概率
 #
-# 模型给每个可能的下一个词元一个概率，合起来就是一个**概率分布**（distribution）。我们用按字的模型，
-# 把一句话给到“吃”字为止，看它和真实的概率差多少。四种食物的第一个字各不相同，所以下一个字就决定了吃什么。
+# 模型给每个可能的下一个词元一个概率，合起来就是一个**概率分布**（distribution）。我们给按字的模型一句话的前半截，
+# 到“吃”字为止，看它给出的概率和真实概率差多少。四种食物的第一个字各不相同，所以下一个字就决定了吃什么。
 # %%
 model, tokenizer = models['char']
 
@@ -278,7 +278,7 @@ show(figure)
 # Which temperature should one take? We can test it, since we know which lines are correct. Draw many lines at each temperature,
 # count the correct ones, and count how many of them are different.
 # %% [markdown] lang=zh
-# 我们用 `kernels.draw`（`sample.py` 用的就是它）抽了两万次，频率和算出来的概率相符。
+# 我们用 `kernels.draw`（也就是 `sample.py` 里用的函数）抽了两万次，频率和算出来的概率相符。
 #
 # 那么温度该取多少？我们知道哪些句子是对的，所以可以做实验：在每个温度下写许多句，数一数有多少句是对的，又有多少句互不相同。
 # %%
@@ -419,7 +419,7 @@ for text in item['choices']['text']:
 # number of characters. Which of the two is fairer depends on the benchmark; reports give both. Now all items, by hand and by
 # `evaluate.py`:
 # %% [markdown] lang=zh
-# 多一个词元，和只会更小，所以长的选项吃亏。`acc_norm` 因此再除以字符数。哪一种更公平，要看是什么题，报告里通常两个都给。
+# 每多一个词元，总和只会更小，所以长的选项吃亏。`acc_norm` 因此再除以字符数。哪一种更公平，要看是什么题，报告里通常两个都给。
 # 现在把全部题目做一遍：亲手算一次，再用 `evaluate.py` 算一次。
 # %%
 hits = {'acc': 0, 'acc_norm': 0}

@@ -224,7 +224,7 @@ for name, source in zip(('news', 'wiki', 'dialogue'), SOURCES, strict=True):
 #
 # Nothing in the file is secret. `train.bin` is a row of 16-bit numbers, `train.idx` says where each document begins and how long it is.
 # %% [markdown] lang=zh
-# 看 `left out` 那几行：新闻去掉了重复的那篇，还有碰巧写得一模一样的几篇（空文件根本产生不了文档）；维基百科去掉了重定向（讨论页本来就不算文档）；
+# 看 `left out` 那几行：新闻去掉了重复的那篇，还有碰巧写得一模一样的几篇（空文件里没有文档，不计在内）；维基百科去掉了重定向（讨论页本来就不算文档）；
 # 对话去掉得最多，因为真正不同的没有几句。为什么要去重？同样的文本读十遍，模型就背下来了；
 # 验证集里的文本如果训练集里也有，验证损失就会好得不真实。
 #
@@ -256,7 +256,7 @@ assert (ids == tokenizer.eot).sum() >= len(starts) - 1
 #
 # ## 混合
 #
-# 各种来源多少不一，可多不等于重要。**混合**（mixture）就是规定每种来源占训练词元的多大比例。按实际数量，新闻要占将近一半；
+# 各种来源多少不一，可多不等于重要。**混合**（mixture）就是规定每种来源占训练词元的多大比例。按实际数量，新闻会占将近一半；
 # 我们希望百科和新闻一样多，对话占五分之一。
 # %%
 SHARES = {'news': 0.4, 'wiki': 0.4, 'dialogue': 0.2}
@@ -293,14 +293,14 @@ axes.set(xlim=(0, 1), xlabel='share of the training tokens')
 figure.legend(loc='outside upper center', ncols=3, frameon=False)
 show(figure)
 # %% [markdown] lang=en
-# `mix` ends as soon as one source is used up. Training can also mix without writing a file: the same text behind `--dataset=`. Then a small
-# source is simply read more often.
+# `mix` ends as soon as one source is used up. Training can also mix without writing a file: give the same shares to `--dataset=`. A small
+# source is then read more often.
 #
 # ## Training
 #
 # A small model on the mixture; at several points it continues the same three beginnings, and we can watch it learn.
 # %% [markdown] lang=zh
-# `mix` 在任何一种来源用完时就停。训练时也可以直接混合而不另写文件：把同样的文字写在 `--dataset=` 后面，小的来源就会多读几遍。
+# 任何一种来源用完，`mix` 就停下。训练时也可以直接混合，不另写文件：把同样的比例写在 `--dataset=` 后面；这时小的来源会多读几遍。
 #
 # ## 训练
 #
@@ -373,8 +373,8 @@ assert output.count('甲：请问') >= 2
 #
 # <details><summary>Solutions in words</summary>
 #
-# 1. The message names the file, the line and the remedy. Nothing is guessed: a wrong guess would fill the data with wrong characters
-#    that nobody notices.
+# 1. The message names the file, the line, the likely encoding and the remedy. But the program does not read by a guess: a wrong one
+#    would fill the data with wrong characters that nobody notices.
 # 2. Equal. Threads only encode; a single writer writes in the order of the documents.
 # 3. The hash is a fixed number between 0 and 1 (times 2^64), and the text is for validation if it lies below the fraction. Raising the fraction
 #    only adds documents. A model that was trained before can be validated on the old, smaller set, which it has never seen.
@@ -389,7 +389,8 @@ assert output.count('甲：请问') >= 2
 #
 # <details><summary>答案（文字）</summary>
 #
-# 1. 提示里有文件名、行号和办法。程序不去猜编码：一旦猜错，数据里就会混进乱码，而且没人发现。
+# 1. 提示里有文件名、行号、很可能的编码和办法。但程序不会自作主张按猜的编码去读：一旦猜错，
+#    数据里就会混进乱码，而且没人发现。
 # 2. 完全相同。线程只管编码，写文件的只有一个，按文档的顺序写。
 # 3. 哈希是一个固定的数，落在 0 和 1 之间（再乘以 2^64），小于这个比例就归验证。所以调大比例只会增加文档。
 #    以前训练过的模型，还可以在原来那个小的验证集上评测，那些文档它从没见过。

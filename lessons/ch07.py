@@ -326,7 +326,7 @@ show(figure)
 # %% [markdown] lang=zh
 # 请看黄色的 `<|assistant|>`：它下面是第一个真正的标签。也就是说，读到这个词元，模型就该开始回答了。
 #
-# ## 把对话装进行里
+# ## 把对话排成行
 #
 # 对话短，一行长，所以几段对话合用一行，剩下的地方用填充（padding）补齐。下面的命令和处理真实文件时一样。
 # `show` 把要学的部分放在 ⟦ 和 ⟧ 之间；在终端里则显示成绿色。
@@ -390,7 +390,7 @@ print(before['webqa'][0])
 # Same program, same loss, only other data, and weights that are not random: `--init_from`. The mixture takes half of each
 # step from each data set.
 # %% [markdown] lang=zh
-# 基座模型从没见过 `<|assistant|>`，想到什么写什么。
+# 基座模型从没见过 `<|assistant|>`，想到什么就写什么。
 #
 # ## 微调
 #
@@ -465,7 +465,7 @@ for kind in ('exact', "the other person's fact", 'a fact of neither', 'anything 
 # - `python chat.py --out_dir=lessons/work/ch07/tuned` talks to the model of this chapter.
 # %% [markdown] lang=zh
 # 短短一会儿，模型学会了什么时候轮到自己说话、问的是哪一类事情；短文里只有一个人时，它多半能把答案抄出来。
-# 短文里有两个人时，回答的样子几乎都对，名字也对，内容却常常是猜的。要分清这件事**是谁的**，得看两步
+# 短文里有两个人时，回答的样子几乎都对，名字也对，内容却常常是猜的。要分清这件事**是谁的**，得查两次
 # （先找到名字，再找名字旁边的事实），模型学得比较晚。听上去很像那么回事，其实是错的——这正是语言模型的典型毛病，大模型也一样。
 # 多训练几步、多加几层、多给数据，都会有帮助。
 #
@@ -490,7 +490,7 @@ for kind in ('exact', "the other person's fact", 'a fact of neither', 'anything 
 #    score comes from reading.
 # 2. The tokens are equal, because both files become the same turns, and from there on everything is the same. The table cannot
 #    express several answers and marked paragraphs; choosing them is done before it is written.
-# 3. About nine tenths of the tokens that are not padding. The model would spend its effort on learning to write questions and
+# 3. About four fifths of the tokens that are not padding. The model would spend its effort on learning to write questions and
 #    passages about people who do not exist, and the answers would be a small part of its loss.
 # </details>
 # %% [markdown] lang=zh
@@ -505,7 +505,7 @@ for kind in ('exact', "the other person's fact", 'a fact of neither', 'anything 
 #
 # 1. 没有短文就只能猜。每种事实有十个可能的值，所以大约十题能蒙对一题。多出来的分数都是读出来的。
 # 2. 完全相同，因为两种文件变成了同样的轮次，往后的步骤就都一样。表格装不下多个答案和段落标记，所以写表之前就要选好。
-# 3. 除去填充，大约十分之九。模型会把力气花在学写问题和短文上，而那些人根本不存在；答案在损失里只占一小部分。
+# 3. 除去填充，大约五分之四。模型会把力气花在学写问题和短文上，而那些人根本不存在；答案在损失里只占一小部分。
 # </details>
 # %% solution
 questions = [answered(conversation.turns) for conversation in read_conversations([HERE / 'webqa.test.json'])]
