@@ -4,7 +4,7 @@
 #   python train.py config/eval_gpt2_large.py
 
 batch_size = 8
-eval_iters = 500  # many, for a close estimate
+eval_iters = 500  # many, for a precise estimate
 eval_only = True
 wandb_log = False
 init_from = 'gpt2-large'

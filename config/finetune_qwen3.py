@@ -1,4 +1,5 @@
-# Qwen3-0.6B learns from dialogues, with its own tokenizer and chat template. LoRA by default.
+# Tune Qwen3-0.6B on dialogues, with its own tokenizer and chat template, by a LoRA adapter.
+#   hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B
 #   python -m corpus.conversations build --input dialogues.jsonl --out data/dialogues --tokenizer Qwen3-0.6B \
 #       --style chatml --block_size 512
 #   python train.py config/finetune_qwen3.py
@@ -6,7 +7,7 @@
 #   python sample.py --chat --out_dir=out-qwen3
 #   python sample.py --out_dir=out-qwen3 --export=exported          # the whole model
 #   python sample.py --out_dir=out-qwen3 --export=adapter --adapter=True     # the adapter alone, for peft
-# `hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` makes the folder. Qwen2.5 and SmolLM2 work the same.
+# Qwen2.5 and SmolLM2 work in the same way.
 
 out_dir = 'out-qwen3'
 dataset = 'dialogues'

@@ -1,5 +1,6 @@
-# Instruction tuning of a small model of your own, whose tokenizer needs an end-of-text. The rates are those
-# of docs/RESULTS.md: at the rate of config/finetune_dolly.py, meant for GPT-2, such a model learns nothing.
+# Instruction tuning of a small model of your own, whose tokenizer must have an end-of-text. The learning
+# rates are those of docs/RESULTS.md. At the rate of config/finetune_dolly.py, meant for GPT-2, a small model
+# learns almost nothing.
 #   python data/dolly/prepare.py --tokenizer out-chinese/ckpt.pt --block_size 128
 #   python train.py config/finetune_small.py --init_from=out-chinese/ckpt.pt
 #   python sample.py --chat --out_dir=out-small

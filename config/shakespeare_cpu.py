@@ -1,9 +1,9 @@
-# To a validation loss of 1.4697 on tinyshakespeare, where nanoGPT's GPU recipe ends after three minutes on an
-# A100, in three minutes on two cores of a Xeon with AMX; other CPUs take longer.
+# Reach a validation loss of 1.4697 on tinyshakespeare in three minutes on two cores of a Xeon with AMX; other
+# CPUs take longer. nanoGPT's GPU recipe ends there after three minutes on an A100.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/shakespeare_cpu.py
-# Three seeds ended at 1.4479, 1.4494 and 1.4387 on the whole validation set. docs/RESULTS.md has the times,
-# and the search that found the sizes and rates.
+# Three seeds ended at 1.4479, 1.4494 and 1.4387 on the whole validation set. docs/RESULTS.md has the times
+# and the search for sizes and rates.
 
 out_dir = 'out-shakespeare-cpu'
 dataset = 'shakespeare_char'

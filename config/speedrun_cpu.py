@@ -1,13 +1,12 @@
-# To a validation loss of 1.8857 on tinyshakespeare, where nanoGPT's CPU recipe ends, in an eighth of its
+# Reach a validation loss of 1.8857 on tinyshakespeare, where nanoGPT's CPU recipe ends, in an eighth of its
 # time or less on two CPU cores.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/speedrun_cpu.py
-# The times below are those in training, from the first step to the last, without imports and evaluation.
-# Five seeds, 1 to 5, on two cores of an Intel Xeon with AVX512-BF16 and AMX (torch
-# 2.13.0): 6.0 to 6.4 s, and 1.8609, 1.8683, 1.8835, 1.8679 and 1.8679 on the whole validation set. On the
-# same cores in the same hour the recipe, run by our train.py, took 60.0 s and ended at 1.8902. Sizes, rates
-# and the number of steps were found by trying about 30 runs with seed 1337, whose losses on the same
-# validation set chose between them.
+# Five seeds on two cores of an Intel Xeon with AVX512-BF16 and AMX (torch 2.13.0) trained for 6.0 to 6.4 s,
+# without imports and evaluation, and ended at 1.8609, 1.8683, 1.8835, 1.8679 and 1.8679 on the whole
+# validation set. nanoGPT's recipe, run by our train.py on the same cores in the same hour, took 60.0 s and
+# ended at 1.8902. Sizes, rates and the number of steps are the best of about 30 runs with seed 1337 on the
+# same validation set.
 
 out_dir = 'out-speedrun-cpu'
 dataset = 'shakespeare_char'
@@ -38,6 +37,6 @@ grad_clip = 0.0
 max_iters = 256
 lr_schedule = 'wsd'
 warmup_iters = 0
-muon_warmup_iters = 400  # longer than the run: its momentum ends at 0.91
+muon_warmup_iters = 400  # longer than the run, so the momentum ends at 0.91
 decay_fraction = 0.7
 min_lr = 0.0

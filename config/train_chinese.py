@@ -1,9 +1,9 @@
-# A GPT on Song lyric poems, in a few minutes on two CPU cores: Chinese with a tokenizer of its own.
+# A Chinese GPT with a tokenizer of its own, trained on Song lyric poems in a few minutes on two CPU cores.
 #   python data/chinese/prepare.py
 #   python train.py config/train_chinese.py
 #   python sample.py --out_dir=out-chinese --start="水调歌头"
-# On text of your own: python data/chinese/prepare.py --input FILES, and more layers, width, context and
-# steps.
+# For text of your own: python data/chinese/prepare.py --input FILES. Raise layers, width, context and steps
+# with its size.
 
 out_dir = 'out-chinese'
 dataset = 'chinese'
@@ -18,7 +18,7 @@ n_embd = 128
 block_size = 128
 batch_size = 16
 gradient_accumulation_steps = 1
-sampling = 'documents'  # a row begins where a poem begins, so that the model learns to begin one
+sampling = 'documents'  # rows begin with a poem, so that the model learns to begin one
 
 optimizer = 'muon'
 matrix_lr = 0.04

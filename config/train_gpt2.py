@@ -1,10 +1,10 @@
-# GPT-2 (124M) on OpenWebText with nanoGPT's settings. nanoGPT reports about 4 days on eight A100 40GB, to a
-# loss of about 2.85.
+# GPT-2 (124M) on OpenWebText with nanoGPT's settings. nanoGPT reports a loss of about 2.85 after about 4 days
+# on eight A100 40GB.
 #   python data/openwebtext/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-# Any other number of GPUs that divides 480 windows trains the same steps.
+# Any number of GPUs that divides 480 windows takes the same steps.
 
-wandb_log = False  # nanoGPT's file logs; here --wandb_log=True asks for it
+wandb_log = False  # True in nanoGPT's file
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 

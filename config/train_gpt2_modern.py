@@ -1,12 +1,12 @@
 # A GPT of GPT-2's size in the modern architecture, on FineWeb, with Muon.
 #   python data/fineweb/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_modern.py
-# Any other number of GPUs that divides 512 windows trains the same steps.
+# Any number of GPUs that divides 512 windows takes the same steps.
 #
-# What to expect: the recipe is https://github.com/KellerJordan/modded-nanogpt/pull/323, whose ten runs end
-# at a validation loss of 3.279 on average after the same 3250 steps (1.70B tokens); llm.c's plain recipe
-# takes 10.3B tokens to 3.28. Those numbers are theirs, on a model that also has biases and gains and on
-# their validation split; this file has not been run to its end yet.
+# The recipe is that of https://github.com/KellerJordan/modded-nanogpt/pull/323, whose ten runs end at a
+# validation loss of 3.279 on average after the same 3250 steps (1.70B tokens). llm.c's plain recipe takes
+# 10.3B tokens to 3.28. Both were measured by their authors, on their validation split and on a model that
+# also has biases and gains. This file has not been run to its end yet.
 
 out_dir = 'out-gpt2-modern'
 dataset = 'fineweb'
@@ -26,17 +26,17 @@ max_iters = 3250
 
 optimizer = 'muon'
 matrix_lr = 0.025
-weight_decay = 0.05  # of Muon's matrices alone
+weight_decay = 0.05  # only for the matrices of Muon
 embedding_lr = 0.7
 head_lr = 0.004
-learning_rate = 0.004  # of what is left: nothing in this architecture
+learning_rate = 0.004  # for the remaining parameters: none in this architecture
 beta1 = 0.8
 beta2 = 0.95
 grad_clip = 0.0  # off
 
 lr_schedule = 'wsd'
 warmup_iters = 0
-decay_fraction = 0.7  # constant, then linearly to zero over the last 70%
+decay_fraction = 0.7  # constant, then linear to zero over the last 70%
 min_lr = 0.0
 
 eval_interval = 250

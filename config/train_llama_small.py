@@ -1,5 +1,5 @@
-# A Llama of 20M parameters in the shape of SmolLM2, from scratch on Chinese text. Its exports load in
-# transformers as LlamaForCausalLM.
+# A Llama of 20M parameters in the shape of SmolLM2, trained from scratch on Chinese text. Transformers loads
+# its exports as LlamaForCausalLM.
 #   python data/chinese/prepare.py
 #   python train.py config/train_llama_small.py
 #   python sample.py --out_dir=out-llama-small --start="水调歌头"
