@@ -1,12 +1,12 @@
 #!/bin/sh
-# Check and measure everything that one GPU is needed for, in two calls of at most eight minutes each:
+# Check and measure everything that needs one GPU, in two calls of at most eight minutes each:
 #
 #     sh launch/gpu.sh 1 | tee gpu1.txt     # correctness, training speed, the trainer in all its forms, decoding
 #     sh launch/gpu.sh 2 | tee gpu2.txt     # variants, profiles
 #
-# Each part ends with a line of JSON; a part that fails does not stop the others, but makes the exit code 1. Parts
-# that would start after SECONDS_LIMIT are skipped. Further flags go to every train.py and bench.py. STEPS, PROMPT,
-# NEW, BATCHES and OUT shorten or move a run. On a CPU, to see that all of it works:
+# Each part ends with a line of JSON. If a part fails, the others still run, and the exit code is 1. Parts that would
+# start after SECONDS_LIMIT are skipped. Further flags go to every train.py and bench.py. STEPS, PROMPT, NEW, BATCHES
+# and OUT shorten or move a run. To try the script on a CPU:
 #
 #     BATCHES=2 STEPS=2 PROMPT=8 NEW=8 sh launch/gpu.sh 1 --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=32
 

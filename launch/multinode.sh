@@ -7,11 +7,11 @@
 # any of them, writes there. If a rank dies, all ranks restart, MAX_RESTARTS times at most, from the newest checkpoint.
 # After SIGTERM, SIGINT or SIGUSR1 to this process the ranks finish the step, save and exit (torchrun itself with 1).
 #
-#   MASTER_ADDR     a node that all others reach, where the ranks meet
+#   MASTER_ADDR     a node that all others can reach, where the ranks meet
 #   MASTER_PORT     a free port there, 29500
 #   NNODES          the number of nodes, or MIN:MAX to continue with fewer after losing one
 #   NPROC_PER_NODE  ranks of this node: one for each GPU, or for each CPU core if there is none
-#   MAX_RESTARTS    100, after any error, also a lasting one such as a wrong setting: use 0 for a first try
+#   MAX_RESTARTS    100; restarts follow every error, even a wrong setting, so use 0 for a first try
 #   RUN_ID          tells two runs on one MASTER_PORT apart
 #   LOCAL_ADDR      this node's own address, if its host name does not resolve to it
 #   IFNAME          the network interface between the nodes, such as eth0, if gloo or NCCL choose a wrong one

@@ -2,7 +2,7 @@
 
     python lessons/build.py              # lessons/zh/*.ipynb and lessons/en/*.ipynb
     python lessons/build.py ch01 ch03    # these chapters alone
-    python lessons/build.py --text       # new text around the outputs that are there, without running code
+    python lessons/build.py --text       # new text around the existing outputs, without running code
 
 A chapter is a Python script, lessons/ch01.py, of cells in the percent format that editors know:
 
