@@ -81,6 +81,13 @@ def test_both_languages_have_the_same_numbers_in_their_tables(pages):
     assert not [(a, b) for (a, numbers), (b, others) in zip(english, chinese) if numbers != others]
 
 
+@pytest.mark.parametrize('pages', TRANSLATED, ids=lambda pages: pages[0].name)
+def test_a_chinese_page_leads_to_chinese_pages(pages):
+    english = {path.resolve() for path, _ in TRANSLATED} | {ROOT / 'lessons/README.md'}
+    links = re.findall(r'\[([^\]]+)\]\(([^)#\s]+)', pages[1].read_text(encoding='utf-8'))
+    assert [name for name, path in links if (pages[1].parent / path).resolve() in english] == ['English']
+
+
 def test_every_page_has_a_chinese_one():
     assert {path.name for path in ROOT.glob('docs/*.md')} == {path.name for path in ROOT.glob('docs/zh/*.md')}
 
