@@ -68,7 +68,7 @@ def open_text(start, block_size: int) -> Loader:
     loader = Loader(dataset_folders(name)[0], 'val', block_size=block_size,
                     batch_size=max(1, batch_tokens // block_size), order=order,
                     isolate=trained.get('isolate_documents', False))
-    if fingerprint(loader.splits[0].tokenizer) != fingerprint(start.tokenizer):
+    if fingerprint(loader.tokenizer_meta) != fingerprint(start.tokenizer):
         raise ValueError(f'dataset {name} was packed with another tokenizer than that of the model: '
                          'name one that fits by --dataset')
     return loader

@@ -172,7 +172,7 @@ with one_line_errors(), distributed.signals_noted():
     tokens_per_step = grad_accum * rows * place.world_size * block_size
     stored_tokenizer = None if 'tokenizer' in explicit else start.tokenizer
     data = open_data(settings, place, grad_accum, rows, stored_tokenizer or tokenizer)
-    tokenizer_meta, vocab_size = data.train.tokenizer, data.train.vocab_size
+    tokenizer_meta, vocab_size = data.train.tokenizer_meta, data.train.vocab_size
 
     # model and optimizers
     torch.manual_seed(seed)

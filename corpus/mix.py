@@ -15,7 +15,7 @@ def open_sources(datasets, out):
     sources = {'train': [Split(folder, 'train') for folder in folders]}
     first = sources['train'][0]
     for split in sources['train']:
-        if split.tokenizer != first.tokenizer:
+        if split.tokenizer_meta != first.tokenizer_meta:
             raise ValueError(f'{split.folder} and {first.folder} were packed with different tokenizers: '
                              'pack them with one')
         if split.folder.resolve() == Path(out).resolve():
@@ -33,7 +33,7 @@ def mixed_documents(splits, weights, max_tokens=2048):
 
     Longer documents are cut, so that the shares hold throughout. The first source to end ends the mixture.
     """
-    eot = load_tokenizer(splits[0].tokenizer).eot
+    eot = load_tokenizer(splits[0].tokenizer_meta).eot
     sources = [documents_of(split, max_tokens, eot) for split in splits]
     weights, n_taken = np.array(weights), np.zeros(len(splits), dtype=np.int64)
     while True:
@@ -53,13 +53,14 @@ def documents_of(split, max_tokens, eot):
     for offset, length in documents:
         for begin in range(int(offset), int(offset + length), max_tokens):
             end = min(begin + max_tokens, int(offset + length))
-            parts = [shard.tokens[max(begin - shard.first, 0):end - shard.first] for shard in split.shards
-                     if shard.first < end and begin < shard.first + shard.n_tokens]
+            parts = [shard[max(begin - first, 0):end - first]
+                     for shard, first in zip(split.shards, split.borders, strict=False)
+                     if first < end and begin < first + shard.size]
             ids = np.concatenate(parts)
             if eot is not None and ids[-1] == eot:
                 ids = ids[:-1]
             if len(ids):
-                yield ids, None if split.mask is None else split.mask.read(begin, len(ids))
+                yield ids, None if split.mask is None else split.mask[begin:begin + len(ids)]
 
 
 def inspect(argv):
@@ -79,8 +80,8 @@ def inspect(argv):
             print(f'{entry["documents"]:,} documents, {entry["bytes"]:,} bytes, '
                   f'{entry["bytes"] / split.n_tokens:.3f} bytes per token')
         shard = split.shards[0]
-        for start in (0, shard.n_tokens // 2):
-            text = tokenizer.decode(shard.tokens[start:start + 64])
+        for start in (0, shard.size // 2):
+            text = tokenizer.decode(shard[start:start + 64])
             print(f'{shard.path.name}, tokens {start:,} on: {text!r}')
         if split.index.exists():
             split.documents()  # which checks them

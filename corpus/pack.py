@@ -234,7 +234,7 @@ def mix_datasets(argv):
     train = sources['train']
     shares = [f'{split.folder.name} {weight:.4g}' for split, weight in zip(train, weights, strict=True)]
     masked = any(split.mask is not None for splits in sources.values() for split in splits)
-    write_dataset(args.out, load_tokenizer(train[0].tokenizer), documents, f'mixed: {", ".join(shares)}',
+    write_dataset(args.out, load_tokenizer(train[0].tokenizer_meta), documents, f'mixed: {", ".join(shares)}',
                   args.shard_tokens, masked=masked, eot_in_rows=True)
     print_next(args.out, ['config/quickstart.py'])
 

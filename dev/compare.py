@@ -112,7 +112,7 @@ def train_plainly(shape, loader, n_steps) -> tuple[float, float]:
 def plain_batch(loader, step):
     """Read the loader's windows of a step one by one, through a memmap of each shard opened for this step."""
     numbers = np.arange(loader.batch_size) + step * loader.batch_size
-    rows = [(shard.tokens, start) for shard, start, _ in loader.locate(numbers)]
+    rows = [split.find(start) for split, start, _ in loader.locate(numbers)]
     data = {shard: np.memmap(shard.path, shard.dtype, 'r', shard.header_bytes) for shard, _ in rows}
     windows = [data[shard][i:i + loader.block_size + 1].astype(np.int64) for shard, i in rows]
     windows = torch.from_numpy(np.stack(windows))  # (B, T + 1)

@@ -47,7 +47,7 @@ def shard(**changes):
     ('vocab_size must be 3', {'vocab_size': 4}),
     ('tokenizer: ', {'tokenizer': {'kind': 'char', 'chars': 'aab'}}),
     ('tokenizer: ', {'tokenizer': None}),
-    ("dtype must be 'uint32' for", {'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(70000, 140000)))},
+    ('dtype must be uint32 for', {'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(70000, 140000)))},
                                     'vocab_size': 70000}),
     ('splits must be', {'splits': {}}),
     ('splits must be', {'splits': split() | {'te\nst': {}}}),
@@ -55,8 +55,8 @@ def shard(**changes):
     ('file must be', {'splits': shard(file='../train.bin')}),
     ('file must be', {'splits': shard(file='/etc/passwd')}),
     ('file must be', {'splits': shard(file='a\\b.bin')}),
-    ('tokens must be', {'splits': shard(tokens=4.0)}),
-    ('row_tokens must be', {'row_tokens': 3}),
+    ('splits.train.shards must be', {'splits': shard(tokens=4.0)}),
+    ('splits.train.shards must be', {'row_tokens': 3}),
     ('splits.train.tokens must be 4', {'splits': split(tokens=5)}),
 ])
 def test_meta_json_that_does_not_fit_is_one_line_with_file_and_key(tmp_path, key, changes):
@@ -306,10 +306,10 @@ def test_400_shards_where_256_files_may_be_open(tmp_path):
 
 def test_verify_data_says_how_many_checksums_are_known(tmp_path):
     split = Split(pack(tmp_path / 'a', shard_tokens=1000), 'train')
-    assert split.describe_checksums() == f'{tmp_path}/a, train: verifying 4,000 tokens, 4 of 4 shards have a checksum'
+    assert split.describe_checksums() == f'{tmp_path}/a, train: verifying 4,000 tokens, 4 of 4 shards have a checksum in meta.json'
     (tmp_path / 'b').mkdir()
     nanogpt_folder(tmp_path / 'b')
-    assert 'train: no checksums are known, so nothing is verified: ' in Split(tmp_path / 'b', 'train').describe_checksums()
+    assert 'train: verifying 4 tokens, 0 of 1 shards have a checksum' in Split(tmp_path / 'b', 'train').describe_checksums()
 
 
 def test_documents_that_overlap_are_refused(tmp_path):

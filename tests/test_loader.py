@@ -360,7 +360,7 @@ def test_a_folder_of_nanogpt(tmp_path):
     assert Loader(tmp_path, 'val', block_size=8, batch_size=4).vocab_size == 50257
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=3, itos={0: 'a', 1: 'b', 2: 'c'}, stoi=dict(a=0, b=1, c=2))))
     loader = Loader(tmp_path, 'val', block_size=8, batch_size=4)
-    assert loader.vocab_size == 3 and loader.splits[0].tokenizer == {'kind': 'char', 'chars': 'abc'}
+    assert loader.vocab_size == 3 and loader.tokenizer_meta == {'kind': 'char', 'chars': 'abc'}
     assert loader.batch(0)[0].max() == 2
 
 
@@ -397,12 +397,12 @@ def test_a_split_that_is_not_there(tmp_path):
 
 
 def test_a_split_too_short_for_a_window(tmp_path):
-    after = 'too few for a window of block_size 8 and its last target: use a smaller --block_size or more text'
+    too_short = 'FOLDER: the train split has no shard of 9 tokens or more: use a smaller --block_size or more text'
     for order in ('shuffle', 'random', 'sequential'):
         pack(tmp_path, 8)
-        assert error_of(tmp_path, block_size=8, order=order) == f'FOLDER: the train split has at most 8 tokens in a shard, {after}'
+        assert error_of(tmp_path, block_size=8, order=order) == too_short
         pack(tmp_path, 20, shard_tokens=8)
-        assert error_of(tmp_path, block_size=8, order=order) == f'FOLDER: the train split has at most 8 tokens in a shard, {after}'
+        assert error_of(tmp_path, block_size=8, order=order) == too_short
         pack(tmp_path, 9)
         Loader(tmp_path, 'train', block_size=8, batch_size=2, order=order).batch(0)
 
@@ -431,7 +431,7 @@ def test_documents_need_an_index_that_fits(tmp_path):
     assert error_of(tmp_path, order='documents') == ('train.idx has 24 bytes, expected 2 values of 8 bytes: it was cut short or altered, '
                                                      'prepare the dataset again')
     path.write_bytes(b'')
-    nothing = 'FOLDER: the train split has no document of 2 tokens or more, so there is nothing to predict: add text'
+    nothing = 'FOLDER: the train split has no document of 2 tokens or more: use a smaller --block_size or more text'
     assert error_of(tmp_path, order='documents') == nothing
     assert error_of(pack(tmp_path, [[1], [2]]), order='documents') == nothing
     path.unlink()

@@ -170,7 +170,7 @@ def test_the_end_of_text_is_found_or_asked_for(folders, tmp_path):
         with pytest.raises(ValueError) as caught:
             tokenizer_meta(name)
         assert str(caught.value) == (f'tokenizer {name} does not say which token ends a document: name one by --eot=TOKEN, '
-                                     'or as eos_token in its tokenizer_config.json; its special tokens: [UNK], [CLS], [SEP], [PAD], [MASK]')
+                                     'its special tokens are [UNK], [CLS], [SEP], [PAD], [MASK]')
     assert tokenizer_meta(path, eot='[SEP]')['eot'] == '[SEP]' and load_tokenizer(read_tokenizer_json(tmp_path)).eot is None
     with pytest.raises(ValueError, match=r'tokenizer.json: it has no token \[END\], which --eot names'):
         tokenizer_meta(path, eot='[END]')

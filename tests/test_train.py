@@ -652,7 +652,7 @@ def test_a_dataset_that_is_not_prepared(tmp_path):
 def test_a_validation_split_that_is_too_short(tmp_path):
     folder = pack_chars(tmp_path / 'data', sentences(1000, 1), sentences(16, 1), ''.join(sorted(set(sentences(1000, 1)))))
     assert refused(*TINY, f'--dataset={folder}', out_dir=tmp_path / 'out') == \
-        f'{folder}: the val split has at most 16 tokens in a shard, too few for a window of block_size 16 and its last target: use a smaller --block_size or more text'
+        f'{folder}: the val split has no shard of 17 tokens or more: use a smaller --block_size or more text'
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])

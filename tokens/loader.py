@@ -22,7 +22,7 @@ from tokens.windows import Windows, choose_source
 
 
 class Batch(NamedTuple):
-    """Tokens, targets, and with isolate=True the document number of each token, (K, T) int64 each."""
+    """Inputs, targets, and with isolate=True the document number of each input, (K, T) int64 each."""
     x: torch.Tensor
     y: torch.Tensor  # IGNORE where there is no target
     documents: torch.Tensor | None = None
@@ -88,7 +88,6 @@ class Batches:
 class Loader(Batches):
     """Batches of one split ('train' or 'val') of a dataset, or of a mixture of several.
 
-    folders   one folder or several
     order     as in Windows; 'sequential' reads all folders one after another, whatever their weights
     weights   share of each folder, summing to 1; None = all count as one dataset
     isolate   give each token the number of its document
@@ -99,11 +98,11 @@ class Loader(Batches):
         super().__init__(**shape)
         folders = folders if isinstance(folders, list) else [folders]
         self.splits = splits = [Split(folder, split) for folder in folders]
-        if len({fingerprint(each.tokenizer) for each in splits}) > 1:
+        if len({fingerprint(each.tokenizer_meta) for each in splits}) > 1:
             raise ValueError(f'{", ".join(map(str, folders))} were packed with different tokenizers: '
                              'pack them with one')
-        self.tokenizer, self.vocab_size, self.isolate = splits[0].tokenizer, splits[0].vocab_size, isolate
-        self.n_tokens = sum(each.n_tokens for each in splits)
+        self.tokenizer_meta, self.vocab_size = splits[0].tokenizer_meta, splits[0].vocab_size
+        self.n_tokens, self.isolate = sum(each.n_tokens for each in splits), isolate
         self.all_are_targets = order in ('shuffle', 'random') and all(each.mask is None for each in splits)
         # each part of a mixture is a source of its own
         groups, self.weights = [splits], [1.0]
@@ -114,25 +113,25 @@ class Loader(Batches):
         self.n_windows = sum(source.n for source in self.sources)  # in one pass
 
     def locate(self, g: np.ndarray) -> list:
-        """Return (shard, first token in it, number of tokens) of each window numbered g, (K,) int64."""
+        """Return (split, first token in it, number of tokens) of each window numbered g, (K,) int64."""
         located = [None] * len(g)
         source_of, number = choose_source(self.weights, g)
         for k, source in enumerate(self.sources):
             rows = np.flatnonzero(source_of == k)
-            for row, (shard, start, length) in zip(rows, source.locate(number[rows]).tolist(), strict=True):
-                located[row] = source.shards[shard], start, length
+            for row, (i, start, size) in zip(rows, source.locate(number[rows]).tolist(), strict=True):
+                located[row] = source.splits[i], start, size
         return located
 
     def windows(self, g: np.ndarray) -> Batch:
         """Return the windows numbered g, (K,) int64."""
         located = self.locate(g)
-        x, y = pad([shard.read(start, length) for shard, start, length in located], self.block_size)
+        x, y = pad([split.read(start, size) for split, start, size in located], self.block_size)
         documents = np.zeros_like(x)
-        for row, (shard, start, length) in enumerate(located):
+        for row, (split, start, size) in enumerate(located):
             if not self.all_are_targets:
-                y[row, :length - 1][~shard.is_target(start + 1, length - 1)] = IGNORE
+                y[row, :size - 1][~split.is_target(start + 1, size - 1)] = IGNORE
             if self.isolate:
-                documents[row] = shard.document_numbers(start, self.block_size)
+                documents[row] = split.document_numbers(start, self.block_size)
         arrays = (x, y, documents) if self.isolate else (x, y)
         return Batch(*map(torch.from_numpy, arrays))
 
@@ -141,7 +140,8 @@ class Loader(Batches):
         if self.all_are_targets:
             return self.rows_per_step * self.block_size
         located = self.locate(self.first_window(step) + np.arange(self.rows_per_step))
-        return int(sum(shard.is_target(start + 1, length - 1).sum() for shard, start, length in located))
+        return int(sum(split.is_target(start + 1, size - 1).sum() for split, start, size in located))
 
     def fingerprint(self) -> list[dict]:
+        """Return what a checkpoint remembers of its data."""
         return [split.fingerprint() for split in self.splits]

@@ -1,16 +1,14 @@
 """Raw text -> batches, encoded while the model trains. Nothing is packed first, and nothing is written.
 
     python train.py config/train_gpt2.py --dataset=stream:shards/ --tokenizer=gpt2 --stream_val=held_out.jsonl
-    python train.py config/quickstart.py --dataset=stream:a.txt,b.parquet --tokenizer=data/tokenizers/bpe
 
 The documents of all files form one row of tokens, with an end-of-text before each, and then begin again.
 Window w shows the tokens w * T to (w + 1) * T of the row. Windows come in groups of shuffle_window: the
-groups in order, the windows of a group in a random order.
-
-A checkpoint holds where the group begins that the next step needs, and a resumed run reads on from there.
-Every rank encodes the whole row, because only the tokens tell where a window begins.
+groups in order, the windows of a group in a random order. Every rank encodes the whole row, because only the
+tokens tell where a window begins.
 """
 
+import math
 import os
 import sys
 import threading
@@ -29,7 +27,6 @@ from tokens.windows import permute
 N_THREADS = 2  # each encodes about 10 MB/s; GPT-2 (124M) trains on 2 MB/s on one H100
 CHUNK_CHARS = 1 << 18  # text that is read before the threads encode it
 BEGINNING = (0, 0, 0, 0)  # epoch, file, document in the file, token in the document
-FIRST_EDITION = 6  # numbers in its positions, which counted bytes of a file
 
 
 class Text:
@@ -44,23 +41,23 @@ class Text:
                                  'and name the dataset')
 
     def documents(self, epoch, file, document):
-        """Yield (text, beginning) of every document with text from one on, epoch after epoch."""
-        any_text = (file, document) != (0, 0)
-        while True:
-            for number in range(file, len(self.files)):
-                reader = read_documents(self.files[number:number + 1], fields=self.fields, errors=self.errors,
+        """Yield (text, (epoch, file, document)) of every document with text from one on, without end."""
+        has_text = True
+        while has_text:
+            has_text = False
+            for i in range(file, len(self.files)):
+                reader = read_documents(self.files[i:i + 1], fields=self.fields, errors=self.errors,
                                         start=document)
                 for n, (text, *_) in enumerate(reader, document):
                     if text:
-                        any_text = True
-                        yield text, (epoch, number, n)
+                        has_text = True
+                        yield text, (epoch, i, n)
                 document = 0
-            if not any_text:
-                raise ValueError(f'{", ".join(self.paths)}: no text in there')
-            epoch, file, any_text = epoch + 1, 0, False
+            epoch, file = epoch + 1, 0
+        raise ValueError(f'{", ".join(self.paths)}: no text in there')
 
     def encoded(self, *position):
-        """Yield (ids, beginning) of every document from one on."""
+        """Yield (ids, (epoch, file, document)) of every document with text from one on."""
         chunk, n_chars = [], 0
         with ThreadPoolExecutor(N_THREADS, 'tokenizer') as pool:
             for text, begin in self.documents(*position):
@@ -77,15 +74,25 @@ class Text:
         """Yield (size + 1 tokens, start of the next piece). A piece repeats the last token before it."""
         *position, skip = start
         documents, n_tokens = deque(), -skip  # documents not used up, and their unused tokens
-        for ids, begin in self.encoded(*position):
-            documents.append((ids, begin))
-            n_tokens += len(ids)
+        for document in self.encoded(*position):
+            documents.append(document)
+            n_tokens += len(document[0])
             while n_tokens > size:
                 piece = np.concatenate([ids for ids, _ in documents])[skip:skip + size + 1]
                 skip, n_tokens = skip + size, n_tokens - size
                 while skip >= len(documents[0][0]):
                     skip -= len(documents.popleft()[0])
                 yield piece, (*documents[0][1], skip)
+
+
+def one_ahead(iterator):
+    """Yield the items of an iterator. A thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1, 'stream') as reader:
+        future = reader.submit(next, iterator)
+        while True:
+            item = future.result()
+            future = reader.submit(next, iterator)
+            yield item
 
 
 class Stream(Batches):
@@ -98,42 +105,40 @@ class Stream(Batches):
     def __init__(self, text: Text, *, shuffle_window: int = 1024, **shape):
         super().__init__(**shape)
         self.text, self.shuffle_window, self.shift = text, shuffle_window, 0
-        self.tokenizer, self.vocab_size = text.tokenizer.meta(), text.tokenizer.vocab_size
+        self.tokenizer_meta, self.vocab_size = text.tokenizer.meta(), text.tokenizer.vocab_size
         self.starts = {0: BEGINNING}  # where groups begin, by number
         self.groups = {}  # tokens of the last two groups, by number
-        self.lock, self.reader = threading.Lock(), ThreadPoolExecutor(1, 'stream')
-        self.number = self.pieces = self.future = None  # of the group that is being read
+        self.pieces, self.next_group = None, math.inf  # what is being read, and the group it yields next
+        self.lock = threading.Lock()  # against the prefetching thread
 
     def first_window(self, step: int) -> int:
         return step * self.rows_per_step + self.shift
 
     def windows(self, g) -> Batch:
         """Return the windows numbered g, ascending (K,) int64."""
-        T, rows = self.block_size, []
+        rows = []
         numbers, index = np.divmod(g, self.shuffle_window)
-        with self.lock:  # against the prefetching thread
+        with self.lock:
             for number in np.unique(numbers).tolist():
                 tokens = self.group(number)
                 shuffled = permute(index[numbers == number], self.shuffle_window, (self.seed, number))
-                rows += [tokens[i * T:(i + 1) * T + 1] for i in shuffled.tolist()]
-        return Batch(*map(torch.from_numpy, pad(rows, T)))
+                rows += [window_of(tokens, i, self.block_size) for i in shuffled.tolist()]
+        return Batch(*map(torch.from_numpy, pad(rows, self.block_size)))
 
     def count_targets(self, step: int) -> int:
         return self.rows_per_step * self.block_size
 
     def group(self, number):
-        """Return the tokens of a group. A thread reads the next one meanwhile."""
-        if number not in self.groups and (self.future is None or number < self.number):
-            self.number = max(n for n in self.starts if n <= number)
-            self.pieces = self.text.pieces(self.starts[self.number], self.shuffle_window * self.block_size)
-            self.future = self.reader.submit(next, self.pieces)
+        """Return the tokens of a group."""
+        if number not in self.groups and number < self.next_group:
+            self.next_group = max(n for n in self.starts if n <= number)
+            start = self.starts[self.next_group]
+            self.pieces = one_ahead(self.text.pieces(start, self.shuffle_window * self.block_size))
         while number not in self.groups:
-            tokens, start = self.future.result()
-            self.groups[self.number] = tokens
-            self.groups.pop(self.number - 2, None)
-            self.number += 1
-            self.starts[self.number] = start
-            self.future = self.reader.submit(next, self.pieces)
+            self.groups[self.next_group], start = next(self.pieces)
+            self.groups.pop(self.next_group - 2, None)
+            self.next_group += 1
+            self.starts[self.next_group] = start
             for old in sorted(self.starts)[1:-100]:
                 del self.starts[old]
         return self.groups[number]
@@ -155,17 +160,21 @@ class Stream(Batches):
         if position['shuffle_window'] != self.shuffle_window:
             raise ValueError(f'shuffle_window={self.shuffle_window}: the checkpoint has '
                              f'shuffle_window={position["shuffle_window"]}, which cannot change')
-        if len(position['start']) == FIRST_EDITION:
-            print0('the checkpoint is of the first edition: reading the stream again from its first file')
-        else:
+        if len(position['start']) == len(BEGINNING):
             self.starts[position['group']] = tuple(position['start'])
+        else:  # it counted the bytes of a file
+            print0('the checkpoint is of the first edition: reading the stream again from its first file')
         self.shift = position['window'] - step * self.rows_per_step
 
     def fingerprint(self) -> list[dict]:
         paths = self.text.paths
         sizes = [None if path.startswith('hf://') else n_bytes_of(path) for path in paths]
         return [dict(files=[os.path.basename(path) for path in paths], bytes=sizes, fields=self.text.fields,
-                     vocab_size=self.vocab_size, tokenizer=fingerprint(self.tokenizer))]
+                     vocab_size=self.vocab_size, tokenizer=fingerprint(self.tokenizer_meta))]
+
+
+def window_of(tokens, i, T):
+    return tokens[i * T:(i + 1) * T + 1]
 
 
 class Head:
@@ -185,9 +194,8 @@ class Head:
 
     def windows(self, g: np.ndarray) -> Batch:
         """Return the windows numbered g, (K,) int64. After the end of the text there is no target."""
-        T = self.block_size
-        rows = [self.tokens[i * T:(i + 1) * T + 1] for i in g.tolist()]
-        return Batch(*map(torch.from_numpy, pad(rows, T)))
+        rows = [window_of(self.tokens, i, self.block_size) for i in g.tolist()]
+        return Batch(*map(torch.from_numpy, pad(rows, self.block_size)))
 
 
 def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors: str, n_eval: int,

@@ -46,15 +46,12 @@ GPT2_MERGES_SOURCES = [
 
 
 class Tokenizer:
-    """Shared by all tokenizers. A subclass has kind, vocab_size, encode_array, tokenizer_json and
+    """Shared by all tokenizers. A subclass has kind, vocab_size, encode_array, tokenizer_json and pieces."""
 
-    pieces    the bytes that each id adds to a text
-    special   {name: id} of the special tokens
-    eot       id that ends a document, or None; bos and pad likewise
-    prefix    ids that AutoTokenizer puts before each text, such as Llama 3's BOS
-    """
-
-    special, eot, bos, pad, prefix = {}, None, None, None, []
+    pieces: list[bytes]  # what each id adds to a text
+    special = {}  # {name: id}
+    eot = bos = pad = None  # ids; eot ends a document
+    prefix = []  # ids that AutoTokenizer puts before each text, such as Llama 3's BOS
 
     def __init__(self, **arguments):
         self.arguments = arguments
@@ -73,15 +70,15 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts) -> list[np.ndarray]:
-        """Encode each text to an (n,) int32 array. tiktoken and tokenizers release the GIL meanwhile."""
+        """Encode each text to an (n,) int32 array, without special tokens."""
         return [self.encode_array(text) for text in texts]
 
     def decode(self, ids) -> str:
-        """Return the text of the ids. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        """Return the text of the ids, with U+FFFD for bytes that are not UTF-8, such as half a character."""
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def decode_bytes(self, ids) -> bytes:
-        """Return the bytes of the ids. They can be asked for id by id, to stream a text."""
+        """Return the bytes of the ids, of all at once or one by one."""
         return b''.join([self.pieces[i] for i in self.checked(ids)])
 
     def checked(self, ids):
@@ -92,10 +89,7 @@ class Tokenizer:
         return ids.tolist()
 
     def token_bytes(self) -> np.ndarray:
-        """Return the (V,) int64 number of bytes of each id, 0 for special tokens.
-
-        Their sum over a text's ids is its UTF-8 bytes, about so if the tokenizer loses spaces or case.
-        """
+        """Return the (V,) int64 number of UTF-8 bytes of each id, 0 for special tokens."""
         counts = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
         counts[list(self.special.values())] = 0
         return counts
@@ -107,7 +101,7 @@ def replace_surrogates(text):
 
 
 class ItosTokenizer(Tokenizer):
-    """The strings of nanoGPT's meta.pkl by id. As in nanoGPT, text is encoded by those of one character."""
+    """The strings of nanoGPT's meta.pkl by id. Text is encoded by those of one character, as in nanoGPT."""
 
     kind = 'itos'
 
@@ -117,8 +111,7 @@ class ItosTokenizer(Tokenizer):
             raise ValueError('the tokens must be distinct strings')
         self.vocab_size, self.pieces = len(itos), [token.encode('utf-8') for token in itos]
         id_of = {ord(token): i for i, token in enumerate(itos) if len(token) == 1}
-        # by code point; the last entry stands for all higher ones
-        self.id_of = np.full(max(id_of, default=0) + 2, -1, dtype=np.int32)
+        self.id_of = np.full(max(id_of, default=0) + 2, -1, dtype=np.int32)  # the last: higher code points
         self.id_of[list(id_of)] = list(id_of.values())
 
     def encode_array(self, text):
@@ -131,20 +124,17 @@ class ItosTokenizer(Tokenizer):
         return ids
 
     def tokenizer_json(self):
-        return char_json(self.arguments['itos'])
+        return char_json([piece.decode('utf-8') for piece in self.pieces])
 
 
 class CharTokenizer(ItosTokenizer):
-    """One token for each character; ids follow the order of the given characters."""
+    """One token for each character. Its id is its place among chars."""
 
     kind = 'char'
 
     def __init__(self, chars: str):
         super().__init__(list(chars))
         self.arguments = {'chars': chars}
-
-    def tokenizer_json(self):
-        return char_json(self.arguments['chars'])
 
 
 class IdTokenizer(Tokenizer):
@@ -155,7 +145,7 @@ class IdTokenizer(Tokenizer):
     def __init__(self, vocab_size: int):
         super().__init__(vocab_size=vocab_size)
         if type(vocab_size) is not int or not 0 < vocab_size <= 2**32:
-            raise ValueError(f'vocab_size must be a number from 1 to 2**32, not {vocab_size!r}')
+            raise ValueError('vocab_size must be a number from 1 to 2**32')
         self.vocab_size = vocab_size
 
     def refuse(self, *args):
@@ -184,7 +174,7 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level BPE with ids in GPT-2's order: the 256 bytes, a token for each merge, the special tokens.
 
-    merges   a line such as 'Ġ t' each, in the order in which training made them
+    merges   lines such as 'Ġ t', in the order in which training made them
     pattern  regular expression; each match is encoded on its own
     """
 
@@ -325,8 +315,8 @@ def fingerprint(meta: dict) -> str:
 def tokenizer_meta(name, also=(), eot: str = '') -> dict:
     """Return meta() of the tokenizer to train with that a setting names: 'gpt2', 'byte', or a path.
 
-    also   other names that the caller accepts, for the error
-    eot    token that ends a document, instead of the one that the folder names
+    also   other names that the caller accepts
+    eot    token that ends a document; '' = the one that the folder names
     """
     if name in ('gpt2', 'byte'):
         if eot not in ('', END):
@@ -342,7 +332,7 @@ def tokenizer_meta(name, also=(), eot: str = '') -> dict:
         special = ', '.join(list(load_tokenizer(meta).special)[:20]) or 'none'
         raise ValueError(
             f'tokenizer {name} does not say which token ends a document: name one by --eot=TOKEN, '
-            f'or as eos_token in its tokenizer_config.json; its special tokens: {special}')
+            f'its special tokens are {special}')
     return as_trained(meta)
 
 

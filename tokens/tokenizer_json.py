@@ -1,7 +1,5 @@
 """Read and write tokenizer.json and the files beside it, the format of transformers.
 
-    meta = read_tokenizer_json('SmolLM2-135M')    # for load_tokenizer(meta)
-
 The files come from strangers: ids and regular expressions are checked before the `tokenizers` library runs.
 """
 
@@ -27,12 +25,10 @@ SPECIAL_TOKENS = [END, '<|pad|>', '<|bos|>', '<|unk|>', '<|system|>', '<|user|>'
 
 PLAIN = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
          'post_processor': None}
+FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
 ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
 KEPT = (*ROLES, 'additional_special_tokens', 'clean_up_tokenization_spaces', 'add_bos_token', 'add_eos_token',
         'chat_template')
-FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
-OTHERS = ('vocab.txt', 'spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'vocab.json',
-          'merges.txt')
 
 
 @contextlib.contextmanager
@@ -84,6 +80,7 @@ def byte_level(pattern=GPT2_PATTERN):
 
 
 def bpe_json(merges, pattern=GPT2_PATTERN, special=SPECIAL_TOKENS, tokens=()):
+    """Return the content of a tokenizer.json. The ordinary tokens follow from the merges unless given."""
     vocab = {token: i for i, token in enumerate([*(tokens or bpe_tokens(merges)), *special])}
     model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '',
              'end_of_word_suffix': '', 'fuse_unk': False, 'vocab': vocab, 'merges': merges.splitlines()}
@@ -106,23 +103,25 @@ def char_json(tokens):
 def tokenizer_config(tokenizer):
     """Return the content of tokenizer_config.json. In ours, END begins, ends and separates documents."""
     config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+    special = list(tokenizer.special)
     if tokenizer.kind == 'json':
         end = tokenizer.arguments['eot']
         unknown = tokenizer.content['model'].get('unk_token') or end
         roles = {'bos_token': end, 'pad_token': end, 'unk_token': unknown}
         return {**config, **roles, **tokenizer.arguments['config'], 'eos_token': end}
-    roles = [('bos_token', END), ('eos_token', END), ('pad_token', END), ('pad_token', '<|pad|>'),
-             ('unk_token', END), ('unk_token', '<|unk|>')]
-    config.update({role: name for role, name in roles if name in tokenizer.special})
-    others = [name for name in tokenizer.special if name not in config.values()]
-    return {**config, 'additional_special_tokens': others} if others else config
+    if special:
+        config |= dict.fromkeys(('bos_token', 'eos_token', 'pad_token', 'unk_token'), END)
+    if special == SPECIAL_TOKENS:
+        config |= {'pad_token': '<|pad|>', 'unk_token': '<|unk|>'}
+        config['additional_special_tokens'] = [name for name in special if name not in config.values()]
+    return config
 
 
 def as_trained(meta):
     """Return meta() of a tokenizer for models trained here: a document begins after eot, which thus is BOS.
 
-    They never see another BOS; exported with one, a model lost 18.8 nats on an empty context. A chat template
-    that came with the tokenizer keeps writing its own.
+    Exported with the tokenizer's own BOS, which it never saw, a model lost 18.8 nats on an empty context. The
+    tokenizer's chat template keeps its BOS.
     """
     if meta['kind'] != 'json':
         return meta
@@ -185,10 +184,7 @@ def load_engine(content):
 
 
 def read_tokenizer_json(path, eot=''):
-    """Return meta() of the tokenizer in a folder of transformers or a tokenizer.json, None if there is none.
-
-    eot   token that ends a document, instead of the one that the folder names
-    """
+    """Return meta() of the tokenizer.json, or of the folder that holds it; None if there is none."""
     path = Path(path)
     file = path / 'tokenizer.json' if path.is_dir() else path
     if not file.is_file() or file.suffix != '.json':
@@ -202,10 +198,9 @@ def read_tokenizer_json(path, eot=''):
         short = short_meta(content, ids)
         if short and eot in ('', END):
             return short
-        eot = eot or end_token(config, ids)
-    kept = {key: config[key] for key in KEPT if config.get(key)}
-    text = json.dumps(content, ensure_ascii=False)
-    return {'kind': 'json', 'tokenizer_json': text, 'eot': eot, 'config': kept}
+        kept = {key: config[key] for key in KEPT if config.get(key)}
+        return {'kind': 'json', 'tokenizer_json': json.dumps(content, ensure_ascii=False),
+                'eot': eot or end_token(config, ids), 'config': kept}
 
 
 def read_other_formats(folder):
@@ -213,11 +208,10 @@ def read_other_formats(folder):
     merges = folder / 'merges.txt'
     if merges.is_file() and are_gpt2s(read_merges(merges)):
         return dict(GPT2_META)
-    for name in OTHERS:
-        if (folder / name).is_file():
-            raise ValueError(f'{folder / name} is a tokenizer in a format that is not read: save it as '
-                             "tokenizer.json with transformers' AutoTokenizer, or name the tokenizer with "
-                             '--tokenizer')
+    for pattern in ('vocab.*', 'merges.txt', '*.model'):
+        for file in folder.glob(pattern):
+            raise ValueError(f'{file} is a tokenizer in a format that is not read: save it as tokenizer.json '
+                             "with transformers' AutoTokenizer, or name the tokenizer with --tokenizer")
     return None
 
 
@@ -231,12 +225,12 @@ def are_gpt2s(merges):
 
 
 def read_config(folder):
-    """Return the entries of tokenizer_config.json and of the files that it overrides, tokens by name."""
+    """Return the entries of tokenizer_config.json and of the files that it overrides."""
     config = {}
     for name in ('config', 'generation_config', 'special_tokens_map', 'tokenizer_config'):
         file = folder / f'{name}.json'
         config |= read_json(file) if file.is_file() else {}
-    config.update({role: token_name(config[role]) for role in ROLES if role in config})
+    config |= {role: token_name(config[role]) for role in ROLES if role in config}
     # transformers 5 renamed additional_special_tokens
     others = config.get('extra_special_tokens') or config.get('additional_special_tokens') or []
     others = others.values() if isinstance(others, dict) else others
@@ -252,7 +246,7 @@ def token_name(value):
 
 
 def with_named_tokens(content, config):
-    """Return the content as the library writes it, with the tokens that only tokenizer_config.json names."""
+    """Return the content as the library writes it, with the tokens that only read_config() names."""
     from tokenizers import AddedToken
     engine, entries = load_engine(content), config.get('added_tokens_decoder') or {}
     tokens = []
@@ -277,31 +271,31 @@ def end_token(config, ids):
 
 def short_meta(content, ids):
     """Return a short meta() for characters, bytes, GPT-2's BPE and the BPE trained here, None for others."""
-    model, names = content['model'], sorted(ids, key=ids.get)
-    added = {token['content']: token for token in content['added_tokens']}
-    special = [name for name in names if name in added]
-    pairs = model.get('merges') or []
-    merges = '\n'.join(pair if isinstance(pair, str) else ' '.join(pair) for pair in pairs)
-    is_bpe = model['type'] == 'BPE' and END in special
-    meta, expected = None, content
+    model, added, names = content['model'], content['added_tokens'], sorted(ids, key=ids.get)
+    special = sorted((token['content'] for token in added), key=ids.get)
+    merges = '\n'.join(map(' '.join, model.get('merges') or []))
     if model['type'] == 'WordLevel' and all(len(name) == 1 for name in names):
-        meta, expected = {'kind': 'char', 'chars': ''.join(names)}, char_json(names)
-    elif is_bpe and not merges:
-        meta, expected = {'kind': 'byte'}, byte_json()
-    elif is_bpe and are_gpt2s(merges):
-        meta, expected = dict(GPT2_META), bpe_json(merges, special=[END])
-    elif is_bpe and content['pre_tokenizer'] == byte_level(BPE_PATTERN) and are_trained(content):
+        meta, written = {'kind': 'char', 'chars': ''.join(names)}, char_json(names)
+    elif model['type'] != 'BPE' or END not in special:
+        return None
+    elif not merges:
+        meta, written = {'kind': 'byte'}, byte_json()
+    elif are_gpt2s(merges):
+        meta, written = dict(GPT2_META), bpe_json(merges, special=[END])
+    elif content['pre_tokenizer'] == byte_level(BPE_PATTERN) and are_trained(content):
         meta = {'kind': 'bpe', 'merges': merges, 'pattern': BPE_PATTERN, 'special': special}
-        expected = bpe_json(merges, BPE_PATTERN, special)
-    same = all(expected[key] == content[key] for key in ('normalizer', 'pre_tokenizer'))
-    strips = any(token['lstrip'] or token['rstrip'] for token in added.values())
-    return meta if same and not strips and vocabulary(expected) == ids else None
+        written = bpe_json(merges, BPE_PATTERN, special)
+    else:
+        return None
+    same = all(written[key] == content[key] for key in ('normalizer', 'pre_tokenizer'))
+    strips = any(token['lstrip'] or token['rstrip'] for token in added)
+    return meta if same and not strips and vocabulary(written) == ids else None
 
 
 def are_trained(content):
     """Whether merging makes every token out of its own text, as training does.
 
-    Only then do tiktoken, which merges by the rank of the token, and `tokenizers` give the same ids.
+    Else tiktoken, which merges by the rank of the token, gives other ids than `tokenizers`.
     """
     model = load_engine(content).model
     ordinary = content['model']['vocab'].keys() - {token['content'] for token in content['added_tokens']}

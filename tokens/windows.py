@@ -3,7 +3,7 @@
 A window is up to T + 1 tokens in a row: T inputs, and the target of the last one. With 10 tokens and T = 3,
 an epoch of phase 1 has the windows 1-4 and 4-7, and may visit the second one first.
 
-T block_size, K any number of windows
+T block_size, K any number of windows, M any number of rows or documents
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def scramble(x):
-    """Scramble the bits of uint64 numbers with the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
+    """Scramble the bits of uint64 numbers as splitmix64 does (Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -66,7 +66,7 @@ def choose_source(weights, g: np.ndarray):
 class Windows:
     """The windows of some splits that count as one, numbered without end in the order of a run.
 
-    order   'shuffle'     each epoch in a random order, from a random phase
+    order   'shuffle'     each epoch in a random order, from a random phase in each shard
             'sequential'  from the first token on, for evaluation; the last window of a shard may be short
             'random'      nanoGPT's draws with replacement
             'documents'   as 'shuffle', but a document is cut into windows on its own
@@ -74,82 +74,79 @@ class Windows:
     """
 
     def __init__(self, splits, T, order, seed):
-        self.order, self.seed, self.T, self.table = order, seed, T, None
-        self.shards = [shard for split in splits for shard in split.shards]
-        sizes = self.sizes = np.array([shard.n_tokens for shard in self.shards], dtype=np.int64)
-        self.borders = np.cumsum([0, *sizes])  # first token of each shard, and the end
-        name = f'{", ".join(str(split.folder) for split in splits)}: the {splits[0].split} split'
+        self.splits, self.T, self.order, self.seed = splits, T, order, seed
+        self.firsts = np.cumsum([0, *(split.n_tokens for split in splits)])  # first token of each split
+        sizes = [shard.size for split in splits for shard in split.shards]
+        borders = np.cumsum([0, *sizes])  # first token of each shard, and the end
+        unit, least, self.begin, self.end = 'shard', T + 1, borders[:-1], borders[1:]
         if order == 'documents' or any(split.row_tokens for split in splits):
-            self.table = self.cut(splits)  # first token and number of tokens of each window
-            self.n = len(self.table)
-            if not self.n:
-                raise ValueError(f'{name} has no document of 2 tokens or more, '
-                                 'so there is nothing to predict: add text')
-            return
-        if sizes.max() <= T:
-            raise ValueError(f'{name} has at most {sizes.max()} tokens in a shard, too few for a window of '
-                             f'block_size {T} and its last target: use a smaller --block_size or more text')
-        self.stride, n_phases = T, np.ones_like(sizes)
-        if order == 'random':  # every start, as in nanoGPT
-            self.stride, per_shard = 1, np.maximum(sizes - T, 0)
-        elif order == 'sequential':
-            per_shard = -(-np.maximum(sizes - 1, 0) // T)
-        else:
+            unit, least = 'document', 2
+            self.begin, self.end = self.cut(self.spans(), borders)
+        size = self.end - self.begin  # of each unit
+        if not (size >= least).any():
+            folders = ', '.join(str(split.folder) for split in splits)
+            raise ValueError(f'{folders}: the {splits[0].split} split has no {unit} of {least} tokens or '
+                             'more: use a smaller --block_size or more text')
+
+        # A window begins with the last token of the one before, so that each token is a target once.
+        n_windows = -(-np.maximum(size - 1, 0) // T)  # one token alone has no target
+        self.stride, self.n_phases = T, ()
+        if order == 'random' and unit == 'shard':
+            self.stride, n_windows = 1, np.maximum(size - T, 0)
+        elif order == 'shuffle' and unit == 'shard':
             # One window less than fits at phase 0 fits at every phase, so all epochs have the same number.
-            per_shard = np.where(sizes > T, np.maximum(sizes // T - 1, 1), 0)
+            n_windows = np.where(size > T, np.maximum(size // T - 1, 1), 0)
             # From the last phase, the last window ends with the shard.
-            n_phases = np.maximum(sizes - per_shard * T, 1)
-        self.n_phases = tuple(n_phases.tolist())
-        self.firsts = np.cumsum([0, *per_shard])  # number of the first window of each shard
-        self.n = int(self.firsts[-1])  # windows in an epoch
+            self.n_phases = tuple(np.maximum(size - n_windows * T, 1).tolist())
+        self.first_windows = np.cumsum([0, *n_windows])  # number of the first window of each unit
+        self.n = int(self.first_windows[-1])  # windows in an epoch
 
-    def cut(self, splits):
-        """Cut documents or rows into windows of 2 to T + 1 tokens: (n, 2) int64.
+    def spans(self):
+        """Return begin and end of each row or document: (2, M) int64."""
+        spans = []
+        for split, first in zip(self.splits, self.firsts, strict=False):
+            row = split.row_tokens
+            if row not in (None, self.T + 1):
+                raise ValueError(f'{split.folder} was packed in rows for block_size {row - 1}: use '
+                                 f'--block_size={row - 1}, or pack it again with --block_size {self.T}')
+            begin, size = np.array([0]), split.n_tokens
+            if row:
+                begin, size = np.arange(0, split.n_tokens, row), row
+            elif self.order == 'documents':
+                begin, size = split.documents()
+            spans.append(np.stack([begin, begin + size]) + first)
+        return np.concatenate(spans, axis=1)
 
-        A window begins with the last token of the one before, so that every token except a document's first
-        is a target once.
-        """
-        spans, first = [], 0
-        for split in splits:
-            spans.append(split.spans(self.order, self.T) + first)
-            first += split.n_tokens
-        begin, end = np.concatenate(spans, axis=1)
-        begin, end = begin[end > begin], end[end > begin]
-        # also cut where a shard ends inside a span: more spans have begun there than have ended
-        n_begun = np.searchsorted(begin, self.borders)
-        n_ended = np.searchsorted(end, self.borders, side='right')
-        borders = np.unique(self.borders[n_begun > n_ended])
-        begin, end = np.sort(np.append(begin, borders)), np.sort(np.append(end, borders))
-
-        n_windows = -(-(end - begin - 1) // self.T)  # one token alone has no target
-        span = np.repeat(np.arange(len(begin)), n_windows)
-        nth = np.arange(len(span)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)  # in its span
-        start = begin[span] + nth * self.T
-        return np.stack([start, np.minimum(end[span] - start, self.T + 1)], axis=1)
+    def cut(self, spans, borders):
+        """Cut spans where their shard ends: (2, M) int64 -> (2, M or more) int64."""
+        begin, end = spans
+        # a border lies inside a span if more spans have begun there than have ended
+        n_begun, n_ended = np.searchsorted(begin, borders), np.searchsorted(end, borders, side='right')
+        inside = np.unique(borders[n_begun > n_ended])
+        return np.sort(np.append(begin, inside)), np.sort(np.append(end, inside))
 
     def locate(self, g: np.ndarray) -> np.ndarray:
-        """Return (number of the shard, first token in it, tokens) of the windows g: (K,) -> (K, 3) int64."""
+        """Return (number of the split, first token in it, tokens) of the windows g: (K,) -> (K, 3) int64."""
         if self.order == 'random':
             n = scramble(g.astype(np.uint64) + draws(self.seed, 1)) % np.uint64(self.n)
             return self.in_order(n.astype(np.int64), 0)
         epochs, index = np.divmod(g, self.n)
-        spans = np.empty((len(g), 3), dtype=np.int64)
+        located = np.empty((len(g), 3), dtype=np.int64)
         for epoch in set(epochs.tolist()):
             rows = epochs == epoch
             n = index[rows]
             if self.order != 'sequential':
                 n = permute(n, self.n, (*self.seed, epoch))
-            spans[rows] = self.in_order(n, epoch)
-        return spans
+            located[rows] = self.in_order(n, epoch)
+        return located
 
     def in_order(self, n, epoch):
         """Locate windows by their number in the order of the data."""
-        if self.table is not None:
-            start, length = self.table[n].T
-            shard = np.searchsorted(self.borders, start, side='right') - 1
-            return np.stack([shard, start - self.borders[shard], length], axis=1)
-        shard = np.searchsorted(self.firsts, n, side='right') - 1
-        phases = draws((*self.seed, epoch, 1), len(self.n_phases), self.n_phases).astype(np.int64)
-        start = phases[shard] + self.stride * (n - self.firsts[shard])
-        length = np.minimum(self.T + 1, self.sizes[shard] - start)
-        return np.stack([shard, start, length], axis=1)
+        i = np.searchsorted(self.first_windows, n, side='right') - 1
+        start = self.begin[i] + self.stride * (n - self.first_windows[i])
+        if self.n_phases:
+            phases = draws((*self.seed, epoch, 1), len(self.n_phases), self.n_phases)
+            start += phases.astype(np.int64)[i]
+        size = np.minimum(self.T + 1, self.end[i] - start)
+        split = np.searchsorted(self.firsts, start, side='right') - 1
+        return np.stack([split, start - self.firsts[split], size], axis=1)

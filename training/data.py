@@ -30,8 +30,8 @@ class TrainingData(NamedTuple):
     train: Loader
     eval_train: EvalSet
     eval_val: EvalSet
-    style: str | None  # conversation template
     name: str  # the dataset setting
+    style: str | None = None  # conversation template
 
     def describe(self, n_tokens: int) -> str:
         """Return name, size, and how many epochs n_tokens are."""
@@ -57,33 +57,31 @@ def open_data(settings: dict, place, grad_accum: int, rows: int, tokenizer) -> T
             dataset, tokenizer, stream_val=settings['stream_val'], fields=settings['field'],
             errors=settings['errors'], shuffle_window=settings['shuffle_window'], n_eval=n_eval,
             block_size=block_size, **ranks)
-        evals = [EvalSet(head, np.arange(head.n_windows)) for head in heads]
-        return TrainingData(train, *evals, style=None, name=dataset)
+        return TrainingData(train, *(EvalSet(head, np.arange(head.n_windows)) for head in heads), dataset)
 
     folders, weights = dataset_folders(dataset)
-    order, isolate = settings['sampling'], settings['isolate_documents']
-    train = Loader(folders, 'train', block_size=block_size, order=order, weights=weights, isolate=isolate,
-                   **ranks)
-    in_order = dict(block_size=block_size, batch_size=batch_size, isolate=isolate,
-                    order='documents' if order == 'documents' else 'sequential')
-    loaders = [Loader(folders, split, **in_order) for split in ('train', 'val')]
-    n_eval = n_eval or loaders[1].n_windows  # of the training split no more than of the validation split
+    order, shape = settings['sampling'], dict(block_size=block_size, isolate=settings['isolate_documents'])
+    train = Loader(folders, 'train', order=order, weights=weights, **shape, **ranks)
+    order = order if order == 'documents' else 'sequential'
+    loaders = [Loader(folders, split, order=order, batch_size=batch_size, **shape)
+               for split in ('train', 'val')]
     for split in train.splits:
-        if split.meta['origin'] in ORIGINS:
-            print0(f'{split.folder} has no meta.json: reading uint16 shards with '
-                   f'{ORIGINS[split.meta["origin"]]}, as nanoGPT does')
+        origin = ORIGINS.get(split.meta['origin'])
+        if origin:
+            print0(f'{split.folder} has no meta.json: reading uint16 shards with {origin}, as nanoGPT does')
     if settings['verify_data']:
         for split in (*train.splits, *loaders[1].splits):
             print0(split.describe_checksums())
             distributed.once_a_node(split.verify, place)
     for loader in (train, *loaders):
         loader.windows(np.arange(batch_size))  # ids of another tokenizer fail here
-    evals = [EvalSet(loader, spread_windows(loader, n_eval)) for loader in loaders]
     styles = sorted({split.meta['style'] for split in train.splits if split.meta.get('style')})
     if len(styles) > 1:
         raise ValueError(f'dataset={dataset} has conversations in the styles {" and ".join(styles)}: '
                          'pack them in one')
-    return TrainingData(train, *evals, style=styles[0] if styles else None, name=dataset)
+    n_eval = n_eval or loaders[1].n_windows  # of the training split no more than of the validation split
+    evals = [EvalSet(loader, spread_windows(loader, n_eval)) for loader in loaders]
+    return TrainingData(train, *evals, dataset, *styles)
 
 
 def count_bytes(tokenizer_meta: dict, place) -> torch.Tensor | None:
