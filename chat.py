@@ -3,9 +3,8 @@
     python chat.py --out_dir=out-dolly
     python chat.py --out_dir=out-dolly --temperature=0 < questions.txt
 
-Each line is a question. The model sees as much of the conversation as fits into its context. /reset starts a
-new one, /save FILE appends it to a JSONL file that corpus/conversations.py reads, /quit or the end of input
-ends the program, and Ctrl-C stops an answer. Answers go to stdout, remarks to stderr.
+Each line is a question. /reset starts a new conversation, /save FILE appends it to a JSONL file that
+corpus/conversations.py reads, /quit ends the program, and Ctrl-C stops an answer. Remarks go to stderr.
 """
 
 import codecs
@@ -32,8 +31,7 @@ from files import printable, write_atomically
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. The fields are settings of sample.py and arguments of GPT.stream()."""
-
+    """How to draw tokens: settings of sample.py."""
     max_new_tokens: int
     temperature: float
     top_k: int | None
@@ -57,14 +55,13 @@ class Sampling:
         limits = limits or [self.max_new_tokens] * len(idx)
         steps = model.stream(idx, max(limits), temperature=self.temperature, top_k=self.top_k,
                              top_p=self.top_p, vocab_size=tokenizer.vocab_size, documents=documents)
-        ended = set()  # rows
+        has_ended = [False] * len(idx)
         for n_tokens, ids in enumerate(steps):
             tokens = ids.tolist()
             for row, token in enumerate(tokens):
-                if row in ended or token in stop_ids or n_tokens >= limits[row]:
-                    ended.add(row)
-                    tokens[row] = None
-            if len(ended) == len(tokens):
+                if has_ended[row] or token in stop_ids or n_tokens >= limits[row]:
+                    has_ended[row], tokens[row] = True, None
+            if all(has_ended):
                 return
             yield tokens
 
@@ -96,29 +93,28 @@ class Answerer:
     def stream(self, prompts) -> Iterator[list]:
         """Answer several prompts (lists of ids) in one batch. Yield as Sampling.stream() does.
 
-        Shorter prompts are padded on the left. The padding is a document of its own, so no token attends to
-        it, and each answer is the one that the prompt gets alone.
+        Shorter prompts are padded on the left. No token attends to the padding, a document of its own, so
+        each answer is the one that the prompt gets alone.
         """
-        longest = max(len(prompt) for prompt in prompts)
-        idx = torch.zeros(len(prompts), longest, dtype=torch.long)  # (B, T)
-        documents = torch.zeros_like(idx)
-        for row, prompt in enumerate(prompts):
-            idx[row, longest - len(prompt):] = torch.tensor(prompt)
-            documents[row, longest - len(prompt):] = 1
+        longest = max(map(len, prompts))
+        n_padding = [longest - len(prompt) for prompt in prompts]
         device = next(self.model.parameters()).device
-        documents = None if documents.all() else documents.to(device)
-
-        max_new_tokens, block_size = self.sampling.max_new_tokens, self.model.config.block_size
-        limits = [min(max_new_tokens, block_size - len(prompt)) for prompt in prompts]
-        return self.sampling.stream(self.model, self.tokenizer, idx.to(device), limits=limits,
+        rows = [[0] * n + prompt for n, prompt in zip(n_padding, prompts, strict=True)]
+        idx = torch.tensor(rows, device=device)  # (B, T)
+        documents = None
+        if any(n_padding):
+            column = torch.arange(longest, device=device)
+            documents = (column >= torch.tensor(n_padding, device=device)[:, None]).long()  # (B, T)
+        room = self.model.config.block_size - longest
+        limits = [min(self.sampling.max_new_tokens, room + n) for n in n_padding]
+        return self.sampling.stream(self.model, self.tokenizer, idx, limits=limits,
                                     stop_ids=stop_ids(self.tokenizer), documents=documents)
 
 
 def stop_ids(tokenizer) -> set:
     """Return the tokens that end an answer: end-of-text, and those that begin or end a turn."""
-    special = tokenizer.special
-    names = *ROLE_TOKENS.values(), TURN_END
-    return {tokenizer.eot, *(special[name] for name in names if name in special)}
+    names = {*ROLE_TOKENS.values(), TURN_END}
+    return {tokenizer.eot, *(i for name, i in tokenizer.special.items() if name in names)}
 
 
 def choose_style(style: str, trained, tokenizer) -> str:
@@ -127,9 +123,9 @@ def choose_style(style: str, trained, tokenizer) -> str:
     trained  a weights.begin.Start
     """
     check_tokenizer(tokenizer)
-    chosen = trained.style if style == 'auto' else style
-    if style == 'auto' and chosen is None and TURN_END in tokenizer.special:
-        chosen = 'chatml'
+    chosen = style
+    if style == 'auto':
+        chosen = trained.style or ('chatml' if TURN_END in tokenizer.special else None)
     if chosen not in STYLES:
         raise ValueError(f'{trained.path} was not tuned on conversations: tune it with python train.py '
                          f'config/finetune_dolly.py --init_from={trained.path}, or name the template '
@@ -158,8 +154,7 @@ class Conversation:
     """The turns since the start or /reset."""
 
     def __init__(self, answerer: Answerer):
-        self.answerer = answerer
-        self.turns = []
+        self.answerer, self.turns = answerer, []
         self.remarks = set()  # each is printed once
 
     def ask(self, question: str):
@@ -203,8 +198,9 @@ def talk(answerer: Answerer):
     """Answer the lines of stdin, typed or from a pipe."""
     if sys.stdin is None or sys.stdout is None:
         raise ValueError('a chat reads stdin and writes to stdout: one of them is closed')
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
+    prompt = ''
+    if sys.stdin.isatty():
+        prompt = '> '
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, arrow keys in input()
         print('/reset starts anew, /save FILE saves the conversation, /quit ends, Ctrl-C stops an answer',
@@ -214,7 +210,7 @@ def talk(answerer: Answerer):
     conversation = Conversation(answerer)
     while True:
         try:
-            line = input('> ' if is_terminal else '').strip()
+            line = input(prompt).strip()
         except KeyboardInterrupt:
             print('\n/quit ends', file=sys.stderr)
             continue

@@ -70,6 +70,7 @@ if __name__ == '__main__':
 
         from serving.api import Api, make_app
         from serving.engine import Engine
+        from serving.guard import PatientProtocol
         listener = open_socket(host, port)
 
         # the model
@@ -77,14 +78,12 @@ if __name__ == '__main__':
         precision = devices.choose_dtype(dtype, place.device, packs=True)
         trained = find_start(init_from, out_dir, checkpoint_path, tokenizer=tokenizer)
         tokenizer = load_tokenizer(trained.tokenizer)
+        template = ''
         try:
-            template, no_chat = choose_style(style, trained, tokenizer), ''
+            template = choose_style(style, trained, tokenizer)
         except ValueError as error:
             if style != 'auto':
                 raise
-            template = ''
-            no_chat = ('the model was not tuned on conversations: use /v1/completions, or serve one that '
-                       'was, for example by config/finetune_dolly.py')
             print0(f'no chat: {error}')
         model = build_model(trained, tokenizer, precision).to(place.device, precision)
         prepare_decoding(model, place.device, False, quantize, max_batch)
@@ -92,16 +91,16 @@ if __name__ == '__main__':
         # the server
         name = name or Path(out_dir if init_from == 'resume' else init_from).resolve().name
         engine = Engine(model, tokenizer, max_batch, max_queue)
-        api = Api(engine, name, template, no_chat, sampling, stop_ids(tokenizer))
-        is_local = host in ('127.0.0.1', 'localhost', '::1')
-        app = make_app(api, api_key=api_key or os.environ.get('FLATGPT_API_KEY', ''),
+        hosts = {'127.0.0.1', 'localhost', '[::1]'}
+        app = make_app(Api(engine, name, template, sampling, stop_ids(tokenizer)),
+                       api_key=api_key or os.environ.get('FLATGPT_API_KEY', ''),
                        origins=cors.split(',') if cors else [],
-                       hosts={'127.0.0.1', 'localhost', '[::1]'} if is_local else None)
+                       hosts=hosts if host in (*hosts, '::1') else None)
         shown = f'[{host}]' if ':' in host else host
-        print(f'http://{shown}:{listener.getsockname()[1]} serves {printable(name)}'
-              f'{f", style {template}" if template else ": a base model, it completes texts"}', flush=True)
-        config = uvicorn.Config(app, http='h11', ws='none', log_level='warning', limit_concurrency=512,
-                                server_header=False, timeout_graceful_shutdown=2)
+        kind = f', style {template}' if template else ': a base model, it completes texts'
+        print(f'http://{shown}:{listener.getsockname()[1]} serves {printable(name)}{kind}', flush=True)
+        config = uvicorn.Config(app, http=PatientProtocol, ws='none', log_level='warning',
+                                limit_concurrency=512, server_header=False, timeout_graceful_shutdown=2)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run([listener])
         engine.close()

@@ -11,8 +11,7 @@ import torch
 class RowCache:
     """A KV cache whose rows join and leave independently of each other.
 
-    The tokens of a row start at column 0. The rows in use are always the first ones, because remove() moves
-    the last one into the gap. The columns double when a row outgrows them.
+    The tokens of a row start at column 0. The rows in use are always the first ones.
     """
 
     def __init__(self, config, n_rows, device, dtype):
@@ -21,10 +20,10 @@ class RowCache:
         self.n_tokens = 0  # of the longest row; GPT.hidden() advances it
         shape = config.n_layer, 2, n_rows, config.n_kv_head, min(256, self.block_size), config.head_size
         # zeros: a masked slot must not hold a NaN
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # keys and values of each layer
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (L, 2, rows, G, S, D)
 
     def reserve(self, n_tokens):
-        """Make the rows at least n_tokens wide."""
+        """Make the rows at least n_tokens wide. Doubling keeps the number of copies small."""
         old, n_columns = self.kv, self.kv.size(4)
         if n_tokens > n_columns:
             n_wider = min(max(n_tokens, 2 * n_columns), self.block_size)
@@ -32,19 +31,21 @@ class RowCache:
             self.kv[..., :n_columns, :] = old
 
     def add(self, prompt):
-        """Append a row that begins with the one row of a KVCache."""
-        self.reserve(prompt.n_tokens)
-        for layer, prompt_layer in zip(self.kv, prompt.kv, strict=True):
-            for rows, row in zip(layer, prompt_layer, strict=True):
-                rows[len(self.lengths), :, :prompt.n_tokens] = row[0, :, :prompt.n_tokens]
-        self.lengths.append(prompt.n_tokens)
+        """Append a row that begins with the one row of a full KVCache."""
+        row, n_tokens = len(self.lengths), prompt.n_tokens
+        self.reserve(n_tokens)
+        for layer, (keys, values) in zip(self.kv, prompt.kv, strict=True):
+            layer[0, row, :, :n_tokens] = keys[0]
+            layer[1, row, :, :n_tokens] = values[0]
+        self.lengths.append(n_tokens)
         self.n_tokens = max(self.lengths)
 
     def remove(self, row):
         """Free a row. The last row takes its number."""
         n_tokens = self.lengths.pop()
-        if row < len(self.lengths):
-            self.kv[:, :, row, :, :n_tokens] = self.kv[:, :, len(self.lengths), :, :n_tokens]
+        last = len(self.lengths)
+        if row < last:
+            self.kv[:, :, row, :, :n_tokens] = self.kv[:, :, last, :, :n_tokens]
             self.lengths[row] = n_tokens
         self.n_tokens = max(self.lengths, default=0)
 
@@ -53,8 +54,8 @@ class RowCache:
 
     def extend(self, x, documents=None):
         """Make room for one more token in each row, x (R, 1, C). See KVCache.extend()."""
-        self.reserve(self.n_tokens + 1)
         R, S = len(self.lengths), self.n_tokens + 1
+        self.reserve(S)
         positions = torch.tensor(self.lengths, device=x.device)[:, None]  # (R, 1)
         mask = None
         if min(self.lengths) < self.n_tokens:

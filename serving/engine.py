@@ -33,7 +33,7 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Text that a sequence has gained, and the tokens that it was made of."""
+    """Text that a sequence has gained, and its tokens."""
     text: str
     tokens: list[Token]
     finish_reason: str | None = None  # of the last piece: stop, length, or error
@@ -45,7 +45,7 @@ class Full(Exception):
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer while it grows. The first fields are the request."""
+    """One answer while it grows."""
     ids: list[int]  # of the prompt
     sampling: Sampling
     tokenizer: object
@@ -54,12 +54,12 @@ class Sequence:
     stop_ids: set[int]  # and before these tokens
     n_logprobs: int | None = None  # alternatives to report for each token; None = no log probabilities
     is_over: bool = False  # set from any thread: the engine forgets the sequence before its next step
-    n_tokens: int = 0  # drawn, without stop_ids
-    text: str = ''  # held back: it may begin a stop text
-    n_emitted: int = 0  # characters
 
     def __post_init__(self):
-        self.tokens, self.last, self.generator = [], None, None  # tokens of the text; the one drawn last
+        self.text, self.tokens = '', []  # of the answer
+        self.n_emitted, self.n_tokens_emitted = 0, 0  # characters and tokens of them
+        self.n_tokens = 0  # drawn, with those of a stop text
+        self.last, self.generator, self.finish_reason = None, None, None
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span several tokens
 
     def push(self, token_id: int, logprob: float | None = None, top: list = ()):
@@ -68,36 +68,41 @@ class Sequence:
         if token_id in self.stop_ids:
             return self.finish('stop')
         self.n_tokens += 1
-        self.tokens.append(Token(token_id, self.n_emitted + len(self.text), logprob, top))
+        self.tokens.append(Token(token_id, len(self.text), logprob, top))
         self.text += self.decoder.decode(self.tokenizer.decode_bytes([token_id]))
-        cuts = [self.text.find(stop) for stop in self.stop if stop in self.text]
+        cuts = [self.text.find(stop, self.n_emitted) for stop in self.stop]
+        cuts = [cut for cut in cuts if cut >= 0]
         if cuts:
             self.text = self.text[:min(cuts)]
-            end = self.n_emitted + len(self.text)
-            self.tokens = [token for token in self.tokens if token.offset < end]
+            self.tokens = [token for token in self.tokens if token.offset < len(self.text)]
             self.decoder.reset()
             return self.finish('stop')
         if self.n_tokens >= self.sampling.max_new_tokens:
             return self.finish('length')
-        n_certain = len(self.text) - self.count_held()
-        if n_certain:
-            piece = Piece(self.text[:n_certain], self.tokens)
-            self.text, self.tokens = self.text[n_certain:], []
-            self.n_emitted += n_certain
-            self.emit(piece)
+        end = self.certain_end()
+        if end > self.n_emitted:
+            self.emit_until(end)
 
-    def count_held(self):
-        """Return how many characters at the end of the text may begin a stop text."""
-        longest = max(map(len, self.stop), default=0)
-        for n in range(min(len(self.text), longest - 1), 0, -1):
-            if any(stop.startswith(self.text[-n:]) for stop in self.stop):
-                return n
-        return 0
+    def certain_end(self):
+        """Return where the end of the text begins that may also begin a stop text."""
+        for start in range(self.n_emitted, len(self.text)):
+            if any(stop.startswith(self.text[start:]) for stop in self.stop):
+                return start
+        return len(self.text)
 
     def finish(self, reason):
-        self.is_over = True
         self.text += self.decoder.decode(b'', final=True)
-        self.emit(Piece(self.text, self.tokens, reason))
+        self.finish_reason, self.is_over = reason, True
+        self.emit_until(len(self.text))
+
+    def emit_until(self, end):
+        tokens = self.tokens[self.n_tokens_emitted:]
+        if self.finish_reason is None:
+            tokens = [token for token in tokens if token.offset < end]
+        piece = Piece(self.text[self.n_emitted:end], tokens, self.finish_reason)
+        self.n_emitted = end
+        self.n_tokens_emitted += len(tokens)
+        self.emit(piece)
 
 
 class Engine:
@@ -122,7 +127,7 @@ class Engine:
         self.thread.start()
 
     def submit(self, sequences: list[Sequence]):
-        """Queue the sequences of a request. Full if there is no room for all of them."""
+        """Queue the sequences of a request. Raise Full if there is no room for all of them."""
         with self.wake:
             self.waiting = deque(sequence for sequence in self.waiting if not sequence.is_over)
             n_free = self.max_batch - len(self.running) + self.max_queue - len(self.waiting)
@@ -141,14 +146,13 @@ class Engine:
         while True:
             with self.wake:
                 self.wake.wait_for(lambda: self.is_closed or self.waiting or self.running)
-                if self.is_closed:
-                    break
+            if self.is_closed:
+                return self.fail()
             try:
                 self.step()
             except Exception as error:  # out of memory, for example: the server outlives it
                 print0(printable(f'the answers in progress are lost: {type(error).__name__}: {error}'))
                 self.fail()
-        self.fail()
 
     def fail(self):
         """End all sequences with an error."""
@@ -163,7 +167,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self):
-        """Take in a prompt, run the model once for all sequences, draw, and hand out."""
+        """Take in a prompt, run the model once for all sequences, and draw."""
         self.leave()
         self.join()
         self.leave()
@@ -179,9 +183,8 @@ class Engine:
         for row in reversed(range(len(self.running))):
             if self.running[row].is_over:
                 self.cache.remove(row)
-                last = self.running.pop()
-                if row < len(self.running):
-                    self.running[row] = last
+                self.running[row] = self.running[-1]
+                self.running.pop()
 
     def join(self):
         """Read the prompt of the next sequence that waits, and draw its first token."""
@@ -193,7 +196,7 @@ class Engine:
             sequence = self.waiting.popleft()
             self.running.append(sequence)
         if self.prompt is None or self.prompt[0] != sequence.ids:
-            self.prompt = None  # its memory is used again
+            self.prompt = None  # frees its memory first
             idx = torch.tensor([sequence.ids], device=self.device)  # (1, T)
             cache = kernels.KVCache(self.model.config, 1, idx.size(1), self.device, self.dtype)
             with kernels.decoding(idx, cache):

@@ -1,20 +1,19 @@
-"""Refuse requests before they reach the API: strangers, wrong keys, large or slow bodies."""
+"""Refuse requests before they reach the API: strangers, wrong keys, large bodies, slow clients."""
 
-import asyncio
 import hmac
 import re
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chat import json_line
 
 MAX_BODY_BYTES = 1 << 20
-BODY_TIMEOUT_S = 30
-TYPES = {401: 'authentication_error', 403: 'permission_error', 404: 'not_found_error',
-         429: 'rate_limit_error', 500: 'server_error'}
+CLIENT_TIMEOUT_S = 30
+TYPES = {401: 'authentication_error', 403: 'permission_error', 429: 'rate_limit_error', 500: 'server_error'}
 
 
 class Refusal(HTTPException):
@@ -25,12 +24,16 @@ class Refusal(HTTPException):
         kind = TYPES.get(status, 'invalid_request_error')
         self.value = {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
 
-    def response(self, headers=None) -> Response:
-        return as_response(self.value, self.status_code, headers)
+    def response(self) -> Response:
+        return as_response(self.value, self.status_code)
 
 
-def as_response(value: dict, status: int = 200, headers=None) -> Response:
-    headers = {**(headers or {}), 'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff'}
+def failure() -> Refusal:
+    return Refusal(500, 'the model failed on this request, see the log of the server')
+
+
+def as_response(value: dict, status: int = 200) -> Response:
+    headers = {'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff'}
     return Response(json_line(value), status, headers, 'application/json')
 
 
@@ -41,31 +44,22 @@ class Guard:
         self.app, self.api_key, self.origins, self.hosts = app, api_key.encode('utf-8'), origins, hosts
 
     async def __call__(self, scope, receive, send):
-        if scope['type'] != 'http':
-            return await self.app(scope, receive, send)
+        app = self.app
         try:
-            headers = Headers(scope=scope)
-            self.check(scope['path'], headers)
-            body = await asyncio.wait_for(read_body(headers, receive), BODY_TIMEOUT_S)
-        except asyncio.TimeoutError:
-            refusal = Refusal(408, f'the body did not arrive within {BODY_TIMEOUT_S} seconds')
-        except Refusal as error:
-            refusal = error
-        else:
-            return await self.app(scope, replay(body, receive), send)
-        # the rest of the body is not read
-        await refusal.response({'Connection': 'close'})(scope, receive, send)
+            if scope['type'] == 'http':
+                self.check(scope['path'], Headers(scope=scope))
+        except Refusal as refusal:
+            app = refusal.response()
+        await app(scope, receive, send)
 
     def check(self, path, headers):
-        host = headers.get('host', '')
-        if self.hosts is not None and re.sub(r':\d+$', '', host) not in self.hosts:
+        host, origin = headers.get('host', ''), headers.get('origin')
+        if self.hosts is not None and re.sub(r':\d+$', '', host.lower()) not in self.hosts:
             # a name of another site that leads here: DNS rebinding
             raise Refusal(403, f'the host {host!r} is not served: use 127.0.0.1, or start with --host')
-        origin = headers.get('origin')
-        is_own = origin is None or urlsplit(origin).netloc == host
+        is_own = origin is None or origin.partition('://')[2] == host
         if not is_own and origin not in self.origins and '*' not in self.origins:
-            remedy = f': start it with --cors={origin}' if origin != 'null' else ''  # null: any file or frame
-            raise Refusal(403, f'pages of {origin!r} may not use this server{remedy}')
+            raise Refusal(403, f'pages of {origin!r} may not use this server: see --cors')
         scheme, _, key = headers.get('authorization', '').partition(' ')
         is_right = scheme.lower() == 'bearer' and hmac.compare_digest(key.encode('latin-1'), self.api_key)
         if self.api_key and path != '/' and not is_right:
@@ -73,25 +67,37 @@ class Guard:
                           'invalid_api_key')
 
 
-async def read_body(headers, receive) -> bytes:
-    refusal = Refusal(413, f'the body is larger than {MAX_BODY_BYTES:,} bytes')
-    length = headers.get('content-length', '0')
-    if not length.isdecimal() or int(length[:20]) > MAX_BODY_BYTES:
-        raise refusal
-    body = b''
-    while True:
-        message = await receive()
-        body += message.get('body', b'')
-        if len(body) > MAX_BODY_BYTES:
-            raise refusal
-        if not message.get('more_body'):  # complete, or disconnected
-            return body
+async def read_body(request: Request) -> bytes:
+    if not request.headers.get('content-type', '').startswith('application/json'):
+        raise Refusal(400, 'send a JSON object, with Content-Type: application/json')
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY_BYTES:
+                raise Refusal(413, f'the body is larger than {MAX_BODY_BYTES:,} bytes')
+    except ClientDisconnect:
+        raise Refusal(400, 'the body is incomplete') from None
+    return bytes(body)
 
 
-def replay(body, receive):
-    """Return an ASGI receive() that gives the whole body first."""
-    messages = [{'type': 'http.request', 'body': body, 'more_body': False}]
+class PatientProtocol(H11Protocol):
+    """HTTP that drops clients which stop in the middle of a request, or stop reading."""
 
-    async def receive_next():
-        return messages.pop() if messages else await receive()
-    return receive_next
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.check()
+
+    def check(self, before=None):
+        """Drop the connection if it has waited for its client since the last check."""
+        awaits_request = self.cycle is None or self.cycle.response_complete
+        waits = awaits_request, not awaits_request and self.cycle.more_body, self.flow.write_paused
+        state = self.cycle, waits, self.transport.get_write_buffer_size()
+        if any(waits) and state == before:
+            self.transport.abort()
+        else:
+            self.timer = self.loop.call_later(CLIENT_TIMEOUT_S, self.check, state)
+
+    def connection_lost(self, error):
+        self.timer.cancel()
+        super().connection_lost(error)

@@ -1,8 +1,10 @@
 """The parameters of requests. Unknown ones are ignored; those that would change the answer are refused."""
 
+import json
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chat import Sampling
 from serving.guard import Refusal
@@ -14,6 +16,10 @@ NEUTRAL = {
 }
 ROLES = {'developer': 'system', 'tool': 'context'}  # others have the name of ours
 
+UNLIMITED = 2**31
+# fail_fast: listing every wrong item of a long list would take seconds
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -36,27 +42,45 @@ class Shared(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def check_supported(self):
+    @classmethod
+    def parse(cls, body: bytes):
+        """Return the parameters in the body of a request, or raise Refusal."""
+        try:
+            request = cls.model_validate(json.loads(body))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            param, *_ = *first['loc'], None
+            raise Refusal(400, f'{param or "the body"}: {first["msg"]}', param) from None
+        except (ValueError, RecursionError):
+            raise Refusal(400, 'the body is not JSON') from None
         for name, neutral in NEUTRAL.items():
-            if self.model_extra.get(name) not in (None, neutral):
+            if request.model_extra.get(name) not in (None, neutral):
                 raise Refusal(400, f'{name} is not supported: leave it out', name, 'unsupported_parameter')
+        return request
 
     def stops(self) -> list[str]:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [stop for stop in stops if stop]
 
     def sampling(self, default: Sampling, max_new_tokens: int, seed: int) -> Sampling:
-        values = {name: getattr(self, name) for name in ('temperature', 'top_k', 'top_p')}
-        given = {name: value for name, value in values.items() if value is not None}
-        return Sampling(**{**vars(default), **given, 'max_new_tokens': max_new_tokens, 'seed': seed})
+        given = self.model_dump(include={'temperature', 'top_k', 'top_p'}, exclude_none=True)
+        return replace(default, **given, max_new_tokens=max_new_tokens, seed=seed)
 
 
 class CompletionRequest(Shared):
-    prompt: str | list[str] | list[int] | list[list[int]] = ''
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(max_length=4096, fail_fast=True)] | None = ''
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def max_new_tokens(self) -> int | None:
+    def prompts(self) -> list:
+        prompt = self.prompt or ''
+        is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        return [prompt] if is_one else prompt
+
+    def max_new_tokens(self) -> int:
         return self.max_tokens or 16  # OpenAI's default
+
+    def n_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class Part(BaseModel):
@@ -66,24 +90,23 @@ class Part(BaseModel):
 
 class Message(BaseModel):
     role: Literal['system', 'developer', 'user', 'assistant', 'tool']
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
 
 class ChatRequest(Shared):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    truncation: Literal['auto', 'disabled'] = 'disabled'
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def max_new_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    def max_new_tokens(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or UNLIMITED
 
     def n_logprobs(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
-    def turns(self) -> list[tuple[str, str]]:
-        """Return (role, text) of each message, as the chat template of an export would write them."""
+    def prompts(self) -> list:
+        """Return one prompt: (role, text) of each message, as the chat template of an export writes them."""
         turns = []
         for message in self.messages:
             content = message.content or ''
@@ -93,4 +116,4 @@ class ChatRequest(Shared):
             turns.append((ROLES.get(message.role, message.role), text))
         if turns[-1][0] == 'assistant':
             raise Refusal(400, 'messages: the last one is an answer: end with a question', 'messages')
-        return turns
+        return [turns]

@@ -1,5 +1,6 @@
 """The server, asked by the official client over real connections, and its engine against one answer at a time."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -28,7 +29,7 @@ from model import GPT, GPTConfig  # noqa: E402
 from serving import guard  # noqa: E402
 from serving.api import Api, make_app, read_page  # noqa: E402
 from serving.engine import Engine, Full, Sequence  # noqa: E402
-from tokens.tokenizer import ByteTokenizer  # noqa: E402
+from tokens.tokenizer import ByteTokenizer, load_tokenizer  # noqa: E402
 
 BYTES = ByteTokenizer()
 DEFAULT = Sampling(1, 1.0, None, None, 0)
@@ -46,20 +47,33 @@ def random_model(arch='gpt2', block_size=64, n_layer=2):
 
 
 @contextlib.contextmanager
-def running(model, style='chat', max_batch=4, max_queue=4, **options):
-    """(base URL, engine) of a server in a thread."""
-    engine = Engine(model, BYTES, max_batch, max_queue)
-    api = Api(engine, 'm', style, 'a base model: tune it', DEFAULT, stop_ids(BYTES))
-    server = uvicorn.Server(uvicorn.Config(make_app(api, **options), http='h11', log_level='critical', timeout_graceful_shutdown=1))
+def serving(app):
+    """(base URL, uvicorn's server) of an ASGI application in a thread."""
+    server = uvicorn.Server(uvicorn.Config(app, http=guard.PatientProtocol, log_level='critical', timeout_graceful_shutdown=1))
     with socket.create_server(('127.0.0.1', 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
-            yield f'http://127.0.0.1:{listener.getsockname()[1]}', engine
+            yield f'http://127.0.0.1:{listener.getsockname()[1]}', server
         finally:
             server.should_exit = True
             thread.join()
-            engine.close()
+
+
+@contextlib.contextmanager
+def running(model, style='chat', max_batch=4, max_queue=4, tokenizer=BYTES, **options):
+    """(base URL, engine) of a model's server."""
+    engine = Engine(model, tokenizer, max_batch, max_queue)
+    api = Api(engine, 'm', style, DEFAULT, stop_ids(tokenizer))
+    try:
+        with serving(make_app(api, **options)) as (url, _):
+            yield url, engine
+    finally:
+        engine.close()
+
+
+def connect(url):
+    return socket.create_connection(url.removeprefix('http://').split(':'))
 
 
 @pytest.fixture(scope='module')
@@ -143,6 +157,8 @@ def test_the_text_ends_before_a_stop_string_that_spans_tokens():
     assert ''.join(piece.text for piece in pieces_of(b'one\n\nUse', ['\n\nUser:'])) == 'one\n\nUse'
     assert ''.join(piece.text for piece in pieces_of(b'aab', ['ab'])) == 'a'
     assert [len(piece.tokens) for piece in pieces_of(b'xab', ['b', 'zab'])] == [1, 1, 0]
+    assert [(text, len(tokens)) for text, tokens, _ in pieces_of(b'aaab', ['aab'])] == [('a', 1), ('', 0)]
+    assert [piece.text for piece in pieces_of('好的羊了'.encode(), ['的羊群', '羊了'])] == ['好', '的']
 
 
 def test_a_failure_of_the_model_ends_the_answers_and_not_the_engine(monkeypatch, capsys):
@@ -206,8 +222,6 @@ def test_a_full_context_ends_an_answer(client):
     with pytest.raises(openai.BadRequestError, match="the model's context of 64 tokens") as refused:
         client.chat.completions.create(model='m', messages=messages)
     assert refused.value.code == 'context_length_exceeded'
-    done = client.chat.completions.create(model='m', messages=messages, extra_body={'truncation': 'auto'}, max_tokens=8)
-    assert done.usage.prompt_tokens == len(Template(BYTES, 'chat').fit([('user', 'q' * 30)], 64).ids)
 
 
 def test_log_probabilities_are_those_of_the_model(client):
@@ -231,7 +245,7 @@ def test_a_base_model_completes_and_says_why_it_does_not_chat():
     with running(random_model(), style='') as (url, _), openai.OpenAI(base_url=url + '/v1', api_key='x', max_retries=0) as client:
         assert not client.models.list().data[0].chat
         assert client.completions.create(model='m', prompt='x', max_tokens=2).choices[0].text
-        with pytest.raises(openai.BadRequestError, match='a base model: tune it'):
+        with pytest.raises(openai.BadRequestError, match='not tuned on conversations: use /v1/completions, or tune it'):
             client.chat.completions.create(model='m', messages=[{'role': 'user', 'content': 'x'}])
 
 
@@ -263,6 +277,8 @@ TEXT, CHAT = '/v1/completions', '/v1/chat/completions'
     (TEXT, {'prompt': [1, -1]}, 400, 'prompt'),
     (TEXT, {'prompt': [10**30]}, 400, 'prompt'),
     (TEXT, {'prompt': {'a': 1}}, 400, 'prompt'),
+    (TEXT, '{"prompt": [' + '1.5,' * 200_000 + '1.5]}', 400, 'prompt'),  # in less than seconds
+    (TEXT, '{"prompt": [' + '[],' * 300_000 + '[]]}', 400, 'prompt'),
     (TEXT, [], 400, None),
     (TEXT, '{"prompt": ', 400, None),
     (TEXT, '[' * 100_000, 400, None),
@@ -294,11 +310,24 @@ def test_odd_text_is_answered(server, prompt):
     assert answer.status_code == 404 and answer.json()['error']['code'] == 'model_not_found'
 
 
+def test_a_text_that_the_tokenizer_cannot_write_is_refused():
+    tokenizers = pytest.importorskip('tokenizers')
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}))
+    words.add_special_tokens(['<|endoftext|>'])
+    tokenizer = load_tokenizer({'kind': 'json', 'tokenizer_json': words.to_str(), 'eot': '<|endoftext|>'})
+    with running(random_model(), tokenizer=tokenizer) as (url, _):
+        assert httpx.post(url + TEXT, json={'prompt': 'b'}).json()['error']['param'] == 'prompt'
+        refused = httpx.post(url + CHAT, json={'messages': [{'role': 'user', 'content': 'b'}]})
+        assert (refused.status_code, refused.json()['error']['param']) == (400, 'messages')
+
+
 def test_strangers_are_refused(server):
     url, _ = server
     assert httpx.get(url + '/v1/models', headers={'Host': 'evil.example:80'}).status_code == 403
     assert httpx.get(url + '/v1/models', headers={'Origin': 'http://evil.example'}).status_code == 403
     assert httpx.get(url + '/v1/models', headers={'Origin': 'null'}).status_code == 403
+    assert httpx.get(url + '/v1/models', headers={'Origin': 'http://['}).status_code == 403
+    assert httpx.get(url + '/v1/models', headers={'Host': 'LOCALHOST:80'}).status_code == 403  # 127.0.0.1 alone
     own = httpx.get(url + '/v1/models', headers={'Origin': url})
     assert own.status_code == 200 and 'access-control-allow-origin' not in own.headers
     preflight = {'Origin': 'http://evil.example', 'Access-Control-Request-Method': 'POST'}
@@ -306,15 +335,11 @@ def test_strangers_are_refused(server):
     assert httpx.post(url + TEXT, content='{"prompt": "a"}', headers={'Content-Type': 'text/plain'}).status_code == 400
 
 
-def test_a_body_has_limits(server, monkeypatch):
+def test_a_body_has_limits(server):
     url, _ = server
     json_type = {'Content-Type': 'application/json'}
     assert httpx.post(url + TEXT, content=b'x' * (guard.MAX_BODY_BYTES + 1), headers=json_type).status_code == 413
     assert httpx.post(url + TEXT, content=(b'x' * 65536 for _ in range(20)), headers=json_type).status_code == 413  # without a length
-    monkeypatch.setattr(guard, 'BODY_TIMEOUT_S', 0.2)
-    with socket.create_connection(url.removeprefix('http://').split(':')) as slow:
-        slow.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{')
-        assert slow.recv(99).startswith(b'HTTP/1.1 408 ')
 
 
 def test_a_key_and_other_sites():
@@ -378,9 +403,34 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(slow):
     assert httpx.post(url + TEXT, json={'prompt': 'x', 'max_tokens': 2}).status_code == 200
 
 
+def test_a_client_that_stops_in_the_middle_is_dropped_and_one_that_waits_is_not(monkeypatch):
+    monkeypatch.setattr(guard, 'CLIENT_TIMEOUT_S', 0.2)
+
+    async def app(scope, receive, send):
+        if scope['type'] == 'lifespan':
+            return
+        if scope['path'] == '/wait':
+            await asyncio.sleep(1)
+        while (await receive()).get('more_body'):
+            pass
+        await send({'type': 'http.response.start', 'status': 200, 'headers': []})
+        for _ in range(500 if scope['path'] == '/large' else 0):
+            await send({'type': 'http.response.body', 'body': bytes(65536), 'more_body': True})
+        await send({'type': 'http.response.body', 'body': b''})
+
+    with serving(app) as (url, server):
+        for sent in (b'', b'GET / HTTP/1.1\r\nHost: x\r\nA', b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{',
+                     b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', b'GET /large HTTP/1.1\r\nHost: x\r\n\r\n'):
+            with connect(url) as client:
+                client.sendall(sent)
+                until(lambda: server.server_state.connections)
+                until(lambda: not server.server_state.connections)
+        assert httpx.get(url + '/wait').status_code == 200
+
+
 def test_an_answer_that_nobody_reads_does_not_stop_the_others(slow):
     url, _ = slow
-    with socket.create_connection(url.removeprefix('http://').split(':')) as silent:
+    with connect(url) as silent:
         body = json.dumps(LONG | {'logprobs': 20}).encode()
         silent.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b' % (len(body), body))
         assert httpx.post(url + TEXT, json={'prompt': 'x', 'max_tokens': 20}, timeout=30).status_code == 200
