@@ -31,7 +31,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 
 import distributed
 from files import print0, remove_leftovers, write_atomically
-from weights import foreign
+from weights import foreign, lora
 
 FORMAT = 1
 NUMBERED = re.compile(r'ckpt_(\d{8,})\.pt')
@@ -312,9 +312,9 @@ def gather(model, optimizers) -> dict:
             for moments in optimizer.state.values():
                 if 'step' in moments:
                     moments['step'].zero_()
-    trained = foreign.trained_weights(model)
-    is_adapter = len(trained) < len(model.state_dict())  # without its base; weights frozen by lr_groups stay
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_adapter)
+    trained = lora.trained_weights(model)
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True,
+                                   ignore_frozen_params=lora.is_adapter(model))  # the base
     model_state, optimizer_state = dcp.get_state_dict(model, optimizers, options=options)
     model_state = {name: tensor for name, tensor in model_state.items() if name in trained}
     return dict(model=model_state, optimizer=optimizer_state)

@@ -1,23 +1,17 @@
-"""Write every layer's numbers to disk, and compare two such dumps. Settings are the names below, see --help.
+"""Write every layer's numbers to disk, and compare two such dumps. docs/NUMERICS.md explains both.
 
     python numerics.py dump --out=a --out_dir=out-quickstart
     python numerics.py dump --out=b --out_dir=out-quickstart --dtype=bfloat16
     python numerics.py dump --out=c --out_dir=out-quickstart --reference=transformers
     python numerics.py compare a b --picture=error.png
 
-dump runs one forward and one backward pass on fixed tokens and writes a .npy file for each tensor, such as
-h.03.attn.c_proj.out.npy: weight, bias, in, out, and the same with .grad; then index.json. compare prints the
-error of each tensor in the order of execution, names the first that leaves its tolerance, and exits with 1 if
-there is one. docs/NUMERICS.md explains both.
+dump runs one forward and one backward pass on fixed tokens. compare exits with 1 if a tensor differs.
 """
 
-import os
 import sys
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Literal
-
-os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in train.py
 
 import numpy as np
 import torch
@@ -29,7 +23,7 @@ import devices
 import distributed
 from configurator import configure
 from files import one_line_errors, print0, printable
-from model import GPT
+from model import GPT, Block
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
 from tokens.tokenizer import load_tokenizer
@@ -63,7 +57,7 @@ atol = 1e-12
 picture = ''  # draw the errors into this .png file
 # -----------------------------------------------------------------------------
 
-RECORDED = nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm
+RECORDED = Block, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm
 
 
 # -----------------------------------------------------------------------------
@@ -77,11 +71,11 @@ def short(name):
 
 
 def read_ids(vocab_size: int, most: int) -> torch.Tensor:
-    """Return the tokens to run on: (batch_size, T + 1) int64, T of them inputs.
-
-    most  tokens in a row that the model takes
-    """
+    """Return the tokens to run on, (batch_size, T + 1) int64. `most` is the block_size of the model."""
     T = min(block_size, most)
+    source = f'--ids={ids}, --dataset={dataset}, --batch_size={batch_size}, --block_size={block_size}'
+    if min(batch_size, block_size) < 1:
+        raise ValueError(f'{source}: accepted are sizes of 1 or more')
     if ids:
         try:
             rows = np.load(ids, allow_pickle=False) if ids.endswith('.npy') else np.loadtxt(ids, np.int64)
@@ -96,7 +90,6 @@ def read_ids(vocab_size: int, most: int) -> torch.Tensor:
         rows = loader.windows(np.arange(batch_size)).x
     else:
         rows = torch.randint(vocab_size, (batch_size, T + 1), generator=torch.Generator().manual_seed(seed))
-    source = f'--ids={ids}, --dataset={dataset}, --batch_size={batch_size}, --block_size={block_size}'
     if rows.dim() != 2 or not rows.numel() or not 1 < rows.size(1) <= most + 1:
         raise ValueError(f'{source}: has shape {tuple(rows.shape)}, accepted are rows of 2 to {most + 1} ids')
     if not 0 <= rows.min() <= rows.max() < vocab_size:
@@ -105,79 +98,67 @@ def read_ids(vocab_size: int, most: int) -> torch.Tensor:
     return rows
 
 
-def read_model() -> GPT:
-    if init_from != 'resume':
-        return GPT.from_pretrained(init_from).eval()
-    start = find_start(init_from, out_dir, checkpoint_path, n_head)
-    return build_model(start, load_tokenizer(start.tokenizer))
-
-
 def dump(place):
     """Run one forward and backward pass, and write every tensor of it."""
-    model = read_model()
-    rows = read_ids(model.config.vocab_size, model.config.block_size)
-    if reference and place.world_size > 1:
-        raise ValueError(f'--reference={reference} runs on one rank: leave torchrun out')
-    if len(rows) % place.world_size:
-        raise ValueError(f'{len(rows)} rows of tokens do not divide over {place.world_size} ranks: '
-                         'give another --batch_size or --ids')
+    if not out:
+        raise ValueError('--out is empty: name the folder to write')
+    if init_from == 'resume':
+        start = find_start(init_from, out_dir, checkpoint_path, n_head)
+        model = build_model(start, load_tokenizer(start.tokenizer))
+    else:
+        model = GPT.from_pretrained(init_from).eval()
+    rows, n_ranks = read_ids(model.config.vocab_size, model.config.block_size), place.world_size
+    if len(rows) % n_ranks or (reference and n_ranks > 1):
+        raise ValueError(f'{n_ranks} ranks share {len(rows)} rows of tokens: accepted is a --batch_size that '
+                         'they divide, and one rank with --reference')
     precision = devices.choose_dtype(dtype, place.device)
     recorder = Recorder(out)
     recorder.write('ids', rows)
-    if reference:
-        run_reference(model, rows.to(place.device), recorder, precision)
-    else:
-        run_model(model, rows, recorder, precision, place)
+    run(model, rows, recorder, precision, place)
     recorder.finish(dtype=str(precision).removeprefix('torch.'), device=devices.device_name(place.device),
-                    torch=torch.__version__, compiled=compile, ranks=place.world_size, reference=reference)
+                    torch=torch.__version__, compiled=compile, ranks=n_ranks, reference=reference)
     print0(f'{out}: {len(recorder.facts)} tensors')
 
 
-def run_model(model, rows, recorder, precision, place):
-    model = distributed.prepare(model, place, parallel=parallel, dtype=precision)
-    for name, p in model.named_parameters():
-        recorder.write(short(name), distributed.whole(p))
-    for name, module in model.named_modules():
-        if isinstance(module, RECORDED) or module in list(model.transformer.h):
-            recorder.watch(module, short(name))
-    if compile and isinstance(model, FSDPModule):
-        for block in model.transformer.h:
-            block.compile(dynamic=False)
-    elif compile:
-        model.compile(dynamic=False)
+def run(model, rows, recorder, precision, place):
+    """Run a model, or that of transformers with its weights, and record its tensors under our names."""
+    whole = whole_tensors
+    names = {name: [name] for name, module in model.named_modules() if isinstance(module, RECORDED)}
+    if reference:
+        names = transformers_model.names_of(model)
+        whole = partial(transformers_model.in_our_layout, model.config, dict(model.named_parameters()))
+        model = transformers_model.reference_of(model).to(place.device)
+    else:
+        model = distributed.prepare(model, place, parallel=parallel, dtype=precision)
+    weights, modules = dict(model.named_parameters()), dict(model.named_modules())
+    for name, weight in whole(weights):
+        recorder.write(short(name), weight)
+    for name, parts in names.items():
+        for i, part in enumerate(parts):
+            recorder.watch(modules[part], short(name), i, len(parts))
+    if compile:
+        for part in model.transformer.h if isinstance(model, FSDPModule) else [model]:
+            part.compile(dynamic=False)
 
     # each rank takes its share of the rows; gradients and losses are sums over the ranks
     own = rows.chunk(place.world_size)[place.rank].to(place.device)
+    inputs, targets = own[:, :-1], own[:, 1:]
     with torch.autocast(place.device.type, precision, enabled=precision != torch.float32):
-        loss = model(own[:, :-1], own[:, 1:])[1] / place.world_size
+        if reference:
+            logits = model(inputs, use_cache=False).logits.float()
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        else:
+            loss = model(inputs, targets)[1] / place.world_size
     loss.backward()
     distributed.sum_gradients(model)
     recorder.write('loss', distributed.all_reduce_sum(loss.detach()))
-    for name, p in model.named_parameters():
-        recorder.write(f'{short(name)}.grad', distributed.whole(p.grad))
-
-
-def run_reference(model, rows, recorder, precision):
-    """Run the model of transformers with the same weights."""
-    config, names = model.config, transformers_model.names_of(model)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    model = transformers_model.reference_of(model).to(rows.device)
-    weights = dict(model.named_parameters())
-    for name, weight in transformers_model.in_our_layout(shapes, config, weights):
-        recorder.write(short(name), weight)
-    modules = dict(model.named_modules())
-    for name, parts in names.items():
-        for i, part in enumerate(parts):
-            if part in modules:  # an architecture may lack some, such as Qwen3's norms
-                recorder.watch(modules[part], short(name), i, len(parts))
-    with torch.autocast(rows.device.type, precision, enabled=precision != torch.float32):
-        logits = model(rows[:, :-1], use_cache=False).logits.float()
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-    loss.backward()
-    recorder.write('loss', loss)
-    grads = {name: p.grad for name, p in weights.items()}
-    for name, grad in transformers_model.in_our_layout(shapes, config, grads):
+    for name, grad in whole({name: p.grad for name, p in weights.items()}):
         recorder.write(f'{short(name)}.grad', grad)
+
+
+def whole_tensors(tensors):
+    for name, tensor in tensors.items():
+        yield name, distributed.whole(tensor)
 
 
 # -----------------------------------------------------------------------------
@@ -188,13 +169,11 @@ def compare(folder_a, folder_b) -> bool:
     """Print the differences of two dumps. Return whether all are within the tolerance."""
     (names_a, rtol_a), (names_b, rtol_b) = read_index(folder_a), read_index(folder_b)
     tolerance = max(rtol_a, rtol_b) if rtol is None else rtol
-    common = set(names_a) & set(names_b)
-    names = [name for name in names_a if name in common]
+    names = [name for name in names_a if name in names_b]
     if not names:
         raise ValueError(f'{folder_a} and {folder_b} have no tensor of the same name')
     for folder, own in ((folder_a, names_a), (folder_b, names_b)):
-        alone = [name for name in own if name not in common]
-        if alone:
+        if alone := [name for name in own if name not in names]:
             print(f'only in {folder}: {len(alone)} tensors ({printable(", ".join(alone[:3]))} ...)')
     width = max(map(len, names))
     print(f'{"tensor":{width}}  relative error  largest difference    cosine')
@@ -214,26 +193,25 @@ def compare(folder_a, folder_b) -> bool:
     if not bad:
         print(f'{len(rows)} tensors, all within {tolerance:g}')
         return True
-    previous = {row.name: last.name for last, row in pairwise(rows)}
+    first = rows.index(bad[0])
+    before = rows[first - 1].name if first else 'nothing'
     print(f'{len(bad)} of {len(rows)} tensors differ by more than {tolerance:g} (*). First {bad[0].name}: '
-          f'relative error {bad[0].error:.2e}; before it {previous.get(bad[0].name, "nothing")} is equal')
+          f'relative error {bad[0].error:.2e}; before it {before} is equal')
     return False
 
 
 if __name__ == '__main__':
     with one_line_errors():
-        command, arguments = sys.argv[1:2], sys.argv[2:]
+        command, folders = sys.argv[1:2], sys.argv[2:4]
         if command == ['dump']:
-            configure(globals(), arguments)
-            if not out:
-                raise ValueError('--out is empty: name the folder to write')
+            configure(globals(), sys.argv[2:])
             place = distributed.start(device)
             torch.set_float32_matmul_precision('highest')  # no TensorFloat32
             dump(place)
             distributed.stop()
-        elif command == ['compare'] and len(arguments) >= 2 and not ''.join(arguments[:2]).startswith('-'):
-            configure(globals(), arguments[2:])
-            if not compare(*arguments[:2]):
+        elif command == ['compare'] and len(folders) == 2:
+            configure(globals(), sys.argv[4:])
+            if not compare(*folders):
                 sys.exit(1)
         else:
             configure(globals(), [flag for flag in sys.argv[1:] if flag in ('--help', '-h')])

@@ -352,8 +352,8 @@ def test_truncated_empty_and_zeroed_files_are_noticed(tmp_path, packed):
     (lambda f: zipfile.ZipFile(f, 'w').close(), 'PATH is not a readable checkpoint ('),
     (lambda f: torch.save([1, 2], f), 'PATH holds a list, not a checkpoint dict'),
     (lambda f: torch.save(torch.zeros(3), f), 'PATH holds a Tensor, not a checkpoint dict'),
-    (lambda f: torch.save({'weight': torch.zeros(3)}, f), "PATH does not name its weights as nanoGPT or transformers name a GPT-2's"),
-    (lambda f: torch.save({'epoch': 3}, f), 'PATH has no weights by name, itself or under model, model_state_dict or state_dict: it is not a checkpoint'),
+    (lambda f: torch.save({'weight': torch.zeros(3)}, f), "PATH: its weights (weight) lack GPT-2's names, transformer.wte.weight and so on"),
+    (lambda f: torch.save({'epoch': 3}, f), 'PATH has no weights by name, itself or under model, model_state_dict, state_dict'),
     (lambda f: torch.save(small_state() | {'model': {1: 2}}, f), 'PATH: 1 is int: accepted are dense floating-point weights'),
     (lambda f: torch.save(small_state() | {'model_args': 3}, f), 'PATH is not a checkpoint of flatGPT or nanoGPT: model_args is a int'),
     (lambda f: torch.save(small_state() | {'iter_num': '../x'}, f), 'PATH is not a checkpoint of flatGPT or nanoGPT: iter_num is a str'),
@@ -592,8 +592,8 @@ def test_a_checkpoint_of_nanogpt_goes_on(tmp_path, prefix):
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(model_args=dict(n_layer='abc')), "n_layer = 'abc' in its model_args is none that this version knows"),
-    (dict(model_args=dict(n_kv_heads=2)), 'n_kv_heads = 2 in its model_args is none that this version knows'),
+    (dict(model_args=dict(n_layer='abc')), "n_layer = 'abc' is none that this version knows"),
+    (dict(model_args=dict(n_kv_heads=2)), 'n_kv_heads = 2 is none that this version knows'),
     (dict(model=dict(w=torch.ones(2, dtype=torch.int8))), 'w is torch.int8, torch.strided: accepted are dense floating-point weights'),
     (dict(format=torch.ones(3)), 'this version reads 1'),
     (dict(history='abc'), 'history is a str'),

@@ -133,6 +133,7 @@ def test_a_damaged_description_of_the_adapter_is_one_line(run, tmp_path):
 @pytest.mark.parametrize('flags, text', [
     (['--lora_rank=4'], 'lora_rank=4: an adapter needs a base model, name it by --init_from'),
     (['--lora_rank=4', '--lora_targets=q_proj', '--init_from=BASE'], 'lora_targets=q_proj: no layer is named q_proj, accepted are c_attn, c_fc, c_proj, did you mean c_proj?'),
+    (['--lora_rank=4', '--lora_alpha=0', '--init_from=BASE'], 'lora_alpha=0.0: accepted is a number above 0'),
     (['--lora_rank=4', '--parallel=fsdp', '--init_from=BASE'], 'lora_rank=4 is for --parallel=ddp: leave --parallel=fsdp out'),
 ])
 def test_wrong_settings(flags, text, base, tiny, tmp_path):
@@ -194,7 +195,7 @@ def test_muon_trains_an_adapter_and_an_adapter_is_no_start(base, run, tiny, tmp_
 
 
 @pytest.mark.parametrize('change, text', [
-    (dict(init_lora_weights='pissa'), "init_lora_weights = 'pissa' changes the base model"), (dict(r=100), 'are not of rank 100'),
+    (dict(init_lora_weights='pissa'), "init_lora_weights = 'pissa' is not supported"), (dict(r=100), 'are not of rank 100'),
     (dict(lora_alpha=None), 'r = 4 and lora_alpha = None, accepted are numbers'), (dict(base_model_name_or_path=None), 'base_model_name_or_path = None'),
 ])
 def test_an_adapter_that_would_compute_something_else(change, text, base, tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import kernels
 import model as model_py
 from model import GPT, GPTConfig
+from training.dumps import measure
 
 ARCHS = {
     'gpt2': dict(arch='gpt2', bias=True),
@@ -177,6 +179,15 @@ def test_a_wrong_weight_and_a_number_that_is_not_finite_are_named(folder, tmp_pa
     assert code == 1 and 'First h.01.ln_2.bias:' in lines[-1]
 
 
+@pytest.mark.parametrize('value', [np.inf, np.nan])
+def test_numbers_that_are_not_finite_are_compared_without_a_warning(value):
+    array = np.array([value, 1.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for a, b in ((array, np.ones(2)), (np.ones(2), array), (array, array), (np.zeros(2), np.ones(2))):
+            assert not measure('x', a, b, 1e-4, atol=1e-12).is_equal
+
+
 def test_a_picture_is_drawn(folder, tmp_path):
     pytest.importorskip('matplotlib')
     compare(folder / 'gpt2', folder / 'gpt2', f'--picture={tmp_path}/error.png')
@@ -221,7 +232,8 @@ def test_the_example_in_numpy_alone_compares(folder, tmp_path, page):
     (['dump', '--init_from={}/llama.npz'], '--out is empty'),
     (['dump', '--out={}/x', '--init_from={}/llama.npz', '--ids={}/words.txt'], 'accepted is a file of whole numbers'),
     (['dump', '--out={}/x', '--init_from={}/llama.npz', '--ids={}/big.txt'], 'has ids from 1 to 99'),
-    (['dump', '--out={}/x', '--init_from={}/llama.npz', '--batch_size=0'], '--batch_size=0, --block_size=64: has shape (0, 25)'),
+    (['dump', '--out={}/x', '--init_from={}/llama.npz', '--block_size=-5'], '--block_size=-5: accepted are sizes of 1 or more'),
+    (['dump', '--out={}/x', '--init_from={}/llama.npz', '--batch_size=0'], '--batch_size=0, --block_size=64: accepted are sizes of 1 or more'),
 ])
 def test_bad_input_is_one_line(folder, argv, message):
     for name, text in (('half', '{"tensors": ['), ('strange', '{"tensors": 3}'), ('cut', '{"tensors": [{"name": "loss"}]}')):

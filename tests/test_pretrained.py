@@ -271,20 +271,20 @@ def error_of(call, *arguments, **named):
     ('gpt2', dict(model_type='bert'), "model_type = 'bert' is not supported, accepted are gpt2 (GPT2LMHeadModel), nanochat (NanoChatForCausalLM), llama (LlamaForCausalLM), mistral (MistralForCausalLM), qwen2 (Qwen2ForCausalLM), qwen3 (Qwen3ForCausalLM)"),
     ('gpt2', dict(model_type=None), 'model_type = None is not supported, accepted are gpt2 (GPT2LMHeadModel), nanochat (NanoChatForCausalLM), llama (LlamaForCausalLM), mistral (MistralForCausalLM), qwen2 (Qwen2ForCausalLM), qwen3 (Qwen3ForCausalLM)'),
     ('gpt2', dict(activation_function='tanh'), "activation_function = 'tanh' is not supported, accepted is 'gelu_new' or 'gelu' or 'relu2' or 'gelu_pytorch_tanh' or 'silu' or 'swish'"),
-    ('gpt2', dict(n_inner=100), 'n_inner = 100 is not supported, accepted is None or 168'),
+    ('gpt2', dict(n_inner=100), 'n_hidden=100: arch=gpt2 has n_hidden=168: use that, or another arch'),
     ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx = True is not supported, accepted is False'),
-    ('gpt2', dict(tie_word_embeddings=False), 'tie_word_embeddings = False is not supported, accepted is True'),
-    ('gpt2', dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon = 1e-06 is not supported, accepted is 1e-05'),
-    ('gpt2', dict(n_layer='3'), "n_layer = '3' must be a whole number, 1 or more"),
-    ('modern', dict(num_key_value_heads=1), 'num_key_value_heads = 1 is not supported, accepted is None or 3'),
-    ('modern', dict(intermediate_size=42), 'intermediate_size = 42 is not supported, accepted is 168'),
+    ('gpt2', dict(tie_word_embeddings=False), 'tied=False: arch=gpt2 has tied=True: use that, or another arch'),
+    ('gpt2', dict(layer_norm_epsilon=1e-6), 'norm_eps=1e-06: arch=gpt2 has norm_eps=1e-05: use that, or another arch'),
+    ('gpt2', dict(n_layer='3'), "n_layer = '3' is none that this version knows"),
+    ('modern', dict(num_key_value_heads=1), 'n_kv_head=1: arch=modern has n_kv_head=3: use that, or another arch'),
+    ('modern', dict(intermediate_size=42), 'n_hidden=42: arch=modern has n_hidden=168: use that, or another arch'),
     ('modern', dict(rope_parameters=dict(rope_theta=5e5, rope_type='default')),
-     "rope_parameters = {'rope_theta': 500000.0, 'rope_type': 'default'} is not supported, accepted is None or {'rope_theta': 10000.0, 'rope_type': 'default'}"),
-    ('modern', dict(rope_parameters=None, rope_theta=1e5), 'rope_theta = 100000.0 is not supported, accepted is 10000.0'),
+     'rope_theta=500000.0: arch=modern has rope_theta=10000.0: use that, or another arch'),
+    ('modern', dict(rope_parameters=None, rope_theta=1e5), 'rope_theta=100000.0: arch=modern has rope_theta=10000.0: use that, or another arch'),
     ('modern', dict(final_logit_softcapping=None), 'final_logit_softcapping = None is not supported, accepted is 15.0'),
-    ('modern', dict(tie_word_embeddings=True), 'tie_word_embeddings = True is not supported, accepted is False'),
+    ('modern', dict(tie_word_embeddings=True), 'tied=True: arch=modern has tied=False: use that, or another arch'),
     ('modern', dict(attention_bias=True), 'attention_bias = True is not supported, accepted is False'),
-    ('modern', dict(rms_norm_eps=1e-5), 'rms_norm_eps = 1e-05 is not supported, accepted is 1e-06'),
+    ('modern', dict(rms_norm_eps=1e-5), 'norm_eps=1e-05: arch=modern has norm_eps=1e-06: use that, or another arch'),
 ])
 def test_configurations_that_model_py_cannot_be(tmp_path, arch, wrong, text):
     ours(arch=arch).save_pretrained(tmp_path)
@@ -421,9 +421,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     COMMIT, GPT2 = 'c' * 40, '/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e'
 
     def do_HEAD(self):
-        if self.path.startswith('/api/models/org/name/'):
+        if self.path.startswith(('/api/models/org/name/', '/api/models/openai-community/gpt2/')):
             paths = sorted(self.server.folder.iterdir())
-            answer = {'id': 'org/name', 'sha': self.COMMIT, 'siblings': [{'rfilename': path.name} for path in paths]}
+            commit = self.COMMIT if '/org/name/' in self.path else self.GPT2.rpartition('/')[2]
+            answer = {'id': 'a model', 'sha': commit, 'siblings': [{'rfilename': path.name} for path in paths]}
             if '/tree/' in self.path:
                 answer = [{'type': 'file', 'path': path.name, 'size': path.stat().st_size, 'oid': path.name} for path in paths]
             body = json.dumps(answer).encode()
@@ -461,14 +462,16 @@ def test_gpt2_comes_from_the_hub_that_hf_endpoint_names_and_is_kept(tmp_path):
     server.folder = tmp_path / 'hub'
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f'http://127.0.0.1:{server.server_port}'
-    load = "from model import GPT; print(GPT.from_pretrained('gpt2').transformer.wte.weight.double().sum().item())"
+    load = "from model import GPT; GPT.from_pretrained('gpt2'); print(GPT.from_pretrained('gpt2').transformer.wte.weight.double().sum().item())"
     try:
         code, out, err = run_with_hub(load, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / 'home'))
     finally:
         server.shutdown()
         server.server_close()
     assert code == 0, err
-    assert float(out) == GPT.from_pretrained(tmp_path / 'hub').transformer.wte.weight.double().sum().item()
+    revision, total = out.splitlines()  # said once
+    assert revision == 'gpt2: revision ' + Hub.GPT2.rpartition('/')[2]
+    assert float(total) == GPT.from_pretrained(tmp_path / 'hub').transformer.wte.weight.double().sum().item()
     # the copy in the cache is enough; what is not there is one line that names the way without a network
     both = load + """
 try:
@@ -479,7 +482,7 @@ except OSError as error:
     assert code == 0, err
     assert again.startswith(out + f'gpt2-xl is no folder here, and cannot be downloaded from {endpoint} (')
     assert again.endswith('): put config.json and model.safetensors of openai-community/gpt2-xl into a folder and use --init_from=FOLDER\n')
-    assert again.count('\n') == 2
+    assert again.count('\n') == 3
 
 
 def test_any_model_comes_from_the_hub_at_a_revision_that_is_said(tmp_path):

@@ -1,9 +1,4 @@
-"""The start of a run or a script: from scratch, a checkpoint of a run, or a model from elsewhere.
-
-    start = begin(settings, explicit)                       # train.py
-    start = find_start('resume', 'out-quickstart')          # sample.py and others
-    model = build_model(start, load_tokenizer(start.tokenizer))
-"""
+"""The start of a run or a script: from scratch, a checkpoint of a run, or a model from elsewhere."""
 
 import re
 from dataclasses import dataclass, field
@@ -24,9 +19,9 @@ from weights import foreign, lora, pretrained
 
 # settings that define the model or the optimizer's state: they cannot change on resume
 LLAMA_SETTINGS = ('n_kv_head', 'head_size', 'n_hidden', 'rope_theta', 'qk_norm', 'qkv_bias', 'tied')
+SHAPE = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', *LLAMA_SETTINGS)
 LORA_SETTINGS = ('lora_rank', 'lora_alpha', 'lora_targets')
-FIXED_ON_RESUME = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', *LLAMA_SETTINGS, 'optimizer',
-                   *LORA_SETTINGS)
+FIXED_ON_RESUME = (*SHAPE, 'optimizer', *LORA_SETTINGS)
 # settings of one start of a run, which a checkpoint does not bring back
 PER_START = ('out_dir', 'init_from', 'auto_resume', 'checkpoint_path', 'strict', 'eval_only', 'verify_data',
              'device', 'backend', 'timeout_s', 'max_hours', 'on_event')
@@ -60,7 +55,7 @@ class Start:
         return [skipped, 0.0, *rest]
 
     def take(self, state, path):
-        """Take over a checkpoint. Return its (path, iter_num); ('', 0) if there is none."""
+        """Take over a checkpoint. Return (path, iter_num), or ('', 0) if there is none."""
         if state is None:
             return '', 0
         self.path, self.state, self.settings = str(path), state, state['config']
@@ -73,11 +68,9 @@ class Start:
 def read_chosen(choose) -> Start:
     """Read the checkpoint that choose() returns on the first rank, as (state, path). Each rank reads once."""
     start = Start()
-    chosen = distributed.on_first_rank(lambda: start.take(*choose()))
-    path = chosen[0]
+    chosen = path, _ = distributed.on_first_rank(lambda: start.take(*choose()))
     if path and not start.path and start.take(checkpoint.load(path), path) != chosen:  # another rank
-        raise ValueError(f'{path} has changed, its run is still training: copy it, and name the copy with '
-                         '--checkpoint_path')
+        raise ValueError(f'{path} has changed, its run is still training: name a copy with --checkpoint_path')
     return start
 
 
@@ -86,12 +79,7 @@ def read_chosen(choose) -> Start:
 
 
 def begin(settings: dict, explicit: set) -> Start:
-    """Find the start of a training run. The first rank chooses for all.
-
-    settings  all settings of train.py
-    explicit  names of the settings that the user gave
-    raises    ValueError, OSError in one line
-    """
+    """Find the start of a training run. explicit: names of the settings that the user gave."""
     out_dir, init_from, path = settings['out_dir'], settings['init_from'], settings['checkpoint_path']
     is_word = init_from in ('scratch', 'resume')  # else path or init_from names a model to begin with
     if settings['auto_resume'] or init_from == 'resume':
@@ -118,16 +106,13 @@ def begin(settings: dict, explicit: set) -> Start:
     path = path or init_from
     state = checkpoint.load(path, settings['n_head'] if 'n_head' in explicit else None)
     if state.get('lora'):
-        raise ValueError(f'{path} holds a LoRA adapter alone: resume its run, or export the whole model '
-                         'with sample.py --export=FOLDER and begin with that')
+        raise ValueError(f'{path} holds a LoRA adapter alone: resume its run, or begin with what sample.py '
+                         '--export=FOLDER writes')
     return Start(path, state['model_args'], state['model'], state.get('tokenizer'))
 
 
 def find_run(out_dir, checkpoint_path, auto_resume) -> Start:
-    """Return the run to resume, with path == '' if there is none.
-
-    With auto_resume, checkpoint_path is used only until out_dir has a checkpoint of its own.
-    """
+    """Return the run to resume; path == '' if there is none. auto_resume prefers that of out_dir."""
     start = Start()
     if auto_resume or not checkpoint_path:
         start = read_chosen(partial(checkpoint.load_newest, out_dir, rename_damaged=True))
@@ -142,32 +127,31 @@ def find_run(out_dir, checkpoint_path, auto_resume) -> Start:
 def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict) -> dict:
     """Return the settings that a run takes over from its start. Flags win, and their changes are printed.
 
-    accepted  accepted values of each setting of train.py
-    raises    ValueError for a flag that contradicts the model or the optimizer's state, or a bad stored value
+    accepted  values of each setting of train.py
+    raises    ValueError for a flag that contradicts the model or the optimizer's state
     """
-    resumes, args = start.state is not None, start.model_args or {}
+    resumes, args, progress = start.state is not None, start.model_args or {}, start.progress
     stored = {'optimizer': 'adamw'} if resumes else {}
-    stored |= {name: args[name] for name in FIXED_ON_RESUME if name in args}
+    stored |= {name: args[name] for name in SHAPE if name in args}
     if resumes and 'format' in start.state:  # nanoGPT's settings mean other things
         stored |= start.settings
     stored = {name: checked(value, accepted[name], f'{start.path}: {name} = {value!r}')
               for name, value in stored.items() if name in settings and name not in PER_START}
     changed = [name for name in sorted(explicit & stored.keys()) if settings[name] != stored[name]]
-
     for name in changed:
         now, before = settings[name], stored[name]
         may_shrink = name == 'block_size' and not resumes
         if name not in FIXED_ON_RESUME:
             print0(f'{name} = {now!r} from now on, was {before!r}')
         elif not (may_shrink and now < before):
-            remedy = f'--{name}={before}' + (' or less' if may_shrink else '')
-            raise ValueError(f'{name}={now}: {printable(start.path)} has {name}={before}: give {remedy}')
+            raise ValueError(f'{name}={now}: {printable(start.path)} has {name}={before}: '
+                             f'give --{name}={before}{" or less" * may_shrink}')
 
-    other_windows, best = [name for name in changed if name in EVALUATION], start.progress.best_val_loss
-    if resumes and other_windows and best < float('inf'):
-        print0(f'{", ".join(other_windows)} changed: the best validation loss of {best:.4f} was measured on '
-               'other windows, a new best is kept from here on')
-        start.progress.best_val_loss, start.progress.since_best = float('inf'), 0
+    other_windows = ', '.join(name for name in changed if name in EVALUATION)
+    if resumes and other_windows and progress.best_val_loss < float('inf'):
+        print0(f'{other_windows} changed: the best validation loss of {progress.best_val_loss:.4f} was '
+               'measured on other windows, a new best is kept from here on')
+        progress.best_val_loss, progress.since_best = float('inf'), 0
     return {name: value for name, value in stored.items() if name not in explicit}
 
 
@@ -177,65 +161,57 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
     vocab_size, tokenizer_meta  of the dataset
     dtype                       of the matrix products
     """
+    dropout, block_size, path = settings['dropout'], settings['block_size'], start.path
     if start.model_args is None:
         if settings['lora_rank']:
             raise ValueError(f'lora_rank={settings["lora_rank"]}: an adapter needs a base model, name it by '
                              '--init_from')
-        names = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'arch', *LLAMA_SETTINGS)
-        shape = {name: settings[name] for name in names}
-        return GPT(GPTConfig(vocab_size=pretrained.padded(vocab_size), **shape))
+        shape = {name: settings[name] for name in SHAPE}
+        return GPT(GPTConfig(vocab_size=pretrained.padded(vocab_size), dropout=dropout, **shape))
 
-    meta, most, dataset = start.tokenizer, start.model_args['vocab_size'], settings['dataset']
+    meta, most = start.tokenizer, start.model_args['vocab_size']
     if vocab_size > most or (meta and fingerprint(meta) != fingerprint(tokenizer_meta)):
         name, size = (fingerprint(meta), vocab_size_of(meta)) if meta else ('unknown', f'at most {most}')
-        raise ValueError(f'{start.path} was trained with tokenizer {name} of {size} tokens, dataset '
-                         f'{dataset} was packed with {fingerprint(tokenizer_meta)} of {vocab_size}: '
-                         'use the dataset it was trained on, or pack with its tokenizer')
+        raise ValueError(f'{path} was trained with tokenizer {name} of {size} tokens, dataset '
+                         f'{settings["dataset"]} was packed with {fingerprint(tokenizer_meta)} of '
+                         f'{vocab_size}: use the dataset it was trained on, or pack with its tokenizer')
     if not meta and start.state is None:
-        print0(f'{start.path} does not say its tokenizer: taking that of {dataset}')
+        print0(f'{path} does not say its tokenizer: taking that of {settings["dataset"]}')
 
     if settings['lora_rank']:
-        return make_adapter(start, settings, dtype)
+        if start.lora is None:
+            start.lora = dict(base=path, checksum=None, **{name: settings[name] for name in LORA_SETTINGS})
+        # float16 has too little range to train on: the base is then kept in float32
+        return load_adapted(start.lora, torch.bfloat16 if dtype == torch.bfloat16 else None, block_size)
     if start.weights is None:
-        return GPT.from_pretrained(start.path, settings['dropout'], settings['block_size'],
-                                   vocab_size=pretrained.padded(most))
-    model = GPT(GPTConfig(**start.model_args | {'dropout': settings['dropout']}))
+        return GPT.from_pretrained(path, dropout, block_size, vocab_size=pretrained.padded(most))
+    model = GPT(GPTConfig(**start.model_args | {'dropout': dropout}))
     if start.state is None:
-        foreign.load_weights(model, start.weights, start.path, settings['strict'])
-        model.crop_block_size(settings['block_size'])
+        foreign.load_weights(model, start.weights, path, settings['strict'])
+        model.crop_block_size(block_size)
     return model
 
 
-def make_adapter(start, settings, dtype) -> GPT:
-    """Return the base model, frozen, with an adapter that is new or in its shape for restore() to fill."""
-    if start.lora is None:
-        start.lora = dict(base=start.path, checksum=None, **{name: settings[name] for name in LORA_SETTINGS})
-    # float16 has too little range to train on: the base is then kept in float32
-    model = load_base(start.lora, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    model.crop_block_size(settings['block_size'])
-    lora.add(model, settings['lora_rank'], settings['lora_alpha'], settings['lora_targets'])
-    return model
-
-
-def load_base(adapter: dict, dtype=None) -> GPT:
-    """Load the base model of an adapter. ValueError for another than it was trained beside."""
-    path = str(adapter['base'])
-    loaded_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+def load_adapted(adapter: dict, dtype, block_size: int) -> GPT:
+    """Load the base of an adapter, frozen, in dtype, None = float32. Put a new adapter beside it."""
+    path = adapter['base']
+    stored_dtype = dtype if dtype == torch.bfloat16 else torch.float32  # of the two that give one checksum
     try:
         if path.endswith('.pt'):
             state = checkpoint.load(path)
-            model = GPT(GPTConfig(**state['model_args'])).to(loaded_in)
+            model = GPT(GPTConfig(**state['model_args'])).to(stored_dtype)
             foreign.load_weights(model, state['model'], path)
         else:
-            model = GPT.from_pretrained(path, dtype=loaded_in)
-    except FileNotFoundError as error:
-        raise ValueError(f'the base model {path} of the adapter is missing ({error}): '
-                         'put it back') from None
+            model = GPT.from_pretrained(path, dtype=stored_dtype)
+    except FileNotFoundError:
+        raise ValueError(f'{path}, the base model of the adapter, is missing: put it back') from None
     checksum = lora.checksum(model)
     if checksum != (adapter['checksum'] or checksum):
         raise ValueError(f'{path} is not the model that the adapter was trained beside: put that one there')
     adapter['checksum'] = checksum
-    return model.to(dtype or torch.float32)
+    model.to(dtype or torch.float32).crop_block_size(block_size)
+    lora.add(model, *(adapter[name] for name in LORA_SETTINGS))
+    return model
 
 
 # -----------------------------------------------------------------------------
@@ -243,11 +219,11 @@ def load_base(adapter: dict, dtype=None) -> GPT:
 
 
 def find_start(init_from='resume', out_dir='out', checkpoint_path='', n_head=None, tokenizer='') -> Start:
-    """Find a trained model: init_from, or with 'resume' checkpoint_path or the checkpoint of out_dir.
+    """Find a trained model and its tokenizer: init_from, or with 'resume' a checkpoint.
 
-    n_head     for a checkpoint_path of weights alone
-    tokenizer  name or folder of the tokenizer to use; '' = the model's own
-    returns    Start with a tokenizer
+    checkpoint_path  '' = that of out_dir
+    n_head           for a checkpoint_path of weights alone
+    tokenizer        name or folder of the tokenizer to use; '' = the model's own
     """
     named = tokenizer_meta(tokenizer) if tokenizer else None
     if init_from != 'resume':
@@ -293,7 +269,7 @@ def nanogpt_tokenizer(dataset):
 
 
 def build_model(start: Start, tokenizer, dtype=None, strict: bool = True, merge: bool = True) -> GPT:
-    """Build a trained model on the CPU for inference. Its vocabulary must include the tokenizer's.
+    """Build a trained model on the CPU for inference.
 
     dtype   of the parameters of a pretrained model; None = torch.float32
     strict  False: accept and list missing or unexpected weights of a checkpoint
@@ -303,11 +279,10 @@ def build_model(start: Start, tokenizer, dtype=None, strict: bool = True, merge:
     if start.weights is None:
         model = GPT.from_pretrained(start.path, dtype=dtype)
     elif start.lora:
-        model = load_base(start.lora, dtype)
-        lora.add(model, *(start.lora[name] for name in LORA_SETTINGS))
+        model = load_adapted(start.lora, dtype, start.model_args['block_size'])
         foreign.load_weights(model, start.weights, start.path)
-        model.crop_block_size(start.model_args['block_size'])
-        model = lora.merge(model) if merge else model
+        if merge:
+            lora.merge(model)
     else:
         model = GPT(GPTConfig(**start.model_args))
         foreign.load_weights(model, start.weights, start.path, strict)

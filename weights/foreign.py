@@ -1,36 +1,30 @@
 """Checkpoints of nanoGPT and of other trainers, and the checks that every checkpoint has to pass.
 
-A stranger's file that cannot be loaded is refused in one line. It never ends in a hang, a traceback, or a
-model that computes something else.
+A stranger's file ends in one line, never in a hang, a traceback, or a model that computes something else.
 """
 
 import pickletools
 import re
+import typing
 
 import torch
 
 from files import print0, printable
+from model import GPTConfig
+from weights.lora import trained_weights
 
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # transformers' GPT-2 stores these transposed
 # of DistributedDataParallel and torch.compile
 PREFIXES = re.compile(r'^((module|_orig_mod)\.)+')
 # causal masks and tables, which old versions of nanoGPT and transformers saved beside the weights
 BUFFERS = re.compile(r'\.attn\.(bias|masked_bias)$|rotary_emb\.')
-
-# arguments of GPTConfig and their types, wherever they are stored
-MODEL_ARGS = dict.fromkeys(('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'), (int,))
-MODEL_ARGS |= dict(dropout=(float, int), bias=(bool, type(None)), arch=(str,), activation=(str, type(None)))
-MODEL_ARGS |= dict.fromkeys(('n_kv_head', 'head_size', 'n_hidden'), (int, type(None)))
-MODEL_ARGS |= dict.fromkeys(('qk_norm', 'qkv_bias', 'tied'), (bool, type(None)))
-MODEL_ARGS |= dict(rope_theta=(float, int), rope_scaling=(dict, type(None)), norm_eps=(float, type(None)))
 ROPE_SCALING = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
+# parts of a checkpoint and their types
+PARTS = dict(model=dict, model_args=dict, iter_num=int, best_val_loss=float | int | None, style=str | None)
+PARTS |= dict.fromkeys(('config', 'optimizer', 'scaler', 'tokenizer', 'lora', 'position'), dict | None)
+PARTS |= dict(history=list | None, since_best=int | None, wandb_id=str | None)
+HEADS = 'n_head', 'n_heads', 'num_heads', 'num_attention_heads'  # names of their number elsewhere
 LORA = dict(base=str, lora_rank=int, lora_alpha=float, lora_targets=str, checksum=int)
-# parts of a checkpoint and their types; None = the part may be absent
-PARTS = dict(model=(dict,), model_args=(dict,), iter_num=(int,), best_val_loss=(float, int, type(None)),
-             style=(str, type(None)))
-PARTS |= dict.fromkeys(('config', 'optimizer', 'scaler', 'tokenizer', 'lora', 'position'), (dict, type(None)))
-PARTS |= dict(history=(list, type(None)), since_best=(int, type(None)), wandb_id=(str, type(None)))
-
 MAX_LEAVES = 10_000  # of one tuple in a pickle
 
 
@@ -42,8 +36,7 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
     """Convert the checkpoint of nanoGPT or another trainer to our format. Sizes come from the weights.
 
     state   nanoGPT's dict, or a dict of weights: bare, or under model, model_state_dict or state_dict
-    n_head  for a file that does not say it: the shapes of weights do not show heads
-    raises  ValueError for a dict that is no checkpoint of GPT-2
+    n_head  for a file that does not say it
     """
     keys = ('model', 'model_state_dict', 'state_dict')
     stored = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
@@ -55,18 +48,16 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
         if isinstance(tensor, torch.Tensor) and not BUFFERS.search(name):
             weights[name] = tensor
     if not weights:
-        raise ValueError(f'{path} has no weights by name, itself or under '
-                         'model, model_state_dict or state_dict: it is not a checkpoint')
+        raise ValueError(f'{path} has no weights by name, itself or under {", ".join(keys)}')
     if 'wte.weight' in weights:  # transformers' GPT2Model, which has no head
         weights = {f'transformer.{name}': tensor for name, tensor in weights.items()}
     check_dense(weights, path)
     weights, args = adopt(weights, path)
 
-    # the number of heads, in nanoGPT's model_args or any other dict of settings
+    # the number of heads: nanoGPT's model_args come before its config, which may hold an unused default
     dicts = [value for value in state.values() if isinstance(value, dict)]
-    heads = [plain(settings[name]) for settings in dicts
-             for name in ('n_head', 'n_heads', 'num_heads', 'num_attention_heads') if name in settings]
-    args['n_head'] = heads[0] if heads else n_head
+    heads = [settings[name] for settings in dicts for name in HEADS if name in settings]
+    args['n_head'] = plain(heads[0]) if heads else n_head
     if args['n_head'] is None:
         width = max(args['n_embd'] // 64, 1)
         raise ValueError(f'{path} does not say its number of heads, and weights do not show it: '
@@ -89,9 +80,8 @@ def adopt(weights, path):
     wte = weights.get('transformer.wte.weight', weights.get('lm_head.weight'))
     wpe, c_attn = weights.get('transformer.wpe.weight'), weights.get('transformer.h.0.attn.c_attn.weight')
     if any(tensor is None or tensor.dim() != 2 for tensor in (wte, wpe, c_attn)):
-        raise ValueError(f"{path} does not name its weights as nanoGPT or transformers name a GPT-2's "
-                         f'(transformer.wte.weight and so on, found {first(weights)}): '
-                         'rename them where it was written')
+        raise ValueError(f"{path}: its weights ({first(weights)}) lack GPT-2's names, "
+                         'transformer.wte.weight and so on: rename them where it was written')
     head = weights.get('lm_head.weight', wte)
     if wte.dtype != head.dtype or not torch.equal(wte, head):
         raise ValueError(f'{path}: lm_head.weight is not transformer.wte.weight: '
@@ -113,7 +103,7 @@ def adopt(weights, path):
 
 
 def check_state(state: dict, path):
-    """Refuse a checkpoint in our format with parts of a wrong type or sizes that its weights contradict."""
+    """Refuse a checkpoint with parts of a wrong type, or sizes that its weights contradict."""
     for key, accepted in PARTS.items():
         if not isinstance(state.get(key), accepted):
             raise ValueError(f'{path} is not a checkpoint of flatGPT or nanoGPT: '
@@ -121,8 +111,8 @@ def check_state(state: dict, path):
     adapter = state.get('lora')
     if adapter and {name: type(value) for name, value in adapter.items()} != LORA:
         raise ValueError(f'{path}: its adapter is {adapter!r:.100}, accepted are {", ".join(LORA)}')
-    check_dense(state['model'], path)
     args, weights = state['model_args'], state['model']
+    check_dense(weights, path)
     check_model_args(args, path, len(weights))
     # 10**9 tokens or positions would be allocated before their weights turn out to be missing
     for name, size in (('transformer.wte.weight', 'vocab_size'), ('transformer.wpe.weight', 'block_size')):
@@ -151,28 +141,29 @@ def check_dense(weights, path):
 
 def check_model_args(args: dict, path, n_weights: int):
     """Refuse arguments of GPTConfig that are unknown, of a wrong type, or that the weights contradict."""
+    hints = typing.get_type_hints(GPTConfig)
     for name, value in args.items():
-        if type(value) not in MODEL_ARGS.get(name, ()):
-            raise ValueError(f'{path}: {name} = {value!r:.60} in its model_args is none '
-                             'that this version knows')
-    scaling = args.get('rope_scaling')
-    if scaling is not None and not are_positive(scaling.get(name) for name in ROPE_SCALING):
-        raise ValueError(f'{path}: rope_scaling = {scaling!r:.100}, accepted are numbers above 0 for '
-                         f'{", ".join(ROPE_SCALING)}')
+        hint = hints.get(name, ())
+        types = typing.get_args(hint) or (hint,)
+        is_whole_float = float in types and type(value) is int
+        if type(value) not in types and not is_whole_float:
+            raise ValueError(f'{path}: {name} = {value!r:.60} is none that this version knows')
+    numbers = {name: args[name] for name in ('rope_theta', 'norm_eps') if args.get(name) is not None}
+    if args.get('rope_scaling') is not None:
+        numbers |= {f'{name} of rope_scaling': args['rope_scaling'].get(name) for name in ROPE_SCALING}
+    for name, number in numbers.items():
+        if type(number) not in (int, float) or not 0 < number < 1e30:
+            raise ValueError(f'{path}: {name} = {number!r:.60}, accepted is a number above 0')
     # a model of 10**9 layers would be built for hours before its weights turn out to be missing
     if args.get('n_layer', 1) > n_weights:
         raise ValueError(f'{path}: n_layer = {args["n_layer"]} does not fit its {n_weights} weights')
 
 
-def are_positive(numbers) -> bool:
-    return all(type(number) in (int, float) and 0 < number < 1e30 for number in numbers)
-
-
 def check_pickle(data: bytes, path):
-    """Refuse a pickle that holds tuples such as ((a, a), (a, a)) nested so deep that reading it never ends.
+    """Refuse a pickle of tuples such as ((a, a), (a, a)) nested so deep that reading it never ends.
 
-    A dict hashes its keys while it is read. Hashing a tuple visits all its leaves, 2**60 of them in 60 levels
-    of pairs. This function counts the leaves by following the opcodes, without building an object.
+    Hashing a tuple, as a key of a dict, visits all its leaves, 2**60 in 60 levels of pairs. This function
+    counts them by following the opcodes.
     """
     stack, memo = [], {}  # the number of leaves of each object on the unpickler's stack; None = a mark
     try:
@@ -206,11 +197,7 @@ def check_pickle(data: bytes, path):
 
 
 def load_weights(model, weights: dict, path, strict: bool = True):
-    """Load weights by name into a model.
-
-    strict  False: print which weights are missing or unexpected instead of refusing them
-    raises  ValueError for another shape, for names that do not fit if strict, and if no name fits
-    """
+    """Load weights by name into a model. strict=False prints the names that do not fit, unless none fits."""
     missing, unexpected = check_weights(model, weights, path, strict, '; --strict=False takes those that fit')
     if len(unexpected) == len(weights):
         raise ValueError(f'{path}: no weight fits the model, which has {first(missing)}; '
@@ -220,12 +207,6 @@ def load_weights(model, weights: dict, path, strict: bool = True):
     if unexpected:
         print0(f'{path}: {len(unexpected)} weights unexpected, not used: {printable(", ".join(unexpected))}')
     model.load_state_dict(weights, strict=False)
-
-
-def trained_weights(model) -> dict:
-    """Return the weights of a model by name, without those that are frozen beside a LoRA adapter."""
-    weights = model.state_dict(keep_vars=True)
-    return {name: weight for name, weight in weights.items() if '.lora_' in name} or weights
 
 
 def check_weights(model, weights: dict, path, strict: bool = True, remedy: str = ''):

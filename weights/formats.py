@@ -1,4 +1,4 @@
-"""The two file formats of weights: .safetensors, and .npz for NumPy. Both read one tensor at a time."""
+"""The file formats of weights, .safetensors and .npz, read one tensor at a time."""
 
 import contextlib
 import json
@@ -52,14 +52,14 @@ def open_safetensors(path):
 
 def read_folder(folder: Path, stem: str = 'model') -> dict[str, StoredTensor]:
     """Return the weights in model.safetensors, or in the files of model.safetensors.index.json, by name."""
+    folder = Path(folder)
     paths, index = [folder / f'{stem}.safetensors'], folder / f'{stem}.safetensors.index.json'
     if not paths[0].is_file():
         if not index.is_file():
             raise FileNotFoundError(f'{folder} has neither {paths[0].name} nor {index.name}: '
                                     "save it with transformers' save_pretrained")
         try:
-            names = set(read_json(index)['weight_map'].values())
-            paths = [folder / Path(name).name for name in names]
+            paths = {folder / Path(name).name for name in read_json(index)['weight_map'].values()}
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f'{index} has no weight_map, a dict of names to .safetensors files') from None
     weights = {}
@@ -74,7 +74,7 @@ def read_folder(folder: Path, stem: str = 'model') -> dict[str, StoredTensor]:
 
 
 def write_safetensors(f, tensors: dict[str, torch.Tensor]):
-    """Write tensors into an open file. The safetensors package would need all of them contiguous at once."""
+    """Write tensors into an open file. The safetensors package would copy all of them at once."""
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     header, start = {'__metadata__': {'format': 'pt'}}, 0
     for name, tensor in tensors.items():
@@ -82,7 +82,7 @@ def write_safetensors(f, tensors: dict[str, torch.Tensor]):
         header[name] = dict(dtype=dtype_names[tensor.dtype], shape=list(tensor.shape),
                             data_offsets=[start, end])
         start = end
-    text = json.dumps(header, separators=(',', ':')).encode('utf-8')
+    text = json.dumps(header, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)  # tensors begin at multiples of 8
     f.write(struct.pack('<Q', len(text)) + text)
     for tensor in tensors.values():
@@ -94,21 +94,19 @@ def write_safetensors(f, tensors: dict[str, torch.Tensor]):
 
 
 class Npz:
-    """The weights of an .npz file by name, model_args, and the tokenizer's meta() or None."""
+    """The weights of an .npz file by name, and its settings."""
 
     def __init__(self, path):
         self.path = path
         with readable_npz(path):
             self.arrays = np.load(path, allow_pickle=False)
-            settings = json.loads(str(self.arrays['settings']))
-            self.model_args, self.tokenizer = dict(settings['model_args']), settings['tokenizer']
-            self.settings = settings
-            check_model_args(self.model_args, path, len(self.keys()))
-            if self.tokenizer is not None:
-                vocab_size_of(self.tokenizer)  # raises if it is none
+            self.settings = json.loads(str(self.arrays['settings']))
+            check_model_args(self.settings['model_args'], path, len(self.keys()))
+            if self.settings['tokenizer'] is not None:
+                vocab_size_of(self.settings['tokenizer'])  # raises if it is none
 
     def keys(self):
-        return [name for name in self.arrays.files if name != 'settings']
+        return self.arrays.keys() - {'settings'}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with readable_npz(self.path):
@@ -127,7 +125,6 @@ def readable_npz(path):
 
 
 def write_npz(f, settings: dict, tensors: dict[str, torch.Tensor]):
-    """Write tensors and settings that np.load() reads."""
     arrays = {'settings': np.array(json.dumps(settings))}
     for name, tensor in tensors.items():
         if tensor.dtype == torch.bfloat16:  # NumPy has none

@@ -1,9 +1,4 @@
-"""Models as GGUF files, for llama.cpp and the programs around it, such as Ollama and LM Studio.
-
-    model.save_pretrained('model.gguf', tokenizer)    # or sample.py --export=model.gguf
-
-The `gguf` package knows llama.cpp's names of tensors and keys.
-"""
+"""Models as GGUF files, for llama.cpp and the programs around it. The `gguf` package knows their names."""
 
 import contextlib
 import math
@@ -40,57 +35,56 @@ def save(model, path: Path, tokenizer, template=None, quantize=None):
     import gguf
     if tokenizer is None:
         raise ValueError(f'{path}: a .gguf file holds a tokenizer, none was given')
-    config, architecture = model.config, checked_architecture(model.config)
+    config = model.config
+    if config.arch not in ACTIVATIONS:
+        raise ValueError(f'arch={config.arch}: llama.cpp has no counterpart, train with --arch=llama')
+    if config.activation not in ACTIVATIONS[config.arch]:
+        accepted = ' and '.join(ACTIVATIONS[config.arch])
+        raise ValueError(f'activation={config.activation}: llama.cpp has {accepted} there')
+    architecture = architecture_of(config)
     kind = 'Q8_0' if quantize == 'int8' else TYPES[model.transformer.wte.weight.dtype]
-    model_arch = gguf.MODEL_ARCH[architecture.model_type.upper()]
+    model_arch = gguf.MODEL_ARCH[architecture.model_type.upper().replace('MISTRAL', 'LLAMA')]
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[model_arch])
     file_type = gguf.LlamaFileType['ALL_F32' if kind == 'F32' else f'MOSTLY_{kind}']
     settings = model_settings(config) | tokenizer_settings(tokenizer, template)
     settings |= dict(name=path.stem, file_type=file_type, quantization_version=gguf.GGML_QUANT_VERSION)
-    for name in [name for name in settings if settings[name] is not None]:
-        getattr(writer, f'add_{name}')(settings[name])
+    for name, value in settings.items():
+        if value is not None:
+            getattr(writer, f'add_{name}')(value)
 
     # the types and shapes of all tensors come before the first tensor
-    name_map, tensors, kinds = gguf.get_tensor_name_map(model_arch, config.n_layer), {}, {}
+    name_map, tensors = gguf.get_tensor_name_map(model_arch, config.n_layer), []
     for name, tensor in stored_tensors(model, architecture, tokenizer.vocab_size).items():
         name = name_map.get_name(name, try_suffixes=('.weight', '.bias')) or name
-        tensors[name], stored_kind = tensor, kind
+        stored_kind = kind
         if tensor.dim() == 1 or name == 'position_embd.weight':  # llama.cpp adds them in float32
             stored_kind = 'F32'
         elif kind == 'Q8_0' and tensor.shape[1] % 32:
             stored_kind = 'F16'
-        kinds[name] = gguf.GGMLQuantizationType[stored_kind]
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, kinds[name])
-        writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), kinds[name])
+        stored_kind = gguf.GGMLQuantizationType[stored_kind]
+        tensors.append((tensor, stored_kind))
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, stored_kind)
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), stored_kind)
 
     def write(f):
         with contextlib.closing(writer):
             writer.write_header_to_file(Path(f.name))
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, tensor in tensors.items():
-                writer.write_tensor_data(gguf.quantize(tensor.float().cpu().numpy(), kinds[name]))
+            for tensor, stored_kind in tensors:
+                writer.write_tensor_data(gguf.quantize(tensor.float().cpu().numpy(), stored_kind))
     write_atomically(path, write)
-
-
-def checked_architecture(config):
-    """Return the class of transformers. ValueError for one that llama.cpp cannot run."""
-    accepted = ACTIVATIONS.get(config.arch)
-    if accepted is None:
-        raise ValueError(f'arch={config.arch}: llama.cpp has no counterpart, train with --arch=llama')
-    if config.activation not in accepted:
-        raise ValueError(f'activation={config.activation}: llama.cpp has {" and ".join(accepted)} there')
-    return architecture_of(config)
 
 
 def stored_tensors(model, architecture, n_tokens):
     """Return the tensors by transformers' names, without padding rows, matrices as outputs x inputs."""
     config, tensors = model.config, {name: p.detach() for name, p in model.named_parameters()}
+    is_llama = architecture.model_type in ('llama', 'mistral')
     tensors = replace(architecture, transposed=()).parts(architecture.with_biases(tensors, config), config)
     for name, tensor in tensors.items():
         if name.endswith(('wte.weight', 'embed_tokens.weight', 'lm_head.weight')):
             tensors[name] = tensor[:n_tokens]
-        if architecture.model_type == 'llama' and name.endswith(('q_proj.weight', 'k_proj.weight')):
+        if is_llama and name.endswith(('q_proj.weight', 'k_proj.weight')):
             # llama.cpp rotates neighbors: rows 0, D/2, 1, D/2 + 1 ... of each head
             heads = tensor.reshape(-1, 2, config.head_size // 2, config.n_embd)
             tensors[name] = heads.transpose(1, 2).reshape(tensor.shape)

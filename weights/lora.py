@@ -2,8 +2,6 @@
 
     lora.add(model, rank=16, alpha=32, targets='c_attn,c_proj,c_fc')   # before the optimizers are made
     lora.merge(model)                                                  # a plain model again
-
-A checkpoint of such a run holds the adapter alone, and says which base model it belongs to.
 """
 
 import zlib
@@ -16,14 +14,7 @@ from configurator import nearest
 
 
 class LoRALinear(nn.Linear):
-    """y = x W' + b + alpha / rank * x A' B': W and b are frozen, A (rank, in) and B (out, rank) trained."""
-
-    def __init__(self, linear, rank, alpha):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device='meta')
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
-        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
-        nn.init.kaiming_uniform_(self.lora_a, a=5 ** 0.5)  # as in peft
+    """y = x W' + b + scale x A' B': W and b are frozen, A (rank, in) and B (out, rank) trained."""
 
     def forward(self, x):
         return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
@@ -32,36 +23,50 @@ class LoRALinear(nn.Linear):
 def add(model, rank: int, alpha: float, targets: str):
     """Freeze a model, and put an adapter beside each Linear of its blocks whose name is in targets.
 
-    targets  names after the last dot, separated by commas: c_attn, c_proj, c_fc
-    raises   ValueError for a name that no Linear of a block has
+    targets  last parts of names, separated by commas: c_attn, c_proj, c_fc
+    raises   ValueError for a name that no Linear of a block has, or an alpha that would train nothing
     """
-    modules = dict(model.transformer.h.named_modules())
-    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    known = sorted({name.rpartition('.')[2] for name in linears})
-    wanted = [name.strip() for name in targets.split(',')]
-    for name in wanted:
-        if name not in known:
-            near = nearest(name, known, ', did you mean {}?')
-            raise ValueError(f'lora_targets={targets}: no layer is named {name}, '
-                             f'accepted are {", ".join(known)}{near}')
+    if alpha <= 0:
+        raise ValueError(f'lora_alpha={alpha}: accepted is a number above 0')
+    linears = {}
+    for name, module in model.transformer.h.named_modules():
+        if isinstance(module, nn.Linear):
+            linears.setdefault(name.rpartition('.')[2], []).append(module)
     model.requires_grad_(False)
-    for name, linear in linears.items():
-        parent, _, child = name.rpartition('.')
-        if child in wanted:
-            setattr(modules[parent], child, LoRALinear(linear, rank, alpha))
+    for target in map(str.strip, targets.split(',')):
+        if target not in linears:
+            raise ValueError(f'lora_targets={targets}: no layer is named {target}, accepted are '
+                             f'{", ".join(sorted(linears))}{nearest(target, linears, ", did you mean {}?")}')
+        for linear in linears[target]:
+            linear.__class__, linear.scale = LoRALinear, alpha / rank
+            device = linear.weight.device
+            linear.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+            linear.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+            nn.init.kaiming_uniform_(linear.lora_a, a=5 ** 0.5)  # as in peft
 
 
 @torch.no_grad()
 def merge(model):
     """Add the adapters to the weights they stand beside. The model is then a plain one."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, LoRALinear):
-                plain = nn.Linear(child.in_features, child.out_features, bias=False, device='meta')
-                plain.weight, plain.bias = child.weight, child.bias
-                plain.weight += child.scale * (child.lora_b @ child.lora_a).to(plain.weight.dtype)
-                setattr(module, name, plain)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.weight += module.scale * (module.lora_b @ module.lora_a).to(module.weight.dtype)
+            module.__class__ = nn.Linear
+            del module.lora_a, module.lora_b
     return model.requires_grad_(True)
+
+
+def is_adapter(model) -> bool:
+    """Whether a model is an adapter beside a frozen base, in training or in its checkpoints."""
+    return any('.lora_' in name for name, _ in model.named_parameters())
+
+
+def trained_weights(model) -> dict:
+    """Return the weights of a checkpoint by name: those of the adapter alone if there is one, else all."""
+    weights = model.state_dict(keep_vars=True)
+    if is_adapter(model):
+        weights = {name: weight for name, weight in weights.items() if '.lora_' in name}
+    return weights
 
 
 def checksum(model) -> int:

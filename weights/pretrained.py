@@ -2,10 +2,9 @@
 
     GPT.from_pretrained('gpt2')                     # downloaded once; or a folder, or x.npz
     model.save_pretrained('exported', tokenizer)    # for AutoModelForCausalLM and AutoTokenizer
-
-architectures.py knows the names and settings of each model class, formats.py the files.
 """
 
+import functools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,11 @@ import torch
 
 from corpus.template import STYLES, Template
 from files import print0, read_json, write_atomically, write_json
+from model import GPTConfig
 from tokens.tokenizer import GPT2_META, read_tokenizer_json
 from tokens.tokenizer_json import tokenizer_config
 from weights import adapters, gguf
-from weights.architectures import ARCHITECTURES, ConfigReader, architecture_of
+from weights.architectures import ARCHITECTURES, architecture_of
 from weights.card import TAGS
 from weights.foreign import check_model_args, check_names, check_shape
 from weights.formats import Npz, read_folder, write_npz, write_safetensors
@@ -31,7 +31,7 @@ HUB = {
 }
 HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')
 HEAD = 'lm_head.weight'  # its name in all classes of transformers
-VOCABULARY = ('transformer.wte.weight', 'lm_head.weight')  # a row for each token
+VOCABULARY = {'transformer.wte.weight', 'lm_head.weight'}  # a row for each token
 STYLE = 'conversation_style'  # in config.json: the template of corpus/template.py that the model was tuned on
 ROWS = 4096  # of a matrix, copied at a time
 
@@ -44,46 +44,41 @@ def find(name: str) -> Path:
     """Return the folder or .npz file of a model. One on the hub is downloaded if the cache lacks it.
 
     name    a path, one of HUB, or ORGANIZATION/NAME[@REVISION] on the hub; a folder named gpt2 is ./gpt2
-    raises  OSError if there is none, or the hub cannot be reached
     """
     name = str(name)
     if name in HUB:
         return download(name)
     path = Path(name)
-    is_folder = (path / 'config.json').is_file() or (path / adapters.CONFIG).is_file()
-    if (path.is_file() and path.suffix == '.npz') or is_folder:
+    is_npz = path.is_file() and path.suffix == '.npz'
+    if is_npz or (path / 'config.json').is_file() or (path / adapters.CONFIG).is_file():
         return path
     if HUB_NAME.fullmatch(name) and not path.exists():
         return download(name)
-    problem = 'a folder without config.json' if path.is_dir() else 'no such model'
+    problem = 'no such model'
     if (path / 'ckpt.pt').is_file():
         problem = f'a folder of a run, name {path / "ckpt.pt"}'
+    elif path.is_dir():
+        problem = 'a folder without config.json'
     raise FileNotFoundError(f'init_from={name}: {problem}, accepted are scratch, resume, checkpoint, '
                             f'{", ".join(HUB)}, ORGANIZATION/NAME[@REVISION] on the hub, a folder with '
                             'config.json and model.safetensors, or an .npz file that save_pretrained wrote')
 
 
+@functools.cache
 def download(name):
     """Return the folder of a model in the hub's cache. HF_ENDPOINT and HF_HUB_OFFLINE apply."""
     import huggingface_hub as hub
-    repository, _, commit = HUB.get(name, name).partition('@')
-    files = 'config.json', 'model.safetensors'
+    repository, _, revision = HUB.get(name, name).partition('@')
     try:
-        if name not in HUB:
-            folder = hub.snapshot_download(repository, revision=commit or None,
-                                           allow_patterns=['*.json', '*.safetensors'])
-            print0(f'{name}: revision {Path(folder).name}')
-            return Path(folder)
-        if not hub.try_to_load_from_cache(repository, files[1], revision=commit):
-            # one request first: hf_hub_download tries a dead network for half a minute
-            hub.get_hf_file_metadata(hub.hf_hub_url(repository, files[0], revision=commit))
-        paths = [hub.hf_hub_download(repository, file, revision=commit) for file in files]
-        return Path(paths[0]).parent
+        folder = Path(hub.snapshot_download(repository, revision=revision or None,
+                                            allow_patterns=['*.json', '*.safetensors']))
     except Exception as error:  # the errors of its HTTP library change with its versions
         reason = ' '.join(str(error).split())[:150] or type(error).__name__
         raise OSError(f'{name} is no folder here, and cannot be downloaded from {hub.constants.ENDPOINT} '
-                      f'({reason}): put {" and ".join(files)} of {repository} into a folder and use '
-                      '--init_from=FOLDER') from None
+                      f'({reason}): put config.json and model.safetensors of {repository} into a folder and '
+                      'use --init_from=FOLDER') from None
+    print0(f'{name}: revision {folder.name}')
+    return folder
 
 
 def read_tokenizer(name: str) -> dict | None:
@@ -92,7 +87,7 @@ def read_tokenizer(name: str) -> dict | None:
         return dict(GPT2_META)
     path = find(name)
     if path.is_file():
-        return Npz(path).tokenizer
+        return Npz(path).settings['tokenizer']
     tokenizer, base = read_tokenizer_json(path), adapters.base_of(path)
     return read_tokenizer(base) if base and tokenizer is None else tokenizer
 
@@ -115,19 +110,14 @@ def read_style(name: str) -> str | None:
 
 
 def padded(vocab_size: int) -> int:
-    """Return the rows of embedding and head in training: multiples of 64 suit the matrix kernels.
-
-    50257 becomes 50304. A small vocabulary stays as it is, where 63 more rows would cost more than they gain.
-    """
+    """Return the rows of embedding and head in training: multiples of 64 suit the matrix kernels."""
     return vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
 
 
 def read_model_args(path: Path) -> dict:
-    """Return the arguments of GPTConfig, but for dropout. ValueError for a model that it cannot be."""
+    """Return the arguments of GPTConfig, without dropout. ValueError for a model that it cannot be."""
     if path.is_file():
-        args = Npz(path).model_args
-        args.pop('dropout', None)
-        return args
+        return {name: value for name, value in Npz(path).settings['model_args'].items() if name != 'dropout'}
     if base := adapters.base_of(path):
         return read_model_args(find(base))
     file = path / 'config.json'
@@ -137,18 +127,19 @@ def read_model_args(path: Path) -> dict:
     if architecture is None:
         accepted = ', '.join(f'{each.model_type} ({each.class_name})' for each in ARCHITECTURES)
         raise ValueError(f'{file}: model_type = {model_type!r} is not supported, accepted are {accepted}')
-    config = ConfigReader(settings, file)
-    for name, value in (architecture.fixed | {'quantization_config': None}).items():
-        config.need(name, value, value)
     try:
-        args = dict(architecture.read(config), arch=architecture.arch, **dict(architecture.switches))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f'{file}: a setting is missing or of a wrong type ({error!r})') from None
+        args = architecture.read(settings, file)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f'{file}: a setting is of a wrong type ({error})') from None
     weights = read_folder(path)
     check_model_args(args, file, len(weights))
-    if architecture.biased and not args['bias']:
+    if architecture.biased and not args.get('bias', True):
         # exported without biases, as zeros; training elsewhere may have changed them
         args['bias'] = any(bool(weights[name][:].any()) for name in weights if name.endswith('.bias'))
+    try:
+        GPTConfig(**args)
+    except ValueError as error:
+        raise ValueError(f'{file}: {error}') from None
     return args
 
 
@@ -156,29 +147,26 @@ def read_model_args(path: Path) -> dict:
 def fill(model, path: Path, vocab_size: int):
     """Copy the weights at path into a model, a few rows at a time. ValueError if they do not fit.
 
-    Rows beyond the file's vocab_size pad the vocabulary. They get the mean of the other rows, so their logit
-    is the mean logit, and n of them add at most log(1 + n / vocab_size) to any loss (where no logits are
-    capped): less than 0.001 nats for GPT-2. Rows of zeros have no such bound. Only training pads, and learns
-    that these ids never occur; sampling and evaluation read the rows of the file, and get its losses exactly.
+    Rows beyond the file's vocab_size pad the vocabulary for training. They get the mean of the other rows, so
+    n of them add at most log(1 + n / vocab_size) to a loss: less than 0.001 nats for GPT-2.
     Source: nlp.stanford.edu/~johnhew/vocab-expansion.html
     """
     if base := adapters.base_of(path):
         fill(model, find(base), vocab_size)
         adapters.merge(model, path)
         return
-    architecture, parts, head = architecture_of(model.config), dict(model.named_parameters()), None
-    for name in parts.keys() & set(VOCABULARY):
-        parts[name] = parts[name][:vocab_size]
+    architecture, config = architecture_of(model.config), model.config
+    parts = {name: p[:vocab_size] if name in VOCABULARY else p for name, p in model.named_parameters()}
+    head = None
     if path.is_file():
         weights = Npz(path)
     else:
-        weights, parts = read_folder(path), architecture.parts(parts, model.config)
-        head = weights.pop(HEAD, None)
+        parts, weights = architecture.parts(parts, config), read_folder(path)
         if not any(name.startswith(architecture.prefix) for name in weights):  # saved without its head
-            weights = {architecture.prefix + name: tensor for name, tensor in weights.items()}
-        if head is not None and HEAD in parts:
-            weights[HEAD], head = head, None
-        if architecture.biased and not model.config.bias:  # zeros, see read_model_args()
+            weights = {architecture.prefix * (name != HEAD) + name: weights[name] for name in weights}
+        if HEAD not in parts:
+            head = weights.pop(HEAD, None)
+        if architecture.biased and not config.bias:  # zeros, see read_model_args()
             weights = {name: weights[name] for name in weights if not name.endswith('.bias')}
     check_names(parts, weights, path)
     for name, part in parts.items():
@@ -189,11 +177,11 @@ def fill(model, path: Path, vocab_size: int):
             if not part.is_contiguous():
                 to, rows = to.t(), rows.t()  # filling rows is faster than filling columns
             to.copy_(rows)
-    embedding = model.transformer.wte.weight[:vocab_size]
-    if head is not None and not torch.equal(head[:].to(embedding.dtype), embedding):
+    embedding = model.transformer.wte.weight
+    if head is not None and not torch.equal(head[:].to(embedding.dtype), embedding[:vocab_size]):
         raise ValueError(f'{path}: {HEAD} is not the embedding: its architecture has one matrix for both')
-    if model.config.vocab_size > vocab_size:
-        for matrix in (model.transformer.wte.weight, model.lm_head.weight):
+    if config.vocab_size > vocab_size:
+        for matrix in (embedding, model.lm_head.weight):
             matrix[vocab_size:] = matrix[:vocab_size].mean(dim=0)
 
 
@@ -205,50 +193,50 @@ def save(model, path, tokenizer=None, *, style=None, card='', quantize=None) -> 
     """Write a folder that transformers loads, or one .npz or .gguf file. Return the paths written.
 
     A folder holds no rows that training added to pad the vocabulary. Rows that a model from elsewhere has for
-    ids without a token, such as Qwen3's, are kept, and generation_config.json keeps them from being sampled.
+    ids without a token, such as Qwen3's, are kept.
 
-    style     conversation template that the model was tuned on (corpus/template.py)
+    style     conversation template that the model was tuned on
     card      text of README.md
     quantize  'int8', for .gguf
     """
     path, config = Path(path), model.config
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if path.suffix in ('.npz', '.gguf'):
-        path.parent.mkdir(parents=True, exist_ok=True)
     template = Template(tokenizer, style) if style else None
+    is_file = path.suffix in ('.npz', '.gguf')
+    folder = path.parent if is_file else path
+    folder.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.gguf':
         gguf.save(model, path, tokenizer, template, quantize)
-        return [path]
-    if path.suffix == '.npz':
+    elif path.suffix == '.npz':
         settings = {'format': 1, 'model_args': vars(config), 'tokenizer': tokenizer and tokenizer.meta(),
                     STYLE: style}
         write_atomically(path, lambda f: write_npz(f, settings, tensors))
+    if is_file:
         return [path]
 
-    path.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None and config.vocab_size == padded(tokenizer.vocab_size):
         config = replace(config, vocab_size=tokenizer.vocab_size)
-    for name in tensors.keys() & set(VOCABULARY):
+    for name in tensors.keys() & VOCABULARY:
         tensors[name] = tensors[name][:config.vocab_size]
     architecture = architecture_of(config)
     stored = architecture.parts(architecture.with_biases(tensors, config), config)
     write_atomically(path / 'model.safetensors', lambda f: write_safetensors(f, stored))
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix('torch.')
-    files = text_files(config, dtype, tokenizer, template)
-    if style:
-        files['config.json'][STYLE] = style
-    names = ['model.safetensors', *files]
+    names = ['model.safetensors']
     readme = path / 'README.md'
     if card and (not readme.exists() or TAGS in readme.read_text(errors='replace')):
-        names.insert(1, readme.name)
+        names.append(readme.name)
         write_atomically(readme, lambda f: f.write(card.encode()))
-    for name, content in files.items():
+    files = text_files(config, tokenizer, template)
+    files['config.json']['dtype'] = str(model.transformer.wte.weight.dtype).removeprefix('torch.')
+    if style:
+        files['config.json'][STYLE] = style
+    for name, content in files.items():  # last config.json, for which find() looks
         write_json(path / name, content, indent=None if name == 'tokenizer.json' else 2)
-    return [path / name for name in names]
+    return [path / name for name in [*names, *files]]
 
 
-def text_files(config, dtype, tokenizer, template):
-    """Return the JSON files beside the weights, {name: content}; last config.json, for which find() looks."""
+def text_files(config, tokenizer, template):
+    """Return the JSON files beside the weights, {name: content}."""
     files, n_tokens = {}, config.vocab_size
     ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     if tokenizer is not None:
@@ -259,11 +247,8 @@ def text_files(config, dtype, tokenizer, template):
         if template:
             files['tokenizer_config.json']['chat_template'] = template.jinja()
     padding = list(range(n_tokens, config.vocab_size))
-    files['generation_config.json'] = dict(ids, suppress_tokens=padding or None)
+    generation = dict(ids, suppress_tokens=padding or None)
     if template and template.end_id != tokenizer.eot:
-        files['generation_config.json']['eos_token_id'] = [template.end_id, tokenizer.eot]
-    architecture = architecture_of(config)
-    files['config.json'] = dict(architectures=[architecture.class_name], model_type=architecture.model_type,
-                                dtype=dtype, vocab_size=config.vocab_size,
-                                **ids, **architecture.fixed, **architecture.write(config))
-    return files
+        generation['eos_token_id'] = [template.end_id, tokenizer.eot]
+    return files | {'generation_config.json': generation,
+                    'config.json': architecture_of(config).write(config) | ids}

@@ -2,7 +2,7 @@
 
     names = names_of(model)         # {our module: [their modules]}
     theirs = reference_of(model)    # by way of an export
-    for name, tensor in in_our_layout(shapes, model.config, dict(theirs.named_parameters())): ...
+    for name, tensor in in_our_layout(model.config, weights, dict(theirs.named_parameters())): ...
 """
 
 import tempfile
@@ -11,8 +11,6 @@ from collections.abc import Iterator
 import torch
 
 from weights.architectures import architecture_of
-
-NORMS = {'ln_1': ['input_layernorm'], 'ln_2': ['post_attention_layernorm']}  # of nanochat, without weights
 
 
 def reference_of(model):
@@ -31,34 +29,35 @@ def names_of(model) -> dict[str, list[str]]:
     nanochat calls one norm before the blocks and after them, so there ln_f is left out: it is h.00.in and
     lm_head.in.
     """
-    architecture = architecture_of(model.config)
-    outside = {module(ours): [module(name) for name in names]
-               for ours, names in architecture.outside.items() if 'wpe' not in ours}
-    inside = {module(ours): [module(name) for name in names] for ours, names in architecture.inside.items()}
-    if model.config.arch == 'modern':
-        inside |= NORMS
-    names = outside | {'lm_head': ['lm_head']}
-    for i in range(model.config.n_layer):
+    architecture, config = architecture_of(model.config), model.config
+    names = {'lm_head': ['lm_head']} | modules(architecture.outside)
+    names = {ours: theirs for ours, theirs in names.items() if ours != 'transformer.wpe'}
+    if config.arch == 'modern':
+        del names['transformer.ln_f']
+    for i in range(config.n_layer):
         block = architecture.block.format(i)
         names[f'transformer.h.{i}'] = [block.removesuffix('.')]
-        for ours, parts in inside.items():
-            names[f'transformer.h.{i}.{ours}'] = [block + part for part in parts]
-    return names
+        for ours, theirs in modules(architecture.inside).items():
+            names[f'transformer.h.{i}.{ours}'] = [block + name for name in theirs]
+    present = dict(model.named_modules())
+    return {ours: theirs for ours, theirs in names.items() if ours in present}
 
 
-def module(weight):
-    return weight.rpartition('.')[0]
+def modules(weights):
+    """Turn a table of names of weights into one of their modules."""
+    return {ours.rpartition('.')[0]: [name.rpartition('.')[0] for name in theirs]
+            for ours, theirs in weights.items()}
 
 
-def in_our_layout(shapes: dict, config, tensors: dict) -> Iterator[tuple[str, torch.Tensor]]:
+def in_our_layout(config, ours: dict, tensors: dict) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield each weight, or gradient, of transformers' model as ours: transposed and joined where it must be.
 
-    shapes   of our weights by name
+    ours     our weights by name, for their shapes
     tensors  by their names
     """
     architecture = architecture_of(config)
-    for name, shape in shapes.items():
-        ours = torch.zeros(shape)
-        for part, rows in architecture.parts({name: ours}, config).items():
+    for name, weight in ours.items():
+        whole = torch.zeros(weight.shape)
+        for part, rows in architecture.parts({name: whole}, config).items():
             rows.copy_(tensors[part].detach())
-        yield name, ours
+        yield name, whole
