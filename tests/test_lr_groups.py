@@ -72,6 +72,7 @@ def test_the_first_pattern_decides_and_parts_of_names_are_whole():
     factors = LrGroups(model, 'h.1.mlp.c_fc:3,h.[1-2]:2,*.bias:0.5').factors
     assert factors['transformer.h.1.mlp.c_fc.bias'] == 3 and factors['transformer.h.2.ln_1.bias'] == 2
     assert factors['transformer.h.10.ln_1.bias'] == 0.5 and factors['transformer.h.11.mlp.c_fc.weight'] == 1
+    assert LrGroups(new(), 'mlp:1,mlp:0').factors['transformer.h.0.mlp.c_fc.weight'] == 1, 'the same pattern twice'
 
 
 @pytest.mark.parametrize('lr_groups, message', [
