@@ -2,11 +2,10 @@
 
     python bench.py                                          # GPT-2 (124M), 12 windows of 1024 tokens
     python bench.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --vocab_size=65 --batch_size=16
-    python bench.py --mode=decode --quantize=both  # int8 against 16 bits, 1 and 8 rows
+    python bench.py --mode=decode --quantize=both            # 16 bits and int8, 1 and 8 rows
     python bench.py --mode=data --dataset=shakespeare_char
 
-Weights are random, and so are the tokens unless a dataset is named. The last line is a JSON object of all
-numbers, the settings and the machine; --json prints it alone. dev/compare.py compares with plain code.
+Weights are random, and so are the tokens unless a dataset is named. The last line is a JSON object.
 """
 
 import contextlib
@@ -42,7 +41,7 @@ from tokens.loader import Batch, Loader
 # -----------------------------------------------------------------------------
 mode: Literal['step', 'decode', 'data'] = 'step'  # train; read and continue a prompt; load batches
 json = False  # print the JSON object alone
-profile = False  # also print the five costliest operations, warm-up included; slows what is measured
+profile = False  # also print the five costliest operations, warm-up included
 # model
 arch: Literal['gpt2', 'modern', 'llama'] = 'gpt2'
 n_layer = 12
@@ -50,7 +49,6 @@ n_head = 12
 n_embd = 768
 block_size = 1024
 vocab_size = 50304
-dropout = 0.0
 bias = False
 # model, for arch=llama only; as in train.py
 n_kv_head: int | None = None
@@ -62,7 +60,7 @@ dataset = ''  # windows of this dataset; '' = random tokens, in mode=data shakes
 bf16_residual = False  # as in train.py
 loss_chunks: int | Literal['auto'] = 'auto'  # compute the loss in this many chunks; auto = by size
 optimizer: Literal['adamw', 'muon'] = 'adamw'
-warmup_steps = 5  # not measured: they compile, and allocate memory for the first time
+warmup_steps = 5  # not measured
 steps = 20
 # mode=decode
 prompt_tokens = 512
@@ -104,13 +102,11 @@ def measure() -> dict:
     """Measure and print. Return the JSON object."""
     place = distributed.start(device)
     torch.manual_seed(seed)
-    wants_compile = compile
-    if mode == 'decode':
-        wants_compile = compile is True and quantize == 'none'
-    precision = devices.choose_dtype(dtype, place.device, mode == 'decode' and not wants_compile)
-    use_compile = devices.choose_compile(wants_compile, place.device)
+    decodes = mode == 'decode'
+    compiles = devices.choose_compile(compile is True if decodes else compile, place.device)
+    precision = devices.choose_dtype(dtype, place.device, packs=decodes and not compiles)
     settings, machine = config_of(globals()), describe_machine(place.device)
-    facts = dict(mode=mode, dtype=str(precision).removeprefix('torch.'), compiled=use_compile)
+    facts = dict(mode=mode, dtype=str(precision).removeprefix('torch.'), compiled=compiles)
     print0(', '.join(f'{name} {value}' for name, value in {**facts, **machine}.items()))
 
     with torch.profiler.profile() if profile else contextlib.nullcontext() as profiler:
@@ -118,12 +114,12 @@ def measure() -> dict:
             result = measure_data()
         else:
             sizes = {name: settings[name] for name in settings if name in GPTConfig.__dataclass_fields__}
-            torch.set_default_dtype(precision if mode == 'decode' else torch.float32)
+            torch.set_default_dtype(precision if decodes else torch.float32)
             model = GPT(GPTConfig(**sizes)).to(place.device)
             torch.set_default_dtype(torch.float32)
             n_parameters = model.get_num_params()  # before packing: packed weights are no parameters
-            measure_model = measure_step if mode == 'step' else measure_decode
-            result = measure_model(model, place.device, precision, use_compile)
+            measure_model = measure_decode if decodes else measure_step
+            result = measure_model(model, place.device, precision, compiles)
             result['parameters'] = n_parameters
     result['peak_memory_bytes'] = devices.peak_memory_bytes(place.device)
     print_numbers(result)
@@ -138,61 +134,53 @@ def measure() -> dict:
 # training and loading
 
 
-class TrainingStep:
-    """The update of train.py with one micro-step. Nothing in it waits for the device."""
+def train(model, batches, device, precision, *, settings: OptimizerSettings, use_compile=False):
+    """Yield the mean loss, 0-d, of an update for each (batch, number of its targets).
 
-    def __init__(self, model, device, precision, use_compile, *, settings: OptimizerSettings):
-        self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        self.optimizers = configure_optimizers(model, settings, precision)
-        self.parameters = list(model.parameters())
-        self.judge = StepJudge(device)
-        self.training_loss = distributed.compiled_loss(model) if use_compile else model.loss
-        self.iter_num = 0
-        model.train()
-
-    def __call__(self, batch: Batch, n_targets: int) -> torch.Tensor:
-        """Return the mean loss, 0-d."""
-        set_lr(self.optimizers, 1.0, muon_momentum(self.iter_num))
-        with self.autocast:
-            loss = self.training_loss(*batch) / n_targets
-        self.scaler.scale(loss).backward()
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, grad_norm)
-        skip = self.judge.judge(grad_norm, loss.detach())
-        for optimizer in self.optimizers:
-            step_unless(optimizer, skip)
-        self.scaler.update()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        self.iter_num += 1
-        return loss.detach()
+    It is the update of train.py with one micro-step. Nothing in it waits for the device.
+    """
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    optimizers, judge = configure_optimizers(model.train(), settings, precision), StepJudge(device)
+    loss_of = distributed.compiled_loss(model) if use_compile else model.loss
+    for iter_num, (batch, n_targets) in enumerate(batches):
+        set_lr(optimizers, 1.0, muon_momentum(iter_num))
+        with autocast:
+            loss = loss_of(*batch) / n_targets
+        scaler.scale(loss).backward()
+        for each in optimizers:
+            scaler.unscale_(each)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, grad_norm)
+        skip = judge.judge(grad_norm, loss.detach())
+        for each in optimizers:
+            step_unless(each, skip)
+        scaler.update()
+        for each in optimizers:
+            each.zero_grad(set_to_none=True)
+        yield loss.detach()
 
 
 def measure_step(model, device, precision, use_compile):
     model.loss_chunks, model.bf16_residual = loss_chunks, bf16_residual
     settings = OptimizerSettings(optimizer, learning_rate=1e-4, weight_decay=1e-2)
-    train_step = TrainingStep(model, device, precision, use_compile, settings=settings)
-    n_steps, losses, times_ms = warmup_steps + steps, [], []
-    for loss, ms in timed(starmap(train_step, islice(read_batches(device), n_steps)), device):
+    batches, losses, times_ms = islice(read_batches(device), warmup_steps + steps), [], []
+    updates = train(model, batches, device, precision, settings=settings, use_compile=use_compile)
+    for loss, ms in timed(updates, device):
         losses.append(loss)
         times_ms.append(ms)
-        if len(losses) in (1, warmup_steps):
-            print0(f'step {len(losses)} of {n_steps}: {ms:.0f} ms')
+        if len(times_ms) in (1, warmup_steps):
+            print0(f'step {len(times_ms)} of {warmup_steps + steps}: {ms:.0f} ms')
 
-    step_ms = spread(times_ms[warmup_steps:])
+    step_ms, peak = spread(times_ms[warmup_steps:]), devices.peak_flops(device)
     tok_per_s = batch_size * block_size / step_ms['median'] * 1000
-    flops_per_token = model.flops_per_token(block_size)
-    mfu, peak = None, devices.peak_flops(device)
-    if peak and precision != torch.float32:
-        mfu = tok_per_s * flops_per_token / peak
-    flop_per_s, matmul_rate = tok_per_s * flops_per_token, matmul_flop_per_s(model, device, precision)
+    flop_per_s = tok_per_s * model.flops_per_token(block_size)
+    matmul_rate = matmul_flop_per_s(model, device, precision)
+    mfu = flop_per_s / peak if peak and precision != torch.float32 else None
     print0(f'the step reaches {flop_per_s / matmul_rate:.0%} of the rate of its matrix products alone')
-    return dict(step_ms=step_ms, tok_per_s=tok_per_s, flops_per_token=flops_per_token, flop_per_s=flop_per_s,
-                matmul_flop_per_s=matmul_rate, matmul_share=flop_per_s / matmul_rate, mfu=mfu,
-                loss=losses[-1].item())
+    return dict(step_ms=step_ms, tok_per_s=tok_per_s, flops_per_token=model.flops_per_token(block_size),
+                flop_per_s=flop_per_s, matmul_flop_per_s=matmul_rate, matmul_share=flop_per_s / matmul_rate,
+                mfu=mfu, loss=losses[-1].item())
 
 
 def matmul_flop_per_s(model, device, precision):
@@ -208,8 +196,7 @@ def matmul_flop_per_s(model, device, precision):
         x, grad, weight = (torch.randn(shape, device=device, dtype=precision)
                            for shape in ((rows, n_in), (rows, n_out), (n_out, n_in)))
         for a, b in ((x, weight.mT), (grad, weight), (grad.mT, x)):
-            products = starmap(torch.mm, [(a, b)] * 5)
-            total_ms += n_times * median(ms for _, ms in timed(products, device))
+            total_ms += n_times * median(ms for _, ms in timed(starmap(torch.mm, [(a, b)] * 5), device))
             flops += n_times * 2 * rows * n_out * n_in
     return flops / total_ms * 1000
 
@@ -217,11 +204,10 @@ def matmul_flop_per_s(model, device, precision):
 def measure_data():
     """Time the loader alone: the first batch with opening the dataset, then batches from a warm cache."""
     cpu = torch.device('cpu')
-    batches = islice(read_batches(cpu), 1 + warmup_steps + steps)
-    times_ms = [ms for _, ms in timed(batches, cpu)]
+    times_ms = [ms for _, ms in timed(islice(read_batches(cpu), 1 + warmup_steps + steps), cpu)]
     batch_ms = spread(times_ms[1 + warmup_steps:])
-    tok_per_s = batch_size * block_size / batch_ms['median'] * 1000
-    return dict(open_s=times_ms[0] / 1000, batch_ms=batch_ms, tok_per_s=tok_per_s)
+    return dict(open_s=times_ms[0] / 1000, batch_ms=batch_ms,
+                tok_per_s=batch_size * block_size / batch_ms['median'] * 1000)
 
 
 def read_batches(device):
@@ -246,17 +232,10 @@ def read_batches(device):
 
 def measure_decode(model, device, precision, use_compile):
     """Time the first token, for which the prompt is read (prefill), and the later ones."""
-    # a token takes at least as long as reading the weights, keys and values
     n_matrix = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     n_vector = sum(p.numel() for p in model.parameters() if p.dim() < 2)  # norms and biases
-    config, mean_context = model.config, prompt_tokens + max_new_tokens / 2
-    n_cached = 2 * n_layer * config.n_kv_head * config.head_size * mean_context * batch_size
-
     prepare_decoding(model.eval(), device, use_compile, quantize, batch_size)
     prompt = torch.randint(vocab_size, (batch_size, prompt_tokens), device=device)
-    item_bytes = model.transformer.wte(prompt[:, :1]).itemsize
-    weight_bytes = n_matrix * (1 if quantize == 'int8' else precision.itemsize) + n_vector * item_bytes
-    cache_bytes = int(n_cached) * item_bytes
     prefill_ms, decode_ms = [], []
     for i in range(1 + rounds):
         new_tokens = model.stream(prompt, max_new_tokens, temperature=0.8, top_k=200)
@@ -265,20 +244,25 @@ def measure_decode(model, device, precision, use_compile):
             prefill_ms.append(first_ms)
             decode_ms += later_ms
     prefill_ms, decode_ms = spread(prefill_ms), spread(decode_ms)
+    prefill_tok_per_s = 1000 * batch_size * prompt_tokens / prefill_ms['median']
+    decode_tok_per_s = 1000 * batch_size / decode_ms['median']
+    result = dict(prefill_ms=prefill_ms, prefill_tok_per_s=prefill_tok_per_s, decode_ms=decode_ms,
+                  decode_tok_per_s=decode_tok_per_s, process_bytes=devices.anonymous_bytes())
 
-    process_bytes = devices.anonymous_bytes()
-    read_bytes_per_s = limit_ms = share = None
+    # a token takes at least as long as reading the weights, keys and values
+    item_bytes = model.transformer.wte(prompt[:, :1]).itemsize
+    n_cached = batch_size * (prompt_tokens + max_new_tokens / 2)  # tokens, on average
+    matrix_bytes = 1 if quantize == 'int8' else precision.itemsize
+    weight_bytes = n_matrix * matrix_bytes + n_vector * item_bytes
+    cache_bytes = int(2 * n_layer * model.config.n_kv_head * model.config.head_size * n_cached) * item_bytes
+    read_rate = limit_ms = share = None
     if weight_bytes >= CACHE_BYTES:
         x = torch.ones(128 << 20, device=device)
-        pass_ms = min(ms for _, ms in timed((x.max() for _ in range(10)), device))
-        read_bytes_per_s = x.nbytes / pass_ms * 1000
-        limit_ms = (weight_bytes + cache_bytes) / read_bytes_per_s * 1000
+        read_rate = 1000 * x.nbytes / min(ms for _, ms in timed((x.max() for _ in range(10)), device))
+        limit_ms = 1000 * (weight_bytes + cache_bytes) / read_rate
         share = limit_ms / decode_ms['median']
-    prefill_tok_per_s = 1000 * batch_size * prompt_tokens / prefill_ms['median']
-    return dict(prefill_ms=prefill_ms, prefill_tok_per_s=prefill_tok_per_s, decode_ms=decode_ms,
-                decode_tok_per_s=1000 * batch_size / decode_ms['median'], weight_bytes=weight_bytes,
-                cache_bytes=cache_bytes, read_bytes_per_s=read_bytes_per_s, memory_limit_ms=limit_ms,
-                memory_share=share, process_bytes=process_bytes)
+    return dict(result, weight_bytes=weight_bytes, cache_bytes=cache_bytes, read_bytes_per_s=read_rate,
+                memory_limit_ms=limit_ms, memory_share=share)
 
 
 def compare_quantized() -> dict:
@@ -290,7 +274,7 @@ def compare_quantized() -> dict:
             flags = dict(settings, quantize=kind, batch_size=n_rows)
             command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-            runs[f'{kind}_{n_rows}'] = loads(done.stdout.splitlines()[-1])
+            runs[f'{kind}_{n_rows}'] = loads(done.stdout)
         for name in COMPARED:
             half, int8 = runs[f'none_{n_rows}'][name], runs[f'int8_{n_rows}'][name]
             if half and int8:
@@ -336,34 +320,28 @@ def print_numbers(result):
 
 def top_costs(profiler, device, n=5):
     """Return [(name, ms, share)] of the n costliest kernels of a GPU, or operations of a CPU."""
-    costs, kind, time_of = [], torch.autograd.DeviceType.CPU, 'self_cpu_time_total'
+    kind, time_of = torch.autograd.DeviceType.CPU, 'self_cpu_time_total'
     if device.type == 'cuda':
         kind, time_of = torch.autograd.DeviceType.CUDA, 'self_device_time_total'
-    for event in profiler.key_averages():
-        # the time of an annotation such as Optimizer.step is that of what it encloses
-        if event.device_type == kind and not event.is_user_annotation:
-            costs.append((event.key, getattr(event, time_of) / 1000))
-    total_ms = sum(ms for _, ms in costs)
-    costs.sort(key=lambda cost: -cost[1])
-    return [(name, ms, ms / total_ms) for name, ms in costs[:n]]
+    # the time of an annotation such as Optimizer.step is that of the operations in it
+    costs = [(getattr(event, time_of) / 1000, event.key) for event in profiler.key_averages()
+             if event.device_type == kind and not event.is_user_annotation]
+    total_ms = sum(ms for ms, _ in costs)
+    return [(name, ms, ms / total_ms) for ms, name in sorted(costs, reverse=True)[:n]]
 
 
 def describe_machine(device):
     cpu_info = Path('/proc/cpuinfo')  # Linux names the processor's model only here
     text = cpu_info.read_text(encoding='utf-8') if cpu_info.exists() else ''
     model_name = re.search(r'model name\s*: (.+)', text)
-    processor = model_name[1] if model_name else platform.processor() or platform.machine()
+    processor = model_name[1] if model_name else platform.processor()
     return dict(device=devices.device_name(device), processor=processor, system=platform.platform(),
                 python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
 
 
 if __name__ == '__main__':
     with one_line_errors():
-        overrides = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(overrides):
-                configure(globals())
-        finally:
-            if not json:
-                print(overrides.getvalue(), end='', flush=True)
+        is_quiet = {'--json', '--json=True'} & set(sys.argv) and '--help' not in sys.argv
+        with contextlib.redirect_stdout(io.StringIO() if is_quiet else sys.stdout):
+            configure(globals())
         main()

@@ -1,6 +1,7 @@
 """Compare training and decoding with plain reference code on one machine, for the table in docs/RESULTS.md.
 
     python -m dev.compare
+    python -m dev.compare --llama    # decoding, with llama.cpp: pip install llama-cpp-python
 
 The reference is float32 and eager. It updates tensor by tensor, opens a new memmap for each batch, and
 decodes without a cache. It runs in this process, which distributed.start() has not prepared, and takes turns
@@ -10,6 +11,8 @@ with bench.py, so that both meet the same load of the machine. The last line is 
 import json
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
@@ -24,6 +27,7 @@ from files import one_line_errors
 from model import GPT, GPTConfig
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
+from tokens.tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
 dataset = 'shakespeare_char'
@@ -31,6 +35,7 @@ rounds = 3  # turns of each case
 warmup_steps = 5  # of training, in each turn; not measured
 prompt_tokens = 512
 max_new_tokens = 128
+llama = False  # compare decoding with llama.cpp instead, in 16 bits and int8
 seed = 1337
 device = 'auto'  # cpu, cuda, cuda:1, mps
 # -----------------------------------------------------------------------------
@@ -40,14 +45,19 @@ TRAINING = {
     '10.7M': (dict(n_layer=6, n_head=6, n_embd=384, block_size=256), 16, 10),
     '0.8M': (dict(n_layer=4, n_head=4, n_embd=128, block_size=64), 12, 40),
 }
+GPT2_TOKENS = 50257
 DECODING = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
 
 
 def main():
-    print('| | reference | here | ratio |\n| --- | --- | --- | --- |')
-    training = {name: compare_training(name) for name in TRAINING}
-    decoding = compare_decoding()
-    print(json.dumps(dict(training=training, decoding=decoding, settings=config_of(globals()))))
+    other = 'llama.cpp' if llama else 'reference'
+    print(f'| | {other} | here | ratio |\n| --- | --- | --- | --- |')
+    if llama:
+        result = dict(llama=compare_llama())
+    else:
+        result = dict(training={name: compare_training(name) for name in TRAINING})
+        result['decoding'] = compare_decoding()
+    print(json.dumps(dict(result, settings=config_of(globals()))))
 
 
 def bench(**flags) -> dict:
@@ -166,6 +176,42 @@ def plain_next(model, idx, temperature=0.8, top_k=200):
     logits = plain_logits(model, idx, [-1])[:, 0] / temperature  # nanoGPT too computes the last position only
     logits[logits < logits.topk(top_k).values[:, [-1]]] = -float('inf')
     return torch.cat((idx, torch.multinomial(logits.softmax(dim=-1), 1)), dim=1)
+
+
+def compare_llama() -> dict:
+    """Continue a prompt in turns with llama.cpp on the CPU, in 16 bits and in int8 (q8_0)."""
+    tokenizer, results = load_tokenizer({'kind': 'gpt2'}), {}
+    dtype = devices.choose_dtype('auto', torch.device('cpu'), packs=True)
+    model = GPT(GPTConfig(**DECODING, bias=False)).to(dtype)
+    flags = dict(DECODING, mode='decode', prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
+    for quantize, kind in (('none', str(dtype).removeprefix('torch.')), ('int8', 'int8')):
+        llama_ms, ms = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            path = f'{folder}/model.gguf'
+            model.save_pretrained(path, tokenizer, quantize=quantize)
+            for _ in range(rounds):
+                llama_ms.append(time_llama(path))
+                ms.append(bench(**flags, rounds=1, quantize=quantize)['decode_ms']['median'])
+        llama_ms, ms = median(llama_ms), median(ms)
+        results[kind] = dict(llama_ms=llama_ms, ms=ms, ratio=llama_ms / ms)
+        print(f'| a token, {kind} | {llama_ms:.1f} ms | {ms:.1f} ms | {llama_ms / ms:.2f} |', flush=True)
+    return results
+
+
+def time_llama(path) -> float:
+    """Return the median of the milliseconds that llama.cpp takes for a token."""
+    import llama_cpp
+    n_threads, times_ms = torch.get_num_threads(), []
+    engine = llama_cpp.Llama(path, n_ctx=prompt_tokens + max_new_tokens, n_threads=n_threads,
+                             n_threads_batch=n_threads, verbose=False)
+    new = torch.randint(GPT2_TOKENS, (prompt_tokens,)).tolist()
+    for _ in range(max_new_tokens):
+        begun_s = time.perf_counter()
+        engine.eval(new)
+        new = [engine.sample(top_k=200, top_p=1.0, min_p=0.0, temp=0.8)]
+        times_ms.append(1000 * (time.perf_counter() - begun_s))
+    engine.close()
+    return median(times_ms[1:])  # without the prompt
 
 
 if __name__ == '__main__':

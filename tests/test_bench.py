@@ -16,6 +16,7 @@ from conftest import (
 
 import bench
 from configurator import config_of, configure
+from corpus.train_tokenizer import train_bpe
 from dev import compare
 from model import GPT, GPTConfig
 from optim import OptimizerSettings
@@ -145,6 +146,17 @@ def test_compare(tiny, monkeypatch, capsys):
     assert sum(line.startswith('| ') for line in words) == 2 + 2 + 1
 
 
+def test_compare_with_llama_cpp(monkeypatch, capsys):
+    pytest.importorskip('llama_cpp', reason='llama-cpp-python is not installed: pip install llama-cpp-python')
+    tokenizer = train_bpe(['the cat sat on the mat ' * 9], 270)
+    monkeypatch.setattr(compare, 'load_tokenizer', lambda meta: tokenizer)
+    monkeypatch.setattr(compare, 'GPT2_TOKENS', 270)
+    monkeypatch.setattr(compare, 'DECODING', dict(n_layer=1, n_head=2, n_embd=64, block_size=256, vocab_size=320))
+    _, result = run_main(monkeypatch, capsys, compare, '--llama', '--prompt_tokens=8', '--max_new_tokens=4', '--rounds=1', '--device=cpu')
+    for numbers in result['llama'].values():
+        assert numbers['ratio'] == pytest.approx(numbers['llama_ms'] / numbers['ms'])
+
+
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_the_update_is_that_of_train(tiny, tmp_path, optimizer):
     flags = f'--optimizer={optimizer}', '--gradient_accumulation_steps=1', '--max_iters=3', '--eval_interval=3', '--decay_lr=False'
@@ -154,10 +166,9 @@ def test_the_update_is_that_of_train(tiny, tmp_path, optimizer):
     loader = Loader(tiny, 'train', block_size=16, batch_size=4, seed=1337)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(**trained['model_args']))
-    step = bench.TrainingStep(model, torch.device('cpu'), torch.float32, False,
-                              settings=OptimizerSettings(optimizer, learning_rate=1e-3, weight_decay=0.01))
-    for i in range(3):
-        step(loader.batch(i), loader.count_targets(i))
+    batches = [(loader.batch(i), loader.count_targets(i)) for i in range(3)]
+    settings = OptimizerSettings(optimizer, learning_rate=1e-3, weight_decay=0.01)
+    assert len(list(bench.train(model, batches, torch.device('cpu'), torch.float32, settings=settings))) == 3
     assert differences(model.state_dict(), trained['model']) == []
 
 
