@@ -196,16 +196,25 @@ def nested(depth):
     return b'\x80\x04}' + b'K\x00' + b''.join(b'q%c0h%ch%c\x86' % (i, i, i) for i in range(depth)) + b'K\x00s.'
 
 
-def test_tuples_nested_60_deep_as_a_key_are_refused_at_once(tmp_path):
+def test_values_nested_60_deep_are_refused_at_once(tmp_path):
     hostile = b'dtype('
+    as_value = (b'\x80\x04}\x8c\x0avocab_sizeK\x00' + b''.join(b'q%c0]h%cah%ca' % (i, i, i) for i in range(60)) + b's.')
     as_arguments = (b'\x80\x04}cnumpy\ndtype\n' + b'K\x00' + b''.join(b'q%c0h%ch%c\x86' % (i, i, i) for i in range(60))
                     + b'\x85Rs.')
-    for data in (nested(60), as_arguments, hostile, b'\x80\x04Nr\xff\xff\xff\xff.'):
-        nanogpt_folder(tmp_path, data)
-        # in a process, because the fault is one that no signal handler ends
-        script = f'from tokens.dataset import read_meta; read_meta({str(tmp_path)!r})'
-        done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert 'meta.pkl: not a meta.pkl of nanoGPT' in done.stderr
+    hostiles = (nested(60), as_arguments, as_value, hostile, b'\x80\x04Nr\xff\xff\xff\xff.')
+    for i, data in enumerate(hostiles):
+        (tmp_path / str(i)).mkdir()
+        nanogpt_folder(tmp_path / str(i), data)
+    # in a process, because the fault is one that no signal handler ends
+    script = f"""from tokens.dataset import read_meta
+for i in range({len(hostiles)}):
+    try:
+        read_meta(f'{tmp_path}/{{i}}')
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.count('meta.pkl: not a meta.pkl of nanoGPT') == len(hostiles), done.stderr
 
 
 # -----------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from tokens.tokenizer_json import one_line
 
 HEADER_BYTES = 1024  # of llm.c
 LLMC_DTYPES = {(20240520, 1): 'uint16', (20240801, 7): 'uint32'}  # by magic number and version
-LLAMA3_META = {'kind': 'ids', 'vocab_size': 128256}  # llm.c writes uint32 for Llama 3 only
+# llm.c writes uint32 for Llama 3 only
+META_OF_DTYPE = {'uint16': GPT2_META, 'uint32': {'kind': 'ids', 'vocab_size': 128256}}
 REMEDY = 'it was cut short or altered, prepare the dataset again'
 
 
@@ -53,15 +54,16 @@ def read_meta(folder) -> dict:
         meta = meta_of_nanogpt(folder)
     files = [shard['file'] for split in meta['splits'].values() for shard in split['shards']]
     missing = [name for name in files or ['train.bin'] if not (folder / name).is_file()]
-    if missing and (folder / 'prepare.py').is_file():
+    if not missing:
+        return meta
+    if (folder / 'prepare.py').is_file():
         raise FileNotFoundError(f'{folder} is not prepared: run python {folder / "prepare.py"}')
-    if missing:
-        message = f'{folder / missing[0]} is missing: a dataset is a folder with train.bin and val.bin'
-        others = [] if folder.exists() else [path.name for path in folder.parent.glob('*/')]
+    message = f'{folder / missing[0]} is missing: a dataset is a folder with train.bin and val.bin'
+    if not folder.exists():
+        others = [path.name for path in folder.parent.glob('*/')]
         for name in difflib.get_close_matches(folder.name, others, 1):
             message += f', did you mean {folder.parent / name}?'
-        raise FileNotFoundError(message)
-    return meta
+    raise FileNotFoundError(message)
 
 
 def check_meta(meta):
@@ -71,8 +73,8 @@ def check_meta(meta):
     with one_line('tokenizer'):
         size = vocab_size_of(meta.get('tokenizer'))
     require(meta.get('vocab_size') == size, f'vocab_size must be {size}, the size of its tokenizer')
-    dtypes = ['uint16', 'uint32'] if size <= 2**16 else ['uint32']
-    require(meta.get('dtype') in dtypes, f'dtype must be {" or ".join(dtypes)} for {size} tokens')
+    fits = meta.get('dtype') in ('uint32', id_dtype(size).name)
+    require(fits, f'dtype must be {id_dtype(size).name} for {size} tokens')
     require({'train'} <= set(meta['splits']) <= {'train', 'val'}, "splits must be 'train' and 'val'")
     row = meta.get('row_tokens', 1)
     for name, split in meta['splits'].items():
@@ -104,7 +106,7 @@ def meta_of_nanogpt(folder):
             n_tokens = sum(shard['tokens'] for shard in shards)
             splits[name] = {'tokens': n_tokens, 'bytes': None, 'documents': None, 'shards': shards}
 
-    tokenizer_meta, origin = GPT2_META if dtype == 'uint16' else LLAMA3_META, 'none'
+    tokenizer_meta, origin = META_OF_DTYPE[dtype], 'none'
     if (folder / 'meta.pkl').exists():
         tokenizer_meta, origin = read_meta_pkl(folder / 'meta.pkl'), 'meta.pkl'
     return {'format': 1, 'dtype': dtype, 'vocab_size': vocab_size_of(tokenizer_meta),
@@ -149,11 +151,9 @@ class DiskArray:
     def __init__(self, path, dtype, size: int, header_bytes: int = 0):
         self.path, self.dtype, self.size, self.header_bytes = path, np.dtype(dtype), size, header_bytes
         self.identity = identity(os.stat(path))
-        n_bytes = self.identity[0]
-        if n_bytes != header_bytes + size * self.dtype.itemsize:
-            header = f'a header of {header_bytes} and ' if header_bytes else ''
-            raise ValueError(f'{path} has {n_bytes} bytes, expected {header}{size} values of '
-                             f'{self.dtype.itemsize} bytes: {REMEDY}')
+        n_bytes, expected = self.identity[0], header_bytes + size * self.dtype.itemsize
+        if n_bytes != expected:
+            raise ValueError(f'{path} has {n_bytes} bytes, expected {expected}: {REMEDY}')
 
     def __getitem__(self, part: slice) -> np.ndarray:
         start, end, _ = part.indices(self.size)

@@ -49,8 +49,7 @@ def pad(rows, T: int):
 class Batches:
     """Shared by packed data and streams. A subclass defines windows(g).
 
-    grad_accum   micro-steps in a step
-    prefetch     make the next batch in a thread while the model works on this one
+    prefetch   make the next batch in a thread while the model works on this one
     """
 
     def __init__(self, *, block_size: int, batch_size: int, grad_accum: int = 1, rank: int = 0,
@@ -89,7 +88,7 @@ class Loader(Batches):
     """Batches of one split ('train' or 'val') of a dataset, or of a mixture of several.
 
     order     as in Windows; 'sequential' reads all folders one after another, whatever their weights
-    weights   share of each folder, summing to 1; None = all count as one dataset
+    weights   shares of the folders, summing to 1; None = all count as one dataset
     isolate   give each token the number of its document
     """
 
@@ -126,14 +125,14 @@ class Loader(Batches):
         """Return the windows numbered g, (K,) int64."""
         located = self.locate(g)
         x, y = pad([split.read(start, size) for split, start, size in located], self.block_size)
-        documents = np.zeros_like(x)
-        for row, (split, start, size) in enumerate(located):
-            if not self.all_are_targets:
+        if not self.all_are_targets:
+            for row, (split, start, size) in enumerate(located):
                 y[row, :size - 1][~split.is_target(start + 1, size - 1)] = IGNORE
-            if self.isolate:
-                documents[row] = split.document_numbers(start, self.block_size)
-        arrays = (x, y, documents) if self.isolate else (x, y)
-        return Batch(*map(torch.from_numpy, arrays))
+        documents = None
+        if self.isolate:
+            numbers = [split.document_numbers(start, self.block_size) for split, start, _ in located]
+            documents = torch.from_numpy(np.stack(numbers))
+        return Batch(torch.from_numpy(x), torch.from_numpy(y), documents)
 
     def count_targets(self, step: int) -> int:
         """Count the targets in a step, over all ranks and micro-steps."""

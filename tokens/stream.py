@@ -21,7 +21,7 @@ import torch
 from corpus.readers import find_files, n_bytes_of, read_documents
 from files import print0
 from tokens.loader import Batch, Batches, pad
-from tokens.tokenizer import fingerprint, load_tokenizer, tokenizer_meta
+from tokens.tokenizer import fingerprint
 from tokens.windows import permute
 
 N_THREADS = 2  # each encodes about 10 MB/s; GPT-2 (124M) trains on 2 MB/s on one H100
@@ -37,11 +37,10 @@ class Text:
         self.paths = [path for path, _ in files]
         for path, format in files:
             if format == 'blocks':
-                raise ValueError(f'{path} holds token ids, not text: pack it with corpus.pack, '
-                                 'and name the dataset')
+                raise ValueError(f'{path} holds token ids, not text: pack it with corpus.pack')
 
     def documents(self, epoch, file, document):
-        """Yield (text, (epoch, file, document)) of every document with text from one on, without end."""
+        """Yield (text, (epoch, file, document)) of each document from one on, without end."""
         has_text = True
         while has_text:
             has_text = False
@@ -57,7 +56,7 @@ class Text:
         raise ValueError(f'{", ".join(self.paths)}: no text in there')
 
     def encoded(self, *position):
-        """Yield (ids, (epoch, file, document)) of every document with text from one on."""
+        """Yield (ids, (epoch, file, document)) of each document from one on."""
         chunk, n_chars = [], 0
         with ThreadPoolExecutor(N_THREADS, 'tokenizer') as pool:
             for text, begin in self.documents(*position):
@@ -96,10 +95,8 @@ def one_ahead(iterator):
 
 
 class Stream(Batches):
-    """Batches of a Text by step, as Loader gives those of a packed dataset.
+    """Batches of a Text by step. Windows are shuffled within consecutive groups of shuffle_window."""
 
-    shuffle_window   shuffle windows within consecutive groups of this size; 1 = do not shuffle
-    """
     n_tokens = None  # unknown before everything is read
 
     def __init__(self, text: Text, *, shuffle_window: int = 1024, **shape):
@@ -151,12 +148,9 @@ class Stream(Batches):
         return dict(window=window, shuffle_window=self.shuffle_window, group=group, start=start)
 
     def seek(self, position, step: int):
-        """Continue from a position at this step. No window is seen twice if the global batch is another now.
-
-        position  None begins with the first window, for a run that was on other data before
-        """
+        """Continue from a position at this step, also with another global batch."""
         first = dict(window=0, shuffle_window=self.shuffle_window, group=0, start=BEGINNING)
-        position = first | (position or {})
+        position = first | (position or {})  # None: the run was on other data before
         if position['shuffle_window'] != self.shuffle_window:
             raise ValueError(f'shuffle_window={self.shuffle_window}: the checkpoint has '
                              f'shuffle_window={position["shuffle_window"]}, which cannot change')
@@ -178,7 +172,7 @@ def window_of(tokens, i, T):
 
 
 class Head:
-    """The first windows of a Text in order, held in memory, for evaluation. n_windows=None takes all."""
+    """The first windows of a Text in order, in memory, for evaluation. n_windows=None takes all."""
 
     def __init__(self, text: Text, block_size: int, n_windows: int | None = None, *, batch_size: int = 1):
         self.block_size, self.batch_size = block_size, batch_size
@@ -202,15 +196,16 @@ def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors
                 **settings):
     """Return the Stream of the training text, a Head of it, and a Head of the validation text.
 
-    tokenizer    its meta(), or the name that tokenizer_meta takes
-    n_eval       windows in each Head; 0 = the whole validation text, and as many of the other
-    settings     of Stream; the other arguments are settings of train.py
+    n_eval    windows in each Head; 0 = the whole validation text, and as many of the other
+    settings  of Stream
     """
-    tokenizer = load_tokenizer(tokenizer if isinstance(tokenizer, dict) else tokenizer_meta(tokenizer))
     if tokenizer.eot is None:
         raise ValueError(f'a {tokenizer.kind} tokenizer has no end-of-text to separate documents of a stream')
     files = find_files(dataset.removeprefix('stream:').split(','))
-    held_out, files = (find_files(stream_val.split(',')), files) if stream_val else (files[:1], files[1:])
+    if stream_val:
+        held_out = find_files(stream_val.split(','))
+    else:
+        held_out, files = files[:1], files[1:]
     if not files:
         raise ValueError(f'dataset={dataset} is one file, which leaves none for validation: '
                          'name text for that with --stream_val=PATH')

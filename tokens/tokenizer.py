@@ -37,6 +37,7 @@ from tokens.tokenizer_json import (
     vocabulary,
 )
 
+BYTE_OF = byte_characters()
 GPT2_VOCAB_SIZE = 50257
 GPT2_MERGES_SOURCES = [
     'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
@@ -63,10 +64,14 @@ class Tokenizer:
     def encode(self, text: str, allowed_special=()) -> list[int]:
         """Encode a text. Special tokens in it are plain text unless allowed_special holds their names."""
         names = sorted(self.special.keys() & set(allowed_special), key=len, reverse=True)
-        parts = re.split('(' + '|'.join(map(re.escape, names)) + ')', text) if names else [text]
+        if not names:
+            return self.encode_array(text).tolist()
         ids = []
-        for part in parts:
-            ids += [self.special[part]] if part in names else self.encode_array(part).tolist()
+        for part in re.split('(' + '|'.join(map(re.escape, names)) + ')', text):
+            if part in names:
+                ids.append(self.special[part])
+            else:
+                ids += self.encode_array(part).tolist()
         return ids
 
     def encode_batch(self, texts) -> list[np.ndarray]:
@@ -93,6 +98,11 @@ class Tokenizer:
         counts = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
         counts[list(self.special.values())] = 0
         return counts
+
+
+def bytes_of(token):
+    """Return the bytes of a token of a byte-level BPE."""
+    return bytes([BYTE_OF[char] for char in token])
 
 
 def replace_surrogates(text):
@@ -138,7 +148,7 @@ class CharTokenizer(ItosTokenizer):
 
 
 class IdTokenizer(Tokenizer):
-    """Ids without text, for datasets of nanoGPT and llm.c that tell only the size of their vocabulary."""
+    """Ids without text, of datasets that tell only the size of their vocabulary."""
 
     kind = 'ids'
 
@@ -174,7 +184,7 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level BPE with ids in GPT-2's order: the 256 bytes, a token for each merge, the special tokens.
 
-    merges   lines such as 'Ġ t', in the order in which training made them
+    merges   lines such as 'Ġ t', in the order of training
     pattern  regular expression; each match is encoded on its own
     """
 
@@ -184,9 +194,8 @@ class BPETokenizer(Tokenizer):
         import tiktoken
         super().__init__(merges=merges, pattern=pattern, special=special)
         check_pattern(pattern)
-        byte_of, tokens = byte_characters(), bpe_tokens(merges)
-        pieces = [bytes([byte_of[char] for char in token]) for token in tokens]
-        self.special = {name: len(tokens) + i for i, name in enumerate(special)}
+        pieces = [bytes_of(token) for token in bpe_tokens(merges)]
+        self.special = {name: len(pieces) + i for i, name in enumerate(special)}
         self.bpe = tiktoken.Encoding(
             self.kind, pat_str=pattern, special_tokens=self.special,
             mergeable_ranks={piece: i for i, piece in enumerate(pieces)})
@@ -259,7 +268,7 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def pieces(self):
         # a token's text can depend on whether it begins the text, so each is decoded after a plain word
-        engine, byte_of, pieces = self.engine, byte_characters(), []
+        engine, pieces = self.engine, []
         decoders = json.dumps(self.content['decoder'])
         added = engine.get_added_tokens_decoder()  # by id
         words = (i for i in range(self.vocab_size) if i not in added and engine.decode([i]).isalnum())
@@ -269,8 +278,8 @@ class JsonTokenizer(Tokenizer):
             token = engine.id_to_token(i)
             if i in added:
                 pieces.append(token.encode('utf-8'))
-            elif 'ByteLevel' in decoders and set(token) <= byte_of.keys():
-                pieces.append(bytes([byte_of[char] for char in token]))
+            elif 'ByteLevel' in decoders and set(token) <= BYTE_OF.keys():
+                pieces.append(bytes_of(token))
             elif 'ByteFallback' in decoders and re.fullmatch('<0x[0-9A-F]{2}>', token):
                 pieces.append(bytes.fromhex(token[3:5]))
             else:
@@ -299,7 +308,9 @@ def load_tokenizer(meta: dict) -> Tokenizer:
 
 def vocab_size_of(meta: dict) -> int:
     """Return V of the tokenizer that meta() describes, without a download."""
-    return GPT2_VOCAB_SIZE if meta == GPT2_META else load_tokenizer(meta).vocab_size
+    if meta == GPT2_META:
+        return GPT2_VOCAB_SIZE
+    return load_tokenizer(meta).vocab_size
 
 
 def fingerprint(meta: dict) -> str:

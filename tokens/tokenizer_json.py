@@ -1,6 +1,6 @@
 """Read and write tokenizer.json and the files beside it, the format of transformers.
 
-The files come from strangers: ids and regular expressions are checked before the `tokenizers` library runs.
+Such files come from strangers: ids and patterns are checked before the `tokenizers` library runs.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b77
 GPT2_META = {'kind': 'gpt2', 'sha256': GPT2_MERGES_SHA256}
 # GPT-2's pre-tokenization. The possessive ++ avoids walking a run of letters or spaces twice.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# Pre-tokenization of the BPE trained here. Chinese has no spaces, so a run of Han characters is cut after 16.
-# Digits go by three, as in GPT-4, so that years do not become tokens.
+# Pre-tokenization of the BPE trained here. Chinese has no spaces, so a run of Han characters is cut after 16;
+# digits go by three, as in GPT-4, so that years do not become tokens.
 BPE_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{Han}{1,16}| ?[\p{L}&&[^\p{Han}]]{1,32}| ?\p{N}{1,3}"""
                r"""| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""")
 END = '<|endoftext|>'
@@ -47,10 +47,7 @@ def one_line(where):
 
 
 def byte_characters():
-    """Return {character: byte} of GPT-2's files, in the order of the ids of single bytes.
-
-    A byte that is visible in Latin-1 stands for itself. The others are written as U+0100 and following.
-    """
+    """Return {character: byte} by id. GPT-2's files write invisible bytes as U+0100 and following."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -72,15 +69,15 @@ def split_by(pattern):
 
 
 def byte_level(pattern=GPT2_PATTERN):
-    """Return the pre-tokenizer of a byte-level BPE. GPT-2's pattern is built into the library."""
+    """Return the pre-tokenizer of a byte-level BPE."""
     step = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
-    if pattern == GPT2_PATTERN:
+    if pattern == GPT2_PATTERN:  # built into the library
         return step
     return {'type': 'Sequence', 'pretokenizers': [split_by(pattern), {**step, 'use_regex': False}]}
 
 
 def bpe_json(merges, pattern=GPT2_PATTERN, special=SPECIAL_TOKENS, tokens=()):
-    """Return the content of a tokenizer.json. The ordinary tokens follow from the merges unless given."""
+    """Return the content of a tokenizer.json. The ordinary tokens follow from the merges, unless given."""
     vocab = {token: i for i, token in enumerate([*(tokens or bpe_tokens(merges)), *special])}
     model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '',
              'end_of_word_suffix': '', 'fuse_unk': False, 'vocab': vocab, 'merges': merges.splitlines()}
@@ -95,7 +92,7 @@ def byte_json():
 
 
 def char_json(tokens):
-    """Return the content of a tokenizer.json with a token per character. Other characters are an error."""
+    """Return the content of a tokenizer.json with a token per character."""
     model = {'type': 'WordLevel', 'vocab': {token: i for i, token in enumerate(tokens)}, 'unk_token': '<unk>'}
     return {**PLAIN, 'pre_tokenizer': split_by(r'[\s\S]'), 'decoder': {'type': 'Fuse'}, 'model': model}
 
@@ -250,8 +247,9 @@ def with_named_tokens(content, config):
     from tokenizers import AddedToken
     engine, entries = load_engine(content), config.get('added_tokens_decoder') or {}
     tokens = []
-    for entry in [entries[i] for i in sorted(entries, key=int)]:
-        tokens.append(AddedToken(entry['content'], **{flag: entry[flag] for flag in FLAGS if flag in entry}))
+    for i in sorted(entries, key=int):
+        flags = {flag: entries[i][flag] for flag in FLAGS if flag in entries[i]}
+        tokens.append(AddedToken(entries[i]['content'], **flags))
     names = [config.get(role) for role in ROLES] + config['additional_special_tokens']
     tokens += [AddedToken(name, special=True, normalized=False) for name in names if name]
     present = {token.content for token in engine.get_added_tokens_decoder().values()}
@@ -270,7 +268,7 @@ def end_token(config, ids):
 
 
 def short_meta(content, ids):
-    """Return a short meta() for characters, bytes, GPT-2's BPE and the BPE trained here, None for others."""
+    """Return a short meta() of characters, bytes, GPT-2's BPE or a BPE trained here, None for others."""
     model, added, names = content['model'], content['added_tokens'], sorted(ids, key=ids.get)
     special = sorted((token['content'] for token in added), key=ids.get)
     merges = '\n'.join(map(' '.join, model.get('merges') or []))

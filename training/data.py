@@ -10,7 +10,7 @@ from files import print0, printable
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
 from tokens.stream import open_stream
-from tokens.tokenizer import load_tokenizer
+from tokens.tokenizer import load_tokenizer, tokenizer_meta
 from training.scoring import Interrupted, TextLoss, spread_windows, text_loss
 
 ORIGINS = {'meta.pkl': 'characters from meta.pkl', 'none': "GPT-2's ids"}  # of datasets without meta.json
@@ -41,18 +41,18 @@ class TrainingData(NamedTuple):
         return f'{printable(self.name)}, {total:,} tokens, {n_tokens / total:.2f} epochs'
 
 
-def open_data(settings: dict, place, grad_accum: int, rows: int, tokenizer) -> TrainingData:
+def open_data(settings: dict, place, grad_accum: int, rows: int, stored_meta: dict | None) -> TrainingData:
     """Open the dataset setting: a folder, a mixture of folders, or a stream of raw text.
 
     grad_accum, rows  micro-steps of this rank in a step, and windows in each
-    tokenizer         meta or name, for streams
-    raises            ValueError, OSError in one line if the data are missing or do not fit
+    stored_meta       tokenizer of a stream; None = that of the setting
     """
     block_size, batch_size, dataset = settings['block_size'], settings['batch_size'], settings['dataset']
     n_eval = settings['eval_iters'] * batch_size
     ranks = dict(batch_size=rows, grad_accum=grad_accum, rank=place.rank, world_size=place.world_size,
                  seed=settings['seed'], prefetch=place.device.type != 'cpu')
     if dataset.startswith('stream:'):
+        tokenizer = load_tokenizer(stored_meta or tokenizer_meta(settings['tokenizer']))
         train, *heads = open_stream(
             dataset, tokenizer, stream_val=settings['stream_val'], fields=settings['field'],
             errors=settings['errors'], shuffle_window=settings['shuffle_window'], n_eval=n_eval,
@@ -84,23 +84,23 @@ def open_data(settings: dict, place, grad_accum: int, rows: int, tokenizer) -> T
     return TrainingData(train, *evals, dataset, *styles)
 
 
-def count_bytes(tokenizer_meta: dict, place) -> torch.Tensor | None:
+def count_bytes(meta: dict, place) -> torch.Tensor | None:
     """Return the bytes of each token, (V,) int64 on the device, for bits per byte.
 
     None for GPT-2's tokenizer if vocab.bpe is not in the cache: training does not download it.
     """
-    table = distributed.on_first_rank(lambda: read_byte_counts(tokenizer_meta))
+    table = distributed.on_first_rank(lambda: read_byte_counts(meta))
     return table if table is None else table.to(place.device)
 
 
-def read_byte_counts(tokenizer_meta):
+def read_byte_counts(meta):
     from corpus.fetch import cache_folder
     vocabulary = cache_folder() / 'vocab.bpe'
-    if tokenizer_meta['kind'] == 'gpt2' and not vocabulary.is_file():
+    if meta['kind'] == 'gpt2' and not vocabulary.is_file():
         print0(f"no bits per byte: the bytes of GPT-2's tokens come from {vocabulary}, "
                'which a prepare script downloads')
         return None
-    return torch.from_numpy(load_tokenizer(tokenizer_meta).token_bytes())
+    return torch.from_numpy(load_tokenizer(meta).token_bytes())
 
 
 def evaluate(model, data: TrainingData, token_bytes, place, autocast) -> EvalLosses | None:
