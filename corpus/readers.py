@@ -1,47 +1,31 @@
-"""Read a corpus document by document, whatever its format. Memory stays bounded, however large the files are.
+"""Read a corpus document by document, whatever its format, in bounded memory.
 
-    files = find_files(['zhwiki.xml.bz2', 'notes/'])
-    for document in read_documents(files, fields=('title', 'text')):
-        ...                                     # document.text, document.where
-
-    format      files                           one document
-    text        .txt                            a file; of a long one, whole lines of up to 1 Mi characters
-    paragraphs  .txt, if named                  the lines between two blank lines
-    lines       .txt, if named                  a line
-    jsonl       .jsonl .ndjson                  a line: an object whose fields are taken, or a string
-    json        .json                           an element of an array or of the list in {"data": [...]},
-                                                a value of an object of objects, or each of several objects
-    csv, tsv    .csv .tsv                       a row; the first row names the fields
-    parquet     .parquet                        a row
-    arrow       datasets.save_to_disk, .arrow   a row; of a DatasetDict, a row of its split train
-    wiki        .xml                            an article of a MediaWiki dump, as plain text (corpus/wiki.py)
-    blocks      folders of token_float32.npy    a row of ids with its mask (corpus/blocks.py)
-
-All but Parquet, Arrow and blocks may be compressed: .gz, .bz2, .zst. Text is UTF-8 unless another encoding is
-named; UTF-16 is recognized by its byte order mark. LF, CRLF and CR all end a line and are read as LF. Files
-are read in the order of their names.
+All formats but Parquet, Arrow and blocks may be compressed: .gz, .bz2, .zst. Text is UTF-8 unless another
+encoding is named; UTF-16 is recognized by its byte order mark. Every line end is read as a line feed.
 """
 
 import codecs
 import csv
 import functools
+import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from corpus.blocks import Row, check_blocks, read_rows
+from corpus.blocks import TOKENS, Row, check_blocks, read_rows
 from corpus.columns import read_arrow, read_parquet
 from corpus.jsonfile import read_json_records
-from corpus.textfile import MAX_RECORD_CHARS, TextFile, check_fields, naming, too_long
+from corpus.textfile import MAX_RECORD_CHARS, TextFile, check_fields, naming
 from corpus.wiki import plain_text, read_pages
 from files import json_lines, print0, read_json
 
-COMPRESSED = re.compile(r'\.(gz|bz2|zst)$', re.IGNORECASE)
 ERRORS = ('strict', 'replace', 'replace_all')
 PART_CHARS = 1 << 20  # a longer text file is cut into documents of this length
+# the last match is the ending; parts of a Wikipedia dump are named ...xml-p1p41242.bz2
+ENDING = re.compile(r'(\.\w+)?(?:-p\d+p\d+)?(\.gz|\.bz2|\.zst)?$')
 
 
 # -----------------------------------------------------------------------------
@@ -54,49 +38,49 @@ class File(NamedTuple):
 
 
 def find_files(inputs, format: str = 'auto') -> list[File]:
-    """Find the files of a corpus, in the order of their names.
+    """Find the files of a corpus in the order of their names. 'auto' takes the format from each name.
 
     inputs   files, folders, and addresses hf://... of Parquet files
-    format   'auto' takes the format from each name
-    raises   FileNotFoundError, ValueError if there is nothing to read
     """
-    entries = []
+    paths = []
     for path in map(os.fspath, inputs):
         if os.path.isdir(path):
-            entries += files_below(path, format)
+            paths += files_below(path, format)
         elif path.startswith('hf://') or os.path.exists(path):
-            entries.append((path, ending_of(path)))
+            paths.append(path)
         else:
             raise FileNotFoundError(f'{path}: no such file or folder')
-    files = []
-    for path, ending in entries:
-        kind = FORMAT_OF_ENDING.get(ending) if format == 'auto' else format
-        if kind is None:
-            raise ValueError(f'{path}: its ending does not tell its format: name it with --format, '
-                             f'one of {", ".join(FORMATS)}')
-        if kind in ('parquet', 'arrow') and COMPRESSED.search(path):
-            raise ValueError(f'{path}: Parquet and Arrow have their own compression: unpack this file')
-        files.append(File(path, kind))
-    return files
+    return [File(path, format_of(path, format)) for path in paths]
 
 
 def ending_of(path):
-    """Return the ending that tells the format. Parts of a Wikipedia dump are named ...xml-p1p41242.bz2."""
-    name = COMPRESSED.sub('', os.path.basename(path)).lower()
-    return os.path.splitext(re.sub(r'(\.xml)-p\d+p\d+$', r'\1', name))[1]
+    return ENDING.search(os.path.basename(path).lower())[1] or ''
+
+
+def format_of(path, format):
+    if format == 'auto':
+        format = FORMAT_OF_ENDING.get(ending_of(path))
+    if format is None:
+        raise ValueError(f'{path}: its ending does not tell its format: name it with --format, '
+                         f'one of {", ".join(FORMATS)}')
+    if format in ('parquet', 'arrow') and ENDING.search(path.lower())[2]:
+        raise ValueError(f'{path}: Parquet and Arrow have their own compression: unpack this file')
+    return format
 
 
 def files_below(folder, format):
-    """List (path, ending) in a folder. A named format that has no file with its ending takes every file."""
-    entries = list(walk(folder))
-    endings = FORMAT_OF_ENDING if format == 'auto' else FORMATS[format].endings
-    wanted = [(path, ending) for path, ending in entries if ending in endings]
-    if not wanted and entries and format not in ('auto', 'arrow', 'blocks'):
-        return entries
+    """List the files of a format in a folder. Of a named format, all files if none has its ending."""
+    paths = list(walk(folder))
+    endings = FORMAT_OF_ENDING
+    if format != 'auto':
+        endings = FORMATS[format].endings
+    wanted = [path for path in paths if ending_of(path) in endings]
+    if not wanted and format not in ('auto', 'arrow', 'blocks'):
+        wanted = paths
     if not wanted:
         raise ValueError(f'{folder}: nothing to read in this folder: '
                          f'{", ".join(endings)} files are looked for')
-    others = Counter(ending or 'no ending' for _, ending in entries if ending not in endings)
+    others = Counter(ending_of(path) or 'no ending' for path in set(paths).difference(wanted))
     if others:
         counts = ', '.join(f'{ending} ({n})' for ending, n in sorted(others.items()))
         print0(f'{folder}: files of other endings are not read: {counts}')
@@ -104,38 +88,33 @@ def files_below(folder, format):
 
 
 def walk(folder, above=()):
-    """Yield (path, ending) of every file below a folder. Links are followed, except to a folder above."""
+    """Yield every file below a folder. Links are followed, except to a folder above."""
     above = (*above, os.path.realpath(folder))
     names = sorted(os.listdir(folder))
     if 'dataset_dict.json' in names:
         if 'train' not in names:
-            raise ValueError(f'{folder} has no split train: name the folder of one of its splits: '
-                             f'{", ".join(name for name in names if name != "dataset_dict.json")}')
+            splits = [name for name in names if name != 'dataset_dict.json']
+            raise ValueError(f'{folder} has no split train: name the folder of one of {", ".join(splits)}')
         yield from walk(os.path.join(folder, 'train'))
     elif 'state.json' in names and 'dataset_info.json' in names:
         with naming(folder):
             for shard in read_json(os.path.join(folder, 'state.json'))['_data_files']:
-                yield os.path.join(folder, shard['filename']), '.arrow'
-    elif 'token_float32.npy' in names:
-        yield folder, 'token_float32.npy'
+                yield os.path.join(folder, shard['filename'])
+    elif TOKENS in names:  # one file stands for a folder of blocks
+        yield os.path.join(folder, TOKENS)
     else:
-        for name in names:
-            path = os.path.join(folder, name)
-            if name.startswith('.'):
-                continue
-            if os.path.isdir(path) and os.path.realpath(path) not in above:
+        for path in [os.path.join(folder, name) for name in names if not name.startswith('.')]:
+            if os.path.isfile(path):
+                yield path
+            elif os.path.isdir(path) and os.path.realpath(path) not in above:
                 yield from walk(path, above)
-            elif os.path.isfile(path):
-                yield path, ending_of(name)
 
 
 def n_bytes_of(path) -> int:
-    """Count the bytes of a file on disk or on the hub, or of the arrays in a folder of blocks."""
+    """Count the bytes of a file on disk or on the hub."""
     if str(path).startswith('hf://'):
         from huggingface_hub import HfFileSystem
         return HfFileSystem().size(path)
-    if os.path.isdir(path):
-        return sum(entry.stat().st_size for entry in os.scandir(path) if entry.name.endswith('.npy'))
     return os.path.getsize(path)
 
 
@@ -159,13 +138,12 @@ class Document(NamedTuple):
 
 @dataclass
 class Reading:
-    """How to read, and how far it got."""
+    """How to read, and what is read. The readers of all formats have one, and yield (record, where)."""
     fields: tuple | None = None  # None: whole records
     errors: str = 'strict'
     encoding: str = 'utf-8'
     to_skip: int = 0  # documents still to pass over
-    n_read: int = 0  # bytes of the file that is read
-    file: TextFile | None = None  # the file, if it is text
+    file: Any = None  # tell() measures progress
 
     def __post_init__(self):
         try:
@@ -178,49 +156,50 @@ class Reading:
         self.file = TextFile(path, self.encoding, self.errors)
         return self.file
 
+    def records(self, path, format):
+        for record in FORMATS[format].read(path, self):
+            if isinstance(self.file, TextFile):
+                self.file.n_pending = 0
+            yield record
+
 
 def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict', encoding: str = 'utf-8',
                    start: int = 0):
     """Yield a Document for every document of some files, always in the same order. Some are empty.
 
-    files    as find_files returns them
-    fields   the fields that make a document, joined by line feeds; an article has title and text
-    errors   'strict', 'replace' or 'replace_all', as in TextFile
-    start    pass over this many documents; row groups of Parquet among them are not read
-    raises   ValueError that names file and line; OSError for a file that cannot be read
+    fields   the fields that make a document, joined by line feeds
+    errors   as in TextFile
+    start    pass over this many documents
     """
     reading = Reading(tuple(fields), errors, encoding, start)
-    folders = [path for path, format in files if format == 'blocks']
-    for folder in folders:
-        with naming(folder):
-            check_blocks(folder, folders[0])
+    blocks = [path for path, format in files if format == 'blocks']
+    for path in blocks:
+        with naming(path):
+            check_blocks(path, blocks[0])
     n_before = 0  # bytes of the files before this one
     for path, format in files:
-        reading.file, reading.n_read = None, 0
-        read, _, text_of = FORMATS[format]
+        text_of = FORMATS[format].text_of or (lambda record, *_: record)
+        reading.file = None
         with naming(path):
-            for record, where in read(path, reading):
+            for record, where in reading.records(path, format):
                 if reading.to_skip:
                     reading.to_skip -= 1
                     continue
+                n_read = n_before
                 if reading.file:
-                    reading.n_read = reading.file.raw.tell()
-                text = text_of(record, where, reading.fields) if text_of else record
-                yield Document(text, where, n_before + reading.n_read)
-            if reading.file:
-                reading.n_read = os.path.getsize(path)
-            n_before += reading.n_read
+                    n_read += reading.file.tell()
+                yield Document(text_of(record, where, reading.fields), where, n_read)
+        n_before += n_bytes_of(path)
 
 
 def read_records(files: list[File], *, encoding: str = 'utf-8'):
     """Yield (record, where) of every record, with all of its fields. Formats of text alone have none."""
     reading = Reading(encoding=encoding)
     for path, format in files:
-        read, _, text_of = FORMATS[format]
-        if text_of is not text_of_record:
+        if FORMATS[format].text_of is not text_of_record:
             raise ValueError(f'{path}: records with fields are needed, which {format} does not have')
         with naming(path):
-            yield from read(path, reading)
+            yield from reading.records(path, format)
 
 
 # -----------------------------------------------------------------------------
@@ -241,22 +220,16 @@ def read_parts(path, reading):
                 line += text.count('\n', 0, end)
                 text = text[end:]
         if text:
-            yield text, f'{path}, line {line}' if line > 1 else path
+            yield text, f'{path}, line {line}'
 
 
 def read_paragraphs(path, reading):
     with reading.open(path) as file:
-        lines, n_chars, first = [], 0, 1
-        for number, line in enumerate(file.lines(), 1):
-            if line.strip():
-                lines.append(line)
-                n_chars += len(line)
-                if n_chars > MAX_RECORD_CHARS:
-                    raise too_long(f'{path}, line {first}: a paragraph')
-            else:
-                yield ''.join(lines).rstrip('\n'), f'{path}, line {first}'
-                lines, n_chars, first = [], 0, number + 1
-        yield ''.join(lines).rstrip('\n'), f'{path}, line {first}'
+        numbered = enumerate(file.lines(), 1)
+        for is_blank, group in itertools.groupby(numbered, key=lambda line: not line[1].strip()):
+            if not is_blank:
+                numbers, lines = zip(*group, strict=True)
+                yield ''.join(lines).rstrip('\n'), f'{path}, line {numbers[0]}'
 
 
 def read_lines(path, reading):
@@ -322,29 +295,39 @@ def read_wiki(path, reading):
 
 
 def text_of_page(page, where, fields):
-    values = {'title': page.title, 'text': plain_text(page.wikitext, page.hidden)}
-    if not values['text']:
+    text = plain_text(page.wikitext, page.hidden)
+    if not text:
         return ''
-    return clean('\n'.join(values[field] for field in fields))
+    return text_of_record({'title': page.title, 'text': text}, where, fields)
 
 
 class Format(NamedTuple):
     read: Callable  # (path, reading) yields (record, where)
+    text_of: Callable | None  # (record, where, fields) returns the text of a record
     endings: list
-    text_of: Callable | None = None  # (record, where, fields) returns the text of a record
+    document: str  # in words
 
 
 FORMATS = {
-    'text': Format(read_parts, ['.txt']),
-    'paragraphs': Format(read_paragraphs, ['.txt']),
-    'lines': Format(read_lines, ['.txt'], text_of_record),
-    'jsonl': Format(read_jsonl, ['.jsonl', '.ndjson'], text_of_record),
-    'json': Format(read_json_records, ['.json'], text_of_record),
-    'csv': Format(read_csv, ['.csv'], text_of_record),
-    'tsv': Format(functools.partial(read_csv, delimiter='\t'), ['.tsv'], text_of_record),
-    'parquet': Format(read_parquet, ['.parquet'], text_of_record),
-    'arrow': Format(read_arrow, ['.arrow'], text_of_record),
-    'wiki': Format(read_wiki, ['.xml'], text_of_page),
-    'blocks': Format(read_rows, ['token_float32.npy']),
+    'text': Format(read_parts, None, ['.txt'], 'a file, or whole lines of up to 1 Mi characters'),
+    'paragraphs': Format(read_paragraphs, None, ['.txt'], 'the lines between two blank lines'),
+    'lines': Format(read_lines, text_of_record, ['.txt'], 'a line'),
+    'jsonl': Format(read_jsonl, text_of_record, ['.jsonl', '.ndjson'], 'a line: an object, or a string'),
+    'json': Format(read_json_records, text_of_record, ['.json'],
+                   'an element of an array or of {"data": [...]}, a value of an object of objects'),
+    'csv': Format(read_csv, text_of_record, ['.csv'], 'a row; the first row names the fields'),
+    'tsv': Format(functools.partial(read_csv, delimiter='\t'), text_of_record, ['.tsv'], 'a row'),
+    'parquet': Format(read_parquet, text_of_record, ['.parquet'], 'a row'),
+    'arrow': Format(read_arrow, text_of_record, ['.arrow'], 'a row, also in folders of save_to_disk'),
+    'wiki': Format(read_wiki, text_of_page, ['.xml'], 'an article of a MediaWiki dump, as plain text'),
+    'blocks': Format(read_rows, None, ['.npy'],
+                     'a row of ids with its mask, from folders of token_float32.npy'),
 }
 FORMAT_OF_ENDING = {ending: name for name in reversed(FORMATS) for ending in FORMATS[name].endings}
+
+
+def help_on_formats():
+    lines = [__doc__, '    format      files            one document']
+    for name, format in FORMATS.items():
+        lines.append(f'    {name:12}{" ".join(format.endings):17}{format.document}')
+    return '\n'.join(lines)

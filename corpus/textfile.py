@@ -1,4 +1,4 @@
-"""Open a text file for reading: decompress it, decode it, and turn every line end into a line feed."""
+"""Read a text file: decompressed, decoded, with a line feed for every line end."""
 
 import bz2
 import codecs
@@ -11,6 +11,7 @@ import re
 from files import print0
 
 MAX_RECORD_CHARS = 64 << 20  # a longer record means that the file has another format
+MAX_REPLACED = 0.01  # share of the characters
 # The order matters: GB 18030 decodes most of Big5 to rare characters, and its common part GB 2312 does not.
 USUAL_ENCODINGS = {'utf-8': 'utf-8', 'utf-16': 'utf-16', 'gb2312': 'gb18030', 'big5': 'big5',
                    'gb18030': 'gb18030'}
@@ -33,64 +34,65 @@ def naming(path):
 
 
 def open_bytes(path):
-    """Open a file. Returns (stream of decompressed bytes, file on disk, whose tell() measures progress)."""
-    raw = open(path, 'rb')
+    """Open a file. Returns (stream of decompressed bytes, the file on disk)."""
+    file = open(path, 'rb')
     ending = os.path.splitext(path)[1].lower()
-    if ending == '.gz':
-        return gzip.open(raw), raw
-    if ending == '.bz2':
-        return bz2.open(raw), raw
-    if ending == '.zst':
-        import pyarrow
-        return io.BufferedReader(pyarrow.input_stream(raw, compression='zstd'), 1 << 20), raw
-    return raw, raw
+    return DECOMPRESS.get(ending, lambda file: file)(file), file
+
+
+def decompress_zstd(file):
+    import pyarrow
+    return io.BufferedReader(pyarrow.input_stream(file, compression='zstd'), 1 << 20)
+
+
+DECOMPRESS = {'.gz': gzip.open, '.bz2': bz2.open, '.zst': decompress_zstd}
 
 
 class TextFile:
-    """A decoded file. Every line end is a line feed, and a byte order mark at the beginning is dropped.
+    """A decoded file without its byte order mark. Set n_pending to 0 after each record.
 
     encoding   'utf-8' also reads UTF-16 that begins with its byte order mark
-    errors     'strict' raises ValueError with the line and, if there is one, the encoding that fits the file;
-               'replace' puts U+FFFD for what does not decode, says at the end how often, and refuses more
-               than 1% of the characters; 'replace_all' takes any number
+    errors     'strict' raises ValueError with the line, and the encoding that fits the file if one does;
+               'replace' puts U+FFFD, for up to MAX_REPLACED; 'replace_all' without this limit
     """
 
     def __init__(self, path, encoding='utf-8', errors='strict'):
         self.path, self.encoding, self.errors = os.fspath(path), encoding, errors
-        self.n_chars = self.n_replaced = 0
-        stream, self.raw = open_bytes(path)
+        self.n_chars = self.n_replaced = self.n_pending = 0
+        stream, self.on_disk = open_bytes(path)
         if encoding == 'utf-8' and stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             self.encoding = 'utf-16'
-        self.text = io.TextIOWrapper(stream, self.encoding, 'strict' if errors == 'strict' else 'replace')
+        self.text = io.TextIOWrapper(stream, self.encoding, errors.removesuffix('_all'))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.text.close()
-        self.raw.close()
+        self.on_disk.close()
+
+    def tell(self):
+        return self.on_disk.tell()
 
     def read(self, n_chars=-1):
-        return self.counted(self.text.read, n_chars)
+        return self.checked(self.text.read, n_chars)
 
     def lines(self):
-        """Yield every line, with its line feed."""
-        number = 1
-        while line := self.counted(self.text.readline, MAX_RECORD_CHARS + 1):
-            if len(line) > MAX_RECORD_CHARS:
-                raise too_long(f'{self.path}, line {number}: a line')
+        while line := self.checked(self.text.readline, MAX_RECORD_CHARS + 1):
             yield line
-            number += 1
 
-    def counted(self, read, n_chars):
+    def checked(self, read, n_chars):
         try:
             text = read(n_chars)
         except UnicodeError as error:
-            reason = getattr(error, 'reason', error)
-            raise ValueError(wrong_encoding(self.path, self.encoding, reason)) from None
+            raise wrong_encoding(self.path, self.encoding, error) from None
         if self.n_chars == 0:
             text = text.removeprefix('\ufeff')
         self.n_chars += len(text)
+        self.n_pending += len(text)
+        if self.n_pending > MAX_RECORD_CHARS and n_chars >= 0:
+            raise ValueError(f'{self.path}: a record of more than {MAX_RECORD_CHARS >> 20} Mi characters: '
+                             'is the --format right?')
         if self.errors != 'strict':
             self.n_replaced += text.count('\ufffd')
         if self.n_replaced and not text:
@@ -99,16 +101,12 @@ class TextFile:
 
     def report_replaced(self):
         share = self.n_replaced / self.n_chars
-        if self.errors == 'replace' and share > 0.01:
+        if self.errors == 'replace' and share > MAX_REPLACED:
             remedy = fitting_encoding(self.path) or 'if they may be lost, use --errors=replace_all'
             raise ValueError(f'{self.path}: {share:.1%} of its characters are not {self.encoding}, and '
-                             f'--errors=replace takes up to 1%: {remedy}')
+                             f'--errors=replace takes up to {MAX_REPLACED:.0%}: {remedy}')
         print0(f'{self.path}: {self.n_replaced:,} of {self.n_chars:,} characters became U+FFFD, '
                f'because they are not {self.encoding}')
-
-
-def too_long(record):
-    return ValueError(f'{record} of more than {MAX_RECORD_CHARS >> 20} Mi characters: is the --format right?')
 
 
 def check_fields(fields, names, where):
@@ -120,6 +118,18 @@ def check_fields(fields, names, where):
                              'name the field to take with --field')
 
 
+# -----------------------------------------------------------------------------
+# advice for a file in another encoding
+
+
+def wrong_encoding(path, encoding, error):
+    """Return the ValueError for bytes outside an encoding."""
+    remedy = fitting_encoding(path) or ('convert it to UTF-8, name its encoding with --encoding, '
+                                        'or use corpus.pack --errors=replace')
+    return ValueError(f'{path}, line {first_wrong_line(path, encoding)}: not {encoding.upper()} '
+                      f'({getattr(error, "reason", error)}): {remedy}')
+
+
 def fitting_encoding(path):
     """Return advice that names the usual encoding of a file; None if none fits all of it."""
     for usual, name in USUAL_ENCODINGS.items():
@@ -128,24 +138,16 @@ def fitting_encoding(path):
     return None
 
 
-def wrong_encoding(path, encoding, reason):
-    """Say where a file stops being text in this encoding, and which encoding fits all of it."""
-    remedy = fitting_encoding(path) or ('convert the file to UTF-8, name its encoding with --encoding, '
-                                        'or let corpus.pack --errors=replace put U+FFFD in its place')
-    line = first_wrong_line(path, encoding)
-    return f'{path}, line {line}: not {encoding.upper()} ({reason}): {remedy}'
-
-
 def first_wrong_line(path, encoding):
     """Return the number of the first line with bytes outside an encoding; None if all of them decode."""
-    stream, raw = open_bytes(path)
-    number = 1
-    with raw, io.TextIOWrapper(stream, encoding, errors='surrogateescape') as text:
+    stream, file = open_bytes(path)
+    line = 1
+    with file, io.TextIOWrapper(stream, encoding, errors='surrogateescape') as text:
         try:
-            while part := text.readline(1 << 20):
-                if re.search('[\udc80-\udcff]', part):
-                    return number
-                number += part.endswith('\n')
+            while part := text.read(1 << 20):
+                if wrong := re.search('[\udc80-\udcff]', part):
+                    return line + part.count('\n', 0, wrong.start())
+                line += part.count('\n')
         except UnicodeError:  # UTF-16 without its byte order mark, or cut short
-            return number
+            return line
     return None

@@ -13,10 +13,9 @@ MARK = '\x02'  # followed by the level of the heading that the rest of the line 
 
 
 class Page(NamedTuple):
-    """An article. hidden names the dump's own namespaces of files and categories."""
     title: str
     wikitext: str
-    hidden: set
+    hidden: set  # the namespaces of files and categories
 
 
 def read_pages(file, path):
@@ -30,14 +29,15 @@ def read_pages(file, path):
             raise ValueError(f'{path}: its first element is <{local_name(root)}>, '
                              'not the <mediawiki> of a MediaWiki dump')
         for event, element in events:
-            tag = local_name(element)
-            if event == 'end' and tag == 'namespace' and element.get('key') in ('6', '14'):
+            name = local_name(element)
+            if event == 'end' and name == 'namespace' and element.get('key') in ('6', '14'):
                 hidden.add((element.text or '').lower())
-            if event == 'end' and tag == 'page':
-                page = {local_name(child): child.text or '' for child in element.iter()}
-                is_text = page.get('model', 'wikitext') == 'wikitext' and 'redirect' not in page
-                if is_text and page.get('ns', '0') == '0':
-                    yield Page(page.get('title', ''), page.get('text', ''), hidden)
+            if event == 'end' and name == 'page':
+                page = {'ns': '0', 'model': 'wikitext', 'title': '', 'text': ''}
+                page.update((local_name(child), child.text or '') for child in element.iter())
+                if (page['ns'], page['model']) == ('0', 'wikitext') and 'redirect' not in page:
+                    yield Page(page['title'], page['text'], hidden)
+                file.n_pending = 0
                 root.clear()  # the parser keeps every element it has seen
     except ET.ParseError as error:
         reason = error.msg.partition(':')[0]
@@ -49,9 +49,7 @@ def local_name(element):
 
 
 def plain_text(wikitext: str, hidden=HIDDEN_LINKS) -> str:
-    """Turn an article into text without templates, tables, references, files, categories, comments or markup.
-
-    A heading goes if there is no text below it, in its own section or in a deeper one.
+    """Remove templates, tables, references, comments, markup, and headings without text below them.
 
     hidden   names of namespaces whose links are not text
     """
@@ -85,26 +83,31 @@ def text_of_node(node, hidden):
         return node.normalize() or ''
     if kind == 'Heading':
         return f'\n{MARK}{node.level}{text_of_nodes(node.title, hidden).strip()}\n'
+    if kind == 'ExternalLink' and not node.brackets:
+        return text_of_nodes(node.url, hidden)
     if kind == 'ExternalLink':
-        # a bare URL is text as it stands; [URL] is shown as a number, and [URL title] as its title
-        return text_of_nodes(node.title if node.brackets else node.url, hidden)
+        return text_of_nodes(node.title, hidden)
     if kind == 'Wikilink':  # [[title|text]]; [[:File:x]] is an ordinary link
-        prefix, colon, _ = str(node.title).partition(':')
+        title = str(node.title)
+        prefix, colon, _ = title.partition(':')
         if colon and prefix.strip().lower() in hidden:
             return ''
-        return str(node.title).removeprefix(':') if node.text is None else text_of_nodes(node.text, hidden)
+        if node.text is None:
+            return title.removeprefix(':')
+        return text_of_nodes(node.text, hidden)
     if kind == 'Tag':
         from mwparserfromhell.definitions import is_visible
-        tag = str(node.tag).strip().lower()
-        line_feed = '\n' if tag in LINE_TAGS else ''
+        tag, text = str(node.tag).strip().lower(), ''
+        if tag in LINE_TAGS:
+            text = '\n'
         if tag not in HIDDEN_TAGS and is_visible(tag):
-            return line_feed + text_of_nodes(node.contents, hidden)
-        return line_feed
+            text += text_of_nodes(node.contents, hidden)
+        return text
     return ''  # a template, an argument, a comment
 
 
 def choose_variant(match):
-    """Choose the simplified one of several writings in Chinese wikitext: -{zh-hans:软件; zh-hant:軟體}-."""
+    """Choose the simplified one of several writings, such as -{zh-hans:软件; zh-hant:軟體}-."""
     flags, bar, content = match[1].rpartition('|')
     if bar and not re.fullmatch(r'[A-Za-z;\s-]*', flags):
         content = match[1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from corpus import blocks, columns, jsonfile, readers, textfile, wiki
+from corpus import blocks, columns, readers, textfile, wiki
 from corpus.readers import find_files, read_documents, read_text
 
 SHARED = ROOT.parent / 'shared' / 'data' / 'chinese'
@@ -309,12 +309,15 @@ def test_blocks_continue_at_any_row(tmp_path, small_parts):
         assert [ids[0] for ids, _ in texts_of(tmp_path, start=n)] == list(range(10 * n, 400, 10))
 
 
+NEEDED = ': needed are whole numbers below 16,777,216, labels that are the tokens or the following ones, and a mask of 0 or 1'
+
+
 @pytest.mark.parametrize('tokens, labels, mask, error', [
-    ([[1, 2.5]], [[2, 3]], None, ', row 0, position 1: token_float32.npy holds 2.5, which is not a token id that float32 can hold'),
-    ([[1, 2]], [[2, np.nan]], None, ', row 0, position 1: label_float32.npy holds nan, which is not a token id that float32 can hold'),
-    ([[1, 2 ** 25]], [[2, 3]], None, ', row 0, position 1: token_float32.npy holds 33554432.0, which is not a token id that float32 can hold'),
-    ([[1, 2]], [[2, 3]], [[1, 0.5]], ', row 0, position 1: loss_mask.npy holds 0.5, which is not 0 or 1'),
-    ([[1, 2], [3, 4]], [[2, 3], [7, 5]], None, ', row 1, position 0: label_float32.npy holds 7.0, which is neither the token there nor the following one'),
+    ([[1, 2.5]], [[2, 3]], None, ', row 0, position 1: token_float32.npy 2.5, label_float32.npy 3.0' + NEEDED),
+    ([[1, 2]], [[2, np.nan]], None, ', row 0, position 1: token_float32.npy 2.0, label_float32.npy nan' + NEEDED),
+    ([[1, 2 ** 25]], [[2, 3]], None, ', row 0, position 1: token_float32.npy 33554432.0, label_float32.npy 3.0' + NEEDED),
+    ([[1, 2]], [[2, 3]], [[1, 0.5]], ', row 0, position 1: token_float32.npy 2.0, label_float32.npy 3.0, loss_mask.npy 0.5' + NEEDED),
+    ([[1, 2], [3, 4]], [[2, 3], [7, 5]], None, ', row 1, position 0: token_float32.npy 3.0, label_float32.npy 7.0' + NEEDED),
     ([[1, 2]], [[2, 3, 4]], None, ': token_float32.npy is float32 (1, 2), label_float32.npy is float32 (1, 3): numbers in equal shapes (rows, T) are needed'),
     ([1, 2], [2, 3], None, ': token_float32.npy is float32 (2,), label_float32.npy is float32 (2,): numbers in equal shapes (rows, T) are needed'),
     ([[1, 2]], [[2, 3]], [[1]], ': token_float32.npy is float32 (1, 2), label_float32.npy is float32 (1, 2), loss_mask.npy is int64 (1, 1): numbers in equal shapes (rows, T) are needed')])
@@ -322,13 +325,13 @@ def test_blocks_that_are_wrong(tmp_path, tokens, labels, mask, error):
     write_block(tmp_path / '0', tokens, labels, mask)
     with pytest.raises(ValueError) as caught:
         rows(tmp_path)
-    assert str(caught.value) == f'{tmp_path / "0"}{error}'
+    assert str(caught.value) == f'{tmp_path}/0/token_float32.npy{error}'
 
 
 def test_blocks_of_unequal_length_are_found_before_the_first_is_read(tmp_path):
     write_block(tmp_path / '0', [[1, 2.5]], [[2, 3]])
     write_block(tmp_path / '1', [[1, 2, 3]], [[2, 3, 4]])
-    with pytest.raises(ValueError, match=f'^{tmp_path / "1"} has rows of 3 tokens, {tmp_path / "0"} of 2: pack them one by one$'):
+    with pytest.raises(ValueError, match='^{0}/1/{1} has rows of 3 tokens, {0}/0/{1} of 2: pack them one by one$'.format(tmp_path, 'token_float32.npy')):
         rows(tmp_path)
 
 
@@ -342,7 +345,7 @@ def test_no_pickle_is_opened(tmp_path):
 # what is wrong in a file
 
 @pytest.mark.parametrize('name, content, error', [
-    ('a.txt', b'one\ntwo\n\xff\n', ', line 3: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or let corpus.pack --errors=replace put U+FFFD in its place'),
+    ('a.txt', b'one\ntwo\n\xff\n', ', line 3: not UTF-8 (invalid start byte): convert it to UTF-8, name its encoding with --encoding, or use corpus.pack --errors=replace'),
     ('a.jsonl', b'{"text": "a"}\n{"text": "\xe5\x8c"}', ', line 2: not UTF-8 (invalid continuation byte): it is gb18030: convert it to UTF-8, or use --encoding=gb18030'),
     ('a.csv', b'text\na\n\xff\n', ', line 3: not UTF-8'), ('a.json', b'["a",\n"\xff"]', ', line 2: not UTF-8'),
     ('a.xml', b'<mediawiki>\n\xff</mediawiki>', ', line 2: not UTF-8'),
@@ -387,8 +390,6 @@ def test_replace_puts_a_mark_where_strict_raises(tmp_path):
 @pytest.mark.parametrize('name, format', [('a.jsonl', 'auto'), ('a.csv', 'auto'), ('a.json', 'auto'), ('a.txt', 'paragraphs')])
 def test_a_record_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name, format):
     monkeypatch.setattr(textfile, 'MAX_RECORD_CHARS', 5000)
-    monkeypatch.setattr(jsonfile, 'MAX_RECORD_CHARS', 5000)
-    monkeypatch.setattr(readers, 'MAX_RECORD_CHARS', 5000)
     (tmp_path / name).write_bytes({'a.json': b'["', 'a.csv': b'text\n'}.get(name, b'') + b'x' * 100_000)
     with pytest.raises(ValueError, match=' of more than 0 Mi characters|field larger than'):
         texts_of(tmp_path / name, format=format)
@@ -447,7 +448,7 @@ def test_replaced_characters_are_counted_and_many_of_them_refused(tmp_path, caps
 
 def test_a_file_of_continuation_bytes_is_one_line(tmp_path):
     (tmp_path / 'a.txt').write_bytes(b'\x80' * 1_500_000)
-    with pytest.raises(ValueError, match='a.txt, line 1: not UTF-8 .invalid start byte.: convert the file to UTF-8'):
+    with pytest.raises(ValueError, match='a.txt, line 1: not UTF-8 .invalid start byte.: convert it to UTF-8'):
         texts_of(tmp_path)
 
 

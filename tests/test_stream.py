@@ -127,7 +127,7 @@ def test_a_text_without_text_and_files_that_are_none(tmp_path):
     (tmp_path / 'rows').mkdir()
     for name in ('token_float32.npy', 'label_float32.npy'):
         np.save(tmp_path / 'rows' / name, np.zeros((2, 3), dtype=np.float32))
-    with pytest.raises(ValueError, match='rows holds token ids, not text: pack it'):
+    with pytest.raises(ValueError, match='holds token ids, not text: pack it'):
         stream(tmp_path)
 
 
