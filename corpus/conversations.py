@@ -35,14 +35,11 @@ MAX_EVIDENCE_LOST = 0.05  # share of the answers, above which a warning is print
 
 
 def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbose=False, **reading) -> dict:
-    """Pack conversations into a dataset folder, replacing the dataset that was there.
+    """Pack conversations into a dataset folder, replacing the dataset that was there. Returns its meta.json.
 
-    block_size  a row is one token longer; training takes the same block_size
-    val         share of the questions (or of their passages) for validation, chosen by hash: conversations
-                about one of them are in one split. Or a list of files, whose questions training leaves out
-    reading     question, answer, encoding of corpus.dialogue.read_conversations
-    returns     the dict in meta.json
-    raises      ValueError, FileNotFoundError; the old dataset then stays
+    val         share of the questions or passages for validation, chosen by hash, so that all conversations
+                about one are in one split; or a list of files, whose questions are left out of training
+    reading     question, answer, encoding of read_conversations
     """
     template, size = Template(tokenizer, style), block_size + 1
     encoded = encode_all(dialogue.read_conversations(paths, **reading), template, size, verbose)
@@ -69,29 +66,38 @@ def encode_all(conversations, template, size, verbose):
     encoded, counts, n_evidence = {}, Counter(), 0
     for where, turns, key in tqdm(conversations, desc='tokenizing', unit=' conversations', disable=None):
         kept = dialogue.answered(turns)
-        fitted = template.fit(kept, size) if kept else None
+        fitted = kept and template.fit(kept, size)
         if fitted:
             encoded.setdefault(key, []).append((fitted.ids, fitted.mask))
             n_evidence += fitted.evidence is not None
-        events = {
-            'left out, having no answer': not kept,
-            'ended before an empty answer': kept and ('assistant', '') in turns,
-            'left out, the answer alone being longer than a row': kept and not fitted,
-            'cut to fit a row': fitted and (fitted.n_left_out or fitted.n_cut),
-            EVIDENCE_LOST: fitted and fitted.evidence is False,
-        }
-        for event in filter(events.get, events):
+        for event in events_of(turns, kept, fitted):
             counts[event] += 1
             if verbose:
                 tqdm.write(f'{where}: {event}')
 
     for event, n in counts.items():
-        print(f'{event}: {n:,}' + ('' if verbose else ' (-v names them)'))
+        print(f'{event}: {n:,}{" (-v names them)" * (not verbose)}')
     share = counts[EVIDENCE_LOST] / max(n_evidence, 1)
     if share > MAX_EVIDENCE_LOST:
         print(f'warning: {share:.0%} of the answers are no longer in their passages, '
               'so the model would learn to answer without them: use a larger --block_size')
     return encoded
+
+
+def events_of(turns, kept, fitted):
+    """Yield in words what became of a conversation."""
+    if not kept:
+        yield 'left out, having no answer'
+        return
+    if ('assistant', '') in turns:
+        yield 'ended before an empty answer'
+    if not fitted:
+        yield 'left out, the answer alone being longer than a row'
+        return
+    if fitted.n_left_out or fitted.n_cut:
+        yield 'cut to fit a row'
+    if fitted.evidence is False:
+        yield EVIDENCE_LOST
 
 
 # -----------------------------------------------------------------------------
@@ -101,7 +107,7 @@ def encode_all(conversations, template, size, verbose):
 def best_fit(lengths, size):
     """Group conversations of these lengths into rows of at most `size` tokens, lists of numbers.
 
-    Longest first, each into the row where it leaves the least room: best-fit decreasing, arXiv:2404.10830.
+    Best-fit decreasing (arXiv:2404.10830): the longest first, each into the row that it fills best.
     """
     rows, rooms = [], []  # rooms: (tokens free, row), sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -145,11 +151,15 @@ def write_dataset(folder, tokenizer, splits, *, style, size, source):
 
 def as_text(ids, mask, tokenizer, colour):
     """Return a row as text: targets in green, or between ⟦ and ⟧, and special tokens by name."""
-    begin, end = ('\x1b[32m', '\x1b[0m') if colour else ('⟦', '⟧')
+    begin, end = '⟦⟧'
+    if colour:
+        begin, end = '\x1b[32m', '\x1b[0m'
     text = ''
     for is_target, tokens in groupby(zip(ids, mask, strict=True), key=itemgetter(1)):
         part = tokenizer.decode([token for token, _ in tokens])
-        text += f'{begin}{part}{end}' if is_target else part
+        if is_target:
+            part = begin + part + end
+        text += part
     return text
 
 
@@ -189,35 +199,33 @@ def build_command(argv, doc=None, folder=None, download=None, style='chat'):
 
     doc, folder   docstring and folder of a prepare script, where its dataset goes by default
     download      function that returns the path of its file, where --input names none
-    style         the default
     """
-    defaults = {'val_fraction': 0.05}
+    defaults, command = {'val_fraction': 0.05}, None
     if download:
         defaults['input'] = None
     if folder:
         defaults['out'] = folder
-    table = '\n'.join(f'    {use:15}{", ".join(names)}' for use, names in dialogue.FIELDS.items())
-    parser = Parser(doc or f'{__doc__}\n{dialogue.__doc__}\n{table}',
-                    None if doc else 'python -m corpus.conversations build',
-                    ['input', 'val_fraction', 'encoding', 'out'], **defaults)
+    if not doc:
+        table = '\n'.join(f'    {use:15}{", ".join(names)}' for use, names in dialogue.FIELDS.items())
+        doc, command = f'{__doc__}\n{dialogue.__doc__}\n{table}', 'python -m corpus.conversations build'
+    parser = Parser(doc, command, ['input', 'val_fraction', 'encoding', 'out'], **defaults)
     add = parser.add_argument
-    add('--val', nargs='+', default=[], metavar='PATH', help='files for validation, instead of a share')
+    add('--val', nargs='+', metavar='PATH', help='files for validation, instead of a share')
     add('--question', default='', metavar='NAME', help='the column of the questions, if no layout has it')
     add('--answer', default='', metavar='NAME', help='the column of the answers')
-    add('--tokenizer', default='gpt2',
-        help='gpt2, byte, a checkpoint, or a folder with tokenizer.json (default: %(default)s)')
-    add('--block_size', type=count, default=1024,
-        help='as in training; a row has one token more (default: %(default)s)')
-    add('--style', choices=list(STYLES), default=style, help='prompt template (default: %(default)s)')
+    add('--tokenizer', default='gpt2', help='gpt2, byte, a checkpoint, or a folder with tokenizer.json')
+    add('--block_size', type=count, default=1024, help='as in training; a row has one token more')
+    add('--style', choices=list(STYLES), default=style, help='prompt template')
     add('-v', '--verbose', action='store_true', help='name each conversation that is left out or cut')
     args = parser.parse_args(argv)
     build(args.out, open_tokenizer(args.tokenizer), args.input or [download()], block_size=args.block_size,
           style=args.style, val=args.val or args.val_fraction, verbose=args.verbose,
           question=args.question, answer=args.answer, encoding=args.encoding)
-    is_folder = (Path(args.tokenizer) / 'config.json').is_file()  # of a model
-    names_model = is_folder or args.tokenizer == 'gpt2' or args.tokenizer.endswith('.pt')
-    base = args.tokenizer if names_model else 'CHECKPOINT'
-    config = 'config/finetune_qwen3.py' if is_folder else 'config/finetune_dolly.py'
+    base, config = 'CHECKPOINT', 'config/finetune_dolly.py'
+    if args.tokenizer == 'gpt2' or args.tokenizer.endswith('.pt'):
+        base = args.tokenizer
+    if (Path(args.tokenizer) / 'config.json').is_file():  # the folder of a model
+        base, config = args.tokenizer, 'config/finetune_qwen3.py'
     print_next(args.out, [config, f'--init_from={base}'], own_dataset='dolly')
 
 
@@ -226,7 +234,7 @@ def show_command(argv):
                     'python -m corpus.conversations show')
     parser.add_argument('folder', type=Path)
     parser.add_argument('--split', choices=['train', 'val'], default='train')
-    parser.add_argument('--rows', type=count, default=3, help='number of rows (default: %(default)s)')
+    parser.add_argument('--rows', type=count, default=3, help='number of rows')
     args = parser.parse_args(argv)
     show(args.folder, args.split, args.rows)
 

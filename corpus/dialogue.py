@@ -51,24 +51,19 @@ def read_conversations(paths, *, question='', answer='', encoding='utf-8'):
     """Yield every Conversation in some files and folders.
 
     question, answer   the names of these columns, in place of those in FIELDS
-    raises             ValueError that names file and record
     """
-    fields = dict(FIELDS)
-    for use, name in (('question', question), ('answer', answer)):
-        if name:
-            fields[use] = (name,)
-    files = [File(path, 'lines' if format == 'text' else format) for path, format in find_files(paths)]
+    columns = {use: name for use, name in (('question', question), ('answer', answer)) if name}
+    fields = {**FIELDS, **{use: (name,) for use, name in columns.items()}}
+    files = [File(path, {'text': 'lines'}.get(format, format)) for path, format in find_files(paths)]
     for record, where in read_records(files, encoding=encoding):
         if record == '':  # a blank line of a .txt file
             continue
-        if isinstance(record, str | list):
-            record = {'prompt' if isinstance(record, str) else 'messages': record}
+        if isinstance(record, str):
+            record = {'prompt': record}
+        if isinstance(record, list):
+            record = {'messages': record}
         try:
-            if not isinstance(record, dict):
-                raise ValueError(f'a {type(record).__name__}, where an object with fields is needed')
-            for use, name in (('question', question), ('answer', answer)):
-                if name and name not in record:
-                    raise ValueError(f'--{use}={name}: its fields are {", ".join(record)}')
+            check_record(record, columns)
             conversations = [turns_of(each, fields) for each in flat_records(record)] or [[]]
         except ValueError as error:
             raise ValueError(f'{where}: {error}') from None
@@ -94,18 +89,29 @@ def answered(turns):
 # layouts
 
 
+def check_record(record, columns):
+    if not isinstance(record, dict):
+        raise ValueError(f'a {type(record).__name__}, where an object with fields is needed')
+    for use, name in columns.items():
+        if name not in record:
+            raise ValueError(f'--{use}={name}: its fields are {", ".join(record)}')
+
+
 def flat_records(record):
     """Return a record for each nested question, with the fields around it."""
-    for name in FIELDS['nested']:
-        if name in record:
-            outer, flat = {field: value for field, value in record.items() if field != name}, []
-            for inner in record[name].values() if isinstance(record[name], dict) else record[name]:
-                twice = [field for field in chain(*FIELDS.values()) if outer.get(field) and field in inner]
-                if twice:
-                    raise ValueError(f'its field {twice[0]!r} has content outside and inside of its {name}')
-                flat += flat_records({**outer, **inner})
-            return flat
-    return [record]
+    name = next((name for name in FIELDS['nested'] if name in record), None)
+    if name is None:
+        return [record]
+    outer, flat = {field: value for field, value in record.items() if field != name}, []
+    inner_records = record[name]
+    if isinstance(inner_records, dict):
+        inner_records = inner_records.values()
+    for inner in inner_records:
+        for field in chain(*FIELDS.values()):
+            if outer.get(field) and field in inner:
+                raise ValueError(f'its field {field!r} has content outside and inside of its {name}')
+        flat += flat_records({**outer, **inner})
+    return flat
 
 
 def turns_of(record, fields):
@@ -116,28 +122,28 @@ def turns_of(record, fields):
     filled = {}  # the fields that have content, by their use
     for use, names in fields.items():
         filled[use] = [name for name in names if record.get(name) not in (None, '', [], {})]
-    used = ['messages']
+    used = ['system', 'history', 'messages']
     if record.keys().isdisjoint(fields['messages']):
-        used = ['question', 'context', 'answer']
+        used = ['system', 'history', 'question', 'context', 'answer']
         if record.keys().isdisjoint(fields['question']):
             shown = ', '.join(sorted(record)) or 'none'
             needed = ', '.join((*FIELDS['messages'], *FIELDS['question']))
             raise ValueError(f'its fields are {shown}: needed is one of {needed}; '
                              '--question= and --answer= name other columns')
-    for use in used:
-        if len(filled[use]) > 1 and use != 'context':
+    for use in set(used) - {'system', 'context'}:
+        if len(filled[use]) > 1:
             raise ValueError(f'its fields {" and ".join(filled[use])} both hold the {use}: keep one of them')
-    content = {use: record[names[0]] for use, names in filled.items() if names}
 
+    content = {use: record[names[0]] for use, names in filled.items() if names}
     turns = [('system', text_of(record[name], name)) for name in filled['system']]
-    turns += messages_of(content.get('history', []), 'history')
-    if 'messages' in used:
-        turns += messages_of(content.get('messages', []), 'messages')
-    else:
+    for use in ('history', 'messages'):
+        if use in used:
+            turns += messages_of(content.get(use, []), use)
+    if 'question' in used:
         contexts = [text_of(record[name], name) for name in filled['context']]
         turns += exchange(content.get('question'), '\n\n'.join(contexts), content.get('answer'))
 
-    text, used = '\n'.join(text for _, text in turns), ['system', 'history', *used]
+    text = '\n'.join(text for _, text in turns)
     for name in [name for use in filled if use not in used for name in filled[use]]:
         if clean(str(record[name])) not in text:
             layout = ', '.join(name for use in used for name in filled[use])
@@ -159,12 +165,14 @@ def messages_of(messages, name):
         role = message.get('role') or message.get('from')
         if role not in ROLES:
             raise ValueError(f'the role {role!r} is none of {", ".join(ROLES)}')
-        lost = [field for field in FIELDS['not supported'] if message.get(field)]
-        if lost:
-            raise ValueError(f'a message of {role} has {lost[0]!r}, which no template here can express: '
-                             'write it into its content, or remove it')
+        for field in FIELDS['not supported']:
+            if message.get(field):
+                raise ValueError(f'a message of {role} has {field!r}, which no template here can express: '
+                                 'write it into its content, or remove it')
         content = message.get('content')
-        turns.append((ROLES[role], text_of(message.get('value') if content is None else content, 'content')))
+        if content is None:
+            content = message.get('value')
+        turns.append((ROLES[role], text_of(content, 'content')))
     return turns
 
 
@@ -177,20 +185,23 @@ def exchange(question, context, answers):
         starts = answers.get('answer_start') or [None] * len(answers['text'])
         pairs = zip(answers['text'], starts, strict=False)
         answers = [{'text': text, 'answer_start': start} for text, start in pairs]
-    best = {'text': ''}
-    for answer in answers if isinstance(answers, list) else [answers]:
-        answer = dict(answer) if isinstance(answer, dict) else {'text': answer}
-        answer['text'] = text_of(answer['text'], 'answer')
-        if answer['text'] not in ('', 'no_answer'):
-            best = answer
+    if not isinstance(answers, list):
+        answers = [answers]
+    text, start = '', None
+    for answer in answers:
+        if not isinstance(answer, dict):
+            answer = {'text': answer}
+        text, start = text_of(answer['text'], 'answer'), answer.get('answer_start')
+        if text == 'no_answer':
+            text = ''
+        if text:
             break
 
     passage = Passage(context)
-    start = best.get('answer_start')
     if isinstance(start, int):  # before white space was removed, which moves the answer a little
-        occurrences = [match.start() for match in re.finditer(re.escape(best['text']), passage)]
+        occurrences = [match.start() for match in re.finditer(re.escape(text), passage)]
         passage.answer_start = min(occurrences, key=lambda i: abs(i - start), default=-1)
-    turns = [('user', text_of(question, 'question')), ('context', passage), ('assistant', best['text'])]
+    turns = [('user', text_of(question, 'question')), ('context', passage), ('assistant', text)]
     return [turn for turn in turns if turn != ('context', '')]
 
 
@@ -214,5 +225,5 @@ def text_of(value, name):
 
 
 def clean(text):
-    """Line ends as line feeds, and no white space around, which would be learned as part of an answer."""
+    """Make line ends line feeds, and remove white space around: it would be learned as part of an answer."""
     return text.replace('\r\n', '\n').replace('\r', '\n').strip()

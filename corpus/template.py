@@ -2,13 +2,12 @@
 
 Style 'chat' opens a turn with its role token, such as <|user|>, or with a line such as '### User:' if the
 tokenizer has none; 'alpaca' with a line such as '### Instruction:'. An answer ends with end-of-text. Style
-'chatml', that of Qwen and SmolLM, puts each turn between <|im_start|> and <|im_end|>. The text between
-special tokens is encoded as a whole, as transformers does, but no token reaches from prompt to answer.
+'chatml', that of Qwen and SmolLM, puts each turn between <|im_start|> and <|im_end|>.
 """
 
 import json
 import re
-from functools import cached_property
+from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 import numpy as np
@@ -66,10 +65,7 @@ class Template:
             self.gap, self.end, self.end_id = f'{TURN_END}\n', '\n', tokenizer.special[TURN_END]
 
     def jinja(self) -> str:
-        """Return the chat_template of tokenizer_config.json, which gives the ids of training.
-
-        A message of the role tool or context is the passage that the next answer is about.
-        """
+        """Return the chat_template of tokenizer_config.json, which gives the ids of training."""
         end = next(name for name, i in self.tokenizer.special.items() if i == self.end_id) + self.end
         marks = {**self.marks, 'developer': self.marks['system'], 'tool': self.marks['context']}
         settings = {'marks': marks, 'gap': self.gap, 'end': end}
@@ -77,25 +73,34 @@ class Template:
         return '\n'.join([*lines, JINJA])
 
     def encode(self, turns) -> tuple[list, list]:
-        """Write turns as (ids, mask). A last answer of None is opened and neither told nor ended."""
+        """Write turns as (ids, mask). A last answer of None is opened and neither told nor ended.
+
+        The text between two special tokens is encoded as a whole, as transformers does, but no token reaches
+        from a prompt into its answer.
+        """
         tokenizer, ids, mask = self.tokenizer, [], []
         text = ''  # the part of the prompt that is not encoded yet
         for role, content in turns:
-            for i, part in enumerate(self.split(role, content)):
-                if i % 2:  # a special token
-                    ids += [*tokenizer.encode(text), tokenizer.special[part]]
+            pieces = pieces_of(self.marks[role])
+            if role != 'assistant':
+                pieces += [(content, False), *pieces_of(self.gap)]
+            for piece, is_special in pieces:
+                if is_special:
+                    ids += [*tokenizer.encode(text), tokenizer.special[piece]]
                     text = ''
                 else:
-                    text += part
+                    text += piece
             if role != 'assistant':
                 continue
             prompt = tokenizer.encode(text)
             ids += prompt
             mask += [0] * (len(ids) - len(mask))
             if content is not None:
-                together = tokenizer.encode(text + content)
-                is_border = together[:len(prompt)] == prompt
-                answer = together[len(prompt):] if is_border else tokenizer.encode(content)
+                answer = tokenizer.encode(text + content)
+                if answer[:len(prompt)] == prompt:
+                    answer = answer[len(prompt):]
+                else:
+                    answer = tokenizer.encode(content)
                 ids += [*answer, self.end_id]
                 mask += [1] * (len(answer) + 1)
             text = self.end
@@ -103,116 +108,104 @@ class Template:
             ids += tokenizer.encode(text)
         return ids, mask + [0] * (len(ids) - len(mask))
 
-    def split(self, role, content) -> list[str]:
-        """Return a turn, except for an answer, as text and the special tokens of the template, in turn."""
-        parts = SPECIAL.split(self.marks[role])
-        if role != 'assistant':
-            before, *after = SPECIAL.split(self.gap)
-            parts[-1] += content + before
-            parts += after
-        return parts
-
     def fit(self, turns, size) -> Fitted | None:
-        """Write turns in at most `size` tokens. Without an answer at their end, they are a prompt.
-
-        A long conversation loses, until it fits: its last passage, except for the sentences around the
-        answer; its oldest exchanges, but not the system turns; the beginning of its last question.
+        """Write turns in at most `size` tokens, see cut(). Without an answer at their end, they are a prompt.
 
         returns  None if the last answer alone is too long
         """
-        whole, turns = turns, list(turns)
+        turns = list(turns)
         if turns[-1][0] != 'assistant':
             turns.append(('assistant', None))
-        ids, mask = self.encode(turns)
-        last = {role: i - len(turns) for i, (role, _) in enumerate(turns)}  # counted from the end
-
-        # the passage around its answer, which is where the data say, or where it is found first
-        n_turns, evidence = len(turns), None
-        if 'context' in last:
-            i = last['context']
-            passage = turns[i][1]
-            answer = next(text for role, text in turns[i:] if role == 'assistant') or ''
-            begin = getattr(passage, 'answer_start', -1)
-            if begin < 0:
-                begin = passage.find(answer)
-            span = (begin, begin + len(answer)) if answer and begin >= 0 else None
-            if len(ids) > size:
-                ids, mask = self.shorten(turns, i, len(ids) - size, size, span)
-            if span:
-                evidence = answer in turns[i][1]
-
-        # the oldest exchanges
-        roles = [role for role, _ in turns]
-        first = next(i for i, role in enumerate(roles) if role != 'system')
-        while len(ids) > size and roles.count('assistant') > 1:
-            end = roles.index('assistant') + 1
-            del turns[first:end], roles[first:end]
-            ids, mask = self.encode(turns)
-
-        # the question
-        if len(ids) > size and 'user' in roles:
-            ids, mask = self.shorten(turns, last['user'], len(ids) - size, size)
+        kept = turns
+        ids, mask = self.encode(kept)
+        if len(ids) > size:
+            kept = self.cut(kept, size)
+            ids, mask = self.encode(kept)
         if len(ids) > size:
             return None
-        n_cut = sum(text is not None and (role, text) not in whole for role, text in turns)
+        n_cut = sum(turn not in turns for turn in kept)
         ids, mask = np.array(ids, dtype=np.int64), np.array(mask, dtype=np.uint8)
-        return Fitted(ids, mask, n_turns - len(turns), n_cut, evidence)
+        return Fitted(ids, mask, len(turns) - len(kept), n_cut, has_evidence(turns, kept))
 
-    def shorten(self, turns, i, n_over, size, span=None):
-        """Take n_over tokens or a few more from the text of turn i, until all turns fit or it is empty.
+    def cut(self, turns, size):
+        """Shorten turns until they fit.
 
-        span     the part of the text to keep; None keeps its end
-        returns  (ids, mask) of all turns
+        They lose the last passage, except for the sentences around its answer; then the oldest exchanges, but
+        not the system turns; then the beginning of the last question.
         """
-        role, text = turns[i]
-        n_before = self.count_tokens(text)
-        room = n_before[-1]
-        while True:
-            room -= n_over
-            begin, stop = widest_part(text, n_before, room, span)
-            turns[i] = (role, text[begin:stop].strip())
-            ids, mask = self.encode(turns)
-            n_over = len(ids) - size  # the first and last tokens of a part may differ from those of the whole
-            if n_over <= 0 or not turns[i][1]:
-                return ids, mask
+        i = last_of('context', turns)
+        if i is not None:
+            turns = self.shorten(turns, i, size, parts_of(turns[i][1], answer_span(turns, i)))
+        first = next(i for i, (role, _) in enumerate(turns) if role != 'system')
+        while [role for role, _ in turns].count('assistant') > 1 and self.n_tokens(turns) > size:
+            end = 1 + next(i for i, (role, _) in enumerate(turns) if role == 'assistant')
+            turns = turns[:first] + turns[end:]
+        i = last_of('user', turns)
+        if i is not None:
+            turns = self.shorten(turns, i, size, parts_of(turns[i][1], None))
+        return turns
 
-    def count_tokens(self, text):
-        """Return the (characters + 1,) number of tokens that end before each character of a text.
+    def shorten(self, turns, i, size, parts):
+        """Cut the text of turn i to the widest of its parts with which all turns fit, or to nothing."""
+        n_fitting = bisect_right(parts, size, key=lambda part: self.n_tokens(with_part(turns, i, part)))
+        return with_part(turns, i, [(0, 0), *parts][n_fitting])
 
-        It is exact for tokens that keep the bytes of the text, else an estimate.
-        """
-        token_ends = np.cumsum(self.token_bytes[self.tokenizer.encode(text)])
-        n_bytes = [len(character.encode('utf-8', 'surrogatepass')) for character in text]
-        character_ends = np.cumsum([0, *n_bytes])
-        token_ends = token_ends * (character_ends[-1] / max(token_ends[-1], 1))
-        return np.searchsorted(token_ends, character_ends, side='right')
-
-    @cached_property
-    def token_bytes(self):
-        return self.tokenizer.token_bytes()
+    def n_tokens(self, turns):
+        return len(self.encode(turns)[0])
 
 
-def widest_part(text, n_before, room, span):
-    """Find the widest part (begin, stop) of a text that takes at most `room` tokens.
+def pieces_of(text):
+    """Split a text of the template into (piece, whether it is a special token)."""
+    return [(piece, i % 2 == 1) for i, piece in enumerate(SPECIAL.split(text))]
 
-    n_before   (characters + 1,) tokens before each character
-    span       lies in this part, with whole sentences around it, or characters if its own sentence is too
-               long; None takes the end of the text
+
+def with_part(turns, i, part):
+    role, text = turns[i]
+    return [*turns[:i], (role, text[slice(*part)].strip()), *turns[i + 1:]]
+
+
+def last_of(role, turns):
+    return max((i for i, turn in enumerate(turns) if turn[0] == role), default=None)
+
+
+def answer_span(turns, i):
+    """Return (begin, end) of the answer to context turn i in its passage; None if it is not there."""
+    passage = turns[i][1]
+    answer = next(text for role, text in turns[i:] if role == 'assistant')
+    if not answer or answer not in passage:
+        return None
+    begin = getattr(passage, 'answer_start', -1)  # which the data may tell
+    if begin < 0:
+        begin = passage.find(answer)
+    return begin, begin + len(answer)
+
+
+def has_evidence(turns, kept):
+    """Tell whether the last passage still holds its answer in the turns kept; None if it never did."""
+    i = last_of('context', turns)
+    span = i is not None and answer_span(turns, i)
+    if not span:
+        return None
+    answer = turns[i][1][slice(*span)]
+    return any(answer in text for role, text in kept if role == 'context')
+
+
+def parts_of(text, span):
+    """List parts (begin, end) of a text, each within the next.
+
+    span   lies in all of them: they widen by characters up to its sentence, then by sentences; None: the
+           parts are ends of the text
     """
-    characters, end = np.arange(len(text) + 1), len(text)
-    attempts = [(characters, (end, end))]
-    if span:
-        sentence_ends = {match.end() for match in SENTENCE_END.finditer(text)}
-        attempts = [(np.array(sorted({0, *sentence_ends, end})), span), (characters, span), *attempts]
-    for borders, (begin, stop) in attempts:
-        n_tokens, steps = n_before[borders], np.arange(len(borders))
-        first, last = np.searchsorted(borders, begin, side='right') - 1, np.searchsorted(borders, stop)
-        if n_tokens[last] - n_tokens[first] > room:
-            continue
-        for left, right in ((1, 1), (1, 0), (0, 1)):  # widen on both sides, then where only one has more
-            firsts = np.maximum(first - left * steps, 0)
-            lasts = np.minimum(last + right * steps, steps[-1])
-            widest = np.count_nonzero(n_tokens[lasts] - n_tokens[firsts] <= room) - 1
-            first, last = firsts[widest], lasts[widest]
-        return borders[first], borders[last]
-    return 0, 0
+    if span is None:
+        return [(begin, len(text)) for begin in range(len(text), -1, -1)]
+    borders = sorted({0, len(text), *(match.end() for match in SENTENCE_END.finditer(text))})
+    begin, end = borders[bisect_right(borders, span[0]) - 1], borders[bisect_left(borders, span[1])]
+    return [*widened(span, range(begin, end + 1)), *widened((begin, end), borders)]
+
+
+def widened(span, borders):
+    """List the parts that begin and end at the borders around a span, step by step, in turn on both sides."""
+    before = borders[:borders.index(span[0]) + 1][::-1]
+    after = borders[borders.index(span[1]):]
+    steps = range(2 * max(len(before), len(after)))
+    return [(before[min(n // 2, len(before) - 1)], after[min((n + 1) // 2, len(after) - 1)]) for n in steps]

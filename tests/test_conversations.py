@@ -129,7 +129,7 @@ def test_layouts_of_real_files(file, n, first):
     ('x.json', '[{"messages": [{"role": "narrator", "content": "q"}]}]', "record 1: the role 'narrator' is none of system, developer, user, human, "),
     ('x.json', '[7]', 'record 1: a int, where an object with fields is needed'),
     ('x.csv', 'question,answer\nq,a\nq\n', 'line 3: 1 fields where the first row names 2'),
-    ('x.json', b'[{"prompt": "\xff"}]', 'line 1: not UTF-8 (invalid start byte): convert the file to UTF-8'),
+    ('x.json', b'[{"prompt": "\xff"}]', 'line 1: not UTF-8 (invalid start byte): convert it to UTF-8'),
     # content that no layout uses is named, not dropped
     ('x.json', '[{"instruction": "q", "output": "a", "chosen": "c"}]', "record 1: its field 'chosen' has content that the layout of instruction, output does not use"),
     ('x.json', '[{"messages": [{"role": "user", "content": "q"}], "prompt": [{"role": "user", "content": "r"}]}]', "record 1: its field 'prompt' has content"),
