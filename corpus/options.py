@@ -15,9 +15,10 @@ LOG_EVERY_S = 60  # progress in a log file; a terminal shows a bar
 
 
 def boolean(text):
-    if text.lower() not in ('true', 'false', '1', '0'):
-        raise argparse.ArgumentTypeError(f'{text}: accepted are True, False')
-    return text.lower() in ('true', '1')
+    try:
+        return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f'{text}: accepted are True, False') from None
 
 
 def count(text):
@@ -48,7 +49,7 @@ PACKING = {
                   help='Unicode NFC, no control characters, each text only once'),
     'min_chars': dict(type=count, default=1, help='leave shorter texts out'),
     'sample': dict(type=share, default=1.0, help='take this share of the texts, chosen by hash'),
-    'max_docs': dict(type=count, help='take only this many documents, the first ones'),
+    'max_docs': dict(type=count, help='read only this many documents, the first ones'),
     'val_fraction': dict(type=share, default=0.01, help='share for validation, chosen by hash'),
     'shard_tokens': dict(type=count, help='tokens in a .bin file; None: one file per split'),
     'workers': dict(type=count, default=N_CORES, help='threads that tokenize'),
@@ -57,7 +58,7 @@ OPTIONS = {**READING, **PACKING}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse in the project's dialect: --key=value or --key value, --switch or --switch=True.
+    """Parse --key=value or --key value, --switch or --switch=True. A mistake is a ValueError.
 
     options   names in OPTIONS; one that is given another default is not required
     """
@@ -69,16 +70,20 @@ class Parser(argparse.ArgumentParser):
             settings = dict(OPTIONS[name])
             if name in defaults:
                 settings.update(default=defaults[name], required=False)
-            if 'default' in settings:
-                settings['help'] += ' (default: %(default)s)'
             self.add_argument(f'--{name}', **settings)
+
+    def add_argument(self, *names, **settings):
+        if settings.get('default', argparse.SUPPRESS) is not argparse.SUPPRESS:
+            settings['help'] = settings.get('help', '') + ' (default: %(default)s)'
+        return super().add_argument(*names, **settings)
 
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split('=')[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            remedy = f'did you mean {near[0]}?' if near else '--help lists all'
+            remedy = '--help lists all'
+            for near in difflib.get_close_matches(flag, self._option_string_actions, n=1):
+                remedy = f'did you mean {near}?'
             raise ValueError(f'{flag}: unknown argument, {remedy}')
         return args
 
@@ -88,26 +93,26 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(doc, commands):
     """Run the command that is the first argument, {name: function of the other arguments}."""
-    command = sys.argv[1] if len(sys.argv) > 1 else '--help'
+    command, *argv = sys.argv[1:] or ['--help']
     if command in ('-h', '--help'):
         print(f'{doc.strip()}\n\n{", ".join(commands)}: each has a --help that lists its options.')
     elif command in commands:
-        commands[command](sys.argv[2:])
+        commands[command](argv)
     else:
         raise ValueError(f'{command}: accepted are {", ".join(commands)}')
 
 
-def read_files(files, args, start=0, stop=None):
-    """Yield the documents number start to stop of files of corpus/readers.py, with a progress bar."""
+def read_files(files, args, start=0, max_docs=None):
+    """Yield documents of files of corpus/readers.py from number start on, with a progress bar."""
     from tqdm import tqdm
+    every_s = LOG_EVERY_S
+    if sys.stderr.isatty():
+        every_s = 0.1
     documents = read_documents(files, fields=args.field.split(','), errors=args.errors,
                                encoding=args.encoding, start=start)
-    if stop is not None:
-        documents = itertools.islice(documents, stop - start)
-    every_s = 0.1 if sys.stderr.isatty() else LOG_EVERY_S
     with tqdm(total=sum(n_bytes_of(path) for path, _ in files), unit='B', unit_scale=True,
               mininterval=every_s, delay=every_s) as bar:
-        for document in documents:
+        for document in itertools.islice(documents, max_docs and max_docs - start):
             bar.update(document.n_read - bar.n)
             yield document
 
@@ -118,7 +123,9 @@ def print_next(out, config, *, own_dataset=None):
     own_dataset  name of the dataset that the config file trains on anyway, into an out_dir of its own
     """
     out = Path(out).resolve()
-    name = out.name if out.parent == ROOT / 'data' else os.path.relpath(out)
+    name = os.path.relpath(out)
+    if out.parent == ROOT / 'data':
+        name = out.name
     command = ['python', 'train.py', *config]
     if name != own_dataset:
         command += [f'--dataset={name}', f'--out_dir=out-{out.name}']

@@ -5,25 +5,22 @@
     python -m corpus.pack mix zhwiki:0.6,news:0.4 --out=data/mixed
     python -m corpus.pack inspect data/mixed
 
-build reads every format of corpus/readers.py and writes train.bin, or shards of --shard_tokens, train.idx,
-the same for val, and meta.json. The hash of a document decides whether it is for validation, so that it
-stays there when documents are added. Memory holds a few megabytes per thread; --clean adds 8 bytes per
-document. The same command continues a killed run. The files are the same byte for byte for any number of
-threads and after any number of kills.
+build writes train.bin, or shards of --shard_tokens, train.idx, the same for val, and meta.json. The hash of
+a document decides whether it is for validation, so that it stays there when documents are added. The same
+command continues a killed run. Threads and kills do not change the files.
 """
 import json
 import os
 import sys
 import time
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 from corpus import mix, readers
-from corpus.encode import Encoder, hash_of, split_by_hash
+from corpus.encode import Encoder, split_by_hash
 from corpus.options import OPTIONS, Parser, print_next, read_files, run_command
 from corpus.writer import Piece, digest_of, writing
 from files import one_line_errors
@@ -37,11 +34,10 @@ def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, maske
 
     splits        {'train': iterable of documents, 'val': ...}. A document is a text, a row of ids, or a pair
                   (ids, mask) where mask is 1 for targets. End-of-text stands between two texts
-    source        in words, the text and its origin
+    source        the origin, in words
     shard_tokens  tokens of a .bin file; None: one file per split
     masked        write .mask files
     eot_in_rows   put end-of-text between rows of ids as well
-    returns       the dict in meta.json
     """
     documents = (readers.Document(text, f'{split} document {n}', split=split)
                  for split, texts in splits.items() for n, text in enumerate(texts))
@@ -50,12 +46,35 @@ def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, maske
                 shard_tokens=shard_tokens, masked=masked)
 
 
+def write_texts(folder, texts, tokenizer, source, val_fraction=0.1):
+    """Pack a list of texts with their last characters for validation, as nanoGPT does. Prints the totals."""
+    n_train = int(sum(map(len, texts)) * (1 - val_fraction))
+    splits = {'train': [], 'val': []}
+    for text in texts:
+        splits['train'].append(text[:n_train])
+        splits['val'].append(text[n_train:])
+        n_train = max(n_train - len(text), 0)
+    write_dataset(folder, tokenizer, splits, source)
+
+
+def make_tokenizer(name, texts, eot=''):
+    """Load a tokenizer by its name; 'char' makes one of the characters of some texts."""
+    if name != 'char':
+        return load_tokenizer(tokenizer_meta(name, ['char'], eot))
+    characters = set()
+    for text in texts:
+        characters.update(text)
+    if not characters:
+        raise ValueError('there is no text in the corpus')
+    return CharTokenizer(''.join(sorted(characters)))
+
+
 def pack(folder, read, encoder, source, *, splits=('train', 'val'), **options) -> dict:
     """Pack the Documents that read(number of them to pass over) yields. Returns the dict in meta.json.
 
-    options  shard_tokens, masked and recipe of Writer. With a recipe, the same call continues a killed run
+    options  of Writer
     """
-    with writing(folder, encoder.tokenizer, splits, unique=encoder.clean, **options) as writer:
+    with writing(folder, encoder.tokenizer, splits, **options) as writer:
         write_documents(writer, encoder, read(writer.progress.n_read))
         if writer.empty_split() and encoder.val_fraction and writer.progress.documents:
             print(f'{writer.name}: all documents fell to one split: the last one is cut, '
@@ -63,7 +82,7 @@ def pack(folder, read, encoder, source, *, splits=('train', 'val'), **options) -
             documents = cut_at_end(read(0), writer.progress.last_taken, encoder.val_fraction)
             writer.recipe = None  # which describes other files
             writer.start_over()
-            write_documents(writer, replace(encoder, max_docs=None), documents)
+            write_documents(writer, encoder, documents)
         if writer.empty_split():
             writer.recipe = None
             raise ValueError(f'there is no text for the {writer.empty_split()} split: '
@@ -84,34 +103,29 @@ def write_documents(writer, encoder, documents):
     saved_s = time.monotonic()
     with closing(encoder.encode_all(documents)) as batches:
         for batch in batches:
-            for split, pieces in take(writer, encoder, batch).items():
-                if pieces:
-                    writer.append(split, pieces)
-            if writer.progress.documents == encoder.max_docs:
-                break
+            write_batch(writer, encoder, batch)
             if time.monotonic() - saved_s > SAVE_EVERY_S:
                 writer.save()
                 saved_s = time.monotonic()
     writer.save()
 
 
-def take(writer, encoder, batch):
-    """Choose the documents of a batch to write, {split: Pieces}. The progress counts along."""
+def write_batch(writer, encoder, batch):
     progress, eot = writer.progress, encoder.tokenizer.eot
-    taken = {split: [] for split in writer.splits}
+    pieces = {split: [] for split in writer.splits}
     for document, piece, value in batch:
-        if progress.documents == encoder.max_docs:
-            break
         if len(piece.ids) and (not encoder.clean or writer.is_new(value)):
             split = document.split or split_by_hash(value, encoder.val_fraction)
-            takes_eot = eot is not None and (encoder.eot_in_rows or isinstance(document.text, str))
-            if takes_eot and (taken[split] or progress.splits[split]['tokens']):
-                taken[split].append(Piece([eot]))
-            taken[split].append(piece)
+            is_first = not pieces[split] and not progress.splits[split]['tokens']
+            if eot is not None and not is_first and (encoder.eot_in_rows or isinstance(document.text, str)):
+                pieces[split].append(Piece([eot]))
+            pieces[split].append(piece)
             progress.documents += 1
             progress.last_taken = progress.n_read
         progress.n_read += 1
-    return taken
+    for split in pieces:
+        if pieces[split]:
+            writer.append(split, pieces[split])
 
 
 def cut_at_end(documents, number, val_fraction):
@@ -136,17 +150,13 @@ def pack_files(args, source):
     """Pack the files that args.input names, with the options of build."""
     files = readers.find_files(args.input, args.format)
     has_blocks = any(format == 'blocks' for _, format in files)
-    encoder = Encoder(None, args.val_fraction, args.clean, args.min_chars, args.sample, args.max_docs,
+    encoder = Encoder(None, args.val_fraction, args.clean, args.min_chars, args.sample,
                       n_threads=args.workers)
-    read = partial(read_files, files, args)
-    if args.tokenizer != 'char':
-        encoder.tokenizer = load_tokenizer(tokenizer_meta(args.tokenizer, ['char'], args.eot))
-    elif has_blocks:
+    read = partial(read_files, files, args, max_docs=args.max_docs)
+    if has_blocks and args.tokenizer == 'char':
         raise ValueError('blocks hold ids, not characters: name the tokenizer that made them')
-    else:
-        characters, n_read = find_characters(read(0), encoder)
-        encoder.tokenizer = CharTokenizer(characters)
-        read = partial(read_files, files, args, stop=n_read)  # further documents may hold other characters
+    texts = (encoder.choose(document.text) for document in read(0))
+    encoder.tokenizer = make_tokenizer(args.tokenizer, texts, args.eot)
     names = [[os.path.basename(path), format, readers.n_bytes_of(path)] for path, format in files]
     recipe = {**vars(args), 'source': source, 'files': digest_of(json.dumps(names)),
               'tokenizer': encoder.tokenizer.meta()}
@@ -155,30 +165,13 @@ def pack_files(args, source):
     pack(args.out, read, encoder, source, shard_tokens=args.shard_tokens, masked=has_blocks, recipe=recipe)
 
 
-def find_characters(documents, encoder):
-    """Return the characters of the texts to pack, in order, and the number of documents read for them."""
-    characters, n_read, n_taken, seen = set(), 0, 0, set()
-    for document in documents:
-        text = encoder.choose(document.text)
-        if encoder.max_docs and encoder.clean:
-            value = hash_of(text)
-            text = '' if value in seen else text
-            seen.add(value)
-        characters.update(text)
-        n_read += 1
-        n_taken += bool(text)
-        if n_taken == encoder.max_docs:
-            break
-    if not characters:
-        raise ValueError('there is no text in the corpus')
-    return ''.join(sorted(characters)), n_read
-
-
 def name_source(paths):
     """Say in words which files a dataset is made of. What is not UTF-8 in a name becomes U+FFFD."""
     names = [os.path.basename(os.path.normpath(path)) for path in paths]
     names = [os.fsencode(name).decode('utf-8', 'replace') for name in names]
-    return names[0] if len(names) == 1 else f'{len(names)} inputs, {names[0]} to {names[-1]}'
+    if len(names) == 1:
+        return names[0]
+    return f'{len(names)} inputs, {names[0]} to {names[-1]}'
 
 
 def prepare_parquet(folder, doc, repo, revision, hub_folder):
@@ -212,7 +205,7 @@ def hub_files(repo, revision, folder):
 
 def build(argv):
     """Pack the files of a corpus into a dataset."""
-    doc = f'{build.__doc__}\n\n{readers.__doc__}'
+    doc = f'{build.__doc__}\n\n{readers.help_on_formats()}'
     args = Parser(doc, 'python -m corpus.pack build', OPTIONS).parse_args(argv)
     pack_files(args, name_source(args.input))
     print_next(args.out, ['config/quickstart.py'])
@@ -221,7 +214,7 @@ def build(argv):
 def mix_datasets(argv):
     """Mix datasets of one tokenizer into one, with these shares of its tokens, until one of them ends.
 
-    The shares hold within 1% in any 1000 windows of 1024 tokens. Documents longer than two windows are cut.
+    Documents longer than two windows of 1024 tokens are cut, so that the shares hold throughout.
     """
     from tqdm import tqdm
     parser = Parser(mix_datasets.__doc__, 'python -m corpus.pack mix', ['out', 'shard_tokens'])

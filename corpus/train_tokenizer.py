@@ -28,8 +28,8 @@ def train_bpe(texts, vocab_size, max_bytes=SAMPLE_BYTES):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     n_there = 256 + len(SPECIAL_TOKENS)
     if vocab_size <= n_there:
-        raise ValueError(f'vocab_size={vocab_size}: {n_there} bytes and special tokens are there already, '
-                         f'so {n_there + 1} or more is accepted')
+        raise ValueError(f'--vocab_size={vocab_size}: accepted are {n_there + 1} or more, for the bytes and '
+                         f'special tokens are {n_there}')
     engine = Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(BPE_PATTERN), 'isolated'),

@@ -4,9 +4,8 @@
         writer.append('train', [Piece(ids, n_bytes=12), Piece([eot]), Piece(more_ids, n_bytes=34)])
         writer.publish('my notes')
 
-An error leaves the old dataset as it was. With a recipe, save() notes in .packing/progress how many
-documents were read and how much of each file they make. The next run with this recipe continues there; what a
-killed run wrote after its last save() is cut off and written again.
+An error leaves the old dataset as it was. With a recipe, a killed run continues where it last called save():
+what it wrote later is cut off and written again.
 """
 import contextlib
 import hashlib
@@ -15,16 +14,16 @@ import os
 import re
 import shutil
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from files import lock, read_json, sync_folder, write_atomically
+from files import lock, read_json, sync_folder, write_atomically, write_json
 from tokens.dataset import id_dtype
 
-UNFINISHED = b'{"format": 1, "unfinished": true}'
+UNFINISHED = b'{"format": 1, "unfinished": true}'  # is meta.json while files are moved
 DATASET_FILE = re.compile(r'(train|val)(_\d+)?\.(bin|mask|idx)|meta\.pkl')
 MERGE_SEEN = 1 << 20  # hashes in a set, 100 bytes each; the others are in a sorted array, 8 bytes each
 
@@ -44,6 +43,7 @@ class Progress:
     n_read: int = 0  # documents read so far
     documents: int = 0  # written so far
     last_taken: int = 0  # number of the last one that was read and written
+    sizes: dict = field(default_factory=dict)  # file -> bytes on the disk
 
 
 class Unusable(Exception):
@@ -57,7 +57,7 @@ def writing(folder, tokenizer, splits, **options):
     work = folder / '.packing'
     work.mkdir(parents=True, exist_ok=True)
     with lock(work):
-        undo_publishing(work, folder)
+        undo_publishing(folder)
         try:
             with contextlib.closing(Writer(folder, tokenizer, splits, **options)) as writer:
                 yield writer
@@ -73,25 +73,22 @@ class Writer:
 
     shard_tokens  tokens of a .bin file; None: one file per split
     masked        whether to write .mask files
-    unique        whether is_new() will be asked
     recipe        plain values that the contents depend on; None: the run cannot be continued
-    raises        ValueError for an unfinished run with another recipe
     """
 
-    def __init__(self, folder, tokenizer, splits, *, shard_tokens=None, masked=False, unique=False,
-                 recipe=None):
+    def __init__(self, folder, tokenizer, splits, *, shard_tokens=None, masked=False, recipe=None):
         self.folder, self.work, self.name = folder, folder / '.packing', folder.resolve().name
         self.tokenizer, self.dtype = tokenizer, id_dtype(tokenizer.vocab_size)
-        self.splits, self.shard_tokens, self.masked, self.unique = splits, shard_tokens, masked, unique
+        self.splits, self.shard_tokens, self.masked = splits, shard_tokens, masked
         self.recipe = json.loads(json.dumps(recipe))  # as it is read from the file progress
         self.files = {}
-        if recipe is None or not (self.work / 'progress').exists():
-            return self.start_over()
+        self.seen, self.more_seen = np.array([], dtype='<u8'), set()
         try:
-            self.resume()
-            print(f'{self.name}: continuing after {self.progress.documents:,} documents', flush=True)
+            is_resumed = recipe is not None and self.resume()
         except Unusable as error:
             print(f'{self.name}: the unfinished run cannot be continued ({error}): starting over', flush=True)
+            is_resumed = False
+        if not is_resumed:
             self.start_over()
 
     def start_over(self):
@@ -102,7 +99,9 @@ class Writer:
         self.seen, self.more_seen = np.array([], dtype='<u8'), set()
 
     def resume(self):
-        """Take up the files where the file progress says that they end."""
+        """Continue an unfinished run, if there is one. Raises ValueError if it has another recipe."""
+        if not (self.work / 'progress').exists():
+            return False
         text = (self.work / 'progress').read_text(encoding='utf-8', errors='replace')
         digest, _, values = text.partition('\n')
         if digest != digest_of(values):
@@ -113,31 +112,21 @@ class Writer:
         if changed:
             raise ValueError(f'{self.work} holds an unfinished run with {", ".join(changed)}: '
                              'continue it with the same, or delete that folder to start over')
-        for name, size in self.sizes().items():
+        for name, size in self.progress.sizes.items():
             with open(self.work / name, 'ab') as file:
                 if file.tell() < size:
                     raise Unusable(f'{name} is shorter than the {size:,} bytes that were written')
                 file.truncate(size)
-        if self.unique:
-            self.seen, self.more_seen = np.sort(np.fromfile(self.work / 'seen', dtype='<u8')), set()
-            if (self.seen[1:] == self.seen[:-1]).any():
+        if 'seen' in self.progress.sizes:
+            self.seen = np.unique(np.fromfile(self.work / 'seen', dtype='<u8'))
+            if len(self.seen) < self.progress.documents:
                 raise Unusable('seen was altered')
-
-    def sizes(self):
-        """Return {file: bytes} of all files."""
-        sizes = {'seen': 8 * self.progress.documents} if self.unique else {}
-        for split, entry in self.progress.splits.items():
-            sizes[f'{split}.idx'] = 16 * entry['documents']
-            if self.masked:
-                sizes[f'{split}.mask'] = entry['tokens']
-            for shard in entry['shards']:
-                sizes[shard['file']] = shard['tokens'] * self.dtype.itemsize
-        return sizes
+        print(f'{self.name}: continuing after {self.progress.documents:,} documents', flush=True)
+        return True
 
     def append(self, split, pieces):
         """Append Pieces to a split. A document may continue in the next shard."""
         entry = self.progress.splits[split]
-        ids = np.concatenate([piece.ids for piece in pieces], dtype=self.dtype, casting='unsafe')
         index, offset = [], entry['tokens']
         for piece in pieces:
             if piece.n_bytes is not None:
@@ -145,20 +134,22 @@ class Writer:
                 entry['bytes'] += piece.n_bytes
             offset += len(piece.ids)
         self.file(f'{split}.idx').write(np.array(index, dtype='<i8').tobytes())
+        entry['documents'] += len(index)
+        entry['tokens'] = offset
         if self.masked:
             masks = [np.ones(len(piece.ids)) if piece.mask is None else piece.mask for piece in pieces]
             mask = np.concatenate(masks, dtype=np.uint8, casting='unsafe')
             self.file(f'{split}.mask').write(mask.tobytes())
-        entry['documents'] += len(index)
-        entry['tokens'] += len(ids)
 
+        ids = np.concatenate([piece.ids for piece in pieces], dtype=self.dtype, casting='unsafe')
         shards = entry['shards']
         while len(ids):
             if not shards or shards[-1]['tokens'] == self.shard_tokens:
                 self.close_files()  # so that few are open at a time
-                name = f'{split}_{len(shards):06d}.bin' if self.shard_tokens else f'{split}.bin'
+                name = f'{split}.bin'
+                if self.shard_tokens:
+                    name = f'{split}_{len(shards):06d}.bin'
                 shards.append({'file': name, 'tokens': 0, 'crc32': 0})
-                self.file(name, 'wb')
             shard, part = shards[-1], ids
             if self.shard_tokens:
                 part = ids[:self.shard_tokens - shard['tokens']]
@@ -175,8 +166,7 @@ class Writer:
         self.more_seen.add(value)
         self.file('seen').write(value.to_bytes(8, 'little'))
         if len(self.more_seen) == MERGE_SEEN:
-            new = np.sort(np.fromiter(self.more_seen, dtype='<u8'))
-            self.seen = np.insert(self.seen, np.searchsorted(self.seen, new), new)
+            self.seen = np.union1d(self.seen, np.fromiter(self.more_seen, dtype='<u8'))
             self.more_seen.clear()
         return True
 
@@ -191,17 +181,22 @@ class Writer:
             values = json.dumps(asdict(self.progress))
             write_bytes(self.work / 'progress', f'{digest_of(values)}\n{values}'.encode())
 
-    def file(self, name, mode='ab'):
+    def file(self, name):
+        """Open a file to append to it. What a killed run left of an unknown one is overwritten."""
         if name not in self.files:
+            mode = 'wb'
+            if name in self.progress.sizes:
+                mode = 'ab'
             self.files[name] = open(self.work / name, mode)
         return self.files[name]
 
     def close_files(self):
         """Bring all bytes to the disk. file() opens the files again."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        for name, file in self.files.items():
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+                self.progress.sizes[name] = file.tell()
         self.files.clear()
 
     def close(self):
@@ -212,60 +207,49 @@ class Writer:
                 shutil.rmtree(self.work, ignore_errors=True)
 
     def publish(self, source, **more) -> dict:
-        """Put the dataset into its folder; if that fails, put the old one back.
+        """Put the dataset into its folder, or the old one back if that fails. Returns the dict in meta.json.
 
-        All bytes are on the disk before the first file is renamed. Until the last rename meta.json says that
-        the dataset is unfinished, so that no reader takes a mixture of old and new files for a dataset.
-        Returns the dict in meta.json, to which `more` is added.
+        While files are moved, meta.json is UNFINISHED, so that no reader takes a mixture for a dataset.
         """
         self.close_files()
         meta = {'format': 1, 'dtype': self.dtype.name, 'vocab_size': self.tokenizer.vocab_size,
                 'tokenizer': self.tokenizer.meta(), 'source': source, **more, 'splits': self.progress.splits}
-        names = [name for name in self.sizes() if name != 'seen']
-        work, folder, replaced = self.work, self.folder, self.work / 'replaced'
-        shutil.rmtree(replaced, ignore_errors=True)
-        replaced.mkdir()
-        if (folder / 'meta.json').exists():
-            write_bytes(replaced / 'meta.json', (folder / 'meta.json').read_bytes())
+        folder, work, old_meta = self.folder, self.work, self.folder / 'meta.json'
+        (work / 'replaced').mkdir(exist_ok=True)
+        old = [path.name for path in folder.iterdir() if DATASET_FILE.fullmatch(path.name)]
+        moves = [(name, f'.packing/replaced/{name}') for name in old]
+        moves += [(f'.packing/{name}', name) for name in self.progress.sizes if name != 'seen']
+        if old_meta.exists():
+            write_bytes(work / 'old_meta.json', old_meta.read_bytes())
+        write_json(work / 'meta.json', meta)
+        write_json(work / 'moves.json', moves)
         write_bytes(work / 'unfinished.json', UNFINISHED)
-        write_bytes(work / 'meta.json', json.dumps(meta, indent=1, ensure_ascii=False).encode('utf-8'))
-        write_bytes(work / 'publishing.json', json.dumps(names).encode())
         try:
             os.replace(work / 'unfinished.json', folder / 'meta.json')
-            for path in list(folder.iterdir()):
-                if DATASET_FILE.fullmatch(path.name):
-                    os.replace(path, replaced / path.name)
-            for name in names:
-                os.replace(work / name, folder / name)
+            for name, new_name in moves:
+                os.replace(folder / name, folder / new_name)
             sync_folder(folder)
             os.replace(work / 'meta.json', folder / 'meta.json')
         except BaseException:
-            undo_publishing(work, folder)
+            undo_publishing(folder)
             raise
         sync_folder(folder)
         self.recipe = None  # nothing is left to continue
         return meta
 
 
-def undo_publishing(work, folder):
+def undo_publishing(folder):
     """Bring back the state before an interrupted publish(). This may be interrupted as well."""
-    if not (work / 'publishing.json').exists():
+    work, meta = folder / '.packing', folder / 'meta.json'
+    if not (work / 'moves.json').exists() or not meta.exists() or meta.read_bytes() != UNFINISHED:
         return
-    if not (work / 'meta.json').exists():  # only the cleaning after it was interrupted
-        return clear(work)
-    for name in read_json(work / 'publishing.json'):
-        if (folder / name).exists() and not (work / name).exists():
-            os.replace(folder / name, work / name)
-    replaced, meta = work / 'replaced', folder / 'meta.json'
-    for path in list(replaced.iterdir()):
-        if path.name != 'meta.json':
-            os.replace(path, folder / path.name)
-    if (replaced / 'meta.json').exists():
-        os.replace(replaced / 'meta.json', meta)
-    elif meta.exists() and meta.read_bytes() == UNFINISHED:
+    for name, new_name in reversed(read_json(work / 'moves.json')):
+        if (folder / new_name).exists() and not (folder / name).exists():
+            os.replace(folder / new_name, folder / name)
+    if (work / 'old_meta.json').exists():
+        os.replace(work / 'old_meta.json', meta)
+    else:
         meta.unlink()
-    (work / 'meta.json').unlink()
-    (work / 'publishing.json').unlink()
 
 
 def clear(work):

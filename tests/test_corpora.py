@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from test_prepare import SHARED, contents, data, run  # noqa: F401 (data is a fi
 
 from corpus import encode, pack
 from corpus.encode import Encoder, split_by_hash
-from corpus.readers import Document
+from corpus.options import read_files
+from corpus.readers import Document, find_files
 from tokens.dataset import read_meta
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer
@@ -53,7 +55,7 @@ def make_texts(n, seed=0):
 
 TEXTS = make_texts(400)
 CHARS = CharTokenizer(''.join(sorted(set(''.join(TEXTS)))))
-PACK = dict(val_fraction=0.1, clean=False, max_docs=None, n_threads=1)
+PACK = dict(val_fraction=0.1, clean=False, min_chars=1, n_threads=1)
 
 
 def pack_texts(folder, texts=TEXTS, tokenizer=None, read=None, shard_tokens=3000, **changed):
@@ -148,7 +150,7 @@ def test_a_failed_run_keeps_its_progress_and_the_old_dataset(whole, tmp_path, sm
 
 @pytest.mark.parametrize('changed, error', [
     ({'shard_tokens': 2000}, 'shard_tokens=3000'),
-    ({'max_docs': 10, 'val_fraction': 0.2}, 'val_fraction=0.1, max_docs=None'),
+    ({'min_chars': 10, 'val_fraction': 0.2}, 'val_fraction=0.1, min_chars=1'),
     ({'tokenizer': CharTokenizer('ab')}, "tokenizer={'kind': 'bytes'}")])
 def test_an_unfinished_run_with_other_settings_is_not_continued(tmp_path, small_batches, changed, error):
     def failing(start):
@@ -165,9 +167,10 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(tmp_path, small_
 
 
 def test_max_docs_takes_the_first_ones(tmp_path):
-    pack_texts(tmp_path / 'a', max_docs=100)
-    pack_texts(tmp_path / 'b', list(filter(None, TEXTS))[:100])
-    assert files_of(tmp_path / 'a') == files_of(tmp_path / 'b')
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, TEXTS)), encoding='utf-8')
+    files, args = find_files([tmp_path / 'a.jsonl']), SimpleNamespace(field='text', errors='strict', encoding='utf-8')
+    for start in (0, 60, 100):  # a killed run continues with the others
+        assert [document.text for document in read_files(files, args, start, max_docs=100)] == TEXTS[start:100]
 
 
 def test_the_split_follows_from_each_text_alone():

@@ -198,7 +198,7 @@ def broken(path):
 
 
 @pytest.mark.parametrize('write, args, error', [
-    (broken, [], 'a.jsonl, line 2: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or let corpus.pack --errors=replace put U+FFFD in its place'),
+    (broken, [], 'a.jsonl, line 2: not UTF-8 (invalid start byte): convert it to UTF-8, name its encoding with --encoding, or use corpus.pack --errors=replace'),
     (write_jsonl, ['--field=body'], "a.jsonl, line 1: no field 'body' with text, only id, title, text: name the field to take with --field"),
     (lambda path: path.write_text(''), [], 'there is no text in the corpus'),
     (lambda path: path.write_text('{"text": ""}\n'), ['--tokenizer=gpt2'], 'there is no text for the train split: give more text, or another --val_fraction'),
@@ -231,7 +231,7 @@ def test_what_errors_replace_offers_continues_the_run_that_offered_it(tmp_path, 
 def test_ids_beyond_the_vocabulary_are_one_line(tmp_path, monkeypatch, capsys):
     write_block(tmp_path / 'main' / 'b0', [[1, 2], [3, 50257]], [[2, 3], [50257, 4]])
     code, _, stderr = run(monkeypatch, capsys, 'build', '--input', tmp_path / 'main', '--tokenizer=gpt2', '--out', tmp_path / 'out')
-    assert (code, stderr) == (2, f'{tmp_path}/main/b0, row 1 holds token id 50257 at position 1, outside the vocabulary of 50257 tokens\n')
+    assert (code, stderr) == (2, f'{tmp_path}/main/b0/token_float32.npy, row 1 holds token id 50257 at position 1, outside the vocabulary of 50257 tokens\n')
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs a limit on the size of files')

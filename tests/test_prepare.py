@@ -243,8 +243,8 @@ def test_text_takes_bytes_and_a_trained_tokenizer(data, tmp_path):
 
 
 @pytest.mark.parametrize('content, args, error', [
-    (b'one\ntwo\n\xff\n', [], 'in.txt, line 3: not UTF-8 (invalid start byte): convert the file to UTF-8, name its encoding with --encoding, or let corpus.pack --errors=replace put U+FFFD in its place'),
-    (b'', [], 'in.txt: no text in there'),
+    (b'one\ntwo\n\xff\n', [], 'in.txt, line 3: not UTF-8 (invalid start byte): convert it to UTF-8, name its encoding with --encoding, or use corpus.pack --errors=replace'),
+    (b'', [], 'there is no text in the corpus'),
     (b'abc', ['--val_fraction=1.5'], '--val_fraction: 1.5 must lie between 0 and 1'),
     (b'abc', ['--val_fraction=1e-9', '--input', '.'], None),
     (None, [], 'in.txt: no such file or folder'),

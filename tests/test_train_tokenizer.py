@@ -65,7 +65,7 @@ def test_what_cannot_be_trained_or_compared_is_one_line(tmp_path):
     broken.write_bytes(b'good\nb\xe4d\n')
     for args, message in (
             (['train', '--input', text, '--out', out], 'the text has too few pairs that occur twice for --vocab_size=16384: give more text, or --vocab_size=268 or less\n'),
-            (['train', '--input', text, '--vocab_size=263', '--out', out], 'vocab_size=263: 263 bytes and special tokens are there already, so 264 or more is accepted\n'),
+            (['train', '--input', text, '--vocab_size=263', '--out', out], '--vocab_size=263: accepted are 264 or more, for the bytes and special tokens are 263\n'),
             (['train', '--input', text, broken, '--out', out], f'{broken}, line 2: not UTF-8 (invalid continuation byte): it is big5: '
              'convert it to UTF-8, or use --encoding=big5\n'),
             (['compare', '--input', text, '--tokenizers', 'gtp2'], 'tokenizer gtp2: accepted are gpt2, byte, and a folder with tokenizer.json: '

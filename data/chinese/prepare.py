@@ -7,8 +7,8 @@
 1. input.txt in this folder, whatever text it holds;
 2. 21,053 Song lyric poems in simplified characters, from the npm package chinese-poetry (MIT licence);
 3. the Debian Reference in Chinese, from the Debian package debian-reference-zh-cn (GPL).
-There each paragraph between two blank lines is a document. The tokenizer, a byte-level BPE, is written to
-data/tokenizers/; --tokenizer names an existing one.
+A document is then a paragraph. The tokenizer, a byte-level BPE, goes to data/tokenizers/; --tokenizer names
+an existing one.
 """
 import gzip
 import io
@@ -76,7 +76,7 @@ def read_reference(archive):
 def main():
     parser = Parser(__doc__, None, OPTIONS, input=None, out=HERE, tokenizer=None)
     parser.add_argument('--vocab_size', type=int, default=4096,
-                        help='of the tokenizer to make, unless --tokenizer names one (default: %(default)s)')
+                        help='of the tokenizer to make, unless --tokenizer names one')
     args = parser.parse_args()
     if not args.input:
         args.input, args.format = [str(fetch_text(HERE))], 'paragraphs'

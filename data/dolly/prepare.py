@@ -4,8 +4,7 @@
     python data/dolly/prepare.py --input=databricks-dolly-15k.jsonl     # a file on this disk
     python data/dolly/prepare.py --tokenizer=out/ckpt.pt --block_size=256   # for a model of your own
 
-One instruction in twenty is for validation, chosen by the hash of its context or question. HF_ENDPOINT
-names a mirror of the hub. The file is checked and cached as corpus/fetch.py says.
+One instruction in twenty is for validation, chosen by hash. HF_ENDPOINT names a mirror of the hub.
 """
 import os
 import sys

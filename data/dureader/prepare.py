@@ -3,10 +3,9 @@
     python data/dureader/prepare.py --input=dureader.csv --tokenizer=data/tokenizers/zh --block_size=512
     python data/dureader/prepare.py --input zhidao.train.json search.train.json --val zhidao.dev.json
 
-A CSV file has the columns question, answer and, for passages, context. --question=NAME and --answer=NAME
-name others. The JSONL files of DuReader 2.0 are read as they are: the first of several answers is taken,
-and as passage the paragraph that is marked as most related. Only the preprocessed files have these marks.
-Baidu gives the files on request, so they must be on this disk.
+A CSV file has the columns question, answer and perhaps context. The JSONL files of DuReader 2.0 are read as
+they are: the first of several answers is taken, and as passage the paragraph that the preprocessed files mark
+as most related. Baidu gives the files on request.
 """
 import sys
 from pathlib import Path

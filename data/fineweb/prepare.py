@@ -4,10 +4,9 @@
     python data/fineweb/prepare.py --max_docs=20000     # a first try
     python data/fineweb/prepare.py --input parquet/     # from local files
 
-writes 20 GB: train_000000.bin and so on with 100M tokens each, and one document in 2000 to val_000000.bin,
-chosen by its hash. llm.c takes the first 100M tokens for validation instead, so losses compare only roughly.
-<|endoftext|> stands between two documents. The same command continues a run that was killed. HF_ENDPOINT (a
-mirror) and HF_HUB_OFFLINE are honoured.
+writes 20 GB: train_000000.bin and so on with 100M tokens each, and one document in 2000 to val_000000.bin.
+llm.c takes the first 100M tokens for validation instead, so losses compare only roughly. The same command
+continues a killed run. HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE are honoured.
 """
 import sys
 from pathlib import Path

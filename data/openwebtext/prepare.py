@@ -4,9 +4,8 @@
     python data/openwebtext/prepare.py --max_docs=20000 # a first try
     python data/openwebtext/prepare.py --input parquet/ # from local files
 
-writes 18 GB: train_000000.bin and so on with 100M tokens each, one document in 2000 to val_000000.bin,
-chosen by its hash. <|endoftext|> stands between two documents. The same command continues a killed run.
-HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE are honoured.
+writes 18 GB: train_000000.bin and so on with 100M tokens each, and one document in 2000 to val_000000.bin.
+The same command continues a killed run. HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE are honoured.
 """
 import sys
 from pathlib import Path

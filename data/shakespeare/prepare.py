@@ -2,8 +2,8 @@
 
     python data/shakespeare/prepare.py
 
-takes the same text as data/shakespeare_char/prepare.py, but keeps input.txt in this folder. Tinyshakespeare
-has 301,966 tokens for training and 36,059 for validation, the last tenth of the text, as in nanoGPT.
+takes the text of data/shakespeare_char/prepare.py: tinyshakespeare has 301,966 tokens for training and 36,059
+for validation, as in nanoGPT.
 """
 import sys
 from pathlib import Path
@@ -12,8 +12,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data.shakespeare_char.prepare import prepare
 from files import one_line_errors
-from tokens.tokenizer import GPT2Tokenizer
 
 if __name__ == '__main__':
     with one_line_errors():
-        prepare(HERE, __doc__, lambda text: GPT2Tokenizer())
+        prepare(HERE, __doc__, 'gpt2')

