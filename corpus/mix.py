@@ -59,7 +59,9 @@ def documents_of(split, max_tokens, eot):
             ids = np.concatenate(parts)
             if eot is not None and ids[-1] == eot:
                 ids = ids[:-1]
-            mask = split.mask and split.mask[begin:begin + len(ids)]
+            mask = None
+            if split.mask is not None:
+                mask = split.mask[begin:begin + len(ids)]
             if len(ids):
                 yield ids, mask
 
