@@ -53,12 +53,12 @@ print('x', tuple(x.shape), '-> mean', tuple(mean.shape))
 print(mean)
 # %% [markdown] lang=en
 # The same can be written as one matrix product, `@` in Python: row t of `weights @ x` is the sum of all rows of x, each times a
-# number from row t of `weights`. So row t of `weights` says how much token t takes from each token. Everything that
-# follows only changes where these weights come from.
+# number from row t of `weights`. So row t of `weights` says how much token t takes from each token. (`tril` sets everything
+# above the diagonal to zero.) Everything that follows only changes where these weights come from.
 # %% [markdown] lang=zh
 # 同样的事可以写成一次矩阵乘法，Python 里写作 `@`：`weights @ x` 的第 t 行，就是把 x 的各行分别乘以 `weights`
 # 第 t 行里的数，再加起来。所以 `weights` 的第 t 行表示第 t 个词元从每个词元那里各取多少。
-# 后面的每一步，改的都只是这些权重从哪里来。
+# （`tril` 把对角线上方全部置零。）后面的每一步，改的都只是这些权重从哪里来。
 # %%
 weights = torch.ones(T, T).tril()
 weights = weights / weights.sum(dim=1, keepdim=True)
@@ -70,14 +70,15 @@ assert torch.allclose(weights @ x, mean, atol=1e-6)
 # Weights should be positive and sum to 1. **Softmax** makes such weights out of any numbers, the **scores** (分数):
 # take e to the power of each, then divide by the sum. A score of minus infinity becomes a weight of exactly 0, because
 # e to the power of minus infinity is 0. So the rule "do not look ahead" is written by *adding* a matrix to the scores: 0 where looking is
-# allowed, `-inf` where it is not. This matrix is the **mask** (掩码).
+# allowed, `-inf` where it is not. This matrix is the **mask** (掩码);
+# `triu(1)` keeps only the part above the diagonal.
 # %% [markdown] lang=zh
 # ## 第二步：softmax 和掩码
 #
 # 权重应当是正数，并且加起来等于 1。**softmax** 可以把任意一组**分数**（score）变成这样的权重：
 # 每个数求 e 的幂，再除以总和。负无穷的分数得到的权重正好是 0，因为 e 的负无穷次幂等于 0。
 # 所以“不许往后看”这条规矩，只要给分数**加上**一个矩阵就能表达：可以看的地方加 0，不可以看的地方加 `-inf`。
-# 这个矩阵叫**掩码**（mask）。
+# 这个矩阵叫**掩码**（mask）；`triu(1)` 只保留对角线上方的部分。
 # %%
 def softmax(scores):
     powers = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)  # the largest power is 1: no overflow

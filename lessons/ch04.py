@@ -103,7 +103,7 @@ assert torch.allclose(-of_targets.log().mean(), loss)
 # This is **gradient accumulation** (梯度累积).
 #
 # The mean loss of each micro-batch has to be divided by the number of micro-batches, so that the sum is the mean over all. The cell checks
-# that nothing else changes.
+# that nothing else changes. `Loader`, explained below, returns the inputs and targets of a step, and document numbers that we do not need.
 # %% [markdown] lang=zh
 # ## 梯度累积：大批次拆成小块
 #
@@ -112,6 +112,7 @@ assert torch.allclose(-of_targets.log().mean(), loss)
 # 每个微批加上自己那一份，全部加完才更新一次参数。这叫**梯度累积**（gradient accumulation）。
 #
 # 每个微批的平均损失要除以微批的个数，这样加起来才是总平均。下面验证：除此以外没有任何差别。
+# `Loader`（下文再讲）给出这一步的输入和目标；第三个返回值是文档编号，这里用不到。
 # %%
 loader = Loader(dataset, 'train', block_size=T, batch_size=8)
 x, y, _ = loader.batch(step=0)  # (8, T) each
