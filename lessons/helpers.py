@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import re
+import runpy
 import subprocess
 import sys
 import warnings
@@ -64,13 +65,36 @@ def run(*words, n_lines=8):
     raises  RuntimeError with the end of its messages if it fails
     """
     print('$ python', *words)
-    ended = subprocess.run([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           encoding='utf-8', errors='replace', env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
-    output = ended.stdout.replace(os.getcwd() + os.sep, '')
-    if ended.returncode:
-        raise RuntimeError(f'exit code {ended.returncode}\n{output[-3000:]}')
+    exit_code, output = (run_here if SMALL else run_process)([str(word) for word in words])
+    output = output.replace(os.getcwd() + os.sep, '')
+    if exit_code:
+        raise RuntimeError(f'exit code {exit_code}\n{output[-3000:]}')
     print('\n'.join(output.splitlines()[-n_lines:]))
     return output
+
+
+def run_process(words):
+    ended = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8',
+                           errors='replace', env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
+    return ended.returncode, ended.stdout
+
+
+def run_here(words):
+    """Run a script in this process: most of the time of a reduced one would be the import of torch."""
+    output, argv, exit_code = io.StringIO(), sys.argv, 0
+    module = words[1] if words[0] == '-m' else None
+    sys.argv = words[1:] if module else words
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            if module:
+                runpy.run_module(module, run_name='__main__')
+            else:
+                runpy.run_path(words[0], run_name='__main__')
+    except SystemExit as stop:
+        exit_code = stop.code or 0
+    finally:
+        sys.argv = argv
+    return exit_code, output.getvalue()
 
 
 def quiet():
