@@ -55,14 +55,16 @@ class Log:
         peak_flops = devices.peak_flops(self.place.device)
         if peak_flops and facts['dtype'] != 'float32':
             self.mfu_per_tok_per_s = facts['flops_per_token'] / (peak_flops * self.place.world_size)
-        settings = facts['settings']
         distributed.on_first_rank(lambda: self.claim(is_new, facts))
-        if settings['tensorboard_log'] and self.out_dir:
+        if self.out_dir is None:
+            return
+        settings = facts['settings']
+        if settings['tensorboard_log']:
             from torch.utils.tensorboard import SummaryWriter
             # readers drop earlier points from purge_step on, which this start repeats
             self.tensorboard = SummaryWriter(str(self.out_dir / 'tensorboard'), flush_secs=10,
                                              purge_step=self.progress.iter_num)
-        if settings['wandb_log'] and self.out_dir:
+        if settings['wandb_log']:
             self.start_wandb(settings)
 
     def claim(self, is_new, facts):
@@ -193,7 +195,7 @@ class Log:
             return
         it, path = self.progress.iter_num, self.out_dir / 'metrics.jsonl'
         line = finite(dict(iter=it, **numbers, time=round(time.time(), 1)))
-        with (loss_printed(path, f'the line of iteration {it} is lost'), open(path, 'ab', buffering=0) as f):
+        with loss_printed(path, f'the line of iteration {it} is lost'), open(path, 'ab', buffering=0) as f:
             size, data = f.tell(), (json.dumps(line) + '\n').encode()
             if f.write(data) < len(data):  # the disk is full now: leave no torn line
                 f.truncate(size)
@@ -216,14 +218,6 @@ class Log:
 
     # at the end
 
-    def report(self):
-        if self.out_dir is None:
-            return
-        try:
-            print0(printable(f'report: {write_report([self.out_dir])}'))
-        except Exception as error:  # the run itself is saved
-            print0(printable(f'no report: {type(error).__name__}: {error}'))
-
     def end(self, event: str, reason: str):
         """Note in run.json that the run ended in order, and wait for the commands of on_event."""
         if self.out_dir is None:
@@ -237,10 +231,15 @@ class Log:
             self.event(event, reason=reason)
             self.hook.close()
 
-    def close(self, stop: str | None, folder):
-        """Print what is saved and what to do next."""
+    def close(self, stop: str | None, folder, report: bool):
+        """Write the report, and print what is saved and what to do next."""
         if self.out_dir is None:
             return
+        if report and not stop:
+            try:
+                print0(printable(f'report: {write_report([self.out_dir])}'))
+            except Exception as error:  # the run itself is saved
+                print0(printable(f'no report: {type(error).__name__}: {error}'))
         it, out_dir = self.progress.iter_num, printable(str(self.out_dir))
         if stop and not self.progress.advanced:
             print0(f'stopped by {stop} at iteration {it}, where this run began: nothing new to save')

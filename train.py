@@ -310,7 +310,5 @@ with one_line_errors(), distributed.signals_noted():
             log.check_skipped(max_skipped_steps, folder)
         progress.iter_num += 1
 
-    if report and not stop and not eval_only:
-        log.report()
-    log.close(stop, folder)
+    log.close(stop, folder, report)
     distributed.stop()

@@ -113,8 +113,9 @@ def prepare(name: str, raw_items: list[dict], source: str, *, tokenizer) -> Benc
     items, rows = [], []
     for i, raw in enumerate(raw_items):
         try:
-            items.append(checked(TASKS[name](own_form(raw))))
-            rows += [encode_pair(tokenizer, context, f' {choice}') for context, choice in items[-1].pairs]
+            item = checked(TASKS[name](own_form(raw)))
+            rows += [encode_pair(tokenizer, context, f' {choice}') for context, choice in item.pairs]
+            items.append(item)
         except WRONG_FORM as error:
             raise ValueError(f'{source}: item {i} cannot be scored as one of {name} with this tokenizer '
                              f'({type(error).__name__}: {error})') from None
@@ -156,7 +157,8 @@ def choice_accuracies(items: list[Item], scores: list[RowScore]) -> dict:
     """Count how often the most likely choice is right: in total, per character, per byte, per token."""
     hits = dict(acc=[], acc_norm=[], acc_bytes=[], acc_tokens=[])
     for item, rows in by_item(items, scores):
-        nats, choices = [row.log_likelihood for row in rows], [choice for _, choice in item.pairs]
+        nats = [row.log_likelihood for row in rows]
+        choices = [choice for _, choice in item.pairs]
         sizes = dict(acc=[1] * len(rows), acc_norm=[len(choice) for choice in choices],
                      acc_bytes=[len(choice.encode()) for choice in choices],
                      acc_tokens=[row.n_tokens for row in rows])

@@ -1,19 +1,12 @@
 """Samples from fixed prompts during a training run."""
 
-from typing import NamedTuple
-
-import numpy as np
 import torch
 
 from files import as_utf8
 from kernels import IGNORE
+from training.scoring import spread_windows
 
 N_TOKENS = 100
-
-
-class Sample(NamedTuple):
-    prompt: str
-    text: str
 
 
 def read_prompts(generate_prompts: str, tokenizer, loader) -> list[list[int]]:
@@ -24,17 +17,17 @@ def read_prompts(generate_prompts: str, tokenizer, loader) -> list[list[int]]:
     if generate_prompts:
         return [tokenizer.encode(line) for line in as_utf8(generate_prompts).splitlines() if line]
     prompts = []
-    batch = loader.windows(np.arange(4) * loader.n_windows // 4)
+    batch = loader.windows(spread_windows(loader, 4))
     for x, y in zip(batch.x, batch.y, strict=True):
         first_target = int((y != IGNORE).int().argmax())
         prompts.append(x[:first_target + 1 if first_target else 16].tolist())
     return prompts
 
 
-def generate(model, tokenizer, prompts, seed: int, place, autocast) -> list[Sample]:
-    """Continue each prompt by N_TOKENS or to the end of its document. All ranks draw the same."""
+def generate(model, tokenizer, prompts, seed: int, place, autocast) -> list[tuple[str, str]]:
+    """Return each prompt and its continuation by N_TOKENS or to the end of its document."""
     samples = []
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # all ranks draw the same
     model.eval()
     for prompt in prompts:
         idx = torch.tensor([prompt], device=place.device)
@@ -44,6 +37,6 @@ def generate(model, tokenizer, prompts, seed: int, place, autocast) -> list[Samp
         ids = torch.cat(drawn).tolist()
         if tokenizer.eot in ids:
             ids = ids[:ids.index(tokenizer.eot)]
-        samples.append(Sample(tokenizer.decode(prompt), tokenizer.decode(ids)))
+        samples.append((tokenizer.decode(prompt), tokenizer.decode(ids)))
     model.train()
     return samples
