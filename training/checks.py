@@ -57,8 +57,7 @@ def check_settings(settings: dict):
         f'lora_rank={s.lora_rank} is for --parallel=ddp: leave --parallel=fsdp out': s.lora_rank and is_fsdp,
         f'shard_ranks={s.shard_ranks} is for --parallel=fsdp: add it, or use --shard_ranks=0':
             s.shard_ranks and not is_fsdp,
-        'shard_gradients=True is for --parallel=fsdp: add it, or use --shard_gradients=False':
-            s.shard_gradients and not is_fsdp,
+        'shard_gradients=True is for --parallel=fsdp: add it': s.shard_gradients and not is_fsdp,
         f'core_interval={s.core_interval} and core={s.core!r} go together: the interval, '
         'and the folder of the CORE bundle': bool(s.core_interval) != bool(s.core),
     }

@@ -31,8 +31,8 @@ svg { width: 100%; height: auto; } svg text { fill: currentColor; }
 div { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8884; }
-pre, td { white-space: pre-wrap; overflow-wrap: anywhere; }
-footer, th, td:first-child { opacity: .7; }
+h1, th, td, pre { overflow-wrap: anywhere; } pre, td { white-space: pre-wrap; }
+footer, th, td:first-child { opacity: .7; } td:first-child { overflow-wrap: normal; }
 </style>
 '''
 
@@ -57,7 +57,8 @@ def watch(folders: list, out=None):
             problem = write_page(out, page, problem, renewed=True)
             # a long metrics.jsonl takes seconds to draw: leave four fifths of a core to training
             time.sleep(max(PAUSE_S, 4 * (time.monotonic() - begun_s)))
-    write_page(out, page, problem, renewed=False)
+    if page:
+        write_page(out, page, problem, renewed=False)
 
 
 def write_page(out, page, problem, renewed: bool) -> str | None:
@@ -174,4 +175,4 @@ def progress_of(run, state: str) -> dict[str, str]:
         ('last validation loss', '{:.4f}', latest.get('val_loss')),
         ('learning rate', '{:.3g}', latest.get('lr')),
         ('tokens per second', '{:,.0f}', latest.get('tok_per_s')),
-        ('steps skipped', '{:.0f}', latest.get('skipped'))])
+        ('steps skipped', '{:.0f}', latest.get('skipped') or None)])
