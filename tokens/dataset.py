@@ -67,28 +67,19 @@ def read_meta(folder) -> dict:
 
 
 def check_meta(meta):
-    """Raise ValueError for a meta.json that was edited or left unfinished."""
-    require(not meta.get('unfinished'), 'packing this dataset was interrupted: prepare it again')
-    require(meta.get('format') == 1, 'format must be 1')
+    """Raise ValueError for a meta.json of an unfinished dataset, or with names that lead elsewhere."""
+    if meta.get('unfinished'):
+        raise ValueError('packing this dataset was interrupted: prepare it again')
     with one_line('tokenizer'):
         size = vocab_size_of(meta.get('tokenizer'))
-    require(meta.get('vocab_size') == size, f'vocab_size must be {size}, the size of its tokenizer')
-    fits = meta.get('dtype') in ('uint32', id_dtype(size).name)
-    require(fits, f'dtype must be {id_dtype(size).name} for {size} tokens')
-    require({'train'} <= set(meta['splits']) <= {'train', 'val'}, "splits must be 'train' and 'val'")
-    row = meta.get('row_tokens', 1)
-    for name, split in meta['splits'].items():
-        sizes = [shard['tokens'] for shard in split['shards']]
-        for file in [str(shard['file']) for shard in split['shards']]:
-            require(re.fullmatch(r'[\w-]+\.bin', file), f'file must be a name such as a.bin, not {file!r}')
-        are_counts = all(type(n) is int and n >= 0 and n % row == 0 for n in sizes)
-        require(sizes and are_counts, f'splits.{name}.shards must be files with tokens, multiples of {row}')
-        require(split['tokens'] == sum(sizes), f'splits.{name}.tokens must be {sum(sizes)}, as in its shards')
-
-
-def require(fits, message):
-    if not fits:
-        raise ValueError(message)
+    wanted = {'format': [1], 'vocab_size': [size], 'dtype': [id_dtype(size).name, 'uint32']}
+    for key, accepted in wanted.items():
+        if meta.get(key) not in accepted:
+            raise ValueError(f'{key} must be {accepted[0]!r}, not {meta.get(key)!r}')
+    for split in meta['splits'].values():
+        for shard in split['shards']:
+            if not re.fullmatch(r'[\w-]+\.bin', str(shard['file'])):
+                raise ValueError(f'file must be a name such as train.bin, not {shard["file"]!r}')
 
 
 def meta_of_nanogpt(folder):
@@ -185,15 +176,15 @@ class Split:
         if entry is None:
             names = ', '.join(self.meta['splits'])
             raise ValueError(f'{folder} has no {split} split, only {names}: prepare it with one')
-        self.n_tokens, self.row_tokens = entry['tokens'], self.meta.get('row_tokens')
         self.checksums = [shard.get('crc32') for shard in entry['shards']]
         dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
         self.shards, self.borders = [], [0]  # borders: first token of each shard, and the end
         for shard in entry['shards']:
-            path, n_tokens = self.folder / shard['file'], shard['tokens']
+            path, n_tokens = self.folder / shard['file'], int(shard['tokens'])
             header_bytes = HEADER_BYTES if read_header(path) else 0
             self.shards.append(DiskArray(path, dtype, n_tokens, header_bytes))
             self.borders.append(self.borders[-1] + n_tokens)
+        self.n_tokens, self.row_tokens = self.borders[-1], self.meta.get('row_tokens')
         self.index, mask = self.folder / f'{split}.idx', self.folder / f'{split}.mask'
         self.mask = None
         if mask.exists() or self.row_tokens:  # rows need a mask: it tells answers from questions and padding

@@ -287,7 +287,7 @@ class JsonTokenizer(Tokenizer):
         return pieces
 
     def tokenizer_json(self):
-        return json.loads(self.arguments['tokenizer_json'])
+        return self.content
 
 
 # -----------------------------------------------------------------------------

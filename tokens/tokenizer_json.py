@@ -100,17 +100,19 @@ def char_json(tokens):
 def tokenizer_config(tokenizer):
     """Return the content of tokenizer_config.json. In ours, END begins, ends and separates documents."""
     config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
-    special = list(tokenizer.special)
     if tokenizer.kind == 'json':
         end = tokenizer.arguments['eot']
         unknown = tokenizer.content['model'].get('unk_token') or end
         roles = {'bos_token': end, 'pad_token': end, 'unk_token': unknown}
         return {**config, **roles, **tokenizer.arguments['config'], 'eos_token': end}
-    if special:
+    if END in tokenizer.special:
         config |= dict.fromkeys(('bos_token', 'eos_token', 'pad_token', 'unk_token'), END)
-    if special == SPECIAL_TOKENS:
-        config |= {'pad_token': '<|pad|>', 'unk_token': '<|unk|>'}
-        config['additional_special_tokens'] = [name for name in special if name not in config.values()]
+    for role, name in (('pad_token', '<|pad|>'), ('unk_token', '<|unk|>')):
+        if name in tokenizer.special:
+            config[role] = name
+    others = [name for name in tokenizer.special if name not in config.values()]
+    if others:
+        config['additional_special_tokens'] = others
     return config
 
 
