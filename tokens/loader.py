@@ -95,7 +95,8 @@ class Loader(Batches):
     def __init__(self, folders, split: str, *, order: str = 'shuffle', weights: list | None = None,
                  isolate: bool = False, **shape):
         super().__init__(**shape)
-        folders = folders if isinstance(folders, list) else [folders]
+        if not isinstance(folders, list):
+            folders = [folders]
         self.splits = splits = [Split(folder, split) for folder in folders]
         if len({fingerprint(each.tokenizer_meta) for each in splits}) > 1:
             raise ValueError(f'{", ".join(map(str, folders))} were packed with different tokenizers: '

@@ -77,7 +77,10 @@ class Text:
             documents.append(document)
             n_tokens += len(document[0])
             while n_tokens > size:
-                piece = np.concatenate([ids for ids, _ in documents])[skip:skip + size + 1]
+                row = documents[0][0]
+                if len(row) <= skip + size:  # else a long document would be copied for each piece
+                    row = np.concatenate([ids for ids, _ in documents])
+                piece = row[skip:skip + size + 1]
                 skip, n_tokens = skip + size, n_tokens - size
                 while skip >= len(documents[0][0]):
                     skip -= len(documents.popleft()[0])

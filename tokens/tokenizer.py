@@ -251,7 +251,9 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def prefix(self):
         ids = self.engine.encode('').ids
-        return ids if ids == [self.bos] else []
+        if ids == [self.bos]:
+            return ids
+        return []
 
     def encode_array(self, text):
         return self.encode_batch([text])[0]
@@ -332,7 +334,7 @@ def tokenizer_meta(name, also=(), eot: str = '') -> dict:
     if name in ('gpt2', 'byte'):
         if eot not in ('', END):
             raise ValueError(f'--eot={eot}: the {name} tokenizer ends documents with {END}')
-        return dict(GPT2_META) if name == 'gpt2' else {'kind': 'byte'}
+        return {'gpt2': dict(GPT2_META), 'byte': {'kind': 'byte'}}[name]
     meta = read_tokenizer_json(name, eot) if name else None
     if meta is None:
         accepted = ', '.join([*also, 'gpt2', 'byte'])

@@ -184,8 +184,9 @@ def load_engine(content):
 
 def read_tokenizer_json(path, eot=''):
     """Return meta() of the tokenizer.json, or of the folder that holds it; None if there is none."""
-    path = Path(path)
-    file = path / 'tokenizer.json' if path.is_dir() else path
+    path = file = Path(path)
+    if path.is_dir():
+        file = path / 'tokenizer.json'
     if not file.is_file() or file.suffix != '.json':
         return read_other_formats(path)
     with one_line(file):
@@ -228,11 +229,13 @@ def read_config(folder):
     config = {}
     for name in ('config', 'generation_config', 'special_tokens_map', 'tokenizer_config'):
         file = folder / f'{name}.json'
-        config |= read_json(file) if file.is_file() else {}
+        if file.is_file():
+            config |= read_json(file)
     config |= {role: token_name(config[role]) for role in ROLES if role in config}
     # transformers 5 renamed additional_special_tokens
     others = config.get('extra_special_tokens') or config.get('additional_special_tokens') or []
-    others = others.values() if isinstance(others, dict) else others
+    if isinstance(others, dict):
+        others = others.values()
     config['additional_special_tokens'] = [token_name(other) for other in others]
     template = folder / 'chat_template.jinja'
     if template.is_file():
@@ -241,7 +244,9 @@ def read_config(folder):
 
 
 def token_name(value):
-    return value.get('content') if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return value.get('content')
+    return value
 
 
 def with_named_tokens(content, config):
@@ -289,7 +294,9 @@ def short_meta(content, ids):
         return None
     same = all(written[key] == content[key] for key in ('normalizer', 'pre_tokenizer'))
     strips = any(token['lstrip'] or token['rstrip'] for token in added)
-    return meta if same and not strips and vocabulary(written) == ids else None
+    if strips or not same or vocabulary(written) != ids:
+        return None
+    return meta
 
 
 def are_trained(content):
