@@ -53,6 +53,8 @@ def shard(**changes):
     ('file must be', {'splits': shard(file='../train.bin')}),
     ('file must be', {'splits': shard(file='/etc/passwd')}),
     ('file must be', {'splits': shard(file='a\\b.bin')}),
+    ('tokens must be', {'splits': shard(tokens=4.0)}),
+    ("'tokens'", {'splits': split(shards=[{'file': 'train.bin'}])}),
 ])
 def test_meta_json_that_does_not_fit_is_one_line_with_file_and_key(tmp_path, key, changes):
     write_meta(tmp_path, **changes)

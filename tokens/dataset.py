@@ -67,7 +67,7 @@ def read_meta(folder) -> dict:
 
 
 def check_meta(meta):
-    """Raise ValueError for a meta.json of an unfinished dataset, or with names that lead elsewhere."""
+    """Raise ValueError for a meta.json that was edited or left unfinished."""
     if meta.get('unfinished'):
         raise ValueError('packing this dataset was interrupted: prepare it again')
     with one_line('tokenizer'):
@@ -80,6 +80,8 @@ def check_meta(meta):
         for shard in split['shards']:
             if not re.fullmatch(r'[\w-]+\.bin', str(shard['file'])):
                 raise ValueError(f'file must be a name such as train.bin, not {shard["file"]!r}')
+            if type(shard['tokens']) is not int:
+                raise ValueError(f'tokens must be a count, not {shard["tokens"]!r}')
 
 
 def meta_of_nanogpt(folder):
@@ -180,7 +182,7 @@ class Split:
         dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
         self.shards, self.borders = [], [0]  # borders: first token of each shard, and the end
         for shard in entry['shards']:
-            path, n_tokens = self.folder / shard['file'], int(shard['tokens'])
+            path, n_tokens = self.folder / shard['file'], shard['tokens']
             header_bytes = HEADER_BYTES if read_header(path) else 0
             self.shards.append(DiskArray(path, dtype, n_tokens, header_bytes))
             self.borders.append(self.borders[-1] + n_tokens)
