@@ -8,7 +8,7 @@ import numpy as np
 TOKENS, LABELS, MASK = NAMES = ('token_float32.npy', 'label_float32.npy', 'loss_mask.npy')  # MASK is optional
 MAX_ID = 2**24  # larger whole numbers may have been rounded by float32
 NOT_A_TARGET = -100
-CHUNK_BYTES = 1 << 20  # the tokens that are in memory at a time
+CHUNK_BYTES = 1 << 20  # tokens in memory at a time
 
 
 class Row(NamedTuple):
@@ -40,7 +40,7 @@ def read_rows(path, reading):
     n_rows, n_tokens = map_blocks(path)[TOKENS].shape
     step = max(1, CHUNK_BYTES // (4 * max(n_tokens, 1)))
     for begin in range(0, n_rows, step):
-        # the arrays are mapped anew for each chunk, because a map that stays open holds what was read of it
+        # map the arrays anew for each chunk, because an open map keeps in memory what was read
         chunk = {name: np.array(array[begin:begin + step]) for name, array in map_blocks(path).items()}
         for number, row in enumerate(rows_of_chunk(chunk, path, begin), begin):
             yield row, f'{path}, row {number}'
@@ -71,7 +71,7 @@ def rows_of_chunk(chunk, path, first_row):
     if is_shifted:
         ids = np.append(ids, labels[:, -1:].astype(np.int64), axis=1)  # (rows, T + 1)
         masks = np.pad(masks, ((0, 0), (1, 0)))
-        lengths += masks[:, -1]  # the last id is left out where it is not a target
+        lengths += masks[:, -1]  # drop the last id if it is not a target
     return [Row(row[:n], row_mask[:n]) for row, row_mask, n in zip(ids, masks, lengths, strict=True)]
 
 

@@ -2,11 +2,11 @@
 
 from corpus.textfile import check_fields
 
-BATCH_ROWS = 16  # few, because as Python's objects the rows take memory once more
+BATCH_ROWS = 16  # few, because rows take more memory as Python objects
 
 
 def read_parquet(path, reading):
-    """Read rows a few at a time. Row groups to pass over are not read, which matters on the hub."""
+    """Read rows a few at a time. Skipped row groups are not read, which matters on the hub."""
     import pyarrow.parquet
     if path.startswith('hf://'):
         from huggingface_hub import HfFileSystem

@@ -1,8 +1,8 @@
 """Read conversations from JSON, JSONL, CSV, Parquet and Arrow files in the layouts of common datasets.
 
 A record is a list of messages {"role": ..., "content": ...} or {"from": ..., "value": ...}, an object with
-such a list, or an object with a question, and perhaps its answer and its context, which is the passage that
-it is about. Of several answers the first that is not empty is taken. A system text and a history, of messages
+such a list, or an object with a question and optionally an answer and a context, which is the passage that
+the question is about. The first answer that is not empty is used. A system text and a history, of messages
 or of pairs [question, answer], come first. The nested questions of SQuAD, CMRC 2018 and WebQA and the
 documents of DuReader 2.0 are read. A line of a .txt file is a question. Content in a field that the layout
 does not use is an error.
@@ -115,7 +115,7 @@ def flat_records(record):
 
 
 def turns_of(record, fields):
-    """Return the turns of a record. Raises ValueError for content that none of them holds."""
+    """Return the turns of a record. Raises ValueError for content that no turn can hold."""
     if isinstance(record.get('prompt'), list) and not record.get('messages'):  # two lists, as in TRL
         messages = [*record['prompt'], *(record.get('completion') or [])]
         record = {**record, 'messages': messages, 'prompt': '', 'completion': ''}

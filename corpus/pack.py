@@ -30,7 +30,7 @@ SAVE_EVERY_S = 10  # at most this much work is lost when a run is killed
 
 
 def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, masked=False, eot_in_rows=False):
-    """Pack documents that a script has at hand, replacing the dataset that was there.
+    """Pack the documents of a script, replacing any dataset in the folder.
 
     splits        {'train': iterable of documents, 'val': ...}. A document is a text, a row of ids, or a pair
                   (ids, mask) where mask is 1 for targets. End-of-text stands between two texts
@@ -70,7 +70,7 @@ def make_tokenizer(name, texts, eot=''):
 
 
 def pack(folder, read, encoder, source, *, splits=('train', 'val'), **options) -> dict:
-    """Pack the Documents that read(number of them to pass over) yields. Returns the dict in meta.json.
+    """Pack the Documents that read(number to skip) yields. Returns the dict in meta.json.
 
     options  of Writer
     """
@@ -99,7 +99,7 @@ def pack(folder, read, encoder, source, *, splits=('train', 'val'), **options) -
 
 
 def write_documents(writer, encoder, documents):
-    """Encode and write all documents, and save the progress now and then."""
+    """Encode and write all documents, and save the progress at intervals."""
     saved_s = time.monotonic()
     with closing(encoder.encode_all(documents)) as batches:
         for batch in batches:
@@ -166,7 +166,7 @@ def pack_files(args, source):
 
 
 def name_source(paths):
-    """Say in words which files a dataset is made of. What is not UTF-8 in a name becomes U+FFFD."""
+    """Describe the files of a dataset in words. Bytes of a name that are not UTF-8 become U+FFFD."""
     names = [os.path.basename(os.path.normpath(path)) for path in paths]
     names = [os.fsencode(name).decode('utf-8', 'replace') for name in names]
     if len(names) == 1:
@@ -175,7 +175,7 @@ def name_source(paths):
 
 
 def prepare_parquet(folder, doc, repo, revision, hub_folder):
-    """Run the prepare script in this folder, with this docstring, of a corpus in Parquet."""
+    """Run the prepare script of a corpus in Parquet."""
     args = Parser(doc, None, OPTIONS, input=None, format='parquet', out=folder, tokenizer='gpt2',
                   val_fraction=0.0005, shard_tokens=100_000_000).parse_args()
     source = f'{repo}, from local files'

@@ -142,7 +142,7 @@ class Reading:
     fields: tuple | None = None  # None: whole records
     errors: str = 'strict'
     encoding: str = 'utf-8'
-    to_skip: int = 0  # documents still to pass over
+    to_skip: int = 0  # documents still to skip
     file: Any = None  # tell() measures progress
 
     def __post_init__(self):
@@ -265,7 +265,7 @@ def read_csv(path, reading, delimiter=','):
 
 
 def text_of_record(record, where, fields):
-    """Join a record's fields by line feeds. A list of texts is as good as a text, and so is a bare string."""
+    """Join a record's fields by line feeds. A field may be a list of texts, a record a bare string."""
     if isinstance(record, str):
         record, fields = {'': record}, ['']
     if not isinstance(record, dict):
@@ -283,7 +283,7 @@ def text_of_record(record, where, fields):
 
 
 def clean(text):
-    r"""Make every line end a line feed, and half a surrogate pair, as JSON's "\ud83d" alone, a '?'."""
+    r"""Make every line end a line feed, and half a surrogate pair, such as a lone "\ud83d" in JSON, a '?'."""
     return text.replace('\r\n', '\n').replace('\r', '\n').encode('utf-8', 'replace').decode('utf-8')
 
 

@@ -73,7 +73,7 @@ class Template:
         return '\n'.join([*lines, JINJA])
 
     def encode(self, turns) -> tuple[list, list]:
-        """Write turns as (ids, mask). A last answer of None is opened and neither told nor ended.
+        """Write turns as (ids, mask). A last answer of None is only opened.
 
         The text between two special tokens is encoded as a whole, as transformers does, but no token reaches
         from a prompt into its answer.

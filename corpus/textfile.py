@@ -19,7 +19,7 @@ USUAL_ENCODINGS = {'utf-8': 'utf-8', 'utf-16': 'utf-16', 'gb2312': 'gb18030', 'b
 
 @contextlib.contextmanager
 def naming(path):
-    """Name the file in whatever breaks while it is read."""
+    """Name the file in any error while it is read."""
     try:
         yield
     except FileNotFoundError:

