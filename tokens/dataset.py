@@ -243,7 +243,7 @@ class Split:
         return offset, length + is_end_of_text
 
     def fingerprint(self) -> dict:
-        """Return what a checkpoint remembers of its data, as plain values."""
+        """Return what a checkpoint stores about its data, as plain values."""
         return dict(tokens=[shard.size for shard in self.shards], crc32=self.checksums,
                     vocab_size=self.vocab_size, tokenizer=fingerprint(self.tokenizer_meta))
 

@@ -143,5 +143,5 @@ class Loader(Batches):
         return int(sum(split.is_target(start + 1, size - 1).sum() for split, start, size in located))
 
     def fingerprint(self) -> list[dict]:
-        """Return what a checkpoint remembers of its data."""
+        """Return what a checkpoint stores about its data."""
         return [split.fingerprint() for split in self.splits]

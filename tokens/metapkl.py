@@ -30,8 +30,8 @@ def read_meta_pkl(path) -> dict:
 class PlainUnpickler(pickle._Unpickler):
     """Read dict, list, str, numbers and NumPy integers. A pickle runs code only by the names it imports.
 
-    The pure Python class, so that tuples can become lists: as keys of a dict, tuples of tuples nested 60 deep
-    would be hashed for years. It also allocates no more than a damaged file holds.
+    This uses the pure Python class, which can read tuples as lists: as keys of a dict, tuples nested 60
+    deep would take years to hash. It also allocates no more than a damaged file holds.
     """
 
     def find_class(self, module, name):

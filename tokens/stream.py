@@ -40,7 +40,7 @@ class Text:
                 raise ValueError(f'{path} holds token ids, not text: pack it with corpus.pack')
 
     def documents(self, epoch, file, document):
-        """Yield (text, (epoch, file, document)) of each document from one on, without end."""
+        """Yield (text, (epoch, file, document)) of each document from a given one on, without end."""
         has_text = True
         while has_text:
             has_text = False
@@ -56,7 +56,7 @@ class Text:
         raise ValueError(f'{", ".join(self.paths)}: no text in there')
 
     def encoded(self, *position):
-        """Yield (ids, (epoch, file, document)) of each document from one on."""
+        """Yield (ids, (epoch, file, document)) of each document from a given one on."""
         chunk, n_chars = [], 0
         with ThreadPoolExecutor(N_THREADS, 'tokenizer') as pool:
             for text, begin in self.documents(*position):

@@ -138,7 +138,7 @@ class ItosTokenizer(Tokenizer):
 
 
 class CharTokenizer(ItosTokenizer):
-    """One token for each character. Its id is its place among chars."""
+    """One token for each character. Its id is its position in chars."""
 
     kind = 'char'
 

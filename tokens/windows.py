@@ -46,8 +46,8 @@ def permute(index: np.ndarray, n: int, seed) -> np.ndarray:
 def count_of_each(weights, g: np.ndarray) -> np.ndarray:
     """Count the windows of each source among the first g of a mixture: (K,) int64 -> (n_sources, K) int64.
 
-    Each source takes its share of what the ones before it leave, rounded. So a count stays within two windows
-    of its exact share, and never decreases.
+    Each source takes its share of what the sources before it leave, rounded. So a count stays within two
+    windows of its exact share, and never decreases.
     """
     counts, left = [], g
     for i, weight in enumerate(weights[:-1]):
@@ -64,7 +64,7 @@ def choose_source(weights, g: np.ndarray):
 
 
 class Windows:
-    """The windows of some splits that count as one, numbered without end in the order of a run.
+    """The windows of some splits treated as one, numbered without end in the order of a run.
 
     order   'shuffle'     each epoch in a random order, from a random phase in each shard
             'sequential'  from the first token on, for evaluation; the last window of a shard may be short

@@ -174,7 +174,7 @@ ARCHITECTURES = [
 
 
 def architecture_of(config) -> Architecture:
-    """Return the class that a GPTConfig amounts to."""
+    """Return the class that matches a GPTConfig."""
     for each in ARCHITECTURES:
         fits = all(getattr(config, name) == value for name, value in each.switches.items())
         if each is LLAMA and config.n_embd % config.n_head:  # refused by transformers, but not in Mistral

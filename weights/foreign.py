@@ -1,6 +1,7 @@
 """Checkpoints of nanoGPT and of other trainers, and the checks that every checkpoint has to pass.
 
-A stranger's file ends in one line, never in a hang, a traceback, or a model that computes something else.
+A file that cannot be loaded is refused in one line. It never ends in a hang, a traceback, or a model that
+computes something else.
 """
 
 import pickletools

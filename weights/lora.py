@@ -23,7 +23,7 @@ class LoRALinear(nn.Linear):
 def add(model, rank: int, alpha: float, targets: str):
     """Freeze a model, and put an adapter beside each Linear of its blocks whose name is in targets.
 
-    targets  last parts of names, separated by commas: c_attn, c_proj, c_fc
+    targets  the last parts of names, separated by commas: c_attn, c_proj, c_fc
     raises   ValueError for a name that no Linear of a block has, or an alpha that would train nothing
     """
     if alpha <= 0:

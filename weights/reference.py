@@ -1,4 +1,4 @@
-"""The model of transformers that a GPT is, recorded under our names and in our layouts.
+"""The transformers model that equals a GPT, recorded under our names and in our layouts.
 
     names = names_of(model)         # {our module: [their modules]}
     theirs = reference_of(model)    # by way of an export
@@ -14,7 +14,7 @@ from weights.architectures import architecture_of
 
 
 def reference_of(model):
-    """Return the model of transformers that a GPT is, in float32 with plain attention."""
+    """Return the transformers model that equals a GPT, in float32 with plain attention."""
     import transformers
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
