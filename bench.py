@@ -202,7 +202,7 @@ def matmul_flop_per_s(model, device, precision):
 
 
 def measure_data():
-    """Time the loader alone: the first batch with opening the dataset, then batches from a warm cache."""
+    """Time the loader alone: the first batch, which opens the dataset, then batches from a warm cache."""
     cpu = torch.device('cpu')
     times_ms = [ms for _, ms in timed(islice(read_batches(cpu), 1 + warmup_steps + steps), cpu)]
     batch_ms = spread(times_ms[1 + warmup_steps:])

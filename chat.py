@@ -134,7 +134,7 @@ def choose_style(style: str, trained, tokenizer) -> str:
 
 
 def prepare_decoding(model, device, compile, quantize, n_rows=1):
-    """Compile the model, or lay its weights out for generating n_rows at a time."""
+    """Compile the model, or rearrange its weights for generating n_rows at a time."""
     if compile is True and devices.choose_compile(True, device):
         model.compile_blocks()
     else:

@@ -190,7 +190,7 @@ def checksum_ending(f, size):
 
 
 class Damaged(ValueError):
-    """A checkpoint file whose bytes are not what was written."""
+    """A checkpoint file whose bytes differ from those that were written."""
 
 
 def load_newest(out_dir, rename_damaged: bool = False):
@@ -216,7 +216,7 @@ def load_newest(out_dir, rename_damaged: bool = False):
         print0(f'checkpoint: {path} (iteration {state["iter_num"]})')
         return state, path
     if paths or any(Path(out_dir).glob('ckpt*.pt.corrupt')):
-        # *.corrupt counts: at its next start auto_resume must not begin from scratch
+        # *.corrupt files count, so that auto_resume does not begin from scratch at the next start
         raise ValueError(f'{out_dir} has no readable checkpoint left: see the damaged files there, '
                          'or start again with another --out_dir')
     return None, None
@@ -306,7 +306,7 @@ def short(error):
 def gather(model, optimizers) -> dict:
     """Return the whole tensors of 'model' and 'optimizer', on the first rank. Every rank must call it."""
     fresh = [optimizer for optimizer in optimizers if not optimizer.state]
-    if fresh:  # torch makes their state by a step at rate 0, which must not count
+    if fresh:  # torch creates their state by a step at rate 0, which must not count
         dcp.get_optimizer_state_dict(model, fresh)
         for optimizer in fresh:
             for moments in optimizer.state.values():

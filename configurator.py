@@ -128,7 +128,7 @@ def nearest(word, choices, remedy, otherwise=''):
 
 
 def parse(argv, accepted, skip_unknown=False):
-    """Split the command line into config files and {name: value} of flags, of which a later one wins.
+    """Split the command line into config files and {name: value} of flags; a later flag wins.
 
     skip_unknown  flags may belong to config files that have not been read
     """

@@ -24,7 +24,7 @@ PEAK_FLOPS = {
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device for a setting. A CUDA device always has an index: torch.cuda.set_device() wants one.
+    """Return the device for a setting. A CUDA device always has an index, which torch requires.
 
     local_rank  the index of the device in a process group; None = no process group
     """
@@ -65,8 +65,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def choose_dtype(name: str, device: torch.device, packs: bool = False) -> torch.dtype:
     """Return the dtype of matrix products.
 
-    'auto' is bfloat16 if the device multiplies it, else float16 on CUDA and float32 elsewhere. On CPUs that
-    do, a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
+    'auto' is bfloat16 if the device multiplies it, else float16 on CUDA and float32 elsewhere. On such
+    CPUs, a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
     packs  for GPT.pack(): 'auto' is float16 on x86, too
     """
     if name != 'auto':
@@ -80,7 +80,8 @@ def choose_dtype(name: str, device: torch.device, packs: bool = False) -> torch.
 def choose_compile(choice: bool | str, device: torch.device) -> bool:
     """Whether to compile: 'auto' does on CUDA only. If the compiler fails, print a line and run eagerly.
 
-    A CPU compiles for 20 to 40 s. A step then took 476 ms, not 437 (10.7M), and 19.5, not 21.7 (0.8M).
+    On a CPU, compiling takes 20 to 40 s. A step then took 476 ms instead of 437 (10.7M), and 19.5 instead
+    of 21.7 (0.8M).
     """
     if choice is False or (choice == 'auto' and device.type != 'cuda'):
         return False

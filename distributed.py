@@ -264,7 +264,8 @@ def shard(model, place, shard_ranks, dtype):
 def compiled_loss(model):
     """Return model.loss, compiled for training. Call it after prepare().
 
-    With FSDP each block is compiled, and the cross entropy: gathering weights would break a larger graph.
+    With FSDP, each block and the cross entropy are compiled, because gathering weights would break a larger
+    graph.
     Training batches have one shape, and graphs of static shapes are faster.
     """
     if not isinstance(model, FSDPModule):

@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=out --core=eval_bundle
 
 It prints a table and writes out_dir/eval.json. Prompts, choices and scores are those of
-lm-evaluation-harness 0.4.13 without examples in the prompt, item by item (docs/RESULTS.md). acc is the part
-of the items whose right choice is the most likely one; acc_norm, acc_bytes and acc_tokens take the
+lm-evaluation-harness 0.4.13 without examples in the prompt, item by item (docs/RESULTS.md). acc is the
+share of items whose right choice is the most likely one; acc_norm, acc_bytes and acc_tokens take the
 log-likelihood per character, byte and token. perplexity is that of LAMBADA's last words, and bpb the bits per
 byte of the validation split.
 """

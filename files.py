@@ -189,7 +189,7 @@ def tell_torchrun(message):
 
 
 def one_line(error):
-    """Return the message for an error that a user can mend; None for any other."""
+    """Return the message for an error that a user can fix; None for any other."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f'{error.filename}: {error.strerror}'
     if isinstance(error, (ValueError, OSError)):

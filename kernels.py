@@ -384,7 +384,7 @@ class Int8Linear(PackedLinear):
 
 
 def pack_linears(model, quantize=None, n_rows=1):
-    """Lay the matrices of a model on the CPU out for generation. It cannot be trained any more.
+    """Rearrange the matrices of a model on the CPU for generation. It can no longer be trained.
 
     quantize  'int8', or None: float16 (all but the weights is then float32) and bfloat16, if that is faster
     n_rows    rows at a time; with several, a tied head in float16 becomes a matrix of its own

@@ -61,7 +61,7 @@ class Log:
         settings = facts['settings']
         if settings['tensorboard_log']:
             from torch.utils.tensorboard import SummaryWriter
-            # readers drop earlier points from purge_step on, which this start repeats
+            # readers drop the points from purge_step on, which this start repeats
             self.tensorboard = SummaryWriter(str(self.out_dir / 'tensorboard'), flush_secs=10,
                                              purge_step=self.progress.iter_num)
         if settings['wandb_log']:
@@ -207,7 +207,7 @@ class Log:
                 self.to_tensorboard('add_scalar', name, line[name], it, walltime=line['time'])
 
     def to_tensorboard(self, method: str, *args, **kwargs):
-        """Call a method of the SummaryWriter, which an error such as a full disk ends."""
+        """Call a method of the SummaryWriter, which is dropped after an error such as a full disk."""
         if self.tensorboard is None:
             return
         try:
@@ -219,7 +219,7 @@ class Log:
     # at the end
 
     def end(self, event: str, reason: str):
-        """Note in run.json that the run ended in order, and wait for the commands of on_event."""
+        """Record in run.json how the run ended, and wait for the commands of on_event."""
         if self.out_dir is None:
             return
         path = self.out_dir / 'run.json'
@@ -267,7 +267,7 @@ def loss_printed(path, loss: str):
 
 
 def finite(numbers: dict) -> dict:
-    """Put None in place of inf and nan, which JSON lacks."""
+    """Replace inf and nan, which JSON lacks, by None."""
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in numbers.items()}
 
@@ -294,7 +294,7 @@ def write_samples(folder, iter_num: int, samples: list[tuple[str, str]]):
 
 
 def sample_text(prompt, text):
-    """Show a sample as two blocks of code in Markdown, which nothing in it can end."""
+    """Format a sample as two blocks of code in Markdown, which its text cannot close."""
     prompt, text = (textwrap.indent(printable(part), '    ', lambda line: True) for part in (prompt, text))
     return f'{prompt}\n\ncomes\n\n{text}'
 

@@ -38,7 +38,7 @@ out = ''  # folder to write
 init_from = 'resume'  # the checkpoint in out_dir; or gpt2 ... gpt2-xl, a transformers folder, an .npz file
 out_dir = 'out'
 checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be another trainer's
-n_head: int | None = None  # for a checkpoint_path that does not say it
+n_head: int | None = None  # for a checkpoint_path that does not store it
 reference: Literal['', 'transformers'] = ''  # run the same weights by transformers, under the same names
 # dump: the tokens; the default is random ids of this seed
 dataset = ''  # the first windows of the validation split of this folder in data/

@@ -83,7 +83,7 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
 def group_settings(settings, config):
     """Return {kind: settings of the group}. Only Muon's groups have `parts`.
 
-    The matrix of queries, keys and values falls into parts of n_kv_head heads.
+    The matrix of queries, keys and values is split into parts of n_kv_head heads.
     """
     lr, decay = settings.learning_rate, settings.weight_decay
     rest_decay = decay if settings.decay_groups == 'all' else 0.0
@@ -327,7 +327,7 @@ def step_unless(optimizer, skip):
         if not skip:
             optimizer.step()
         return
-    optimizer.found_inf = skip  # the name by which torch's GradScaler tells fused kernels
+    optimizer.found_inf = skip  # the name by which torch's GradScaler recognizes fused kernels
     optimizer.step()
     del optimizer.found_inf
 
@@ -338,7 +338,7 @@ def step_unless(optimizer, skip):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning-rate schedule: linear warm-up over warmup_iters, then as its kind says.
+    """A learning-rate schedule: linear warm-up over warmup_iters, then the curve of its kind.
 
     source  arXiv:1608.03983 (restarts), arXiv:2404.06395 (wsd)
     """

@@ -163,8 +163,8 @@ def number(value, default=math.nan):
 def add_totals(lines: list[dict]):
     """Add the updates, tokens and minutes of training before each line to it.
 
-    A logged step carries the mean rate and time of the n_steps updates since the previous line. Other updates
-    were done by a process that ended before it logged them, and count as the previous line says.
+    A logged step carries the mean rate and time of the n_steps updates since the previous line. A process
+    may end before it logs its last updates; these count with the rate of the previous line.
     """
     for line in lines:
         line['updates'] = line['iter'] + ('loss' in line)  # a step is logged under the updates before it

@@ -40,7 +40,7 @@ from weights.card import model_card
 init_from = 'resume'  # the checkpoint in out_dir; or gpt2 ... gpt2-xl, a transformers folder, an .npz file
 out_dir = 'out'
 checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be another trainer's
-n_head: int | None = None  # for a checkpoint_path that does not say it
+n_head: int | None = None  # for a checkpoint_path that does not store it
 tokenizer = ''  # gpt2, byte, or a folder with tokenizer.json, for a model that has none
 strict = True  # False: checkpoint_path may lack weights or have others, which are listed
 export = ''  # write the model to this folder for transformers, or this .npz or .gguf file; do not sample
@@ -125,7 +125,7 @@ def answer_questions(answerer, questions, batch_size):
         print(f'{n_cut:,} of {len(prompts):,} questions are too long for the context of '
               f'{answerer.model.config.block_size} tokens: their beginnings are cut off')
     replies = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # for little padding
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # to reduce padding
     hides_bar = sys.stderr is None or not sys.stderr.isatty()
     with tqdm(total=len(prompts), unit=' answers', disable=hides_bar) as bar:
         for first in range(0, len(prompts), batch_size):

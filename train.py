@@ -15,8 +15,8 @@ import dataclasses
 import os
 from typing import Literal
 
-# Waiting threads of OpenMP soon sleep: on two busy cores a step took 2 s, not 10. Sleeping at once (passive)
-# would cost a quarter of a small step where nothing else runs, this 4%.
+# Let waiting OpenMP threads sleep soon: on two busy cores a step then took 2 s instead of 10. On an idle
+# machine this costs 4% of a small step; sleeping at once (passive) would cost a quarter.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 import torch

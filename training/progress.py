@@ -72,7 +72,7 @@ def limit_hours(max_hours: float):
 
 
 class SaveTimes:
-    """When to save: every so many iterations, and after so many minutes; 0 = never by the clock."""
+    """Decide when to save: at intervals of iterations, and of minutes; 0 = never by the clock."""
 
     def __init__(self, interval: int, minutes: float):
         self.interval, self.minutes = interval, minutes

@@ -19,7 +19,7 @@ from report import formatted, number, read_run, read_text, side_by_side, tables
 from training.pictures import as_svg
 
 PAUSE_S = 3
-QUIET_S = 300.0  # a run elsewhere without a line for so long may have crashed
+QUIET_S = 300.0  # a run on another machine without a line for this long may have crashed
 HEAD = '''<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -84,7 +84,7 @@ def make_page(folders) -> str:
     runs, parts = [], []
     for folder in folders:
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # a line that is half written is no news
+            with contextlib.redirect_stdout(io.StringIO()):  # an incomplete line is not an error
                 runs.append(read_run(folder))
         except (ValueError, OSError) as error:
             parts.append(f'<p>{text_of(error)}</p>')
@@ -165,7 +165,7 @@ def ago(seconds: float) -> str:
 
 
 def progress_of(run, state: str) -> dict[str, str]:
-    """Return the rows of a run that change from line to line."""
+    """Return the rows of a run that each new line changes."""
     latest, rows = run.latest, {}
     if state.startswith('running') and {'time', 'eta_s'} <= latest.keys():
         ends_s = latest['time'] + latest['eta_s']
