@@ -1,5 +1,6 @@
 """Both READMEs say the same commands, and every script, config file, setting and link that they and docs/ name exists."""
 
+import functools
 import importlib
 import re
 import shlex
@@ -108,6 +109,11 @@ def test_run_and_test_are_one_line_each_on_the_first_screen(page):
     assert page.read_text(encoding='utf-8').split(test)[0].count('\n') < 25
 
 
+@functools.cache
+def help_of(script):
+    return subprocess.run([sys.executable, ROOT / script, '--help'], capture_output=True, text=True, encoding='utf-8').stdout
+
+
 @pytest.mark.parametrize('command', SCRIPTS, ids=' '.join)
 def test_commands_name_what_exists(command, tiny, capsys):
     script, *arguments = command
@@ -115,8 +121,7 @@ def test_commands_name_what_exists(command, tiny, capsys):
     if script.startswith('lessons/'):
         return
     if script.startswith('data/') or script == 'report.py':
-        done = subprocess.run([sys.executable, ROOT / script, '--help'], capture_output=True, text=True, encoding='utf-8') if arguments else None
-        assert not [flag for flag in arguments if flag.startswith('--') and flag.split('=')[0] not in done.stdout]
+        assert not [flag for flag in arguments if flag.startswith('--') and flag.split('=')[0] not in help_of(script)]
         return
     settings = settings_of(script.removesuffix('.py'))
     if script == 'numerics.py':
