@@ -323,7 +323,7 @@ def top_costs(profiler, device, n=5):
     kind, time_of = torch.autograd.DeviceType.CPU, 'self_cpu_time_total'
     if device.type == 'cuda':
         kind, time_of = torch.autograd.DeviceType.CUDA, 'self_device_time_total'
-    # the time of an annotation such as Optimizer.step is that of the operations in it
+    # an annotation such as Optimizer.step repeats the time of the operations in it
     costs = [(getattr(event, time_of) / 1000, event.key) for event in profiler.key_averages()
              if event.device_type == kind and not event.is_user_annotation]
     total_ms = sum(ms for ms, _ in costs)

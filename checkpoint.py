@@ -327,7 +327,7 @@ def restore(state, model, optimizers, scaler, loader):
     scatter(state, model, optimizers)
     if state.get('data', loader.fingerprint()) != loader.fingerprint():
         print0('the dataset is not the one that the checkpoint was trained on: the run continues, '
-               'but not exactly as an unbroken one would')
+               'but not exactly as an uninterrupted one would')
     loader.seek(state.get('position'), state['iter_num'])
 
 

@@ -65,8 +65,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def choose_dtype(name: str, device: torch.device, packs: bool = False) -> torch.dtype:
     """Return the dtype of matrix products.
 
-    'auto' is bfloat16 if the device multiplies it, else float16 on CUDA and float32 elsewhere. On such
-    CPUs, a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
+    'auto' is bfloat16 if the device multiplies it natively, else float16 on CUDA and float32 elsewhere. On
+    CPUs with bfloat16 instructions, a step took 0.36 (10.7M) to 0.75 (0.8M) of float32's time.
     packs  for GPT.pack(): 'auto' is float16 on x86, too
     """
     if name != 'auto':

@@ -67,7 +67,7 @@ def documents_of(split, max_tokens, eot):
 
 
 def inspect(argv):
-    """Show what a dataset holds, with pieces of its text, and check that it is whole."""
+    """Show what a dataset holds, with pieces of its text, and check that it is complete."""
     parser = Parser(inspect.__doc__, 'python -m corpus.pack inspect')
     parser.add_argument('folder', type=Path, metavar='DIR')
     folder = parser.parse_args(argv).folder

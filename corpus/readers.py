@@ -169,7 +169,7 @@ def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict
 
     fields   the fields that make a document, joined by line feeds
     errors   as in TextFile
-    start    pass over this many documents
+    start    skip this many documents
     """
     reading = Reading(tuple(fields), errors, encoding, start)
     blocks = [path for path, format in files if format == 'blocks']

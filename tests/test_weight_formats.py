@@ -43,7 +43,7 @@ def test_damaged_safetensors(tmp_path):
                    whole.replace(b'[83,42]', b'[83,43]'), whole.replace(b'[83,42]', b'[-3,42]'), whole[:8] + whole[8:].replace(b'"F32"', b'"F33"', 1)):
         path.write_bytes(broken)
         message = error_of(GPT.from_pretrained, tmp_path)
-        assert message.startswith(f'{path} is not a whole .safetensors file (') and message.endswith('): download or copy it again')
+        assert message.startswith(f'{path} is not a complete .safetensors file (') and message.endswith('): download or copy it again')
     path.write_bytes(whole.replace(b'[83,42]', b'[42,83]'))
     assert error_of(GPT.from_pretrained, tmp_path) == f'{tmp_path}: transformer.wte.weight has shape (42, 83), the model expects (83, 42)'
 

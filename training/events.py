@@ -37,7 +37,7 @@ class Hook:
             print0(f'on_event: {event}: {output}')
 
     def close(self):
-        """Give the calls TIMEOUT_S in all, then drop those that wait, apart from the last one."""
+        """Give the waiting calls TIMEOUT_S in total, then drop all but the last one."""
         wait(self.calls, TIMEOUT_S)
         n_dropped = sum(call.cancel() for call in self.calls[:-1])
         if n_dropped:

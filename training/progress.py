@@ -63,7 +63,7 @@ class Progress:
 
 
 def limit_hours(max_hours: float):
-    """Stop the run when this process is so many hours old; 0 = never."""
+    """Stop the run after this many hours of the process; 0 = never."""
     if max_hours:
         left_s = BEGUN_S + max_hours * 3600 - time.monotonic()
         timer = threading.Timer(left_s, distributed.received.append, [distributed.TIME_OVER])

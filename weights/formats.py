@@ -46,7 +46,7 @@ def open_safetensors(path):
         return safetensors.safe_open(path, 'pt')
     except safetensors.SafetensorError as error:
         reason = str(error).removeprefix('Error while deserializing header: ')
-        raise ValueError(f'{path} is not a whole .safetensors file ({reason}): '
+        raise ValueError(f'{path} is not a complete .safetensors file ({reason}): '
                          'download or copy it again') from None
 
 
