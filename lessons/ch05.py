@@ -114,7 +114,7 @@ print(f'{entropy} bits a line, {bytes_per_line:.1f} bytes a line: at least {boun
 #
 # 一个模型按字读，另一个按字节读，大小和训练步数都一样。
 # %%
-N_ITERS = 120 if SMALL else 400
+N_ITERS = 80 if SMALL else 400
 SHAPE = ['--block_size=128', '--n_layer=2', '--n_head=2', '--n_embd=64']
 for name in ('char', 'byte'):
     run('data/text/prepare.py', '--input', HERE / 'text.txt', f'--tokenizer={name}', f'--out={HERE}/{name}',
@@ -285,7 +285,7 @@ show(figure)
 correct_lines = {sentence(when, where, who, food, language)
                  for when in TIMES for where in PLACES for who in PEOPLE for food in FOODS for language in (0, 1)}
 print(f'{len(correct_lines)} correct lines are possible')
-N_DRAWN = 64 if SMALL else 200
+N_DRAWN = 16 if SMALL else 200
 temperatures = [0.0, 0.3, 0.6, 1.0, 1.5, 2.0]
 shares_correct, shares_different = [], []
 start = torch.tensor([tokenizer.encode('\n')]).repeat(N_DRAWN, 1)
