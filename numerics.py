@@ -27,6 +27,7 @@ from model import GPT, Block
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
 from tokens.tokenizer import load_tokenizer
+from tokens.tokenizer_json import one_line
 from training.dumps import Recorder, measure, read_array, read_index
 from training.pictures import draw_errors
 from weights import reference as transformers_model
@@ -77,13 +78,9 @@ def read_ids(vocab_size: int, most: int) -> torch.Tensor:
     if min(batch_size, block_size) < 1:
         raise ValueError(f'{source}: accepted are sizes of 1 or more')
     if ids:
-        try:
+        with one_line(f'--ids={ids}: accepted is a file of whole numbers, as many on each line, or .npy'):
             rows = np.load(ids, allow_pickle=False) if ids.endswith('.npy') else np.loadtxt(ids, np.int64)
-            rows = np.atleast_2d(rows).astype(np.int64, casting='safe')
-        except (ValueError, TypeError, EOFError) as error:
-            raise ValueError(f'--ids={ids}: {error}: accepted is a file of whole numbers, '
-                             'the same number of them on each line, or a .npy file') from None
-        rows = torch.from_numpy(rows)
+            rows = torch.from_numpy(np.atleast_2d(rows).astype(np.int64, casting='safe'))
     elif dataset:
         loader = Loader(dataset_folders(dataset)[0], 'val', block_size=T + 1, batch_size=batch_size,
                         order='sequential')
@@ -109,8 +106,8 @@ def dump(place):
         model = GPT.from_pretrained(init_from).eval()
     rows, n_ranks = read_ids(model.config.vocab_size, model.config.block_size), place.world_size
     if len(rows) % n_ranks or (reference and n_ranks > 1):
-        raise ValueError(f'{n_ranks} ranks share {len(rows)} rows of tokens: accepted is a --batch_size that '
-                         'they divide, and one rank with --reference')
+        raise ValueError(f'{n_ranks} ranks do not divide {len(rows)} rows of tokens, or share --reference: '
+                         'give another --batch_size, or leave torchrun out')
     precision = devices.choose_dtype(dtype, place.device)
     recorder = Recorder(out)
     recorder.write('ids', rows)

@@ -159,7 +159,7 @@ def test_a_pickle_whose_tuples_never_end_is_refused():
     foreign.check_pickle(pickle.dumps(state, 2), 'x.pt')  # the protocol that torch reads
     hostile = pickle.dumps([nested(60)], 2)
     assert error_of(foreign.check_pickle, hostile, 'x.pt') == (
-        'x.pt is not a readable checkpoint (its pickle has tuples of more than 10,000 values)')
+        'x.pt is not a readable checkpoint, in its pickle: tuples of more than 10,000 values')
 
 
 def test_the_pickles_of_checkpoints_pass():
@@ -300,5 +300,5 @@ def test_a_file_whose_tuples_never_end_is_refused(tmp_path):
 
 @pytest.mark.parametrize('scaling', [{}, dict(factor='8'), dict(factor=0.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)])
 def test_a_rope_scaling_without_its_numbers_is_one_line(scaling):
-    with pytest.raises(ValueError, match='x.pt: factor of rope_scaling = .*, accepted is a number above 0$'):
-        foreign.check_model_args(dict(rope_scaling=scaling), 'x.pt', 10)
+    with pytest.raises(ValueError, match='^factor of rope_scaling = .*, accepted is a number above 0$'):
+        foreign.check_model_args(dict(rope_scaling=scaling), 10)

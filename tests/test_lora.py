@@ -196,6 +196,7 @@ def test_muon_trains_an_adapter_and_an_adapter_is_no_start(base, run, tiny, tmp_
 
 @pytest.mark.parametrize('change, text', [
     (dict(init_lora_weights='pissa'), "init_lora_weights = 'pissa' is not supported"), (dict(r=100), 'are not of rank 100'),
+    (dict(alora_invocation_tokens=[1, 2]), 'alora_invocation_tokens = [1, 2] is not supported'), (dict(kasa_config={'x': 1}), "kasa_config = {'x': 1} is not"),
     (dict(lora_alpha=None), 'r = 4 and lora_alpha = None, accepted are numbers'), (dict(base_model_name_or_path=None), 'base_model_name_or_path = None'),
 ])
 def test_an_adapter_that_would_compute_something_else(change, text, base, tmp_path):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import distributed
 from files import read_json, write_atomically, write_json
+from tokens.tokenizer_json import one_line
 
 INDEX = 'index.json'
 # relative errors of equal tensors, by the dtype of matrix products; 12 layers have 2e-6, and 2e-2 in bfloat16
@@ -67,7 +68,7 @@ class Recorder:
         self.write(name, tensor)
 
     def write(self, name: str, tensor: torch.Tensor):
-        """Write one tensor. NumPy has no bfloat16, so the file has float32, and the index names the dtype."""
+        """Write one tensor: bfloat16, which NumPy lacks, as float32. The index names the dtype."""
         if not self.writes:
             return
         values = tensor.detach().cpu()
@@ -164,20 +165,15 @@ def read_index(folder):
         raise FileNotFoundError(f'{folder} has no {INDEX}: it is no dump, or one that did not finish: '
                                 'write it with numerics.py dump, or as docs/NUMERICS.md shows')
     index = read_json(path)
-    try:
-        names = [str(tensor['name']) for tensor in index['tensors']]
-        return names, RTOL[index.get('dtype', 'float32')]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f'{path}: {error!r} is missing or unknown: accepted are "tensors", a list of '
-                         f'{{"name": ...}}, and "dtype", one of {", ".join(RTOL)}') from None
+    with one_line(f'{path}: accepted are "tensors", a list of {{"name": ...}}, and "dtype", one of '
+                  f'{", ".join(RTOL)}, missing or unknown is'):
+        return [str(tensor['name']) for tensor in index['tensors']], RTOL[index.get('dtype', 'float32')]
 
 
 def read_array(folder, name):
     path = Path(folder) / f'{name}.npy'
-    try:
+    with one_line(f'{path}: write the dump again'):
         array = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f'{path}: {error}: write the dump again') from None
     if array.dtype.kind not in 'iuf':
         raise ValueError(f'{path}: its dtype is {array.dtype}, accepted are whole numbers and floats')
     return array

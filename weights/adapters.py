@@ -1,49 +1,35 @@
-"""LoRA adapters of the peft package: adapter_config.json and adapter_model.safetensors, in and out.
-
-    adapters.save(model, 'adapter', base='Qwen/Qwen3-0.6B')    # for peft.PeftModel.from_pretrained()
-    adapters.merge(model, 'adapter')                           # an adapter of peft's, into its base model
-"""
+"""LoRA adapters of the peft package: adapter_config.json and adapter_model.safetensors, in and out."""
 
 from pathlib import Path
 
 import torch
 
-from files import read_json, write_atomically, write_json
+from files import write_atomically, write_json
+from tokens.tokenizer_json import one_line
 from weights import lora
-from weights.architectures import architecture_of
-from weights.formats import read_folder, write_safetensors
+from weights.architectures import architecture_of, need
+from weights.formats import read_folder, read_settings, write_safetensors
 
-CONFIG = 'adapter_config.json'
-STEM = 'adapter_model'
-PREFIX = 'base_model.model.'  # of all names in an adapter of peft
-# settings of peft, and the values that plain LoRA has; null is the first
-PLAIN = dict(peft_type=('LORA',), bias=('none',), use_dora=(False,), use_rslora=(False,), rank_pattern=({},),
-             alpha_pattern=({},), modules_to_save=(None,),
-             init_lora_weights=(True, False, 'gaussian', 'orthogonal'))  # others change the base model
+CONFIG, STEM = 'adapter_config.json', 'adapter_model'
+PREFIX = 'base_model.model.'  # of all names
+# settings of peft, and their values in plain LoRA; null is the first
+PLAIN = dict(peft_type=['LORA'], bias=['none'], rank_pattern=[{}], alpha_pattern=[{}],
+             init_lora_weights=[True, False, 'gaussian', 'orthogonal'])  # others change the base model
+PLAIN |= dict.fromkeys(('use_dora', 'use_rslora', 'use_qalora', 'use_bdlora', 'modules_to_save',
+                        'layer_replication', 'alora_invocation_tokens', 'arrow_config', 'kasa_config',
+                        'monteclora_config'), [None])
 
 
 def base_of(folder) -> str | None:
     """Return the base model that an adapter names; None for a folder without one."""
-    return read_settings(folder)['base_model_name_or_path'] if (Path(folder) / CONFIG).is_file() else None
-
-
-def read_settings(folder) -> dict:
-    """Return the settings of an adapter. ValueError for one that is not plain LoRA of a model."""
     path = Path(folder) / CONFIG
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise ValueError(f'{path} holds no settings')
-    for name, accepted in PLAIN.items():
-        if (settings.get(name) or accepted[0]) not in accepted:
-            raise ValueError(f'{path}: {name} = {settings[name]!r} is not supported, accepted is '
-                             f'{" or ".join(map(repr, accepted))}: let peft merge it')
-    base, rank, alpha = (settings.get(name) for name in ('base_model_name_or_path', 'r', 'lora_alpha'))
+    if not path.is_file():
+        return None
+    base = read_settings(path).get('base_model_name_or_path')
     if not base or not isinstance(base, str) or (Path(base) / CONFIG).is_file():
         raise ValueError(f'{path}: base_model_name_or_path = {base!r}, accepted is a folder without '
                          f'{CONFIG}, or a model of the hub')
-    if type(rank) is not int or type(alpha) not in (int, float) or rank < 1:
-        raise ValueError(f'{path}: r = {rank!r} and lora_alpha = {alpha!r}, accepted are numbers')
-    return settings
+    return base
 
 
 def save(model, folder, base: str) -> list[Path]:
@@ -76,8 +62,14 @@ def save(model, folder, base: str) -> list[Path]:
 @torch.no_grad()
 def merge(model, folder):
     """Add an adapter that peft wrote to the weights of its base model. ValueError if it does not fit them."""
-    settings, stored = read_settings(folder), read_folder(folder, STEM)
-    architecture, rank = architecture_of(model.config), settings['r']
+    path, stored = Path(folder) / CONFIG, read_folder(folder, STEM)
+    settings, architecture = read_settings(path), architecture_of(model.config)
+    rank, alpha = settings.get('r'), settings.get('lora_alpha')
+    with one_line(path):
+        for name, accepted in PLAIN.items():
+            need(name, settings.get(name) or accepted[0], accepted)
+        if type(rank) is not int or type(alpha) not in (int, float) or rank < 1:
+            raise ValueError(f'r = {rank!r} and lora_alpha = {alpha!r}, accepted are numbers')
     for name, weight in architecture.parts(dict(model.named_parameters()), model.config).items():
         name_a, name_b = (f'{PREFIX}{name.removesuffix("weight")}lora_{letter}.weight' for letter in 'AB')
         if name_a not in stored or name_b not in stored:
@@ -87,7 +79,6 @@ def merge(model, folder):
         if (lora_a.shape, lora_b.shape) != ((rank, *weight.shape[1:]), (len(weight), rank)):
             raise ValueError(f'{folder}: {name_a} and its lora_B have shapes {lora_a.shape} and '
                              f'{lora_b.shape}: they are not of rank {rank}, or not for its base model')
-        delta = lora_b[:].float() @ lora_a[:].float() * (settings['lora_alpha'] / rank)
-        weight += delta.to(weight.dtype)
+        weight += (lora_b[:].float() @ lora_a[:].float() * (alpha / rank)).to(weight.dtype)
     if stored:
         raise ValueError(f'{folder}: {min(stored)} belongs to no matrix of the base model')

@@ -10,7 +10,7 @@ import torch
 
 from weights.foreign import CONV1D, ROPE_SCALING
 
-# theirs: ours; the first name of each of ours is written
+# theirs: ours; the first name of each is written
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu2': 'relu2', 'gelu_pytorch_tanh': 'gelu_tanh',
                'silu': 'silu', 'swish': 'silu'}
 ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
@@ -30,38 +30,38 @@ class Architecture:
     inside: dict  # our name in a block: their names there; several = our rows are split among them
     arguments: dict  # argument of GPTConfig: its name in config.json
     dropouts: tuple  # names of dropout there
-    fixed: dict  # settings without an argument of GPTConfig; a config.json that lacks one means the same
+    fixed: dict  # other settings; a config.json that lacks one means the same
     switches: dict = field(default_factory=dict)  # arguments of GPTConfig that tell classes of one arch apart
     transposed: tuple = ()  # ends of our names of matrices stored as inputs x outputs
-    biased: tuple = ()  # ends of our names of weights that have a bias there in any case; zeros if not ours
+    biased: tuple = ()  # ends of our names of weights that always have a bias there
 
-    def read(self, settings: dict, file) -> dict:
+    def read(self, settings: dict) -> dict:
         """Return the arguments of GPTConfig in a config.json. ValueError for what it has no argument for."""
         for name, value in (self.fixed | {'quantization_config': None}).items():
-            need(file, name, settings.get(name, value), [value])
+            need(name, settings.get(name, value), [value])
         args = dict(arch=self.arch, **self.switches)
         for argument, name in self.arguments.items():
             if settings.get(name) is not None:
                 args[argument] = settings[name]
         if missing := SIZES - args.keys():
-            raise ValueError(f'{file} has no {self.arguments[min(missing)]}')
+            raise ValueError(f'{self.arguments[min(missing)]} is missing')
         if 'activation' in args:
-            need(file, self.arguments['activation'], args['activation'], ACTIVATIONS)
+            need(self.arguments['activation'], args['activation'], ACTIVATIONS)
             args['activation'] = ACTIVATIONS[args['activation']]
         if self.arch == 'gpt2':
             return args
 
         for kind in settings.get('layer_types') or []:
-            need(file, 'layer_types', kind, ['full_attention'])
+            need('layer_types', kind, ['full_attention'])
         window = settings.get('sliding_window', 4096)  # of positions; transformers' default
         if self.model_type == 'mistral' and window is not None and window < args['block_size']:
-            raise ValueError(f'{file}: sliding_window = {window} is below max_position_embeddings = '
+            raise ValueError(f'sliding_window = {window} is below max_position_embeddings = '
                              f'{args["block_size"]}, which is not supported: lower the second to the first')
         # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
         rope = {'rope_theta': settings.get('rope_theta', 10_000.0)}
         rope |= (settings.get('rope_parameters') or {}) | (settings.get('rope_scaling') or {})
         kind = rope.get('rope_type', rope.get('type', 'default'))
-        need(file, 'rope_type', kind, ['default', 'llama3'])
+        need('rope_type', kind, ['default', 'llama3'])
         scaling = None
         if kind == 'llama3':
             scaling = {name: rope.get(name) for name in ROPE_SCALING}
@@ -109,9 +109,9 @@ class Architecture:
         return parts
 
 
-def need(file, name, value, accepted):
+def need(name, value, accepted):
     if value not in accepted:
-        raise ValueError(f'{file}: {name} = {value!r} is not supported, '
+        raise ValueError(f'{name} = {value!r} is not supported, '
                          f'accepted is {" or ".join(map(repr, accepted))}')
 
 

@@ -128,13 +128,13 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
     """Return the settings that a run takes over from its start. Flags win, and their changes are printed.
 
     accepted  values of each setting of train.py
-    raises    ValueError for a flag that contradicts the model or the optimizer's state
     """
     resumes, args, progress = start.state is not None, start.model_args or {}, start.progress
-    stored = {'optimizer': 'adamw'} if resumes else {}
-    stored |= {name: args[name] for name in SHAPE if name in args}
-    if resumes and 'format' in start.state:  # nanoGPT's settings mean other things
-        stored |= start.settings
+    stored = {name: args[name] for name in SHAPE if name in args}
+    if resumes:
+        stored['optimizer'] = 'adamw'
+        if 'format' in start.state:  # nanoGPT's settings mean other things
+            stored |= start.settings
     stored = {name: checked(value, accepted[name], f'{start.path}: {name} = {value!r}')
               for name, value in stored.items() if name in settings and name not in PER_START}
     changed = [name for name in sorted(explicit & stored.keys()) if settings[name] != stored[name]]
@@ -169,20 +169,23 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
         shape = {name: settings[name] for name in SHAPE}
         return GPT(GPTConfig(vocab_size=pretrained.padded(vocab_size), dropout=dropout, **shape))
 
-    meta, most = start.tokenizer, start.model_args['vocab_size']
-    if vocab_size > most or (meta and fingerprint(meta) != fingerprint(tokenizer_meta)):
-        name, size = (fingerprint(meta), vocab_size_of(meta)) if meta else ('unknown', f'at most {most}')
-        raise ValueError(f'{path} was trained with tokenizer {name} of {size} tokens, dataset '
-                         f'{settings["dataset"]} was packed with {fingerprint(tokenizer_meta)} of '
-                         f'{vocab_size}: use the dataset it was trained on, or pack with its tokenizer')
-    if not meta and start.state is None:
+    most, packed_with = start.model_args['vocab_size'], fingerprint(tokenizer_meta)
+    name, size = 'unknown', f'at most {most}'
+    if start.tokenizer:
+        name, size = fingerprint(start.tokenizer), vocab_size_of(start.tokenizer)
+    elif start.state is None:
         print0(f'{path} does not say its tokenizer: taking that of {settings["dataset"]}')
+    if vocab_size > most or name not in ('unknown', packed_with):
+        raise ValueError(f'{path} was trained with tokenizer {name} of {size} tokens, dataset '
+                         f'{settings["dataset"]} was packed with {packed_with} of {vocab_size}: '
+                         'use the dataset it was trained on, or pack with its tokenizer')
 
     if settings['lora_rank']:
         if start.lora is None:
             start.lora = dict(base=path, checksum=None, **{name: settings[name] for name in LORA_SETTINGS})
-        # float16 has too little range to train on: the base is then kept in float32
-        return load_adapted(start.lora, torch.bfloat16 if dtype == torch.bfloat16 else None, block_size)
+        if dtype != torch.bfloat16:
+            dtype = torch.float32  # float16 has too little range to train on
+        return load_adapted(start.lora, dtype, block_size)
     if start.weights is None:
         return GPT.from_pretrained(path, dropout, block_size, vocab_size=pretrained.padded(most))
     model = GPT(GPTConfig(**start.model_args | {'dropout': dropout}))
@@ -193,23 +196,24 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
 
 
 def load_adapted(adapter: dict, dtype, block_size: int) -> GPT:
-    """Load the base of an adapter, frozen, in dtype, None = float32. Put a new adapter beside it."""
-    path = adapter['base']
-    stored_dtype = dtype if dtype == torch.bfloat16 else torch.float32  # of the two that give one checksum
+    """Load the base model of an adapter, frozen, and put a new adapter beside it."""
+    path, read_dtype = adapter['base'], torch.float32
+    if dtype == torch.bfloat16:  # float16 would change the checksum
+        read_dtype = dtype
     try:
         if path.endswith('.pt'):
             state = checkpoint.load(path)
-            model = GPT(GPTConfig(**state['model_args'])).to(stored_dtype)
+            model = GPT(GPTConfig(**state['model_args'])).to(read_dtype)
             foreign.load_weights(model, state['model'], path)
         else:
-            model = GPT.from_pretrained(path, dtype=stored_dtype)
+            model = GPT.from_pretrained(path, dtype=read_dtype)
     except FileNotFoundError:
         raise ValueError(f'{path}, the base model of the adapter, is missing: put it back') from None
     checksum = lora.checksum(model)
     if checksum != (adapter['checksum'] or checksum):
         raise ValueError(f'{path} is not the model that the adapter was trained beside: put that one there')
     adapter['checksum'] = checksum
-    model.to(dtype or torch.float32).crop_block_size(block_size)
+    model.to(dtype).crop_block_size(block_size)
     lora.add(model, *(adapter[name] for name in LORA_SETTINGS))
     return model
 
@@ -268,10 +272,10 @@ def nanogpt_tokenizer(dataset):
     return GPT2_META
 
 
-def build_model(start: Start, tokenizer, dtype=None, strict: bool = True, merge: bool = True) -> GPT:
+def build_model(start: Start, tokenizer, dtype=torch.float32, strict=True, merge=True) -> GPT:
     """Build a trained model on the CPU for inference.
 
-    dtype   of the parameters of a pretrained model; None = torch.float32
+    dtype   of the parameters of a pretrained model
     strict  False: accept and list missing or unexpected weights of a checkpoint
     merge   False: leave a LoRA adapter beside the weights of its base
     """

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-# settings of train.py that describe a run, in the order of the table
+# settings of train.py that describe a run
 SETTINGS = ('init_from', 'dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'max_iters',
             'optimizer', 'learning_rate', 'matrix_lr', 'weight_decay', 'dropout', 'lora_rank', 'seed')
 TAGS = 'tags: [flatgpt]'  # tells a card from a README.md that somebody wrote
@@ -36,26 +36,21 @@ ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return
 
 
 def model_card(start, model, name: str) -> str:
-    """Return the text of a model card.
-
-    start  weights.begin.Start of the model
-    name   of its folder
-    """
-    facts, best = [], start.progress.best_val_loss
+    """Return the text of a model card. start: weights.begin.Start of the model; name: of its folder."""
+    facts, prompt, best = [], PLAIN, start.progress.best_val_loss
     if start.progress.iter_num:
         facts.append(f'- updates: {start.progress.iter_num:,}')
     if 0 < best < float('inf'):
         facts.append(f'- best validation loss: {best:.4f} nats per token')
     if start.style:
+        prompt = CHAT
         facts.append(f'- tuned on conversations in the style `{start.style}`, which is its chat template')
     if start.weights is None:
         facts.append(f'- weights of `{Path(start.path).name}`, unchanged')
     for setting in SETTINGS:
         value = start.settings.get(setting)
         if value not in (None, '', 0, 'scratch'):
-            # names of folders on the machine that trained it are nobody else's business
-            value = ','.join(Path(part).name for part in str(value).split(','))
+            value = ','.join(Path(part).name for part in str(value).split(','))  # no folders of this machine
             facts.append(f'- {setting}: `{value}`')
     return CARD.format(name=name, parameters=model.get_num_params(False), block_size=model.config.block_size,
-                       facts='\n'.join(['', *facts]), prompt=CHAT if start.style else PLAIN,
-                       chat=' --chat' if start.style else '')
+                       facts='\n'.join(['', *facts]), prompt=prompt, chat=' --chat' * bool(start.style))

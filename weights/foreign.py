@@ -12,6 +12,7 @@ import torch
 
 from files import print0, printable
 from model import GPTConfig
+from tokens.tokenizer_json import one_line
 from weights.lora import trained_weights
 
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # transformers' GPT-2 stores these transposed
@@ -114,7 +115,8 @@ def check_state(state: dict, path):
         raise ValueError(f'{path}: its adapter is {adapter!r:.100}, accepted are {", ".join(LORA)}')
     args, weights = state['model_args'], state['model']
     check_dense(weights, path)
-    check_model_args(args, path, len(weights))
+    with one_line(path):
+        check_model_args(args, len(weights))
     # 10**9 tokens or positions would be allocated before their weights turn out to be missing
     for name, size in (('transformer.wte.weight', 'vocab_size'), ('transformer.wpe.weight', 'block_size')):
         expected = (args.get(size), args.get('n_embd'))
@@ -140,7 +142,7 @@ def check_dense(weights, path):
             raise ValueError(f'{path}: {name} is {kind}: accepted are dense floating-point weights')
 
 
-def check_model_args(args: dict, path, n_weights: int):
+def check_model_args(args: dict, n_weights: int):
     """Refuse arguments of GPTConfig that are unknown, of a wrong type, or that the weights contradict."""
     hints = typing.get_type_hints(GPTConfig)
     for name, value in args.items():
@@ -148,16 +150,16 @@ def check_model_args(args: dict, path, n_weights: int):
         types = typing.get_args(hint) or (hint,)
         is_whole_float = float in types and type(value) is int
         if type(value) not in types and not is_whole_float:
-            raise ValueError(f'{path}: {name} = {value!r:.60} is none that this version knows')
+            raise ValueError(f'{name} = {value!r:.60} is none that this version knows')
     numbers = {name: args[name] for name in ('rope_theta', 'norm_eps') if args.get(name) is not None}
     if args.get('rope_scaling') is not None:
         numbers |= {f'{name} of rope_scaling': args['rope_scaling'].get(name) for name in ROPE_SCALING}
     for name, number in numbers.items():
         if type(number) not in (int, float) or not 0 < number < 1e30:
-            raise ValueError(f'{path}: {name} = {number!r:.60}, accepted is a number above 0')
+            raise ValueError(f'{name} = {number!r:.60}, accepted is a number above 0')
     # a model of 10**9 layers would be built for hours before its weights turn out to be missing
     if args.get('n_layer', 1) > n_weights:
-        raise ValueError(f'{path}: n_layer = {args["n_layer"]} does not fit its {n_weights} weights')
+        raise ValueError(f'n_layer = {args["n_layer"]} does not fit its {n_weights} weights')
 
 
 def check_pickle(data: bytes, path):
@@ -167,7 +169,7 @@ def check_pickle(data: bytes, path):
     counts them by following the opcodes.
     """
     stack, memo = [], {}  # the number of leaves of each object on the unpickler's stack; None = a mark
-    try:
+    with one_line(f'{path} is not a readable checkpoint, in its pickle'):
         for opcode, argument, _ in pickletools.genops(data):
             if 'PUT' in opcode.name:
                 memo[argument] = stack[-1]
@@ -188,9 +190,6 @@ def check_pickle(data: bytes, path):
                 if n_leaves > MAX_LEAVES:
                     raise ValueError(f'tuples of more than {MAX_LEAVES:,} values')
                 stack += [n_leaves] * len(opcode.stack_after)
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        reason = f'its pickle has {error or type(error).__name__}'
-        raise ValueError(f'{path} is not a readable checkpoint ({reason})') from None
 
 
 # -----------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The file formats of weights, .safetensors and .npz, read one tensor at a time."""
 
-import contextlib
 import json
 import struct
 from pathlib import Path
@@ -11,9 +10,19 @@ import torch
 
 from files import read_json
 from tokens.tokenizer import vocab_size_of
+from tokens.tokenizer_json import one_line
 from weights.foreign import BUFFERS, check_model_args
 
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+
+
+def read_settings(path) -> dict:
+    """Return the settings in a JSON file."""
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f'{path} holds no settings: accepted is a JSON object')
+    return settings
+
 
 # -----------------------------------------------------------------------------
 # safetensors
@@ -22,8 +31,8 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
 class StoredTensor(NamedTuple):
     """A tensor in a .safetensors file, read by slicing its rows.
 
-    Each slice maps the file anew, because in one mapping all pages that were read stay resident: GPT-2
-    (124M) as bfloat16 took 3.0 times its memory, by slices of 4096 rows 1.1 times.
+    Each slice maps the file anew, because pages stay resident in a mapping: GPT-2 (124M) as bfloat16 took 3.0
+    times its memory in one mapping, 1.1 times by slices of 4096 rows.
     """
 
     path: Path
@@ -97,11 +106,11 @@ class Npz:
     """The weights of an .npz file by name, and its settings."""
 
     def __init__(self, path):
-        self.path = path
-        with readable_npz(path):
+        self.where = f'{path} was not written by save_pretrained, or is damaged'
+        with one_line(self.where):
             self.arrays = np.load(path, allow_pickle=False)
             self.settings = json.loads(str(self.arrays['settings']))
-            check_model_args(self.settings['model_args'], path, len(self.keys()))
+            check_model_args(self.settings['model_args'], len(self.keys()))
             if self.settings['tokenizer'] is not None:
                 vocab_size_of(self.settings['tokenizer'])  # raises if it is none
 
@@ -109,19 +118,11 @@ class Npz:
         return self.arrays.keys() - {'settings'}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with readable_npz(self.path):
+        with one_line(self.where):
             array = self.arrays[name]  # verifies the checksum in the zip archive
             if array.dtype not in (np.float64, np.float32, np.float16):
                 raise ValueError(f'{name} is {array.dtype}, accepted are float64, float32, float16')
             return torch.from_numpy(array)
-
-
-@contextlib.contextmanager
-def readable_npz(path):
-    try:
-        yield
-    except Exception as error:  # zipfile and NumPy raise a dozen types for damaged files
-        raise ValueError(f'{path} was not written by save_pretrained, or is damaged: {error}') from None
 
 
 def write_npz(f, settings: dict, tensors: dict[str, torch.Tensor]):

@@ -21,7 +21,7 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 QWEN2_PATTERN = LLAMA3_PATTERN.replace('{1,3}', '')
 SMOLLM = {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, byte_level()]}
 # llama.cpp's names. It has none for BPE_PATTERN, which differs from GPT-2's in numbers of more than 3 digits,
-# in words of more than 32 letters, and where Han characters follow other letters or each other 16 times
+# words of more than 32 letters, and Han characters after other letters or 16 of their kind
 PRE_TOKENIZERS = [('gpt-2', byte_level()), ('gpt-2', byte_level(BPE_PATTERN)), ('smollm', SMOLLM),
                   ('llama-bpe', byte_level(LLAMA3_PATTERN)), ('qwen2', byte_level(QWEN2_PATTERN))]
 
@@ -30,7 +30,7 @@ def save(model, path: Path, tokenizer, template=None, quantize=None):
     """Write a model and its tokenizer to one file. ValueError for what llama.cpp cannot run.
 
     template  corpus.template.Template of the conversations that the model was tuned on
-    quantize  'int8': matrices as q8_0, 32 weights with one float16 scale; None = in the model's dtype
+    quantize  'int8' = matrices as q8_0; None = in the model's dtype
     """
     import gguf
     if tokenizer is None:
@@ -112,9 +112,9 @@ def tokenizer_settings(tokenizer, template):
     cuts = str(content['pre_tokenizer']).replace("'trim_offsets': False", "'trim_offsets': True")
     names = [name for name, step in PRE_TOKENIZERS if str(step) == cuts]
     if not names or not merges or content['normalizer'] not in (None, {'type': 'NFC'}):
-        raise ValueError(f'llama.cpp cannot cut a text as this {tokenizer.kind} tokenizer does: accepted is '
-                         'BPE of python -m corpus.train_tokenizer, GPT-2, SmolLM, Llama 3 or Qwen; for '
-                         "others try llama.cpp's convert_hf_to_gguf.py on an --export=FOLDER")
+        raise ValueError(f'llama.cpp cannot cut a text as this {tokenizer.kind} tokenizer does: accepted are '
+                         'those of corpus.train_tokenizer, GPT-2, SmolLM, Llama 3 and Qwen; for others try '
+                         'its convert_hf_to_gguf.py on an --export=FOLDER')
     types = dict.fromkeys(sorted(ids, key=ids.get), TokenType.NORMAL)
     for token in content['added_tokens']:
         types[token['content']] = TokenType.CONTROL if token['special'] else TokenType.USER_DEFINED

@@ -1,8 +1,4 @@
-"""Low-rank adapters (arXiv:2106.09685): train two thin matrices beside each frozen one.
-
-    lora.add(model, rank=16, alpha=32, targets='c_attn,c_proj,c_fc')   # before the optimizers are made
-    lora.merge(model)                                                  # a plain model again
-"""
+"""Low-rank adapters (arXiv:2106.09685): train two thin matrices beside each frozen one."""
 
 import zlib
 
@@ -24,7 +20,6 @@ def add(model, rank: int, alpha: float, targets: str):
     """Freeze a model, and put an adapter beside each Linear of its blocks whose name is in targets.
 
     targets  the last parts of names, separated by commas: c_attn, c_proj, c_fc
-    raises   ValueError for a name that no Linear of a block has, or an alpha that would train nothing
     """
     if alpha <= 0:
         raise ValueError(f'lora_alpha={alpha}: accepted is a number above 0')

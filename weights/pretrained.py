@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from corpus.template import STYLES, Template
-from files import print0, read_json, write_atomically, write_json
+from files import print0, write_atomically, write_json
 from model import GPTConfig
 from tokens.tokenizer import GPT2_META, read_tokenizer_json
-from tokens.tokenizer_json import tokenizer_config
+from tokens.tokenizer_json import one_line, tokenizer_config
 from weights import adapters, gguf
 from weights.architectures import ARCHITECTURES, architecture_of
 from weights.card import TAGS
 from weights.foreign import check_model_args, check_names, check_shape
-from weights.formats import Npz, read_folder, write_npz, write_safetensors
+from weights.formats import Npz, read_folder, read_settings, write_npz, write_safetensors
 
 # repository and commit, so that the weights are the same tomorrow
 HUB = {
@@ -88,21 +88,20 @@ def read_tokenizer(name: str) -> dict | None:
     path = find(name)
     if path.is_file():
         return Npz(path).settings['tokenizer']
-    tokenizer, base = read_tokenizer_json(path), adapters.base_of(path)
-    return read_tokenizer(base) if base and tokenizer is None else tokenizer
+    tokenizer = read_tokenizer_json(path)
+    if tokenizer is None and (base := adapters.base_of(path)):
+        return read_tokenizer(base)
+    return tokenizer
 
 
 def read_style(name: str) -> str | None:
     """Return the conversation template that an exported model was tuned on."""
-    if name in HUB:
-        return None
-    path, settings = find(name), None
+    path, settings = find(name), {}
     if path.is_file():
         settings = Npz(path).settings
-    elif (path / 'config.json').is_file():
-        settings = read_json(path / 'config.json')
-    style = settings.get(STYLE) if isinstance(settings, dict) else None
-    return style if style in list(STYLES) else None
+    elif not adapters.base_of(path):
+        settings = read_settings(path / 'config.json')
+    return settings.get(STYLE) if settings.get(STYLE) in list(STYLES) else None
 
 
 # -----------------------------------------------------------------------------
@@ -117,29 +116,26 @@ def padded(vocab_size: int) -> int:
 def read_model_args(path: Path) -> dict:
     """Return the arguments of GPTConfig, without dropout. ValueError for a model that it cannot be."""
     if path.is_file():
-        return {name: value for name, value in Npz(path).settings['model_args'].items() if name != 'dropout'}
+        args = Npz(path).settings['model_args']
+        args.pop('dropout', None)
+        return args
     if base := adapters.base_of(path):
         return read_model_args(find(base))
     file = path / 'config.json'
-    settings = read_json(file)
-    model_type = settings.get('model_type') if isinstance(settings, dict) else None
+    settings = read_settings(file)
+    model_type = settings.get('model_type')
     architecture = next((each for each in ARCHITECTURES if each.model_type == model_type), None)
     if architecture is None:
         accepted = ', '.join(f'{each.model_type} ({each.class_name})' for each in ARCHITECTURES)
         raise ValueError(f'{file}: model_type = {model_type!r} is not supported, accepted are {accepted}')
-    try:
-        args = architecture.read(settings, file)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f'{file}: a setting is of a wrong type ({error})') from None
     weights = read_folder(path)
-    check_model_args(args, file, len(weights))
+    with one_line(file):
+        args = architecture.read(settings)
+        check_model_args(args, len(weights))
+        GPTConfig(**args)
     if architecture.biased and not args.get('bias', True):
         # exported without biases, as zeros; training elsewhere may have changed them
         args['bias'] = any(bool(weights[name][:].any()) for name in weights if name.endswith('.bias'))
-    try:
-        GPTConfig(**args)
-    except ValueError as error:
-        raise ValueError(f'{file}: {error}') from None
     return args
 
 
@@ -202,18 +198,17 @@ def save(model, path, tokenizer=None, *, style=None, card='', quantize=None) -> 
     path, config = Path(path), model.config
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     template = Template(tokenizer, style) if style else None
-    is_file = path.suffix in ('.npz', '.gguf')
-    folder = path.parent if is_file else path
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.gguf':
         gguf.save(model, path, tokenizer, template, quantize)
-    elif path.suffix == '.npz':
+        return [path]
+    if path.suffix == '.npz':
         settings = {'format': 1, 'model_args': vars(config), 'tokenizer': tokenizer and tokenizer.meta(),
                     STYLE: style}
         write_atomically(path, lambda f: write_npz(f, settings, tensors))
-    if is_file:
         return [path]
 
+    path.mkdir(exist_ok=True)
     if tokenizer is not None and config.vocab_size == padded(tokenizer.vocab_size):
         config = replace(config, vocab_size=tokenizer.vocab_size)
     for name in tensors.keys() & VOCABULARY:

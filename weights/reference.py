@@ -1,9 +1,4 @@
-"""The transformers model that equals a GPT, recorded under our names and in our layouts.
-
-    names = names_of(model)         # {our module: [their modules]}
-    theirs = reference_of(model)    # by way of an export
-    for name, tensor in in_our_layout(model.config, weights, dict(theirs.named_parameters())): ...
-"""
+"""The transformers model that equals a GPT: its modules and weights under our names and in our layouts."""
 
 import tempfile
 from collections.abc import Iterator
@@ -24,15 +19,11 @@ def reference_of(model):
 
 
 def names_of(model) -> dict[str, list[str]]:
-    """Return {our module: their modules}. Several = our output is split among them.
-
-    nanochat calls one norm before the blocks and after them, so there ln_f is left out: it is h.00.in and
-    lm_head.in.
-    """
+    """Return {our module: their modules}. Several = our output is split among them."""
     architecture, config = architecture_of(model.config), model.config
     names = {'lm_head': ['lm_head']} | modules(architecture.outside)
-    names = {ours: theirs for ours, theirs in names.items() if ours != 'transformer.wpe'}
-    if config.arch == 'modern':
+    names.pop('transformer.wpe', None)  # ours is not called
+    if config.arch == 'modern':  # nanochat calls one norm before the blocks and after them
         del names['transformer.ln_f']
     for i in range(config.n_layer):
         block = architecture.block.format(i)
@@ -50,11 +41,7 @@ def modules(weights):
 
 
 def in_our_layout(config, ours: dict, tensors: dict) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each weight, or gradient, of transformers' model as ours: transposed and joined where it must be.
-
-    ours     our weights by name, for their shapes
-    tensors  by their names
-    """
+    """Yield each weight or gradient of transformers' model, in the shapes of ours, {our name: weight}."""
     architecture = architecture_of(config)
     for name, weight in ours.items():
         whole = torch.zeros(weight.shape)
