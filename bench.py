@@ -142,7 +142,7 @@ def train(model, batches, device, precision, *, settings: OptimizerSettings, use
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     optimizers, judge = configure_optimizers(model.train(), settings, precision), StepJudge(device)
-    loss_of = distributed.compiled_loss(model) if use_compile else model.loss
+    loss_of = distributed.compiled_loss(model) if use_compile else model.loss_sum
     for iter_num, (batch, n_targets) in enumerate(batches):
         set_lr(optimizers, 1.0, muon_momentum(iter_num))
         with autocast:

@@ -1,10 +1,6 @@
 """Checkpoints: never half-written, never silently wrong, the same for one process, DDP and FSDP2.
 
-    folder = CheckpointFolder('out')             # of one run, written under its lock
-    folder.save(state, keep_last_n=1)            # out/ckpt.pt; its predecessor stays as out/ckpt_00001000.pt
-    state, path = load_newest('out')             # verified; the next older file if the newest is damaged
-
-A checkpoint is one dict of tensors and plain values in torch's zip format, loadable with weights_only=True:
+A checkpoint is one dict of tensors and plain values, loadable with weights_only=True:
 
     model         trained parameters by name
     lora          settings and base model of an adapter; None without one
@@ -21,24 +17,16 @@ import math
 import os
 import re
 import shutil
-import zipfile
-import zlib
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch.distributed.checkpoint import state_dict as dcp
 
 import distributed
 from files import print0, remove_leftovers, write_atomically
-from weights import foreign, lora
+from weights import foreign, lora, torchfile
 
 FORMAT = 1
 NUMBERED = re.compile(r'ckpt_(\d{8,})\.pt')
-# the parts of a NumPy scalar, such as best_val_loss = np.float64(1.9), which weights_only=True would refuse
-_SCALAR = np.float64(0).__reduce__()[0]  # under two names: NumPy 2's and NumPy 1's
-NUMPY_SCALARS = [(_SCALAR, 'numpy.core.multiarray.scalar'), (_SCALAR, 'numpy._core.multiarray.scalar')]
-NUMPY_SCALARS += [np.dtype, *(type(np.dtype(kind)) for kind in 'bBhHiIlLefd?')]
 
 
 # -----------------------------------------------------------------------------
@@ -59,27 +47,35 @@ class CheckpointFolder:
         self.last_own = iter_num if is_own else -1  # numbered checkpoints up to here are this run's
         is_newest = resumed_from.resolve() == self.newest.resolve()
         self.saved_iter = iter_num if is_newest else None  # of ckpt.pt if it is this run's
+        self.best_iter = None  # of best.pt if this process wrote it
         self.has_saved = False
 
     def save_or_warn(self, state, progress, *, keep_last_n: int, is_best: bool, must_succeed: bool):
-        """Save on the first rank. On a full disk go on without this checkpoint, unless must_succeed.
-
-        If weights or validation loss are not finite, the last good checkpoint stays.
-        """
-        problem = 'the weights or the validation loss are not finite'
-        try:
-            saved = distributed.on_first_rank(
-                lambda: is_finite(state, progress) and self.save(state, keep_last_n, is_best))
-        except OSError as error:
-            saved, problem = False, f'{error.filename}: {error.strerror}'
-            if is_best and 'ckpt.pt' not in Path(error.filename or '').name:  # best.pt is not written yet
-                progress.forget_best()
+        """Save on the first rank. Go on without this checkpoint on a full disk, unless must_succeed, and if
+        weights or validation loss are not finite: the last good checkpoint stays."""
+        problem, self.saved_iter, self.best_iter = distributed.on_first_rank(
+            lambda: self.try_to_save(state, progress, keep_last_n, is_best))
+        if is_best and self.best_iter != state['iter_num']:
+            progress.forget_best()
+        if isinstance(problem, OSError):
             if must_succeed:
-                raise
-        if saved:
-            self.saved_iter = state['iter_num']
-        else:
+                raise problem
+            problem = f'{problem.filename}: {problem.strerror}'
+        if problem:
             print0(f'NOT SAVED at iteration {state["iter_num"]}, {problem}: {self.what_is_saved()}')
+
+    def try_to_save(self, state, progress, keep_last_n, is_best):
+        """Return the problem or None, and the iterations of ckpt.pt and best.pt."""
+        problem = None
+        finite = all(tensor.isfinite().all() for tensor in state['model'].values())
+        if not finite or not math.isfinite(progress.val_loss):
+            problem = 'the weights or the validation loss are not finite'
+        else:
+            try:
+                self.save(state, keep_last_n, is_best)
+            except OSError as error:
+                problem = error
+        return problem, self.saved_iter, self.best_iter
 
     def what_is_saved(self) -> str:
         best = ' (best.pt: the lowest validation loss)' if self.best.is_file() else ''
@@ -91,11 +87,11 @@ class CheckpointFolder:
         return (f'{n} steps in a row were skipped, up to iteration {iter_num}: {self.what_is_saved()}, '
                 'continue from it with a lower --learning_rate or other data')
 
-    def save(self, state: dict, keep_last_n: int = 0, is_best: bool = False) -> bool:
+    def save(self, state: dict, keep_last_n: int = 0, is_best: bool = False):
         """Publish state as ckpt.pt, and its weights as best.pt if they are the best so far.
 
         keep_last_n  older checkpoints to keep, as ckpt_<iter_num>.pt; -1 = all
-        raises       OSError, on a full disk for example: ckpt.pt and the older ones are then unchanged
+        raises       OSError: ckpt.pt and the older ones are then unchanged
         """
         remove_leftovers(self.out_dir)
         if not self.has_saved:
@@ -116,36 +112,27 @@ class CheckpointFolder:
                     write_atomically(older, lambda copy: shutil.copyfileobj(f, copy))
         if is_best:
             weights = {key: value for key, value in state.items() if key not in ('optimizer', 'scaler')}
-            write_atomically(self.best, lambda f: write_zip(weights, f))
-        write_atomically(self.newest, lambda f: write_zip(state, f))
+            write_atomically(self.best, lambda f: torchfile.write(weights, f))
+            self.best_iter = state['iter_num']
+        write_atomically(self.newest, lambda f: torchfile.write(state, f))
         self.saved_iter, self.has_saved = state['iter_num'], True
         if keep_last_n >= 0:
             for old in list(numbered(self.out_dir).values())[keep_last_n:]:
                 old.unlink(missing_ok=True)
-        return True
-
-
-def is_finite(state, progress):
-    finite = all(tensor.isfinite().all() for tensor in state['model'].values())
-    return finite and math.isfinite(progress.val_loss)
 
 
 def numbered(out_dir) -> dict[int, Path]:
     """Return the older checkpoints of a folder by iter_num, newest first."""
-    paths = {}
-    for path in Path(out_dir).iterdir():
-        if match := NUMBERED.fullmatch(path.name):
-            paths[int(match[1])] = path
+    matches = [NUMBERED.fullmatch(name) for name in os.listdir(out_dir)]
+    paths = {int(match[1]): Path(out_dir, match[0]) for match in matches if match}
     return dict(sorted(paths.items(), reverse=True))
 
 
 def run_files(out_dir):
-    """Return the files of a run in out_dir, ckpt.pt last: an interrupted move leaves the run in place."""
-    names = ('best.pt', 'metrics.jsonl', 'run.json', 'samples.md', 'eval.json', 'report.md', 'report.html',
-             'tensorboard')
-    out_dir = Path(out_dir)
-    paths = [*(out_dir / name for name in names), *numbered(out_dir).values(), out_dir / 'ckpt.pt']
-    return [path for path in paths if os.path.lexists(path)]
+    """Return the files of a run, ckpt.pt last: until it is moved, the run is still in place."""
+    names = ['best.pt', 'metrics.jsonl', 'run.json', 'samples.md', 'eval.json', 'report.md', 'report.html',
+             'tensorboard', *(path.name for path in numbered(out_dir).values()), 'ckpt.pt']
+    return [path for name in names if os.path.lexists(path := Path(out_dir, name))]
 
 
 def set_aside(out_dir, paths):
@@ -153,63 +140,35 @@ def set_aside(out_dir, paths):
     if not paths:
         return
     n = 1
-    while (Path(out_dir) / f'old-{n}').exists():
+    while (folder := Path(out_dir, f'old-{n}')).exists():
         n += 1
-    folder = Path(out_dir) / f'old-{n}'
     folder.mkdir()
     for path in paths:
         os.replace(path, folder / path.name)
     print0(f'{out_dir}: {", ".join(path.name for path in paths)} moved to {folder}')
 
 
-def write_zip(state, f):
-    """Save with a checksum of the whole file as zip comment, because zip's own do not cover its headers."""
-    try:
-        torch.save(state, f)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # a failed write, which torch hides
-            raise error.__context__ from None
-        raise
-    ending = checksum_ending(f, f.tell() - 2)
-    f.seek(-2, os.SEEK_END)  # the length of the comment, zero so far
-    f.write(ending)
-
-
-def checksum_ending(f, size):
-    """Return the zip comment, after its length in two bytes, for the first `size` bytes of a file."""
-    crc, chunk_bytes = 0, 1 << 24
-    f.seek(0)
-    for start in range(0, size, chunk_bytes):
-        crc = zlib.crc32(f.read(min(chunk_bytes, size - start)), crc)
-    comment = b'crc32 %08x' % crc
-    return len(comment).to_bytes(2, 'little') + comment
-
-
 # -----------------------------------------------------------------------------
 # reading
-
-
-class Damaged(ValueError):
-    """A checkpoint file whose bytes differ from those that were written."""
 
 
 def load_newest(out_dir, rename_damaged: bool = False):
     """Return (state, path) of the newest sound checkpoint of out_dir, or (None, None) if it has none.
 
     rename_damaged  rename damaged files to *.corrupt: only for the run that owns the folder
-    raises          ValueError if all are damaged, or the newest sound file is no checkpoint; OSError
+    raises          ValueError if all are damaged
     """
     if not os.path.lexists(out_dir):
         return None, None
-    newest = Path(out_dir) / 'ckpt.pt'
+    newest = Path(out_dir, 'ckpt.pt')
     paths = [path for path in (newest, *numbered(out_dir).values()) if os.path.lexists(path)]
     for path in paths:
         try:
             state = load(path)
-        except Damaged as error:
+        except torchfile.Damaged as error:
             action = 'trying an older one'
             if rename_damaged:
-                os.replace(path, path.with_name(path.name + '.corrupt'))
+                os.replace(path, f'{path}.corrupt')
                 action = f'renamed to {path.name}.corrupt, {action}'
             print0(f'{error}: {action}')
             continue
@@ -226,9 +185,8 @@ def load(path, n_head: int | None = None) -> dict:
     """Return the verified checkpoint at path, converted if nanoGPT or another trainer wrote it.
 
     n_head  for a file of weights alone, whose shapes do not show it
-    raises  as read() does
     """
-    state = read(path)
+    state = torchfile.read(path)
     if not isinstance(state, dict):
         raise ValueError(f'{path} holds a {type(state).__name__}, not a checkpoint dict')
     if 'format' not in state:
@@ -240,78 +198,12 @@ def load(path, n_head: int | None = None) -> dict:
     return state | dict(config=state.get('config') or {})
 
 
-def read(path):
-    """Return what was saved at path, verified. The tensors are mapped from the file, not copied.
-
-    raises  Damaged; ValueError for a sound file that is not ours; OSError, MemoryError
-    """
-    path = Path(path)
-    if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f'{path} is a link to {os.readlink(path)}, which does not exist')
-    with open(path, 'rb') as f:
-        check_bytes(f, path)
-    try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            # torch maps only files whose names are UTF-8; half a surrogate pair is not printable
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=str(path).isprintable())
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # pickle and torch raise many types for other files
-        if 'allocate memory' in str(error):
-            raise MemoryError(f'{path} does not fit into memory') from None
-        reason = short(error)
-        if name := re.search(r'GLOBAL (\S+)', str(error)):
-            reason = f'it asks for {name[1]}, and only tensors and plain values are read'
-        raise ValueError(f'{path} is not a readable checkpoint ({reason})') from None
-
-
-def check_bytes(f, path):
-    """Verify the checksums of a checkpoint file, which torch.load ignores. Raises as read() does."""
-    head, pickle = f.read(1), b''
-    try:
-        with zipfile.ZipFile(f) as archive:
-            # one flipped bit turns a record into a folder, which torch.load skips silently
-            is_sound = not any(record.external_attr for record in archive.infolist())
-            size = f.seek(-2 - len(archive.comment), os.SEEK_END)
-            ending = f.read()
-            if ending == b'\0\0':  # no comment: nanoGPT's, or another trainer's
-                is_sound = is_sound and archive.testzip() is None
-            elif ending != checksum_ending(f, size):
-                is_sound = False
-            if not is_sound:
-                raise Damaged(f'{path} is damaged: its checksum does not match')
-            for name in archive.namelist():
-                if name.endswith('data.pkl'):
-                    pickle = archive.read(name)
-    except (OSError, MemoryError, Damaged):
-        raise
-    except Exception as error:  # zipfile raises a dozen types
-        if head == b'\x80':
-            raise ValueError(f'{path} is in the format of torch before 1.6, or a plain pickle, which is not '
-                             'read: save it anew with torch.save where it was written') from None
-        raise Damaged(f'{path} is not a readable checkpoint ({short(error)})') from None
-    foreign.check_pickle(pickle, path)
-
-
-def short(error):
-    """Return the informative part of an error of zipfile or torch.load."""
-    words = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2]
-    return words[:150] or type(error).__name__
-
-
 # -----------------------------------------------------------------------------
 # model and optimizers <-> plain dicts
 
 
 def gather(model, optimizers) -> dict:
     """Return the whole tensors of 'model' and 'optimizer', on the first rank. Every rank must call it."""
-    fresh = [optimizer for optimizer in optimizers if not optimizer.state]
-    if fresh:  # torch creates their state by a step at rate 0, which must not count
-        dcp.get_optimizer_state_dict(model, fresh)
-        for optimizer in fresh:
-            for moments in optimizer.state.values():
-                if 'step' in moments:
-                    moments['step'].zero_()
     trained = lora.trained_weights(model)
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True,
                                    ignore_frozen_params=lora.is_adapter(model))  # the base
@@ -347,17 +239,14 @@ def scatter(state, model, optimizers):
     # the optimizer keeps these tensors, so copy them out of the mapped file
     copies = {}
     for group in groups:
-        keys = {'momentum_buffer'} if 'momentum' in group else {'step', 'exp_avg', 'exp_avg_sq'}
-        like_p = sorted(keys - {'step'})
-        if group.get('normuon'):
-            keys.add('variances')
-        listed = ' and '.join(sorted(keys - {'step'}))
+        keys = {'step', 'exp_avg', 'exp_avg_sq'}
+        if 'momentum' in group:
+            keys = {'momentum_buffer', 'variances'} if group['normuon'] else {'momentum_buffer'}
         for name in group['params']:
             own, shape = moments.get(name, {}), shapes[name]
-            if own.keys() != keys or any(own[key].shape != shape for key in like_p):
-                raise ValueError(f'the checkpoint has no {listed} of {name} with shape '
-                                 f'{tuple(shape)}: resume it with the optimizer that it was written with, '
-                                 'and with its lr_groups')
+            if own.keys() != keys or shape not in [value.shape for value in own.values()]:
+                raise ValueError(f'the checkpoint has no {", ".join(sorted(keys))} of {name} with shape '
+                                 f'{tuple(shape)}: resume it with its --optimizer and --lr_groups')
             copies[name] = {key: value.clone() for key, value in own.items()}
     dcp.set_state_dict(model, optimizers, model_state_dict=state['model'],
                        optim_state_dict=dict(state=copies, param_groups=groups),

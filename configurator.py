@@ -7,10 +7,9 @@
 A setting is a lower-case name without leading underscore that holds a bool, int, float or str. It accepts
 the type of its default, or of its annotation, as in `top_k: int | None = 200`. None needs an annotation.
 
-A config file may compute settings in a function derive(), as config/depth.py does. The function's annotated
-parameters are settings of the file, which flags may also give. Its other parameters are settings of the
-script. Their values come from a flag, a file, the default in derive() or the script, in this order. What
-derive() returns overrides the files, and flags override that.
+A config file may compute settings in a function derive(), as config/depth.py does. Its parameters are
+settings: annotated ones are the file's own, others the script's. What derive() returns overrides the files,
+and flags override that.
 """
 
 import contextlib
@@ -36,25 +35,25 @@ BOOLS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, 
 def configure(settings: dict, argv: list[str] | None = None) -> set[str]:
     """Override settings by config files in order, then by flags. Print the changes.
 
-    settings  the script's globals(), changed in place only if all arguments are valid
+    settings  the script's globals(), changed only if all arguments are valid
     returns   names of the settings given by a file or flag, even with the default value
-    raises    ValueError, FileNotFoundError: one line with source, name, value and what is accepted
     """
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(help_text(settings), flush=True)
         raise SystemExit(0)
     defaults, accepted, given = config_of(settings), accepted_by(settings), {}
-    for file in parse(argv, accepted, skip_unknown=True)[0]:
+    files, _ = parse(argv, accepted, skip_unknown=True)
+    for file in files:
         values, derive = run_config(file, settings.get('__file__', ''), {**defaults, **given}, accepted)
         given.update(values)
         if derive is not None:
-            own = {name: options_of(hint) for name, hint in typing.get_type_hints(derive).items()}
-            accepted = {**own, **accepted}
-            flags = parse(argv, accepted, skip_unknown=True)[1]
+            hints = typing.get_type_hints(derive)
+            accepted = {name: options_of(hint) for name, hint in hints.items()} | accepted
+            _, flags = parse(argv, accepted, skip_unknown=True)
             given.update(call_derive(file, derive, defaults, {**given, **flags}, accepted))
-    given.update(parse(argv, accepted)[1])
-    given = {name: value for name, value in given.items() if name in defaults}  # not the files' own settings
+    _, flags = parse(argv, accepted)
+    given = {name: value for name, value in (given | flags).items() if name in defaults}
     settings.update(given)
     changed = [f'{name} = {settings[name]!r}' for name in defaults if settings[name] != defaults[name]]
     if changed and os.environ.get('RANK', '0') == '0':
@@ -93,21 +92,23 @@ def options_of(hint):
 def phrase(options):
     """'is a whole number or None', 'are auto, float32, bfloat16, float16'"""
     words = [WORDS.get(option, option) for option in options]
-    return 'is ' + ' or '.join(words) if len(words) < 3 and bool not in options else 'are ' + ', '.join(words)
+    if bool in options or len(words) > 2:
+        return 'are ' + ', '.join(words)
+    return 'is ' + ' or '.join(words)
 
 
 def checked(value, options: list, source: str):
     """Convert a value to the type of its setting: 1 to 1.0 for a float, 1e3 to 1000 for an int.
 
-    source  for the error: '--dtype=bf16' or "config/x.py: dtype = 'bf16'"
+    source  for the error, such as '--dtype=bf16'
     """
     if isinstance(value, str) and (str in options or value in options):
         return str(value)
     if type(value) in (bool, NoneType) and type(value) in options:
         return value
     if isinstance(value, numbers.Real) and not isinstance(value, bool):  # NumPy's too
-        whole = isinstance(value, numbers.Integral) or (abs(value) <= 2**53 and value == int(value))
-        if int in options and whole:
+        is_whole = isinstance(value, numbers.Integral) or (abs(value) <= 2**53 and value == int(value))
+        if int in options and is_whole:
             return int(value)
         if float in options and value == value:  # nan is not
             with contextlib.suppress(OverflowError):
@@ -128,7 +129,7 @@ def nearest(word, choices, remedy, otherwise=''):
 
 
 def parse(argv, accepted, skip_unknown=False):
-    """Split the command line into config files and {name: value} of flags; a later flag wins.
+    """Split the command line into config files and {name: value} of flags.
 
     skip_unknown  flags may belong to config files that have not been read
     """
@@ -159,7 +160,7 @@ def parse(argv, accepted, skip_unknown=False):
 
 
 def from_text(text, options):
-    """Return the bool, None or number that the text of a flag stands for, or the text itself."""
+    """Return the bool, None, number or text that the text of a flag stands for."""
     if bool in options and text in BOOLS:
         return BOOLS[text]
     if NoneType in options and text == 'None':
@@ -212,7 +213,7 @@ def call_derive(file, derive, defaults, given, accepted):
 
 
 def check_values(values, accepted, source):
-    """Return the values that a config file gives, each converted to the type of its setting."""
+    """Convert the values that a config file gives to the types of their settings."""
     for name in values:
         if name not in accepted:
             near = nearest(name, accepted, ', did you mean {}?', ' (a name of its own begins with _)')
@@ -223,8 +224,10 @@ def check_values(values, accepted, source):
 
 def where(file, path, error):
     """'config/x.py:3: ZeroDivisionError: division by zero', for the innermost line of the file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    line = lines[-1] if lines else getattr(error, 'lineno', None)  # of a SyntaxError
+    line = getattr(error, 'lineno', None)  # of a SyntaxError
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == path:
+            line = frame.lineno
     return f'{file}:{line or 1}: {type(error).__name__}: {getattr(error, "msg", error)}'
 
 
@@ -243,10 +246,14 @@ def help_text(settings):
              'Settings, as flags or in a config file:']
     for name, options in accepted_by(settings).items():
         default, (heading, remark) = settings[name], remarks.get(name, ([], ''))
-        shown = default if isinstance(default, str) and default.isprintable() else repr(default)
-        limits = '' if options == [type(default)] else f'[{phrase(options).partition(" ")[2]}]'
-        lines += ['', *heading] if heading else []
-        lines.append(' '.join([f'  --{name}={shown}'.ljust(38), *filter(None, (remark, limits))]).rstrip())
+        if not isinstance(default, str) or not default.isprintable():
+            default = repr(default)
+        words = [f'  --{name}={default}'.ljust(38), remark]
+        if options != [type(settings[name])]:
+            words.append(f'[{phrase(options).partition(" ")[2]}]')
+        if heading:
+            lines += ['', *heading]
+        lines.append(' '.join(filter(None, words)).rstrip())
     return '\n'.join(lines)
 
 

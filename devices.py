@@ -15,26 +15,26 @@ try:
 except ImportError:  # Windows
     resource = None
 
-# dense bfloat16 or float16 FLOP/s by the vendors' datasheets; the first name in the device's name counts
-PEAK_FLOPS = {
-    'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100': 312e12,
-    'A800': 312e12, 'H800': 989e12, 'H20': 148e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12,
-    'A10': 125e12, 'A6000': 155e12, 'V100': 125e12, 'T4': 65e12, '4090': 165e12, '3090': 71e12,
+# dense bfloat16 or float16 TFLOP/s by the vendors' datasheets; the first name in the device's name counts
+PEAK_TFLOPS = {
+    'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'GH200': 989, 'B200': 2250, 'A100': 312, 'A800': 312,
+    'H800': 989, 'H20': 148, 'L40S': 362, 'L40': 181, 'L4': 121, 'A10G': 70, 'A10': 125, 'A6000': 155,
+    'V100': 125, 'T4': 65, '4090': 165, '3090': 71,
 }
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """Return the device for a setting. A CUDA device always has an index, which torch requires.
 
-    local_rank  the index of the device in a process group; None = no process group
+    local_rank  of this process in a process group, which is the index of its device
     """
     accelerator, problem = torch.accelerator.current_accelerator(check_available=True), ''
     if accelerator is None and torch.version.cuda:
         problem = f'this PyTorch was built for CUDA {torch.version.cuda} and finds no GPU (driver too old?)'
-    if name == 'auto' and problem:
-        print0(f'{problem}; using the CPU')
     if name == 'auto':
         name = accelerator.type if accelerator else 'cpu'
+        if problem:
+            print0(f'{problem}; using the CPU')
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -48,7 +48,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     if index >= n_devices:
         raise ValueError(f'device {device.type}:{index} does not exist, {n_devices} do: '
                          'use as many processes as devices')
-    return torch.device('cuda', index) if device.type == 'cuda' else torch.device(device.type)
+    return torch.device('cuda', index) if device.type == 'cuda' else device
 
 
 @lru_cache
@@ -95,8 +95,10 @@ def choose_compile(choice: bool | str, device: torch.device) -> bool:
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the device's peak rate in half precision in FLOP/s; None if unknown."""
-    name = device_name(device) if device.type == 'cuda' else ''
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    for name, tflops in PEAK_TFLOPS.items():
+        if device.type == 'cuda' and name in device_name(device):
+            return tflops * 1e12
+    return None
 
 
 def device_name(device: torch.device) -> str:
@@ -109,7 +111,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """Return the most memory that this process has allocated on a GPU, or held in RAM; None if unknown."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    if os.name != 'posix':
+    if resource is None:
         return None
     unit = 1 if sys.platform == 'darwin' else 1024  # Linux counts kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -2,7 +2,7 @@
 
 Under torchrun each process is a rank of a process group, even a single one. Otherwise there is no group.
 torch's DistributedDataParallel is not used, because it rebuilds its buckets after the first backward pass: a
-resumed run adds in another order, and losses of 3 ranks differed by 6e-8 (torch 2.13, gloo).
+resumed run adds in another order, and losses of 3 ranks differed by 6e-8.
 """
 
 import contextlib
@@ -51,7 +51,6 @@ class Place:
 def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> Place:
     """Choose the device, and under torchrun join the process group.
 
-    backend    'auto' and 'nccl' mean NCCL for GPUs and gloo for CPUs
     timeout_s  a rank fails after waiting this long for the others
     """
     given = {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
@@ -70,7 +69,7 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
 
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
-    if backend in ('auto', 'nccl'):  # nanoGPT's configs say nccl everywhere
+    if backend in ('auto', 'nccl'):  # nanoGPT's configs say nccl, on CPUs too
         # gloo exchanges the hosts' values, so that no GPU waits for them
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     if backend == 'mpi' and not dist.is_mpi_available():
@@ -80,7 +79,7 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
 
 
 def end_with_parent(parent):
-    """End this process soon after torchrun's. An orphan would train on and keep the lock."""
+    """End this process soon after torchrun's: an orphan would train on and keep the lock."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)  # blocked in a collective, the main thread could not exit by itself
@@ -98,35 +97,28 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def run_and_catch(function):
-    """Return [function(), None], or [None, error]."""
-    try:
-        return [function(), None]
-    except (ValueError, OSError) as error:
-        return [None, error]
+def on_first_rank(function, of_each_node: bool = False):
+    """Run function() on the first rank, or the first of each node.
 
-
-def on_first_rank(function):
-    """Run function() on the first rank. Return its result (plain data), or raise its error, on every rank."""
-    outcome = [None, None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        outcome = run_and_catch(function)
+    returns  its result (plain data), on every rank
+    raises   its error on every rank, if that is a ValueError or OSError
+    """
+    outcome = None
+    rank = os.environ.get('LOCAL_RANK' if of_each_node else 'RANK', '0')
+    if rank == '0' or not dist.is_initialized():
+        try:
+            outcome = function(), None
+        except (ValueError, OSError) as error:
+            outcome = None, error
+    outcomes = [outcome]
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    value, error = outcome
-    if error is not None:
-        raise error
-    return value
-
-
-def once_a_node(function, place: Place):
-    """Run function() on the first rank of each node. Raise an error of any of them on every rank."""
-    error = run_and_catch(function)[1] if place.local_rank == 0 else None
-    errors = [error] * place.world_size
-    if dist.is_initialized():
-        dist.all_gather_object(errors, error)
-    for error in filter(None, errors):
-        raise error
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, outcome)
+    outcomes = [outcome for outcome in outcomes if outcome is not None]
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return outcomes[0][0]
 
 
 # -----------------------------------------------------------------------------
@@ -139,7 +131,7 @@ received = []  # numbers of the stop signals so far, or TIME_OVER
 
 @contextlib.contextmanager
 def signals_noted():
-    """Note SIGTERM, SIGINT and SIGUSR1 for signal_to_stop(). A second SIGINT ends the process at once."""
+    """Note stop signals for signal_to_stop(). A second SIGINT ends the process at once."""
     received.clear()
     read_end, write_end = socket.socketpair()
     write_end.setblocking(False)
@@ -159,7 +151,7 @@ def signals_noted():
 def watch_signals(read_end):
     """Acknowledge the first stop signal, and end the process at the second SIGINT.
 
-    This runs in a thread, because Python calls no handler while the main thread computes or waits in C++.
+    In a thread, because Python calls no handler while the main thread computes or waits in C++.
     """
     # torchrun forwards a Ctrl-C that the terminal has already sent to the ranks
     echo_s = 3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0
@@ -178,7 +170,7 @@ def watch_signals(read_end):
 
 
 def signal_to_stop() -> str | None:
-    """Return the name of a stop signal that any rank has received, or max_hours, the same on all ranks."""
+    """Return the name of a signal that a rank has received, or max_hours; None to go on."""
     number = largest(received[0] if received else 0)
     if number == TIME_OVER:
         return 'max_hours'
@@ -198,13 +190,10 @@ def largest(number: int) -> int:
 
 
 def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: int) -> tuple[int, int]:
-    """Divide the windows of a step over the ranks, so that any number of ranks takes the same step.
-
-    returns  micro-steps of each rank, and windows in each: batch_size or fewer
-    """
+    """Return the micro-steps of each rank in a step, and the windows in each: batch_size or fewer."""
     total = gradient_accumulation_steps * batch_size
     per_rank, rest = divmod(total, world_size)
-    if total < 1 or rest:
+    if rest:
         below = gradient_accumulation_steps // world_size * world_size
         near = [str(n) for n in (below, below + world_size) if n]
         raise ValueError(f'{total} sequences (gradient_accumulation_steps={gradient_accumulation_steps} x '
@@ -217,9 +206,8 @@ def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: 
 def prepare(model, place: Place, *, parallel='ddp', shard_ranks=0, dtype=torch.float32):
     """Move a GPT to its device, with the same weights on all ranks. Call it before making optimizers.
 
-    parallel     'ddp': every rank holds all weights. 'fsdp': every rank holds a shard of each weight (FSDP2)
-    shard_ranks  with fsdp, how many ranks share one copy of the weights; 0 = all
-    dtype        of matrix products; with fsdp in bfloat16 the blocks' weights are gathered in it
+    parallel, shard_ranks  as in train.py
+    dtype                  of matrix products; with fsdp in bfloat16 the blocks' weights are gathered in it
     """
     if parallel == 'fsdp' and dist.is_initialized():
         return shard(model, place, shard_ranks, dtype)
@@ -235,20 +223,22 @@ def shard(model, place, shard_ranks, dtype):
     if n_ranks % n_shards:
         raise ValueError(f'shard_ranks={shard_ranks} does not divide {n_ranks} ranks: '
                          'use a number that does, or 0 for all')
-    shape = [n_ranks // n_shards, n_shards] if n_shards < n_ranks else [n_shards]  # copies x shards
-    mesh = init_device_mesh(place.device.type, shape, mesh_dim_names=('replicate', 'shard')[-len(shape):])
+    names, shape = ('shard',), (n_shards,)
+    if n_shards < n_ranks:
+        names, shape = ('replicate', 'shard'), (n_ranks // n_shards, n_shards)
+    mesh = init_device_mesh(place.device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:  # autocast casts the inputs, and leaves the residual sum in float32
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Whole blocks compile without a graph break. In bfloat16 the norms' weights are cast, too, which torch's
+    # LayerNorm does not accept on a CPU: there the norms stay with the root.
+    whole_blocks = place.device.type == 'cuda' or dtype != torch.bfloat16
     for block in model.transformer.h:
-        # Whole blocks compile without a graph break. In bfloat16 the norms' weights are cast, too, which
-        # torch's LayerNorm does not accept on a CPU: there the norms stay with the root.
-        whole_block = place.device.type == 'cuda' or dtype != torch.bfloat16
-        fully_shard(block if whole_block else [block.attn, block.mlp], mesh=mesh, mp_policy=policy)
+        fully_shard(block if whole_blocks else [block.attn, block.mlp], mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     model.to(place.device)
 
-    for method in ('loss', 'score'):  # FSDP gathers the weights for forward() by itself
+    for method in ('loss_sum', 'score'):  # FSDP gathers the weights for forward() by itself
         register_fsdp_forward_method(model, method)
     warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')
     for module in model.modules():
@@ -262,30 +252,27 @@ def shard(model, place, shard_ranks, dtype):
 
 
 def compiled_loss(model):
-    """Return model.loss, compiled for training. Call it after prepare().
+    """Return model.loss_sum, compiled for batches of one shape. Call it after prepare().
 
-    With FSDP, each block and the cross entropy are compiled, because gathering weights would break a larger
-    graph.
-    Training batches have one shape, and graphs of static shapes are faster.
+    With FSDP each block is compiled, and the cross entropy: gathering weights would break a larger graph.
     """
     if not isinstance(model, FSDPModule):
-        return torch.compile(model.loss, dynamic=False)
-    for block in model.transformer.h:
-        block.compile(dynamic=False)
+        return torch.compile(model.loss_sum, dynamic=False)
+    model.compile_blocks()
     model.cross_entropy = torch.compile(model.cross_entropy, dynamic=False)
-    return model.loss
+    return model.loss_sum
 
 
 def sync_gradients(model, reduce: bool):
-    """Tell FSDP whether to reduce gradients in this micro-step: it must in the last one."""
+    """Tell FSDP whether to reduce gradients in this micro-step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(reduce)
 
 
 def sum_gradients(model):
-    """Sum the gradients over all ranks after the last micro-step. FSDP already has.
+    """Sum the gradients over all ranks after the last micro-step; FSDP already has.
 
-    Buckets depend on the parameters' order and sizes alone, so a resumed run adds in the same order.
+    The buckets are the same in a resumed run, which therefore adds in the same order.
     """
     if not dist.is_initialized() or isinstance(model, FSDPModule):
         return

@@ -1,7 +1,7 @@
 """Files and messages: atomic writes, locks, JSON lines, one-line errors.
 
-    write_atomically('out/run.json', lambda f: f.write(data))    # the whole file or none of it
-    with one_line_errors():                                      # a user's mistake: one line, exit code 2
+    write_atomically('out/run.json', lambda f: f.write(data))
+    with one_line_errors():
         main()
 """
 
@@ -26,7 +26,7 @@ def write_atomically(path, write):
     """Write a file completely or not at all, even if the process is killed or the disk fills up.
 
     write   called with the open binary file
-    raises  OSError that names path; an earlier file of this name is then unchanged
+    raises  OSError that names path; an earlier file is then unchanged
     """
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.tmp{os.getpid()}')
@@ -38,15 +38,15 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # a failed write
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 
 
 def write_json(path, value, indent=1):
     text = json.dumps(value, indent=indent, ensure_ascii=False) + '\n'
-    # half a surrogate pair, as in a file name outside the locale's encoding, becomes JSON's own \udc.. escape
+    # a file name outside the locale's encoding has half surrogate pairs: they become JSON's \udc.. escapes
     write_atomically(path, lambda f: f.write(text.encode('utf-8', 'backslashreplace')))
 
 
@@ -130,13 +130,14 @@ def json_lines(lines, path):
 
 def print0(*args, **kwargs):
     """Print on the first rank only. A log on a full disk does not end a run; a closed pipe does."""
-    if int(os.environ.get('RANK') or 0) != 0:
+    if os.environ.get('RANK', '0') != '0':
         return
     try:
         print(*args, **kwargs, flush=True)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def as_utf8(text):
@@ -162,14 +163,13 @@ def one_line_errors():
     except KeyboardInterrupt:
         code, message = 130, 'interrupted'
     except Exception as error:
-        message = one_line(error)
+        code, message = 2, one_line(error)
         if message is None or os.environ.get('FLATGPT_TRACEBACK'):
             raise
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
             sys.exit(141)  # 128 + SIGPIPE, as `| head` ends any program
-        code = 2
     message = printable(' '.join(map(str.strip, message.splitlines())))
-    if (os.environ.get('WORLD_SIZE') or '1') != '1':
+    if os.environ.get('WORLD_SIZE', '1') != '1':
         message = f'rank {os.environ.get("RANK")}: {message}'
         tell_torchrun(message)
     print(message, file=sys.stderr)
@@ -182,7 +182,7 @@ def tell_torchrun(message):
     if not report:
         return
     if os.environ.get('RANK') != '0':  # most errors are the same on all ranks, and torchrun ends the others
-        time.sleep(5 + int(os.environ.get('LOCAL_RANK') or 0))
+        time.sleep(5 + int(os.environ.get('LOCAL_RANK', 0)))
     details = dict(message=message, extraInfo=dict(timestamp=str(int(time.time()))))
     with contextlib.suppress(OSError):
         write_json(report, dict(message=details))
@@ -197,10 +197,9 @@ def one_line(error):
     if isinstance(error, ModuleNotFoundError):  # packages are imported where they are used
         return f'{error}: pip install -r requirements.txt'
     # torch names its error so on a GPU, and raises RuntimeError on a CPU
-    is_memory = type(error).__name__ in ('MemoryError', 'OutOfMemoryError')
-    if is_memory or "can't allocate memory" in str(error):
-        reason = str(error)[-150:] or 'no details'
-        return f'not enough memory: use a smaller model, batch or block_size ({reason})'
+    if type(error).__name__ in ('MemoryError', 'OutOfMemoryError') or "can't allocate memory" in str(error):
+        return ('not enough memory: use a smaller model, batch or block_size '
+                f'({str(error)[-150:] or "no details"})')
     return None
 
 

@@ -1,4 +1,4 @@
-"""GPT in one file, in three architectures that differ by the switches of GPTConfig.
+"""GPT in one file, in three architectures.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128))
@@ -6,8 +6,8 @@
     ids = model.generate(idx, max_new_tokens=100, temperature=0.8, top_k=200)
 
 gpt2    learned positions, LayerNorm, GELU, a head tied to the embedding; parameter names are nanoGPT's.
-modern  rotary positions, query-key norm, ReLU squared, RMSNorm without weights (also after the embedding), no
-        biases, an untied head that starts at zero, logits capped at +-15: the `nanochat` of transformers.
+modern  rotary positions, query-key norm, ReLU squared, RMSNorm without weights (also after the embedding),
+        an untied head that starts at zero, logits capped at +-15: the `nanochat` of transformers.
 llama   rotary positions, RMSNorm, SwiGLU, grouped key and value heads: Llama, Qwen2, Qwen3, SmolLM2, Mistral.
 
 B batch, T tokens in a row, S tokens seen so far, C n_embd, V vocab_size, L n_layer,
@@ -36,31 +36,18 @@ PRESETS = {
 
 @dataclass
 class GPTConfig:
-    """The architecture of a model, stored beside its weights. None = the value that PRESETS has for arch.
-
-    vocab_size    the default is GPT-2's 50257, padded to a multiple of 64 for the matrix kernels
-    bias          of linear and LayerNorm layers
-    activation    nanoGPT uses gelu
-
-    Only for llama:
-    n_kv_head     heads of keys and values, each shared by H / G query heads; None = n_head
-    head_size     None = n_embd / n_head
-    n_hidden      width of the MLP; None = 8/3 n_embd, rounded up to a multiple of 64
-    rope_scaling  Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-    qk_norm       normalize each query and key before the rotation, as Qwen3 does
-    qkv_bias      biases of queries, keys and values, as in Qwen2
-    tied          one matrix for embedding and head
-    """
+    """The architecture of a model, stored beside its weights. None = the value that arch has by default."""
 
     block_size: int = 1024
-    vocab_size: int = 50304
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for the matrix kernels
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool | None = None
+    bias: bool | None = None  # of linear and LayerNorm layers
     arch: str = 'gpt2'
-    activation: str | None = None
+    activation: str | None = None  # nanoGPT uses gelu
+    # for llama only; see train.py and, for rope_scaling, rotary_table()
     n_kv_head: int | None = None
     head_size: int | None = None
     n_hidden: int | None = None
@@ -80,26 +67,24 @@ class GPTConfig:
                 raise ValueError(f'{name}={value}: accepted is 1 or more, below 2**31')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout={self.dropout}: accepted is 0.0 or more, below 1.0')
-        llama, rotary = self.arch == 'llama', self.arch != 'gpt2'
-        unit = 2 * self.n_head if rotary else self.n_head  # rotary positions need an even head size
-        if self.n_embd % unit and not (llama and self.head_size):
-            near = [n for n in (self.n_embd // unit * unit, (self.n_embd // unit + 1) * unit) if n]
-            raise ValueError(f'n_embd={self.n_embd} is not divisible by {"2 x " * rotary}n_head={self.n_head}'
-                             f': use n_embd={" or ".join(map(str, near))}')
+        unit = self.n_head if self.arch == 'gpt2' else 2 * self.n_head  # rotary positions come in pairs
+        if self.n_embd % unit and not (self.arch == 'llama' and self.head_size):
+            raise ValueError(f'n_embd={self.n_embd}, n_head={self.n_head}: accepted is a multiple of {unit}')
 
-        n_hidden = -(-8 * self.n_embd // 192) * 64 if llama else 4 * self.n_embd
-        preset = dict(PRESETS[self.arch], n_kv_head=self.n_head, head_size=self.n_embd // self.n_head,
-                      n_hidden=n_hidden, rope_theta=10_000.0, rope_scaling=None, qkv_bias=False)
-        switches = dict(gpt2={'activation', 'bias'}, modern={'activation'}, llama=preset.keys() - {'bias'})
-        for name, value in preset.items():
+        # the values of arch, for those that are None
+        values = dict(PRESETS[self.arch], n_kv_head=self.n_head, head_size=self.n_embd // self.n_head,
+                      n_hidden=4 * self.n_embd, rope_theta=10_000.0, rope_scaling=None, qkv_bias=False)
+        adjustable = dict(gpt2={'activation', 'bias'}, modern={'activation'}, llama=values.keys() - {'bias'})
+        if self.arch == 'llama':
+            values['n_hidden'] = 64 * math.ceil(self.n_embd / 24)  # 8/3 n_embd, up to a multiple of 64
+        for name, value in values.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-            if getattr(self, name) != value and name not in switches[self.arch]:
-                raise ValueError(f'{name}={getattr(self, name)}: arch={self.arch} has {name}={value}: '
-                                 'use that, or another arch')
+            if getattr(self, name) != value and name not in adjustable[self.arch]:
+                raise ValueError(f'{name}={getattr(self, name)}: accepted with arch={self.arch} is {value}')
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
-        if self.head_size % 2 and rotary:
+        if self.head_size % 2 and self.arch != 'gpt2':
             raise ValueError(f'head_size={self.head_size}: accepted is an even number')
         if self.activation not in kernels.ACTIVATIONS:
             accepted = ', '.join(kernels.ACTIVATIONS)
@@ -116,12 +101,13 @@ def rotary_table(config):
     """Return cos and sin of every position for rotate(): (block_size, 1, D) float32 each."""
     D, scaling = config.head_size, config.rope_scaling
     frequency = config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
-    if scaling:  # Llama 3: stretch waves that are long against the original context
-        low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+    if scaling:  # Llama 3: waves of which few fit into the original context become `factor` times as long
         n_waves = scaling['original_max_position_embeddings'] * frequency / (2 * math.pi)
-        share = ((n_waves - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (share + (1 - share) / scaling['factor'])
-    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequency)[:, None]
+        few, many = scaling['low_freq_factor'], scaling['high_freq_factor']
+        kept = ((n_waves - few) / (many - few)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / scaling['factor'])
+    position = torch.arange(config.block_size, dtype=torch.float32)
+    angle = torch.outer(position, frequency)[:, None]  # (block_size, 1, D / 2)
     if config.arch == 'modern':  # nanochat rotates the other way round
         angle = -angle
     cos, sin = angle.cos(), angle.sin()
@@ -147,7 +133,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotary, mask, slots):
-        config, (B, T, _) = self.config, x.shape
+        config = self.config
+        B, T, _ = x.shape
         H, G, D = config.n_head, config.n_kv_head, config.head_size
         qk, v = self.c_attn(x).view(B, T, H + 2 * G, D).split((H + G, G), dim=2)
         if config.arch == 'llama' and config.qk_norm:
@@ -159,7 +146,7 @@ class CausalSelfAttention(nn.Module):
             qk = F.rms_norm(qk, (D,), eps=config.norm_eps)  # arXiv:2010.04245
         q, k = qk.split((H, G), dim=2)  # (B, T, H, D), (B, T, G, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
-        if slots is not None:  # of a layer, from KVCache.extend()
+        if slots is not None:  # of this layer in the cache
             k, v = kernels.store(k, v, *slots)  # (B, G, S, D)
         y = kernels.attention(q, k, v, mask, config.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, H * D)
@@ -169,7 +156,7 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.is_gated = config.arch == 'llama'  # SwiGLU, arXiv:2002.05202: c_fc gives gate and value
+        self.is_gated = config.arch == 'llama'  # SwiGLU (arXiv:2002.05202): c_fc returns gate and value
         self.c_fc = nn.Linear(config.n_embd, config.n_hidden * (1 + self.is_gated), bias=config.bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.activation = kernels.ACTIVATIONS[config.activation]
@@ -200,22 +187,22 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: recompute blocks in the backward pass
-        self.compiled = False  # set by compile_blocks()
-        self.bf16_residual = False  # True: sum the outputs of the blocks in bfloat16, if it computes in that
-        self.loss_chunks = 'auto'  # chunks of loss() and score(); 'auto' = by size of the logits
+        self.blocks_are_compiled = False  # set by compile_blocks()
+        self.bf16_residual = False  # True: under bfloat16 autocast, sum the outputs of the blocks in bfloat16
+        self.loss_chunks = 'auto'  # chunks of loss_sum() and score(); 'auto' = by size of the logits
         self.cross_entropy = kernels.cross_entropy  # may be compiled by itself
-        parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd), drop=nn.Dropout(config.dropout))
+        layers = dict(wte=nn.Embedding(config.vocab_size, config.n_embd), drop=nn.Dropout(config.dropout))
         if config.arch == 'gpt2':
-            parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        parts['ln_f'] = make_norm(config)
-        self.transformer = nn.ModuleDict(parts)
+            layers['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        layers['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        layers['ln_f'] = make_norm(config)
+        self.transformer = nn.ModuleDict(layers)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.softcap = LOGIT_SOFTCAP if config.arch == 'modern' else None
-        self.finish()
+        self.set_derived_tensors()
         self.init_weights()
 
-    def finish(self):
+    def set_derived_tensors(self):
         """Tie the head to the embedding, and compute the rotary tables."""
         if self.config.tied:
             self.transformer.wte.weight = self.lm_head.weight
@@ -223,7 +210,6 @@ class GPT(nn.Module):
             cos, sin = rotary_table(self.config)
             self.register_buffer('cos', cos, persistent=False)
             self.register_buffer('sin', sin, persistent=False)
-        return self
 
     @torch.no_grad()
     def init_weights(self):
@@ -236,9 +222,9 @@ class GPT(nn.Module):
             elif p.dim() < 2:
                 nn.init.ones_(p)
             elif not modern:
-                is_output = name.endswith('c_proj.weight')
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if is_output else 0.02)
-            elif name == 'lm_head.weight' or name.endswith('c_proj.weight'):
+                n_summed = 2 * self.config.n_layer if name.endswith('c_proj.weight') else 1
+                nn.init.normal_(p, std=0.02 / math.sqrt(n_summed))
+            elif name.endswith(('lm_head.weight', 'c_proj.weight')):
                 nn.init.zeros_(p)
             elif name == 'transformer.wte.weight':
                 nn.init.normal_(p)
@@ -247,29 +233,32 @@ class GPT(nn.Module):
                 nn.init.uniform_(p, -bound, bound)
 
     def hidden(self, idx, cache=None, documents=None):
-        """Run the network up to its last norm.
+        """Run the network up to its last norm: (B, T) int64 -> (B, T, C).
 
-        idx        (B, T) int64
-        cache      KVCache of the tokens before idx; the tokens of idx are added to it
-        documents  (B, T) int64 document number of each token, for packed rows and for padding: tokens attend
+        cache      KVCache of the tokens before idx, to which those of idx are added
+        documents  (B, T) int64, the document of each token, for packed rows and for padding: tokens attend
                    within their document only, and positions count from its start
-        returns    (B, T, C)
         raises     ValueError if the row, cached tokens included, is longer than block_size
         """
         T = idx.size(1)
         n_seen = 0 if cache is None else cache.n_tokens
         if n_seen + T > self.config.block_size:
             raise ValueError(f'{n_seen + T} tokens do not fit into block_size {self.config.block_size}')
-        x, rotary, slots = self.transformer.wte(idx), None, [None] * self.config.n_layer  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
         dtype = kernels.compute_dtype(x)
-        if cache is not None:
-            position, mask, slots = cache.extend(x, documents)
-        else:
+
+        # positions, attention mask, and room in the cache of each layer
+        slots = [None] * self.config.n_layer
+        if cache is None:
             position, mask = kernels.positions_and_mask(x, 0, documents)
+        else:
+            position, mask, slots = cache.extend(x, documents)
+        rotary = None
         if self.config.arch == 'gpt2':
             x = x + self.transformer.wpe.weight[position]
         else:
             rotary = self.cos[position].to(dtype), self.sin[position].to(dtype)  # ([B,] T, 1, D)
+
         if self.config.arch == 'modern':
             x = F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps)
         x = self.transformer.drop(x)
@@ -296,7 +285,7 @@ class GPT(nn.Module):
         logits = self.head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=kernels.IGNORE)
 
-    def loss(self, idx, targets, documents=None):
+    def loss_sum(self, idx, targets, documents=None):
         """Return the summed cross entropy of all targets, 0-d float32, without keeping the logits."""
         x, targets = self.hidden(idx, documents=documents).flatten(0, 1), targets.flatten()
         n_rows = kernels.loss_chunk_rows(len(targets), self.loss_chunks, self.lm_head.weight)
@@ -308,28 +297,35 @@ class GPT(nn.Module):
         is_target = targets != kernels.IGNORE  # (B, T)
         x, target_ids = self.hidden(idx, documents=documents)[is_target], targets[is_target]  # (N, C), (N,)
         n_rows = kernels.loss_chunk_rows(len(target_ids), self.loss_chunks, self.lm_head.weight)
-        losses, hits = [], []
+        losses, are_largest = [], []
         for x_chunk, target_chunk in zip(x.split(n_rows), target_ids.split(n_rows), strict=True):
             logits = self.head(x_chunk)  # (n_rows, V)
             losses.append(F.cross_entropy(logits, target_chunk, reduction='none'))
-            hits.append(logits.argmax(dim=-1) == target_chunk)
+            are_largest.append(logits.argmax(dim=-1) == target_chunk)
         nats = torch.zeros(targets.shape, device=targets.device)
-        nats[is_target] = torch.cat(losses)
-        return kernels.Scores(nats, torch.zeros_like(is_target).masked_scatter(is_target, torch.cat(hits)))
+        is_argmax = torch.zeros_like(is_target)
+        nats[is_target], is_argmax[is_target] = torch.cat(losses), torch.cat(are_largest)
+        return kernels.Scores(nats, is_argmax)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Count the parameters; without the position embedding by default, as nanoGPT counts them."""
+        """Count the parameters, by default without the position embedding, as nanoGPT does."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding and self.config.arch == 'gpt2':
             n -= self.transformer.wpe.weight.numel()
         return n
 
     def flops_per_token(self, T: int | None = None) -> int:
-        """Count the floating-point operations of training per token of a row of T tokens: 6 per matrix
-        weight, and 12 T H D per layer for attention (arXiv:2204.02311)."""
-        c, T = self.config, T or self.config.block_size
-        n_weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6 * n_weights + 12 * c.n_layer * c.n_head * c.head_size * T
+        """Count the floating-point operations of training per token of a row of T tokens (arXiv:2204.02311).
+
+        A weight has 2 in the forward pass, 2 for the gradient of its input and, unless frozen, 2 for its own.
+        """
+        c = self.config
+        n_flops = 12 * c.n_layer * c.n_head * c.head_size * (T or c.block_size)  # attention
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                matrices = [p for p in module.parameters() if p.dim() == 2]  # three with an adapter
+                n_flops += sum(6 * p.numel() if p.requires_grad else 4 * p.numel() for p in matrices)
+        return n_flops
 
     @torch.no_grad()
     def crop_block_size(self, block_size: int):
@@ -346,20 +342,18 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0, block_size=None, dtype=None, vocab_size=None):
-        """Load one of GPT-2's four sizes, a folder in transformers' format, or an .npz file, on the CPU.
+        """Load gpt2 to gpt2-xl, a folder in transformers' format, or an .npz file, on the CPU.
 
         block_size  keep the first positions only; None = all
-        dtype       of the parameters, converted one by one as they are read; None = torch.float32
-        vocab_size  rows of embedding and head; None = those of the file. More are padding, see fill()
-        raises      ValueError, OSError for a model that is missing, damaged or of another architecture
+        vocab_size  rows of embedding and head, padded to this number; None = those of the file
         """
-        from weights import pretrained  # keeps model.py usable with kernels.py alone
+        from weights import pretrained  # here, so that model.py works with kernels.py alone
         path = pretrained.find(name_or_folder)
         with torch.device('meta'):  # skip the initialization
             args = pretrained.read_model_args(path)
             config = GPTConfig(**args | dict(vocab_size=vocab_size or args['vocab_size'], dropout=dropout))
             model = cls(config).to(dtype or torch.float32)
-        model.to_empty(device='cpu').finish()
+        model.to_empty(device='cpu').set_derived_tensors()
         pretrained.fill(model, path, args['vocab_size'])
         model.crop_block_size(block_size or model.config.block_size)
         return model
@@ -370,15 +364,16 @@ class GPT(nn.Module):
         return pretrained.save(self, path, tokenizer, style=style, card=card, quantize=quantize)
 
     def pack(self, quantize: str | None = None, n_rows: int = 1):
-        """Prepare a 16-bit model, or with 'int8' any, for generation on a CPU. See kernels.pack_linears()."""
-        kernels.pack_linears(self.finish().to(self.lm_head.weight.device), quantize, n_rows)
+        """Prepare a model for generation on a CPU: kernels.pack_linears()."""
+        self.set_derived_tensors()  # to() has rounded the rotary tables
+        kernels.pack_linears(self.to(self.lm_head.weight.device), quantize, n_rows)
         return self
 
     def compile_blocks(self):
-        """Compile the blocks for generation: one graph serves all blocks and tokens."""
+        """Compile the blocks for input of one shape: batches in training, single tokens in generation."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
-        self.compiled = True
+        self.blocks_are_compiled = True
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, vocab_size=None,
@@ -390,19 +385,20 @@ class GPT(nn.Module):
         top_k        draw among the k most likely tokens; None or 0 = all
         top_p        draw among the fewest tokens of this total probability (arXiv:1904.09751); None = all
         vocab_size   draw ids below this only, because the rest are padding; None = all
-        documents    (B, T) int64, as in hidden(); new tokens join the last document of the row. Pad short
-                     prompts on the left: document 0 is the padding, 1 the prompt
+        documents    (B, T) int64, as in hidden(). Pad short prompts on the left, by a document of its own
 
-        Beyond block_size the context slides. Every cached key then depends on a dropped token, so each new
-        token costs a forward pass over block_size tokens without a cache.
+        Beyond block_size the context slides. Every cached key then depends on a dropped token, so each token
+        costs a forward pass over block_size tokens.
         """
         if idx.size(1) == 0:
             raise ValueError('the prompt is empty: give the model at least one token to continue')
-        limit, cache, new = self.config.block_size, None, idx
+        limit = self.config.block_size
+        cache, new = None, idx  # new = the tokens that are not yet in the cache
         if idx.size(1) < limit:
             n_tokens = min(limit, idx.size(1) + max_new_tokens)
             dtype = kernels.compute_dtype(self.transformer.wte(idx[:, :1]))
-            cache = kernels.KVCache(self.config, idx.size(0), n_tokens, idx.device, dtype, self.compiled)
+            cache = kernels.KVCache(self.config, idx.size(0), n_tokens, idx.device, dtype,
+                                    static=self.blocks_are_compiled)
         for _ in range(max_new_tokens):
             if cache is not None and cache.n_tokens + new.size(1) > limit:
                 cache = None
@@ -413,7 +409,7 @@ class GPT(nn.Module):
             next_id = kernels.draw(logits[:, -1, :vocab_size], temperature, top_k, top_p)  # (B,)
             new = next_id[:, None]
             idx = torch.cat((idx, new), dim=1)
-            if documents is not None:
+            if documents is not None:  # the token joins the last document of its row
                 documents = torch.cat((documents, documents[:, -1:]), dim=1)
             yield next_id
 

@@ -1,10 +1,4 @@
-"""Optimizers and learning-rate schedules: AdamW in nanoGPT's groups, or Muon for matrices beside AdamW.
-
-    optimizers = configure_optimizers(model, OptimizerSettings('muon', learning_rate=3e-3, matrix_lr=0.02))
-    set_lr(optimizers, lr_scale(iter_num, schedule), muon_momentum(iter_num))
-    skip = judge.judge(grad_norm, loss)
-    for optimizer in optimizers:
-        step_unless(optimizer, skip)
+"""AdamW in nanoGPT's groups, or Muon for matrices beside AdamW; their learning rates; steps to skip.
 
 Shapes: K matrices of R rows (outputs) and C columns (inputs).
 """
@@ -23,25 +17,20 @@ from distributed import all_gather
 # -----------------------------------------------------------------------------
 # parameter groups
 
-FUSED_ADAMW = 'cpu', 'cuda', 'mps'  # device types with a fused kernel
-
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Settings of configure_optimizers()."""
+    """Settings of configure_optimizers(); train.py explains them."""
 
-    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: Muon for the blocks' matrices, AdamW for the rest
-    learning_rate: float = 6e-4  # peak, AdamW
-    matrix_lr: float = 0.02  # peak, Muon
-    embedding_lr: float | None = None  # peak with muon, of wpe and wte; None = learning_rate
-    head_lr: float | None = None  # peak with muon, of an untied lm_head; None = learning_rate
+    optimizer: Literal['adamw', 'muon'] = 'adamw'
+    learning_rate: float = 6e-4
+    matrix_lr: float = 0.02
+    embedding_lr: float | None = None
+    head_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
-    # matrices: AdamW decays matrices and embeddings, as in nanoGPT. With muon only Muon decays, because the
-    # decay is lr * weight_decay and embeddings have large rates. all: decay every parameter
     decay_groups: Literal['matrices', 'all'] = 'matrices'
-    normuon: bool = False  # even out the rows of Muon's updates; see even_out()
-    fused: bool | None = None  # AdamW's fused kernel; None = where the device has one
+    normuon: bool = False
 
 
 def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32, factors=None) -> list:
@@ -49,29 +38,24 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
 
     dtype    of the matrix products in training; Muon orthogonalizes in bfloat16 too, else in float32
     factors  of the peak rates, {parameter name: factor}; a name that is missing has 1.0
-    returns  optimizers, whose groups have a 'kind' and a 'peak_lr' (lr at scale 1). load_state_dict() keeps
-             these settings, so a resumed run can change them
+    returns  optimizers, whose groups have a 'kind' and a 'peak_lr' (lr at scale 1)
     """
-    settings_of = group_settings(settings, model.config)
-    params = defaultdict(list)
+    groups = {}
     for name, p in model.named_parameters():  # a tied weight appears once
-        if p.requires_grad:
-            kind = parameter_kind(name, p, settings.optimizer, model.config.arch)
-            params[kind, (factors or {}).get(name, 1.0)].append(p)
-    # torch.distributed.checkpoint refuses an empty group beside a second optimizer
-    groups = []
-    for kind, factor in sorted(params, key=lambda key: (list(settings_of).index(key[0]), -key[1])):
-        lr = settings_of[kind]['lr'] * factor
-        groups.append(settings_of[kind] | dict(params=params[kind, factor], kind=kind, lr=lr, peak_lr=lr))
-    for_adamw = [group for group in groups if 'parts' not in group]
-    for_muon = [group for group in groups if 'parts' in group]
+        if not p.requires_grad:
+            continue
+        kind, options = kind_and_options(name, p, settings, model.config)
+        factor = (factors or {}).get(name, 1.0)
+        if (kind, factor) not in groups:
+            lr = options['lr'] * factor
+            groups[kind, factor] = dict(options, params=[], kind=kind, lr=lr, peak_lr=lr)
+        groups[kind, factor]['params'].append(p)
+    for_adamw = [group for group in groups.values() if 'n_matrices' not in group]
+    for_muon = [group for group in groups.values() if 'n_matrices' in group]
 
     optimizers = []
     if for_adamw:  # a LoRA adapter has matrices alone
-        fused = settings.fused
-        if fused is None:
-            fused = for_adamw[0]['params'][0].device.type in FUSED_ADAMW
-        optimizers.append(torch.optim.AdamW(for_adamw, betas=settings.betas, eps=1e-8, fused=fused))
+        optimizers.append(torch.optim.AdamW(for_adamw, betas=settings.betas, eps=1e-8, fused=True))
     if for_muon:
         ns_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(for_muon, ns_dtype=ns_dtype))
@@ -80,48 +64,36 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
     return optimizers
 
 
-def group_settings(settings, config):
-    """Return {kind: settings of the group}. Only Muon's groups have `parts`.
+def kind_and_options(name, p, settings, config):
+    """Return the kind of a parameter, and the options of its group. Only Muon's have n_matrices.
 
-    The matrix of queries, keys and values is split into parts of n_kv_head heads.
+    decay_groups='matrices': AdamW decays matrices and embeddings, as in nanoGPT. With muon only Muon decays,
+    because the decay is lr * weight_decay and embeddings have large rates.
     """
     lr, decay = settings.learning_rate, settings.weight_decay
     rest_decay = decay if settings.decay_groups == 'all' else 0.0
     if settings.optimizer == 'adamw':
-        return {'decay': dict(lr=lr, weight_decay=decay), 'no_decay': dict(lr=lr, weight_decay=rest_decay)}
-    embedding_lr = lr if settings.embedding_lr is None else settings.embedding_lr
-    head_lr = lr if settings.head_lr is None else settings.head_lr
-    muon = dict(lr=settings.matrix_lr, weight_decay=decay, normuon=settings.normuon)
-    return {
-        'embedding': dict(lr=embedding_lr, weight_decay=rest_decay),
-        'head': dict(lr=head_lr, weight_decay=rest_decay),
-        'vector': dict(lr=lr, weight_decay=rest_decay),
-        'qkv': dict(muon, parts=config.n_head // config.n_kv_head + 2),
-        'gate': dict(muon, parts=2),
-        'matrix': dict(muon, parts=1),
-    }
-
-
-def parameter_kind(name, p, optimizer, arch):
-    """Return the key of group_settings() that a parameter belongs to."""
-    if optimizer == 'adamw':
-        return 'decay' if p.dim() >= 2 else 'no_decay'
+        if p.dim() >= 2:
+            return 'decay', dict(lr=lr, weight_decay=decay)
+        return 'no_decay', dict(lr=lr, weight_decay=rest_decay)
     if p.dim() < 2:
-        return 'vector'
+        return 'vector', dict(lr=lr, weight_decay=rest_decay)
+    if 'transformer.h.' not in name:
+        kind, own_lr = 'embedding', settings.embedding_lr
+        if 'lm_head.' in name:
+            kind, own_lr = 'head', settings.head_lr
+        return kind, dict(lr=lr if own_lr is None else own_lr, weight_decay=rest_decay)
+    kind, n_matrices = 'matrix', 1
     if name.endswith('attn.c_attn.weight'):
-        return 'qkv'
-    if name.endswith('mlp.c_fc.weight') and arch == 'llama':
-        return 'gate'
-    if 'transformer.h.' in name:
-        return 'matrix'
-    if 'lm_head.' in name:
-        return 'head'
-    assert '.wte.' in name or '.wpe.' in name, f'{name} belongs to neither block, head nor embedding'
-    return 'embedding'
+        kind, n_matrices = 'qkv', config.n_head // config.n_kv_head + 2  # of n_kv_head heads each
+    elif name.endswith('mlp.c_fc.weight') and config.arch == 'llama':
+        kind, n_matrices = 'gate', 2
+    return kind, dict(lr=settings.matrix_lr, weight_decay=decay, normuon=settings.normuon,
+                      n_matrices=n_matrices)
 
 
 def keep_settings(optimizer, state_dict):
-    """Replace the rates, decay, betas and kernel in a state dict by the optimizer's own."""
+    """Replace the settings in a state dict by the optimizer's own, so that a resumed run can change them."""
     groups = [{**own, 'params': stored['params']}
               for own, stored in zip(optimizer.param_groups, state_dict['param_groups'], strict=True)]
     return {**state_dict, 'param_groups': groups}
@@ -135,13 +107,10 @@ VARIANCE_BETA = 0.9  # of even_out()
 
 
 def orthogonalize(G, steps=5, dtype=None):
-    """Bring the singular values of each matrix near 1 (0.68 to 1.20), and keep its singular vectors.
+    """Bring the singular values of each matrix of G (K, R, C) near 1 (0.68 to 1.20). Zero stays zero.
 
-    G        (K, R, C); a zero matrix stays zero
-    dtype    to compute in; None = G's
-    returns  (K, R, C) in G's dtype
-    source   quintic Newton-Schulz iteration, arXiv:2409.20325; coefficients, steepest at zero, from
-             https://kellerjordan.github.io/posts/muon/
+    source  quintic Newton-Schulz iteration, arXiv:2409.20325; coefficients, steepest at zero, from
+            https://kellerjordan.github.io/posts/muon/
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = G.size(1) > G.size(2)
@@ -154,10 +123,9 @@ def orthogonalize(G, steps=5, dtype=None):
 
 
 def even_out(matrices, variances):
-    """Divide each row by its running root mean square, and keep the norm of the matrix.
+    """Divide each row of matrices (K, R, C) by its running root mean square, and keep the matrix's norm.
 
-    matrices   (K, R, C); if C > R, columns take the place of rows
-    variances  (K, R, 1) or (K, 1, C): the running mean squares
+    variances  the running mean squares: (K, R, 1) of rows, or (K, 1, C) of columns if C > R
     returns    the new matrices and variances
     source     NorMuon, arXiv:2510.05491
     """
@@ -176,31 +144,28 @@ class Muon(torch.optim.Optimizer):
         update  = orthogonalize((1 - momentum) * grad + momentum * buffer)
         p      <- p - lr * weight_decay * p - lr * sqrt(max(1, R / C)) * update
 
-    parts     matrices in each parameter, one below another, orthogonalized separately: 3 in the fused Q, K, V
-    ns_dtype  to orthogonalize in; None = the parameters'. In bfloat16 the last bit of a gradient can change a
-              step by 1e-2 of its size, so runs on different numbers of ranks differ by as much
-    normuon   even_out() the updates, which saved 5% of the tokens to a loss
-    source    https://kellerjordan.github.io/posts/muon/; decoupled weight decay arXiv:2502.16982
-
-    Each rank orthogonalizes a share of the matrices. FSDP's shards are gathered first.
+    n_matrices  stacked in each parameter and orthogonalized separately: 3 in the fused Q, K, V
+    ns_dtype    to orthogonalize in; None = the parameters'. In bfloat16 the last bit of a gradient can change
+                a step by 1e-2 of its size, so runs on different numbers of ranks differ by as much
+    normuon     even_out() the updates
+    source      https://kellerjordan.github.io/posts/muon/; decoupled weight decay arXiv:2502.16982
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, parts=1, ns_dtype=None,
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, n_matrices=1, ns_dtype=None,
                  normuon=False):
         self.ns_dtype = ns_dtype
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts,
-                                      normuon=normuon))
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      n_matrices=n_matrices, normuon=normuon))
 
     @torch.no_grad()
     def step(self, closure=None):
-        assert closure is None
         # multiply matrices of one shape together, also across groups
         batches = defaultdict(list)
         for group in self.param_groups:
             settings = group['lr'], group['momentum'], group['weight_decay'], group['normuon']
             for p in group['params']:
                 if p.grad is not None:
-                    shape = p.size(0) // group['parts'], p.size(1)
+                    shape = p.size(0) // group['n_matrices'], p.size(1)
                     batches[shape, settings].append(p)
         for (shape, settings), params in batches.items():
             n_params = max(1, BATCH_BYTES // (4 * max(p.numel() for p in params)))
@@ -216,7 +181,7 @@ class Muon(torch.optim.Optimizer):
                 if normuon:
                     size = p.size(0) // R, *((R, 1) if R >= C else (1, C))
                     self.state[p]['variances'] = torch.zeros(size, dtype=p.dtype, device=p.device)
-        # of FSDP's shards the local tensors: DTensor lacked _foreach_lerp up to torch 2.12
+        # local tensors of FSDP's shards: DTensor lacked _foreach_lerp up to torch 2.12
         weights = [local(p) for p in params]
         grads = [local(p.grad) for p in params]
         buffers = [local(self.state[p]['momentum_buffer']) for p in params]
@@ -241,14 +206,14 @@ class Muon(torch.optim.Optimizer):
             old.copy_(new if skip is None else torch.where(skip > 0, old, new))
 
     def gather(self, shard, p):
-        """Return the whole tensor of which `shard` is this rank's part, as of p. FSDP's come in ns_dtype."""
+        """Return the whole tensor of a shard like p's. FSDP's come in ns_dtype."""
         if not isinstance(p, DTensor):
             return shard
         return DTensor.from_local(shard.to(self.ns_dtype), p.device_mesh, p.placements,
                                   shape=p.shape, stride=p.stride()).full_tensor()
 
     def orthogonalize_shares(self, matrices):
-        """Orthogonalize matrices (K, R, C) that every rank has: each rank does a share of them."""
+        """Orthogonalize matrices (K, R, C), of which each rank does a share."""
         if not dist.is_initialized():
             return orthogonalize(matrices, dtype=self.ns_dtype)
         n_ranks = dist.get_world_size()
@@ -267,7 +232,7 @@ def local(tensor):
 
 
 def own_shard(whole, p):
-    """Return this rank's part of a tensor, as of p."""
+    """Return this rank's shard of a tensor like p."""
     if not isinstance(p, DTensor):
         return whole
     return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
@@ -281,12 +246,10 @@ MIN_TAKEN = 20  # steps taken before spikes are judged: a running mean of fewer 
 
 
 class StepJudge:
-    """Decide whether to skip a step, and count. The numbers are 0-d float32 tensors on the device, so the
-    host need not wait for them. To read several, stack them first.
+    """Decide whether to skip a step, as the setting skip_spikes says, and count.
 
-    skip_spikes  skip a step whose gradient norm or loss exceeds this multiple of its running mean; 0 = only a
-                 step in which one of them is not finite
-    norm_sum, loss_sum  exponential moving averages over the steps taken, before bias correction
+    The numbers are 0-d tensors on the device, so that the host need not wait for them. norm_sum and loss_sum
+    are exponential moving averages over the steps taken, before bias correction.
     """
 
     def __init__(self, device, skip_spikes: float = 0.0, state=(0.0, 0.0, 0.0, 0.0, 0.0)):
@@ -301,7 +264,7 @@ class StepJudge:
 
     @property
     def smoothed_loss(self):
-        """The running mean of the loss over the steps taken; NaN before the first."""
+        """The running mean of the loss; NaN before the first step taken."""
         return self.loss_sum / (1 - SMOOTHING ** self.taken)
 
     def judge(self, grad_norm, loss):
@@ -322,11 +285,7 @@ class StepJudge:
 
 
 def step_unless(optimizer, skip):
-    """Call optimizer.step(), without effect if skip is 1. The host waits only with an unfused AdamW."""
-    if optimizer.defaults.get('fused') is False:
-        if not skip:
-            optimizer.step()
-        return
+    """Call optimizer.step(), without effect if skip is 1. The host does not wait to learn it."""
     optimizer.found_inf = skip  # the name by which torch's GradScaler recognizes fused kernels
     optimizer.step()
     del optimizer.found_inf
@@ -338,7 +297,7 @@ def step_unless(optimizer, skip):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning-rate schedule: linear warm-up over warmup_iters, then the curve of its kind.
+    """A learning-rate schedule: linear warm-up, then the curve of its kind. train.py explains the fields.
 
     source  arXiv:1608.03983 (restarts), arXiv:2404.06395 (wsd)
     """
@@ -346,11 +305,11 @@ class Schedule:
     kind: Literal['cosine', 'wsd', 'cosine_restarts', 'constant']
     warmup_iters: int
     max_iters: int
-    lr_decay_iters: int | None = None  # cosine: reach min_lr_ratio here, as in nanoGPT; None = max_iters
-    min_lr_ratio: float = 0.0
-    decay_fraction: float = 0.4  # wsd: 1, then linearly to min_lr_ratio over this last part of max_iters
-    restart_iters: int = 1000  # cosine_restarts: length of the first half cosine
-    restart_mult: int = 1  # cosine_restarts: length of each half cosine relative to the last
+    lr_decay_iters: int | None = None  # None = max_iters
+    min_lr_ratio: float = 0.0  # of the peak
+    decay_fraction: float = 0.4
+    restart_iters: int = 1000
+    restart_mult: int = 1
 
 
 def lr_scale(it: int, schedule: Schedule) -> float:
@@ -379,13 +338,13 @@ def half_cosine(x):
 
 
 def muon_momentum(it: int, warmup_iters: int = 300, start: float = 0.85, end: float = 0.95) -> float:
-    """Return Muon's momentum at iteration `it`: it rises linearly, as in KellerJordan/modded-nanogpt."""
+    """Return Muon's momentum, which rises linearly, as in KellerJordan/modded-nanogpt."""
     x = min(it / warmup_iters, 1.0) if warmup_iters else 1.0
     return (1 - x) * start + x * end
 
 
 def set_lr(optimizers, scale: float, momentum: float | None = None):
-    """Set every group's learning rate to scale times its peak, and Muon's momentum if one is given."""
+    """Set every learning rate to scale times its peak, and Muon's momentum if one is given."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = group['peak_lr'] * scale

@@ -8,14 +8,11 @@
     python sample.py --out_dir=out-dolly --prompts=questions.jsonl --answers=answers.jsonl --temperature=0
     python sample.py --out_dir=out-dolly --chat                    # the same as chat.py
 
-All samples are drawn in one batch, and the first is printed while it is drawn. A sample ends where the model
-ends the document.
+A sample ends where the model ends the document. The first is printed while it is drawn.
 """
 
 import codecs
 import os
-import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Literal
 
@@ -25,11 +22,11 @@ import torch
 
 import devices
 import distributed
-from chat import Answerer, Sampling, check, choose_style, json_line, prepare_decoding, talk
+from chat import Answerer, Sampling, check, choose_style, prepare_decoding, talk
 from configurator import configure
-from corpus.dialogue import read_conversations
 from corpus.readers import read_text
-from files import one_line_errors, printable, write_atomically
+from files import as_utf8, one_line_errors, printable
+from tasks.answers import answer_questions, read_questions, write_answers
 from tokens.tokenizer import load_tokenizer, opening
 from weights import adapters
 from weights.begin import build_model, find_start
@@ -73,11 +70,7 @@ def encode_prompt(text, tokenizer, is_default):
     """Return the ids of the prompt, at least one."""
     if text.startswith('FILE:'):
         text = read_text(text.removeprefix('FILE:'))
-    try:  # where the locale is not UTF-8, Python represents the bytes of a flag by surrogates
-        text = text.encode('utf-8', 'surrogateescape').decode('utf-8')
-    except UnicodeError:
-        raise ValueError(f'--start={text!r}: accepted is text in UTF-8') from None
-    text = text.replace('\r\n', '\n')  # as corpora are read
+    text = as_utf8(text).replace('\r\n', '\n')  # as corpora are read
     if text and not (is_default and tokenizer.eot is None):
         return tokenizer.prefix + tokenizer.encode(text, allowed_special={'<|endoftext|>'})
     ids = opening(tokenizer)
@@ -104,123 +97,84 @@ def print_samples(steps, tokenizer, prompt_text, n_samples):
         print(printable(prompt_text + tokenizer.decode(row)), end=rule)
 
 
-def read_questions(path):
-    """Return [(turns up to the question, expected answer or '')]."""
-    questions = []
-    for where, turns, _ in read_conversations([path]):
-        answer = turns.pop()[1] if turns and turns[-1][0] == 'assistant' else ''
-        if not turns:
-            raise ValueError(f'{where}: there is no question')
-        questions.append((turns, answer))
-    if not questions:
-        raise ValueError(f'{path}: there is no question')
-    return questions
+def export_model(model, trained, tokenizer):
+    """Write the model, or its LoRA adapter alone, and print how to use it."""
+    if adapter:
+        paths = adapters.save(model, export, trained.lora['base'])
+    else:
+        card = model_card(trained, model, Path(export).name)
+        paths = model.save_pretrained(export, tokenizer, trained.style, card, quantize)
+    for path in paths:
+        print(f'{path}: {path.stat().st_size:,} bytes')
+    reader = 'numpy.load' if export.endswith('.npz') else 'AutoModelForCausalLM.from_pretrained'
+    if export.endswith('.gguf'):
+        print(f'run it with llama-cli -m {export}')
+    elif not adapter:
+        print(f"read it with {reader}('{export}'), or here with --init_from={export}")
 
 
-def answer_questions(answerer, questions, batch_size):
-    """Return the answer to each question."""
-    from tqdm import tqdm
-    prompts = [answerer.fit(turns) for turns, _ in questions]
-    if n_cut := sum(prompt.n_left_out > 0 or prompt.n_cut > 0 for prompt in prompts):
-        print(f'{n_cut:,} of {len(prompts):,} questions are too long for the context of '
-              f'{answerer.model.config.block_size} tokens: their beginnings are cut off')
-    replies = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # to reduce padding
-    hides_bar = sys.stderr is None or not sys.stderr.isatty()
-    with tqdm(total=len(prompts), unit=' answers', disable=hides_bar) as bar:
-        for first in range(0, len(prompts), batch_size):
-            batch = by_length[first:first + batch_size]
-            for tokens in answerer.stream([prompts[i].ids.tolist() for i in batch]):
-                for i, token in zip(batch, tokens, strict=True):
-                    if token is not None:
-                        replies[i].append(token)
-            bar.update(len(batch))
-    return [answerer.tokenizer.decode(reply).strip() for reply in replies]
+def check_settings():
+    """Raise ValueError for a setting that is invalid, alone or with another."""
+    check('num_samples', num_samples, num_samples >= 1, '1 or more')
+    check('batch_size', batch_size, batch_size >= 1, '1 or more')
+    check('quantize', quantize, quantize == 'none' or compile is not True, 'none with --compile=True')
+    if bool(prompts) != bool(answers) or (chat and prompts):
+        raise ValueError('--prompts=FILE and --answers=FILE go together, and without --chat')
+    if answers and (Path(answers).is_dir() or not Path(answers).parent.is_dir()):
+        raise ValueError(f'--answers={answers}: accepted is a file in an existing folder')
+    if quantize != 'none' and export and not export.endswith('.gguf'):
+        raise ValueError(f'--quantize={quantize}: accepted is none, or an export to a .gguf file')
 
 
-def write_answers(path, questions, replies):
-    """Write a line of JSON for each question, and print how many answers are as expected."""
-    expected = defaultdict(set)  # one question may have several answers in the file
-    for turns, answer in questions:
-        if answer:
-            expected[str(turns)].add(answer)
-    lines, is_exact = [], []
-    for (turns, _), reply in zip(questions, replies, strict=True):
-        texts = [text for role, text in turns[-2:] if role in ('user', 'context')]
-        line = {'question': '\n\n'.join(texts), 'answer': reply}
-        if accepted := sorted(expected[str(turns)]):
-            is_exact.append(reply in accepted)
-            line |= dict(expected=accepted, exact=is_exact[-1])
-        lines.append(json_line(line))
-    write_atomically(path, lambda f: f.writelines(lines))
-    share = ''
-    if is_exact:
-        n, n_exact = len(is_exact), sum(is_exact)
-        share = f', {n_exact:,} of {n:,} ({n_exact / n:.1%}) exactly as expected'
-    print(f'{path}: {len(lines):,} answers{share}')
+def check_adapter(trained):
+    """Raise ValueError if the adapter of a run cannot be exported for peft."""
+    if not (export and trained.lora and Path(export).suffix not in ('.npz', '.gguf')):
+        raise ValueError('adapter=True: needs --export=FOLDER, and a run with lora_rank')
+    base = trained.lora['base']
+    if base.endswith(('.pt', '.npz')) or adapters.base_of(base):
+        raise ValueError(f'adapter=True: peft cannot read the base model {base}: '
+                         'export the whole model without --adapter')
 
 
 if __name__ == '__main__':
     with one_line_errors():
+        # find mistakes before the weights are read
         explicit = configure(globals())
-
-        # find mistakes in the settings before the weights are read
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-        check('num_samples', num_samples, num_samples >= 1, '1 or more')
-        check('batch_size', batch_size, batch_size >= 1, '1 or more')
-        check('quantize', quantize, quantize == 'none' or compile is not True, 'none with --compile=True')
-        if bool(prompts) != bool(answers) or (chat and prompts):
-            raise ValueError('--prompts=FILE and --answers=FILE go together, and without --chat')
-        if answers and (Path(answers).is_dir() or not Path(answers).parent.is_dir()):
-            raise ValueError(f'--answers={answers}: accepted is a file in an existing folder')
-        if quantize != 'none' and export and not export.endswith('.gguf'):
-            raise ValueError(f'--quantize={quantize}: accepted is none, or an export to a .gguf file')
+        check_settings()
         place = distributed.start(device)
+        trained = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
+        text_tokenizer = load_tokenizer(trained.tokenizer)
+        if adapter:
+            check_adapter(trained)
+        questions = read_questions(prompts) if prompts else []
+        template, prompt = '', []
+        if chat or prompts:
+            template = choose_style(style, trained, text_tokenizer)
+        else:
+            prompt = encode_prompt(start, text_tokenizer, is_default='start' not in explicit)
+
         precision = devices.choose_dtype(dtype, place.device, packs=compile is not True)
         if export and dtype == 'auto':
             precision = torch.float32  # as it was trained
-        trained = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
-        tokenizer = load_tokenizer(trained.tokenizer)
-        if adapter and not (export and trained.lora and Path(export).suffix not in ('.npz', '.gguf')):
-            raise ValueError('adapter=True: needs --export=FOLDER, and a run with lora_rank')
-        base = trained.lora['base'] if adapter else ''
-        if adapter and (base.endswith(('.pt', '.npz')) or adapters.base_of(base)):
-            raise ValueError(f'adapter=True: peft cannot read the base model {base}: '
-                             'export the whole model without --adapter')
-        questions = read_questions(prompts) if prompts else []
-        template = ''
-        if chat or prompts:
-            template = choose_style(style, trained, tokenizer)
-        else:
-            prompt = encode_prompt(start, tokenizer, is_default='start' not in explicit)
-        model = build_model(trained, tokenizer, precision, strict, merge=not adapter)
+        model = build_model(trained, text_tokenizer, precision, strict, merge=not adapter)
         model = model.to(place.device, precision)
-
-        # export, or generate
         torch.manual_seed(seed)
+        n_rows = num_samples
+        if chat or prompts:
+            n_rows = 1 if chat else batch_size
         if not export:
-            n_rows = num_samples
-            if chat or prompts:
-                n_rows = 1 if chat else batch_size
             prepare_decoding(model, place.device, compile, quantize, n_rows)
-        answerer = Answerer(model, tokenizer, template, sampling)
-        if export and adapter:
-            for file in adapters.save(model, export, base):
-                print(f'{file}: {file.stat().st_size:,} bytes')
-        elif export:
-            card = model_card(trained, model, Path(export).name)
-            files = model.save_pretrained(export, tokenizer, trained.style, card, quantize)
-            for file in files:
-                print(f'{file}: {file.stat().st_size:,} bytes')
-            reader = 'numpy.load' if export.endswith('.npz') else 'AutoModelForCausalLM.from_pretrained'
-            hint = f"read it with {reader}('{export}'), or here with --init_from={export}"
-            print(f'run it with llama-cli -m {export}' if export.endswith('.gguf') else hint)
+        answerer = Answerer(model, text_tokenizer, template, sampling)
+        if export:
+            export_model(model, trained, text_tokenizer)
         elif chat:
             talk(answerer)
         elif prompts:
             write_answers(answers, questions, answer_questions(answerer, questions, batch_size))
         else:
             idx = torch.tensor(prompt, device=place.device).repeat(num_samples, 1)  # (num_samples, T)
-            steps = sampling.stream(model, tokenizer, idx, stop_ids={tokenizer.eot})
-            prompt_text = tokenizer.decode([i for i in prompt if i not in (tokenizer.bos, tokenizer.eot)])
-            print_samples(steps, tokenizer, prompt_text, num_samples)
+            steps = sampling.stream(model, text_tokenizer, idx, stop_ids={text_tokenizer.eot})
+            special = text_tokenizer.bos, text_tokenizer.eot
+            prompt_text = text_tokenizer.decode([i for i in prompt if i not in special])
+            print_samples(steps, text_tokenizer, prompt_text, num_samples)

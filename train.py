@@ -153,7 +153,7 @@ timeout_s = 600  # a rank fails after waiting this long for others, for example 
 DEFAULTS, ACCEPTED = config_of(globals()), accepted_by(globals())
 
 with one_line_errors(), distributed.signals_noted():
-    explicit = configure(globals())
+    explicit = configure(globals())  # names of the settings that the user gave
     settings = config_of(globals())
     check_limits(settings)  # before the ranks meet, which may take timeout_s
     place = distributed.start(device, backend, timeout_s)
@@ -164,7 +164,7 @@ with one_line_errors(), distributed.signals_noted():
     globals().update(settings)
     check_settings(settings)
     check_unused(settings, explicit)
-    progress = start.progress
+    progress, is_new = start.progress, start.state is None
     limit_hours(max_hours)
 
     # data: divide the batch over the ranks, so that any number of ranks takes the same steps
@@ -174,16 +174,20 @@ with one_line_errors(), distributed.signals_noted():
     data = open_data(settings, place, grad_accum, rows, stored_meta)
     tokenizer_meta, vocab_size = data.train.tokenizer_meta, data.train.vocab_size
 
-    # model and optimizers
+    # model
     torch.manual_seed(seed)
     compute_dtype = devices.choose_dtype(dtype, place.device)
     model = make_model(start, settings, vocab_size, tokenizer_meta, compute_dtype)
     model.activation_checkpointing, model.loss_chunks = activation_checkpointing, loss_chunks
     model.bf16_residual = bf16_residual
-    groups = LrGroups(model, lr_groups)  # freezes some
+    groups = LrGroups(model, lr_groups)  # freezes parameters of factor 0
     model = distributed.prepare(model, place, parallel=parallel, shard_ranks=shard_ranks, dtype=compute_dtype)
     parameters = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(place.device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+    use_compile = devices.choose_compile(compile, place.device)
+    loss_sum = distributed.compiled_loss(model) if use_compile else model.loss_sum
+
+    # optimizers and learning rate
     scaler = torch.amp.GradScaler(place.device.type, enabled=compute_dtype == torch.float16)
     optimizers = optim.configure_optimizers(model, OptimizerSettings(
         optimizer, learning_rate, matrix_lr, embedding_lr, head_lr, betas=(beta1, beta2),
@@ -192,14 +196,12 @@ with one_line_errors(), distributed.signals_noted():
         kind=lr_schedule if decay_lr else 'constant', warmup_iters=warmup_iters if decay_lr else 0,
         max_iters=max_iters, lr_decay_iters=lr_decay_iters, min_lr_ratio=min_lr / (learning_rate or 1.0),
         decay_fraction=decay_fraction, restart_iters=restart_iters, restart_mult=restart_mult)
-    peak_lr = matrix_lr if optimizer == 'muon' else learning_rate  # for the log
     judge = StepJudge(place.device, skip_spikes, start.history)
 
     # resume: restore the weights, the optimizers and the position in the data
-    if start.state is not None:
+    if not is_new:
         checkpoint.restore(start.state, model, optimizers, scaler, data.train)
     folder = checkpoint.CheckpointFolder(out_dir, start.resumed_from, progress.iter_num)
-    is_new = start.state is None
     start.state = start.weights = None  # the tensors now live in the model
 
     # evaluations, benchmarks and samples
@@ -211,8 +213,7 @@ with one_line_errors(), distributed.signals_noted():
     if generate_interval and not eval_only:
         prompts = read_prompts(generate_prompts, text_tokenizer, data.eval_val.loader)
 
-    use_compile = devices.choose_compile(compile, place.device)
-    loss_of = distributed.compiled_loss(model) if use_compile else model.loss
+    # say what will be trained, and open the log
     precision = str(compute_dtype).removeprefix('torch.')
     print0(f'model: {arch}, {model.get_num_params() / 1e6:.2f}M parameters, '
            f'vocabulary {model.config.vocab_size:,}')
@@ -223,10 +224,14 @@ with one_line_errors(), distributed.signals_noted():
     print0(f'data: {data.describe(max_iters * tokens_per_step)}, {tokens_per_step:,} tokens a step '
            f'({place.world_size} ranks x {grad_accum} micro-steps x {rows} windows x {block_size}), '
            f'{max_iters:,} steps')
+    if progress.iter_num >= max_iters and not eval_only:
+        print0(f'nothing to train: the checkpoint is at iteration {progress.iter_num}, '
+               f'max_iters is {max_iters}, give a larger --max_iters')
     log = Log(None if eval_only else out_dir, place, progress, tokens_per_step, max_iters, on_event)
     log.open(is_new, dict(settings=settings, defaults=DEFAULTS, parameters=model.get_num_params(),
                           flops_per_token=model.flops_per_token(), dataset_tokens=data.train.n_tokens,
                           device=device_name, dtype=precision, compiled=use_compile))
+    logged_lr = matrix_lr if optimizer == 'muon' else learning_rate  # peak
     save_times = SaveTimes(checkpoint_interval or eval_interval, checkpoint_minutes)
     intervals = [eval_interval, *(benchmark.interval for benchmark in benchmarks)]
     intervals += [generate_interval] if prompts else []
@@ -234,50 +239,46 @@ with one_line_errors(), distributed.signals_noted():
     facts = dict(model_args=vars(model.config), config=settings, tokenizer=tokenizer_meta,
                  vocab_size=vocab_size, lora=start.lora, style=data.style, data=data.train.fingerprint(),
                  format=checkpoint.FORMAT)
-    if progress.iter_num >= max_iters and not eval_only:
-        print0(f'nothing to train: the checkpoint is at iteration {progress.iter_num}, '
-               f'max_iters is {max_iters}, give a larger --max_iters')
 
     model.train()
     while True:
-        stop = distributed.signal_to_stop()  # the same on all ranks
-        finished = progress.iter_num >= max_iters
-        save_due = save_times.due(progress.iter_num) or finished or stop
-        with log.paused(save_due or any(progress.iter_num % n == 0 for n in intervals)):
+        signal = distributed.signal_to_stop()  # None or its name, the same on all ranks
+        finished = progress.iter_num >= max_iters or eval_only  # no update follows
+        save_due = save_times.due(progress.iter_num)
+        with log.paused(save_due or finished or signal or any(progress.iter_num % n == 0 for n in intervals)):
             # evaluate
-            evaluation_due = finished or eval_only or progress.iter_num % eval_interval == 0
+            evaluation_due = finished or progress.iter_num % eval_interval == 0
             losses, is_best = None, False
-            if evaluation_due and not stop and (progress.iter_num or eval_at_start or eval_only):
-                losses = evaluate(model, data, token_bytes, place, autocast)
-                stop = distributed.signal_to_stop()
-            if losses is not None:  # None after a signal
+            if evaluation_due and not signal and (progress.iter_num or eval_at_start or eval_only):
+                losses = evaluate(model, data, token_bytes, place, autocast)  # None after a signal
+                signal = distributed.signal_to_stop()
+            if losses is not None:
                 log.evaluation(losses)
                 is_best = progress.note_evaluation(losses.val.nats_per_target)
                 finished = finished or progress.out_of_patience(patience)
 
             # save
-            save_due = save_due or finished or stop or is_best
+            save_due = save_due or finished or signal or is_best
             if save_due and progress.advanced and not eval_only:
                 progress.to_evaluate = evaluation_due and losses is None
                 tensors = checkpoint.gather(model, optimizers)
                 state = dict(**tensors, **dataclasses.asdict(progress), **facts, scaler=scaler.state_dict(),
                              history=judge.state(), position=data.train.position(progress.iter_num))
                 folder.save_or_warn(state, progress, keep_last_n=keep_last_n_checkpoints, is_best=is_best,
-                                    must_succeed=finished or stop)
+                                    must_succeed=finished or signal)
                 log.saved(folder, is_best)
 
             # benchmarks and samples take long: save first, and skip them after a signal
-            last = finished or eval_only
-            for benchmark in benchmarks if not stop else []:
-                if last or progress.iter_num % benchmark.interval == 0:
+            for benchmark in benchmarks if not signal else []:
+                if finished or progress.iter_num % benchmark.interval == 0:
                     numbers = benchmark.run(model, place, autocast, batch_size * block_size)
                     log.benchmark(benchmark.name, numbers)
-            if prompts and not stop and (finished or progress.iter_num % generate_interval == 0):
+            if prompts and not signal and (finished or progress.iter_num % generate_interval == 0):
                 log.samples(generate(model, text_tokenizer, prompts, seed, place, autocast))
-        if last or stop:
+        if finished or signal:
             break
 
-        # one update
+        # one update: forward, backward, clip, step, zero_grad
         lr_scale = optim.lr_scale(progress.iter_num, schedule)
         optim.set_lr(optimizers, lr_scale, optim.muon_momentum(progress.iter_num, muon_warmup_iters))
         # dropout depends on step and rank alone, so a resumed run draws the same
@@ -288,7 +289,7 @@ with one_line_errors(), distributed.signals_noted():
             x, y, documents = data.train.batch(progress.iter_num, micro_step).to(place.device)
             distributed.sync_gradients(model, shard_gradients or micro_step == grad_accum - 1)
             with autocast:
-                loss = loss_of(x, y, documents) / n_targets
+                loss = loss_sum(x, y, documents) / n_targets
             scaler.scale(loss).backward()
             step_loss += loss.detach()
         distributed.sum_gradients(model)
@@ -298,7 +299,7 @@ with one_line_errors(), distributed.signals_noted():
         grad_norm = distributed.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
-        skip = judge.judge(grad_norm, step_loss)  # the same on all ranks
+        skip = judge.judge(grad_norm, step_loss)  # 0 or 1, the same on all ranks
         for each in optimizers:
             optim.step_unless(each, skip)
             each.zero_grad(set_to_none=True)
@@ -306,9 +307,9 @@ with one_line_errors(), distributed.signals_noted():
 
         # log; on a GPU, reading `skip` would wait for the step to end
         if progress.iter_num % log_interval == 0 or (place.device.type == 'cpu' and skip):
-            log.step(lr_scale * peak_lr, step_loss, grad_norm, judge)
+            log.step(lr_scale * logged_lr, step_loss, grad_norm, judge)
             log.check_skipped(max_skipped_steps, folder)
         progress.iter_num += 1
 
-    log.close(stop, folder, report)
+    log.close(signal, folder, report)
     distributed.stop()

@@ -40,7 +40,7 @@ def gradients(settings, place):
     for dtype, loss_chunks in ((torch.float32, 0), (torch.bfloat16, 4)):
         torch.manual_seed(0)
         model = GPT(config)
-        model.loss_chunks, loss_of = loss_chunks, model.loss
+        model.loss_chunks, loss_of = loss_chunks, model.loss_sum
         if dtype == torch.float32:
             distributed.prepare(model, place)
         else:

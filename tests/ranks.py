@@ -84,7 +84,7 @@ def spoil_losses(steps):
     """Makes the loss that this rank computes in training at these steps not a number, and with it each gradient."""
     from model import GPT
     from tokens.loader import Loader
-    batch, loss_of, at = Loader.batch, GPT.loss, [None]
+    batch, loss_of, at = Loader.batch, GPT.loss_sum, [None]
 
     def remembered(self, step, micro_step=0):
         at[0] = step
@@ -93,7 +93,7 @@ def spoil_losses(steps):
     def spoilt(self, *args, **kwargs):
         loss = loss_of(self, *args, **kwargs)
         return loss * float('nan') if at[0] in steps else loss
-    Loader.batch, GPT.loss = remembered, spoilt
+    Loader.batch, GPT.loss_sum = remembered, spoilt
 
 
 def read_heard(folder):

@@ -198,7 +198,7 @@ def test_windows_of_a_dataset(tiny):
     (['--mode=decode', '--max_new_tokens=1'], '--max_new_tokens=1: accepted is 2 or more'),
     (['--mode=decode', '--prompt_tokens=1000'], 'prompt_tokens=1000 and max_new_tokens=128 do not fit into block_size=1024: use --block_size=1128 or more'),
     (['--loss_chunks=-1'], '--loss_chunks=-1: accepted is 0 or more'),
-    (['--n_embd=10', '--n_head=3'], 'n_embd=10 is not divisible by n_head=3: use n_embd=9 or 12'),
+    (['--n_embd=10', '--n_head=3'], 'n_embd=10, n_head=3: accepted is a multiple of 3'),
 ])
 def test_wrong_settings(flags, message):
     code, _, stderr, _ = run_bench(*flags)

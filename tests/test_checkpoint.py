@@ -17,8 +17,9 @@ from conftest import differences
 import checkpoint
 import files
 from model import GPT, GPTConfig
-from optim import OptimizerSettings, configure_optimizers, set_lr
+from optim import OptimizerSettings, configure_optimizers
 from training.progress import Progress
+from weights import torchfile
 
 SIZES = dict(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=8)
 
@@ -81,8 +82,8 @@ def test_a_file_name_outside_the_encoding_of_the_locale_is_written_and_read_back
 def test_a_checkpoint_in_a_folder_whose_name_is_not_utf8_is_read(tmp_path):
     path = tmp_path / os.fsdecode(b'\xe4') / 'ckpt.pt'
     path.parent.mkdir()
-    files.write_atomically(path, lambda f: checkpoint.write_zip({'iter_num': 3}, f))
-    assert checkpoint.read(path) == {'iter_num': 3}
+    files.write_atomically(path, lambda f: torchfile.write({'iter_num': 3}, f))
+    assert torchfile.read(path) == {'iter_num': 3}
 
 
 def test_a_name_that_the_locale_cannot_express_is_printed_as_utf8():
@@ -329,11 +330,11 @@ def test_every_flipped_bit_of_a_saved_file_is_noticed(tmp_path):
     for bit in bits:
         (tmp_path / 'ckpt.pt').write_bytes(flipped(data, bit))
         with pytest.raises(ValueError, match='is damaged|is not a readable checkpoint'):
-            checkpoint.read(tmp_path / 'ckpt.pt')
+            torchfile.read(tmp_path / 'ckpt.pt')
     for n in range(len(data) - 60, len(data)):  # at len(data) - 14 the checksum is gone as a whole
         (tmp_path / 'ckpt.pt').write_bytes(data[:n])
         with pytest.raises(ValueError, match='is damaged|is not a readable checkpoint'):
-            checkpoint.read(tmp_path / 'ckpt.pt')
+            torchfile.read(tmp_path / 'ckpt.pt')
 
 
 def test_truncated_empty_and_zeroed_files_are_noticed(tmp_path, packed):
@@ -432,7 +433,7 @@ def test_only_proved_damage_renames_a_file(tmp_path, monkeypatch, error):
 
 def test_a_dangling_link_is_an_error(tmp_path):
     (tmp_path / 'ckpt.pt').symlink_to(tmp_path / 'unmounted' / 'ckpt.pt')
-    with pytest.raises(FileNotFoundError, match='ckpt.pt is a link to .*unmounted/ckpt.pt, which does not exist'):
+    with pytest.raises(FileNotFoundError, match='No such file'):
         checkpoint.load_newest(tmp_path, rename_damaged=True)
 
 
@@ -524,32 +525,13 @@ def test_settings_of_now_win_over_the_stored_ones(tmp_path, arch, optimizer):
     assert not differences(train(other, others, 2), train(model, optimizers, 2))
 
 
-@BOTH
-def test_gathering_before_the_first_step_changes_nothing(arch, optimizer):
-    model, twin = new_model(arch), new_model(arch)
-    optimizers, twins = new_optimizers(model, optimizer), new_optimizers(twin, optimizer)
-    for each in (optimizers, twins):
-        set_lr(each, 0.5)
-    before = copy.deepcopy((model.state_dict(), dict(model.named_buffers()), [each.state_dict()['param_groups'] for each in optimizers]))
-    gathered = copy.deepcopy(checkpoint.gather(model, optimizers))
-    assert not differences(before, (model.state_dict(), dict(model.named_buffers()), [each.state_dict()['param_groups'] for each in optimizers]))
-    assert all(p.grad is None for p in model.parameters())
-    resumed = new_model(arch, seed=1)
-    resumed_optimizers = new_optimizers(resumed, optimizer)
-    checkpoint.scatter(gathered | dict(format=1), resumed, resumed_optimizers)
-    set_lr(resumed_optimizers, 0.5)
-    expected = train(twin, twins, 2)
-    assert not differences(train(model, optimizers, 2), expected)
-    assert not differences(train(resumed, resumed_optimizers, 2), expected)
-
-
 def test_scatter_names_what_does_not_fit():
     model = new_model('gpt2')
     optimizers = new_optimizers(model, 'adamw')
     train(model, optimizers, 1)
     state = copy.deepcopy(checkpoint.gather(model, optimizers)) | dict(format=1)
     with pytest.raises(ValueError, match=re.escape(
-            'the checkpoint has no momentum_buffer of transformer.h.0.attn.c_attn.weight with shape (24, 8): resume it with the optimizer that it was written with')):
+            'the checkpoint has no momentum_buffer of transformer.h.0.attn.c_attn.weight with shape (24, 8): resume it with its --optimizer and --lr_groups')):
         checkpoint.scatter(state, model, new_optimizers(model, 'muon'))
     larger = new_model('gpt2', vocab_size=17)
     with pytest.raises(ValueError, match=re.escape('the checkpoint: transformer.wte.weight has shape (13, 8), the model expects (17, 8)')):
@@ -572,7 +554,7 @@ def write_nanogpt(path, model, optimizer, prefix):
 def test_a_checkpoint_of_nanogpt_goes_on(tmp_path, prefix):
     model = new_model('gpt2', bias=False, activation='gelu')
     decay, rest = ([p for p in model.parameters() if (p.dim() >= 2) == matrices] for matrices in (True, False))
-    theirs = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], lr=1e-2, betas=(0.9, 0.95))
+    theirs = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], lr=1e-2, betas=(0.9, 0.95), fused=True)
     train(model, [theirs], 3)
     write_nanogpt(tmp_path / 'ckpt.pt', model, theirs, prefix)
 
@@ -580,14 +562,14 @@ def test_a_checkpoint_of_nanogpt_goes_on(tmp_path, prefix):
     assert (state['iter_num'], state['best_val_loss'], type(state['best_val_loss'])) == (2000, 1.5, float)
     ours = GPT(GPTConfig(**state['model_args']))
     assert (ours.config.arch, ours.config.activation, ours.config.bias) == ('gpt2', 'gelu', False)
-    optimizers = configure_optimizers(ours, OptimizerSettings(learning_rate=1e-2, fused=False))
+    optimizers = configure_optimizers(ours, OptimizerSettings(learning_rate=1e-2))
     checkpoint.scatter(state, ours, optimizers)
     moments = optimizers[0].state
     for p, q in zip(ours.parameters(), model.parameters()):
         assert not differences(moments[p], theirs.state[q])
     assert not differences(train(ours, optimizers, 2), train(model, [theirs], 2))
 
-    with pytest.raises(ValueError, match='resume it with the optimizer that it was written with'):
+    with pytest.raises(ValueError, match='resume it with its --optimizer and --lr_groups'):
         checkpoint.scatter(state, ours, new_optimizers(ours, 'muon'))
 
 

@@ -26,7 +26,7 @@ from corpus.train_tokenizer import save_tokenizer, train_bpe
 from model import GPT, GPTConfig
 from tokens import tokenizer as tokenizers
 from tokens.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, tokenizer_meta
-from weights import begin
+from weights import begin, torchfile
 
 CHARS = '\n abcdefgh€'
 
@@ -155,8 +155,8 @@ def test_best_is_taken_where_the_run_asked_for_it(out_dir):
 
 def test_a_checkpoint_is_read_once(monkeypatch, out_dir):
     """The first rank read and checksummed it twice: to choose it, and to load it."""
-    reads, read = [], checkpoint.read
-    monkeypatch.setattr(checkpoint, 'read', lambda path: reads.append(path) or read(path))
+    reads, read = [], torchfile.read
+    monkeypatch.setattr(torchfile, 'read', lambda path: reads.append(path) or read(path))
     assert begin.find_start(out_dir=out_dir).progress.iter_num == 7
     assert begin.find_run(out_dir, '', auto_resume=False).resumed_from == str(out_dir / 'ckpt.pt')
     assert reads == [out_dir / 'ckpt.pt'] * 2

@@ -113,9 +113,9 @@ def test_evaluation_of_the_whole_split_is_the_mean_over_every_token(tiny, tmp_pa
     gpt = GPT(GPTConfig(**state['model_args'])).eval()
     gpt.load_state_dict(state['model'])
     tokens = torch.from_numpy(np.fromfile(tiny / 'val.bin', dtype='<u2').astype(np.int64))
-    nats = sum(gpt.loss(x[None, :-1], x[None, 1:]).item() for x in tokens.unfold(0, 17, 16))
+    nats = sum(gpt.loss_sum(x[None, :-1], x[None, 1:]).item() for x in tokens.unfold(0, 17, 16))
     rest = tokens[(len(tokens) - 1) // 16 * 16:]
-    nats += gpt.loss(rest[None, :-1], rest[None, 1:]).item()
+    nats += gpt.loss_sum(rest[None, :-1], rest[None, 1:]).item()
     assert lines[-1]['val_loss'] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
 
 
@@ -186,7 +186,7 @@ def test_every_architecture_learns_with_every_optimizer(tiny, tmp_path, flags):
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_a_gradient_that_is_not_finite_skips_the_step(tiny, tmp_path, monkeypatch, dtype):
-    loss_of, calls = GPT.loss, []
+    loss_of, calls = GPT.loss_sum, []
 
     def broken(self, *args, **kwargs):
         loss = loss_of(self, *args, **kwargs)
@@ -196,7 +196,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny, tmp_path, monkeypatc
                 loss = loss * math.nan
         return loss
 
-    monkeypatch.setattr(model_file.GPT, 'loss', broken)
+    monkeypatch.setattr(model_file.GPT, 'loss_sum', broken)
     stdout, lines = train(*TINY, '--max_iters=6', '--checkpoint_interval=1', '--keep_last_n_checkpoints=-1', '--log_interval=10', f'--dtype={dtype}',
                           f'--dataset={tiny}', out_dir=tmp_path)
     assert [line for line in stdout.splitlines() if 'NOT FINITE' in line][0].startswith('iter 3: loss nan')
@@ -213,7 +213,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny, tmp_path, monkeypatc
 
 def spoil(monkeypatch, from_iter, factor, to_iter=math.inf):
     """Multiplies the training loss of these iterations, of two micro-steps each."""
-    loss_of, calls = GPT.loss, []
+    loss_of, calls = GPT.loss_sum, []
 
     def spoiled(self, *args, **kwargs):
         loss = loss_of(self, *args, **kwargs)
@@ -223,7 +223,7 @@ def spoil(monkeypatch, from_iter, factor, to_iter=math.inf):
                 loss = loss * factor
         return loss
 
-    monkeypatch.setattr(model_file.GPT, 'loss', spoiled)
+    monkeypatch.setattr(model_file.GPT, 'loss_sum', spoiled)
 
 
 def test_a_spike_is_skipped_where_that_is_asked_for(tiny, tmp_path, monkeypatch):
@@ -601,9 +601,9 @@ def refused(*flags, out_dir):
     ('--beta2=1', 'beta2=1.0: accepted is 0 or more, below 1'),
     ('--seed=-1', 'seed=-1: accepted is 0 or more, below 9223372036854775808'),
     ('--dropout=1.5', 'dropout=1.5: accepted is 0.0 or more, below 1.0'),
-    ('--n_embd=15', 'n_embd=15 is not divisible by n_head=2: use n_embd=14 or 16'),
+    ('--n_embd=15', 'n_embd=15, n_head=2: accepted is a multiple of 2'),
     ('--n_layer=0', 'n_layer=0: accepted is 1 or more, below 2**31'),
-    ('--arch=modern --bias=True', 'bias=True: arch=modern has bias=False: use that, or another arch'),
+    ('--arch=modern --bias=True', 'bias=True: accepted with arch=modern is False'),
     ('--device=cudda', 'device=cudda: accepted are auto, cpu, cuda, cuda:N, mps'),
     ('--dtype=float64', "--dtype=float64: accepted are auto, float32, bfloat16, float16; did you mean float16?"),
     ('--learnin_rate=1', '--learnin_rate: unknown setting, did you mean --learning_rate?'),
@@ -700,8 +700,8 @@ def test_a_logger_that_is_not_installed(package, tiny, tmp_path, monkeypatch):
 
 
 def test_a_gradient_of_zero_in_the_first_step_ends_the_run(tiny, tmp_path, monkeypatch):
-    loss_of = GPT.loss
-    monkeypatch.setattr(GPT, 'loss', lambda self, *args: loss_of(self, *args) * 0.0 + 3.0)  # torch 2.11, compiled: norm 0.000
+    loss_of = GPT.loss_sum
+    monkeypatch.setattr(GPT, 'loss_sum', lambda self, *args: loss_of(self, *args) * 0.0 + 3.0)  # torch 2.11, compiled: norm 0.000
     code, _, stderr, _ = train_here(*TINY, '--max_iters=6', f'--dataset={tiny}', out_dir=tmp_path)
     assert code == 2 and stderr.startswith('the gradient of step 0 is exactly zero'), stderr
 

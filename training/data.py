@@ -72,7 +72,7 @@ def open_data(settings: dict, place, grad_accum: int, rows: int, stored_meta: di
     if settings['verify_data']:
         for split in (*train.splits, *loaders[1].splits):
             print0(split.describe_checksums())
-            distributed.once_a_node(split.verify, place)
+            distributed.on_first_rank(split.verify, of_each_node=True)
     for loader in (train, *loaders):
         loader.windows(np.arange(batch_size))  # ids of another tokenizer fail here
     styles = sorted({split.meta['style'] for split in train.splits if split.meta.get('style')})

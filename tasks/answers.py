@@ -1,0 +1,68 @@
+"""The answers of a tuned model to a file of questions, compared with those that the file has.
+
+    questions = read_questions('questions.jsonl')
+    write_answers('answers.jsonl', questions, answer_questions(answerer, questions, batch_size=16))
+"""
+
+import sys
+from collections import defaultdict
+
+from chat import json_line
+from corpus.dialogue import read_conversations
+from files import write_atomically
+
+
+def read_questions(path):
+    """Return [(turns up to the question, expected answer or '')]."""
+    questions = []
+    for where, turns, _ in read_conversations([path]):
+        answer = turns.pop()[1] if turns and turns[-1][0] == 'assistant' else ''
+        if not turns:
+            raise ValueError(f'{where}: there is no question')
+        questions.append((turns, answer))
+    if not questions:
+        raise ValueError(f'{path}: there is no question')
+    return questions
+
+
+def answer_questions(answerer, questions, batch_size):
+    """Return the answer to each question."""
+    from tqdm import tqdm
+    prompts = [answerer.fit(turns) for turns, _ in questions]
+    if n_cut := sum(prompt.n_left_out > 0 or prompt.n_cut > 0 for prompt in prompts):
+        print(f'{n_cut:,} of {len(prompts):,} questions are too long for the context of '
+              f'{answerer.model.config.block_size} tokens: their beginnings are cut off')
+    replies = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # to reduce padding
+    hides_bar = sys.stderr is None or not sys.stderr.isatty()
+    with tqdm(total=len(prompts), unit=' answers', disable=hides_bar) as bar:
+        for first in range(0, len(prompts), batch_size):
+            batch = by_length[first:first + batch_size]
+            for tokens in answerer.stream([prompts[i].ids.tolist() for i in batch]):
+                for i, token in zip(batch, tokens, strict=True):
+                    if token is not None:
+                        replies[i].append(token)
+            bar.update(len(batch))
+    return [answerer.tokenizer.decode(reply).strip() for reply in replies]
+
+
+def write_answers(path, questions, replies):
+    """Write a line of JSON for each question, and print how many answers are as expected."""
+    expected = defaultdict(set)  # one question may have several answers in the file
+    for turns, answer in questions:
+        if answer:
+            expected[str(turns)].add(answer)
+    lines, is_exact = [], []
+    for (turns, _), reply in zip(questions, replies, strict=True):
+        texts = [text for role, text in turns[-2:] if role in ('user', 'context')]
+        line = {'question': '\n\n'.join(texts), 'answer': reply}
+        if accepted := sorted(expected[str(turns)]):
+            is_exact.append(reply in accepted)
+            line |= dict(expected=accepted, exact=is_exact[-1])
+        lines.append(json_line(line))
+    write_atomically(path, lambda f: f.writelines(lines))
+    share = ''
+    if is_exact:
+        n, n_exact = len(is_exact), sum(is_exact)
+        share = f', {n_exact:,} of {n:,} ({n_exact / n:.1%}) exactly as expected'
+    print(f'{path}: {len(lines):,} answers{share}')
