@@ -1,9 +1,6 @@
 """The tensor operations of model.py: attention, KV cache, sampling, cross entropy in chunks, packed layers.
 
-Each docstring states the plain meaning. The code departs from it to save time or memory on some hardware.
-
-B batch, H heads of queries, G of keys and values, D their size, T tokens in a row, S keys (cached and new),
-C width, V vocabulary, N loss rows
+B batch, H query heads, G key heads, D head size, T tokens, S keys, C width, V vocabulary, N rows of the loss
 """
 
 import contextlib
@@ -19,8 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 IGNORE = -100  # marks a position without target, as in torch's cross_entropy and transformers
-CHUNK_BYTES = {'cpu': 256 << 20}  # of float32 logits in a chunk of the loss, by type of device
-GPU_CHUNK_BYTES = 1 << 30
+CHUNK_BYTES = {'cpu': 256 << 20}  # of float32 logits in a chunk of the loss; 1 GB on other devices
 
 
 def compute_dtype(x):
@@ -30,11 +26,8 @@ def compute_dtype(x):
 
 
 def gelu_tanh(x):
-    """Apply GPT-2's GELU, the tanh approximation.
-
-    On a CPU in bfloat16 the exact GELU replaces it, because torch's tanh kernel takes five times as long.
-    The two differ by at most 4.8e-4, and on average by less than bfloat16's rounding.
-    """
+    """Apply GPT-2's GELU, the tanh approximation."""
+    # in bfloat16 on a CPU the exact GELU is five times as fast; it differs by less than the rounding
     exact = x.device.type == 'cpu' and x.dtype == torch.bfloat16
     return F.gelu(x, approximate='none' if exact else 'tanh')
 
@@ -72,8 +65,8 @@ def attention(q, k, v, mask, dropout):
 def prefers_matmul(x, T):
     """Whether attention is faster as two matrix products than by torch's fused kernel.
 
-    True for training in bfloat16 on a CPU. The backward pass of the fused kernel takes 2 to 6 times as long
-    up to T = 256; at 512 both passes take up to a third longer. Longer rows need too much memory.
+    For training in bfloat16 on a CPU: there the fused backward pass takes 2 to 6 times as long up to T = 256,
+    and up to a third longer at 512. Longer rows need too much memory.
     """
     trains = torch.is_grad_enabled()
     return x.device.type == 'cpu' and compute_dtype(x) == torch.bfloat16 and T <= 512 and trains
@@ -89,11 +82,10 @@ def causal_mask(x, n_seen):
 
 
 def document_mask(documents, T, dtype):
-    """Restrict attention to the document of each token, for the last T tokens of each row.
+    """Restrict the last T tokens of each row to their own documents.
 
     documents  (B, S) int64  number of the document that each token belongs to
-    returns    (B, T) int64 positions in the document, and the (B, 1, T, S) mask: -inf at later tokens and at
-               tokens of other documents
+    returns    (B, T) int64 positions in the document, and the (B, 1, T, S) mask, 0 or -inf
     """
     same = documents[:, -T:, None] == documents[:, None]  # (B, T, S)
     index = torch.arange(documents.size(1), device=documents.device)
@@ -104,21 +96,15 @@ def document_mask(documents, T, dtype):
 
 
 def positions_and_mask(x, n_seen, documents):
-    """Return the position of each token of x (B, T, C) after n_seen cached ones, and the attention mask.
-
-    documents  (B, S) of all tokens, as in document_mask(); None = one document
-    """
+    """Return the position of each token of x (B, T, C) after n_seen cached ones, and the attention mask."""
     T = x.size(1)
-    if documents is not None:
+    if documents is not None:  # (B, S), of all tokens
         return document_mask(documents, T, compute_dtype(x))
     return slice(n_seen, n_seen + T), causal_mask(x, n_seen)
 
 
 def store(k, v, keys, values, positions):
-    """Write k and v (B, G, T, D) into their slots of a cache, and return all of it, (B, G, S, D) each.
-
-    positions  (T,) int64 in the cache, or (B, T) where they differ by row
-    """
+    """Write k and v (B, G, T, D) to the positions (T,) or (B, T) of a cache. Return it, (B, G, S, D) each."""
     if positions.dim() == 1:
         return keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)
     index = positions[:, None, :, None].expand_as(k)
@@ -126,14 +112,10 @@ def store(k, v, keys, values, positions):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: two (B, G, max_tokens, D) a layer, allocated once.
-
-    static  a single new token attends to all max_tokens slots, with the empty ones masked: the shapes stay
-            constant, and one compiled block serves every token
-    """
+    """Keys and values of the tokens seen so far: two (B, G, max_tokens, D) a layer, allocated once."""
 
     def __init__(self, config, batch_size, max_tokens, device, dtype, static=False):
-        self.static = static
+        self.static = static  # a new token attends to all slots, the empty ones masked: shapes never change
         self.max_tokens = -(-max_tokens // 64) * 64 if static else max_tokens  # suits GPU kernels
         shape = batch_size, config.n_kv_head, self.max_tokens, config.head_size
         # zeros: a masked slot must not hold a NaN
@@ -143,11 +125,7 @@ class KVCache:
         self.documents = torch.empty(batch_size, 0, dtype=torch.int64, device=device)  # of those tokens
 
     def extend(self, x, documents):
-        """Make room for the next tokens x (B, T, C).
-
-        returns  their positions, the mask of their attention, and (keys, values, slots) of each layer, as
-                 store() takes them
-        """
+        """Make room for x (B, T, C). Return its positions, its mask, and arguments of store() by layer."""
         T, end = x.size(1), self.n_tokens + x.size(1)
         if documents is not None:
             documents = self.documents = torch.cat((self.documents, documents), dim=1)
@@ -164,17 +142,13 @@ class KVCache:
 
 @contextlib.contextmanager
 def decoding(context, cache):
-    """Set torch up for a forward pass over the context, (B, T), in generation.
-
-    Prompts run eagerly, because each length would be compiled anew. On CUDA cuDNN's attention is off: it
-    spends 23 to 37 ms on a plan for each new length.
-    """
-    is_prompt = cache is not None and context.size(1) > 1
-    stance = torch.compiler.set_stance('force_eager') if is_prompt else contextlib.nullcontext()
-    backends = contextlib.nullcontext()
-    if context.device.type == 'cuda':
-        backends = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    with stance, backends:
+    """Set torch up for a forward pass over the context, (B, T), in generation."""
+    with contextlib.ExitStack() as stack:
+        if cache is not None and context.size(1) > 1:  # a prompt: each length would be compiled anew
+            stack.enter_context(torch.compiler.set_stance('force_eager'))
+        if context.device.type == 'cuda':  # no cuDNN: it plans for 23 to 37 ms for each new length
+            backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel(backends))
         yield
 
 
@@ -206,17 +180,15 @@ class Scores(NamedTuple):
 
 
 def loss_chunk_rows(n_rows, n_chunks, weight):
-    """Return how many rows of logits to hold at a time, so that all chunks have about the same size.
+    """Return how many rows of logits to hold at a time, for n_chunks of about the same size.
 
     n_chunks  'auto' = as many as keep a chunk within CHUNK_BYTES, in multiples of 128 rows
-    weight    (V, C) of the head
     """
     if n_chunks != 'auto':
         return max(-(-n_rows // max(n_chunks, 1)), 1)
-    n_bytes = CHUNK_BYTES.get(weight.device.type, GPU_CHUNK_BYTES)
+    n_bytes = CHUNK_BYTES.get(weight.device.type, 1 << 30)
     fitting = max(n_bytes // (4 * weight.size(0)) // 128 * 128, 128)
-    n_chunks = max(-(-n_rows // fitting), 1)
-    per_chunk = -(-n_rows // n_chunks)
+    per_chunk = -(-n_rows // max(-(-n_rows // fitting), 1))
     return max(min(n_rows, -(-per_chunk // 128) * 128), 1)
 
 
@@ -228,10 +200,7 @@ def cap(logits, softcap):
 def cross_entropy(x, weight, targets, n_rows, softcap):
     """Return the summed cross entropy of the logits cap(x weight'), 0-d float32.
 
-    x        (N, C)  hidden states
-    weight   (V, C)  of the head
-    targets  (N,)    int64, IGNORE = no target
-    n_rows   rows of logits in memory at a time
+    x (N, C), weight (V, C) of the head, targets (N,) int64; n_rows rows of logits are in memory at a time
     """
     if n_rows < len(targets):
         return ChunkedCrossEntropy.apply(x, weight, targets, n_rows, softcap, compute_dtype(x))
@@ -302,6 +271,7 @@ def cross_entropy_gradient(logits, target, softcap):
 # linear layers for generation on a CPU
 
 HAS_FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
+HAS_INT8 = hasattr(torch, 'quantize_per_channel')  # its end is announced, pytorch issue 184982
 
 
 class PackedLinear(nn.Module):
@@ -341,59 +311,66 @@ class BFloat16Linear(PackedLinear):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 
 
-class Float16Linear(PackedLinear):
-    """Weights in float16 in FBGEMM's blocks, for float32 x."""
+class QuantizedLinear(PackedLinear):
+    """The base of the layers that torch.ops.quantized multiplies, for float32 x."""
 
     def __init__(self, linear):
         super().__init__()
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), bias)
+        self.bias = linear.bias
+        parts = linear.weight.detach().split(8192)  # the copies in float32 stay small
+        self.parts = [self.pack(rows.float()) for rows in parts]
 
     def forward(self, x):
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        y = [self.multiply(x, part) for part in self.parts]
+        y = torch.cat(y, dim=-1) if len(y) > 1 else y[0]
+        return y if self.bias is None else y.add_(self.bias)
 
 
-class Int8Linear(PackedLinear):
+class Float16Linear(QuantizedLinear):
+    """Weights in float16 in FBGEMM's blocks."""
+
+    def pack(self, rows):
+        return torch.ops.quantized.linear_prepack_fp16(rows, None)
+
+    def multiply(self, x, part):
+        return torch.ops.quantized.linear_dynamic_fp16(x, part)
+
+
+class Int8Linear(QuantizedLinear):
     """Weights in int8 with a scale per output. Each row of x is rounded to 8 bits with a scale of its own."""
 
-    def __init__(self, linear):
-        super().__init__()
-        weight, self.bias = linear.weight.detach(), linear.bias
-        scale = torch.empty(len(weight))
-        steps = torch.empty(weight.shape, dtype=torch.int8)  # -127 .. 127
-        for start in range(0, len(weight), 1024):  # keeps the float32 copy small
-            rows, part = weight[start:start + 1024].float(), slice(start, start + 1024)
-            scale[part] = (rows.abs().amax(dim=1) / 127).clamp_(min=1e-12)
-            steps[part] = (rows / scale[part, None]).round_()  # rows may be the weights themselves
-        with warnings.catch_warnings():  # torch will drop these tensors (pytorch issue 184982)
-            warnings.simplefilter('ignore')
-            zeros = torch.zeros(len(scale), dtype=torch.int64)
-            quantized = torch._make_per_channel_quantized_tensor(steps, scale.double(), zeros, 0)
-        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
-        # without VNNI pairs of products are summed in 16 bits
-        self.reduce_range = HAS_FBGEMM and not torch.cpu._is_vnni_supported()
+    # without VNNI pairs of products are summed in 16 bits
+    reduce_range = HAS_FBGEMM and not torch.cpu._is_vnni_supported()
 
-    def forward(self, x):
-        is_row = x.numel() == x.size(-1)
-        if not is_row:  # linear_dynamic has one scale for all rows
-            scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30)
-            x = x / scale
-        y = torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
-        y = y if is_row else y.mul_(scale)
-        return y if self.bias is None else y.add_(self.bias)
+    def pack(self, rows):
+        scale = (rows.abs().amax(dim=1) / 127).clamp_(min=1e-12)
+        zeros = torch.zeros(len(rows), dtype=torch.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            quantized = torch.quantize_per_channel(rows, scale, zeros, 0, torch.qint8)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+    def multiply(self, x, part):
+        if x.numel() == x.size(-1):
+            return torch.ops.quantized.linear_dynamic(x, part, self.reduce_range)
+        scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30)  # linear_dynamic has one for all rows
+        return torch.ops.quantized.linear_dynamic(x / scale, part, self.reduce_range).mul_(scale)
 
 
 def pack_linears(model, quantize=None, n_rows=1):
     """Rearrange the matrices of a model on the CPU for generation. It can no longer be trained.
 
     quantize  'int8', or None: float16 (all but the weights is then float32) and bfloat16, if that is faster
-    n_rows    rows at a time; with several, a tied head in float16 becomes a matrix of its own
+    n_rows    rows at a time; with several, a tied head becomes a matrix of its own
     """
-    head = model.lm_head
-    kind, dtype = head.weight.device.type, head.weight.dtype
+    rows, head = model.transformer.wte.weight, model.lm_head
+    kind, dtype = rows.device.type, rows.dtype
     if quantize and kind != 'cpu':
         raise ValueError(f'quantize={quantize} works on the CPU, the model is on {kind}: '
                          'use --device=cpu, or leave it out')
+    if quantize and not HAS_INT8:
+        print(f'quantize={quantize}: PyTorch {torch.__version__} has no int8 matrices, continuing without')
+        quantize = None
     has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if quantize:
         layer = Int8Linear
@@ -404,20 +381,19 @@ def pack_linears(model, quantize=None, n_rows=1):
     else:
         return
     model.eval().requires_grad_(False)
-    if layer is Float16Linear and head.weight is model.transformer.wte.weight and n_rows == 1:
+    if layer is Float16Linear and head.weight is rows and n_rows == 1:
         model.lm_head = RowLinear(head)
-    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
     del head
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    return_memory = getattr(libc, 'malloc_trim', lambda n_bytes: None)
+    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
     for parent in reversed(parents):  # the head last
         for name, child in parent.named_children():
             if type(child) is nn.Linear:  # not one with an adapter
                 setattr(parent, name, layer(child))
                 del child
-                if hasattr(libc, 'malloc_trim'):
-                    libc.malloc_trim(0)
-    if layer in (Int8Linear, Float16Linear):
-        rows = model.transformer.wte.weight
+                return_memory(0)
+    if issubclass(layer, QuantizedLinear):
         for p in model.parameters():
             p.data = p.data if p is rows else p.data.float()
         model.transformer.wte.register_forward_hook(lambda *args: args[-1].float())

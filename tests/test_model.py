@@ -323,6 +323,16 @@ def test_float32_stays_as_it_is_unless_quantized():
     assert 0 < ((quantized - before).norm() / before.norm()).item() < 0.05
 
 
+def test_a_torch_without_int8_tensors_generates_in_16_bits(monkeypatch, capsys):
+    import kernels
+    monkeypatch.setattr(kernels, 'HAS_INT8', False)
+    model, idx = random_model('gpt2').half(), torch.randint(83, (1, 5))
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).pack()(idx)[0]
+        assert torch.equal(model.pack('int8')(idx)[0], expected)
+    assert capsys.readouterr().out == f'quantize=int8: PyTorch {torch.__version__} has no int8 matrices, continuing without\n'
+
+
 @pytest.mark.parametrize('quantize', [None, 'int8'])
 def test_a_packed_model_refuses_to_train(quantize):
     with pytest.raises(ValueError, match='a model packed for generation cannot be trained: load it again'):
