@@ -250,9 +250,11 @@ def measures(numbers: dict) -> str:
     for name, value in numbers.items():
         if name.endswith('_stderr') or not math.isfinite(number(value)):
             continue
-        form = '{:,}' if isinstance(value, int) else '{:.4f}'
-        error = number(numbers.get(f'{name}_stderr'), 0)
-        cells.append(f'{name} {form.format(value)}' + (f' ±{error:.4f}' if error else ''))
+        form = '{} {:>7,}' if isinstance(value, int) else '{} {:.4f}'
+        error = number(numbers.get(f'{name}_stderr'))
+        if math.isfinite(error):
+            form += f' ±{error:.4f}'
+        cells.append(form.format(name, value))
     return '   '.join(cells)
 
 

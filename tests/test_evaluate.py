@@ -351,6 +351,10 @@ def test_an_empty_ending_is_never_taken_and_brings_no_warning(recwarn):
     assert (numbers['acc'], numbers['acc_norm'], numbers['acc_bytes']) == (0, 1, 1) and not recwarn.list
 
 
+def test_an_error_of_zero_is_shown():
+    assert table_row('piqa', dict(n=8, acc=1.0, acc_stderr=0.0)).endswith(' n       8   acc 1.0000 ±0.0000')
+
+
 def test_a_name_from_a_bundle_cannot_steer_the_terminal():
     assert table_row('mc\x1b[2J', dict(n=1, acc=0.5)).startswith('mc\\x1b[2J ')
 

@@ -86,7 +86,7 @@ def test_an_unfinished_run_with_a_torn_line_has_a_report(tmp_path):
     for row in ('| updates | 2 |', '| max_iters | 50 |', '| tokens | 200 |', '| epochs | 0.50 |', '| seconds in training | 2.0 |', '| parameters | 1,234 |',
                 '| best validation loss | 2.5000 |', '| updates then | 1 |', '| bits per byte then | 3.0000 |', '| tokens per second (median) | 100 |',
                 '| FLOPs in training | 4e+08 |', '| FLOPs per token, forward and backward | 2e+06 |', '| peak memory in GB | 0.50 |',
-                '| piqa | acc 0.5000 ±0.0123   n 1,000 |', '| `max_iters` | `50` | `9` |', '| git | abc-dirty |'):
+                '| piqa | acc 0.5000 ±0.0123   n   1,000 |', '| `max_iters` | `50` | `9` |', '| git | abc-dirty |'):
         assert row in page.splitlines(), row
     assert '`seed`' not in page
     for name in ('loss.png', 'bpb.png', 'training.png', 'benchmarks.png'):
@@ -190,7 +190,7 @@ def test_values_of_another_form_are_left_out(tmp_path):
     facts = dict(settings=dict(max_iters='x', seed=10**400), parameters=[], flops_per_token=10**400, dataset_tokens={},
                  starts=[dict(changed=7, argv={}, git={})])
     page = tables_of(broken(tmp_path / 'out', eval_json=json.dumps(evals), run_json=json.dumps(facts)))
-    assert '| piqa | n 5   f 0.5000 |' in page and 'acc' not in page and '| updates | 1 |' in page
+    assert '| piqa | n       5   f 0.5000 |' in page and 'acc' not in page and '| updates | 1 |' in page
 
 
 def test_lines_that_are_no_metrics_are_passed_over(tmp_path, capsys):
