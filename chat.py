@@ -73,7 +73,7 @@ def check(name, value, is_valid, accepted):
 
 @dataclass
 class Answerer:
-    """A tuned model that answers conversations. A conversation is a list of turns (role, text)."""
+    """A tuned model that answers conversations: lists of turns (role, text)."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -81,7 +81,7 @@ class Answerer:
     sampling: Sampling
 
     def fit(self, turns) -> Fitted:
-        """Encode a conversation that ends with a question. Leave a quarter of the context for the answer."""
+        """Encode a conversation. Leave up to a quarter of the context for the answer."""
         block_size = self.model.config.block_size
         n_reserved = min(self.sampling.max_new_tokens, max(1, block_size // 4))
         fitted = Template(self.tokenizer, self.style).fit(turns, block_size - n_reserved)
@@ -93,8 +93,7 @@ class Answerer:
     def stream(self, prompts) -> Iterator[list]:
         """Answer several prompts (lists of ids) in one batch. Yield as Sampling.stream() does.
 
-        Shorter prompts are padded on the left. No token attends to the padding, a document of its own, so
-        each answer is the one that the prompt gets alone.
+        Shorter prompts are padded on the left, by a document of its own that no token attends to.
         """
         longest = max(map(len, prompts))
         n_padding = [longest - len(prompt) for prompt in prompts]
@@ -112,7 +111,7 @@ class Answerer:
 
 
 def stop_ids(tokenizer) -> set:
-    """Return the tokens that end an answer: end-of-text, and those that begin or end a turn."""
+    """Return the tokens that end an answer."""
     names = {*ROLE_TOKENS.values(), TURN_END}
     return {tokenizer.eot, *(i for name, i in tokenizer.special.items() if name in names)}
 
@@ -151,8 +150,6 @@ def json_line(value) -> bytes:
 
 
 class Conversation:
-    """The turns since the start or /reset."""
-
     def __init__(self, answerer: Answerer):
         self.answerer, self.turns = answerer, []
         self.remarks = set()  # each is printed once

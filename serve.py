@@ -4,7 +4,7 @@
     python serve.py --init_from=Qwen3-0.6B --port=8001
     FLATGPT_API_KEY=secret python serve.py --out_dir=out-dolly --host=0.0.0.0
 
-A model that was tuned on conversations chats, any other completes texts. Ctrl-C ends the server.
+A model that was tuned on conversations chats, any other completes texts.
 """
 
 import contextlib
@@ -29,7 +29,6 @@ init_from = 'resume'  # the checkpoint in out_dir; or gpt2 ... gpt2-xl, a transf
 out_dir = 'out'
 checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be another trainer's
 tokenizer = ''  # gpt2, byte, or a folder with tokenizer.json, for a model that has none
-name = ''  # the model's id in the API; '' = the name of its folder
 # prompt template; auto = the one the model was tuned with
 style: Literal['auto', 'chat', 'alpaca', 'chatml'] = 'auto'
 # how to draw, for requests that do not say it
@@ -89,7 +88,7 @@ if __name__ == '__main__':
         prepare_decoding(model, place.device, False, quantize, max_batch)
 
         # the server
-        name = name or Path(out_dir if init_from == 'resume' else init_from).resolve().name
+        name = Path(out_dir if init_from == 'resume' else init_from).resolve().name
         engine = Engine(model, tokenizer, max_batch, max_queue)
         hosts = {'127.0.0.1', 'localhost', '[::1]'}
         app = make_app(Api(engine, name, template, sampling, stop_ids(tokenizer)),

@@ -1,6 +1,6 @@
 """OpenAI's HTTP API over an Engine, and the chat page.
 
-    GET  /                       page.html, with a policy that allows its own script and style alone
+    GET  /                       page.html
     GET  /v1/models              also tells `context` (tokens) and `chat` (whether it has a template)
     POST /v1/completions
     POST /v1/chat/completions
@@ -25,7 +25,7 @@ from starlette.responses import Response, StreamingResponse
 
 from chat import Sampling, json_line
 from corpus.template import Template
-from serving.engine import Engine, Full, Sequence
+from serving.engine import Engine, Sequence
 from serving.guard import Guard, Refusal, as_response, failure, read_body
 from serving.schema import ChatRequest, CompletionRequest
 from tokens.tokenizer import opening
@@ -49,8 +49,7 @@ class Api:
         self.html, self.policy = read_page(PAGE)
 
     async def page(self) -> Response:
-        headers = {'Content-Security-Policy': self.policy, 'X-Content-Type-Options': 'nosniff'}
-        return Response(self.html, headers=headers, media_type='text/html')
+        return Response(self.html, headers={'Content-Security-Policy': self.policy}, media_type='text/html')
 
     async def models(self) -> Response:
         model = {'id': self.name, 'object': 'model', 'created': self.created, 'owned_by': 'flatgpt',
@@ -83,14 +82,11 @@ class Api:
             raise Refusal(400, f"the prompt has {longest} tokens; the model's context of {self.context} "
                           'tokens holds prompt and answer: shorten it', kind.param, 'context_length_exceeded')
         answer = kind(self, body, prompts)
-        try:
-            self.engine.submit(answer.sequences)
-        except Full:
-            raise Refusal(429, 'the queue is full: try again later', None, 'queue_full') from None
+        if not self.engine.submit(answer.sequences):
+            raise Refusal(429, 'the queue is full: try again later', None, 'queue_full')
         return answer
 
     def encode_prompt(self, prompt) -> list[int]:
-        """Return the ids of a text or a list of ids."""
         if not prompt:
             return opening(self.tokenizer)
         if isinstance(prompt, list):
@@ -107,7 +103,7 @@ class Api:
 
 class Answer(Response):
     """The response to a request for text: whole, or as server-sent events while it is generated."""
-    first_delta = {}  # of a stream
+    first_delta = None  # of a stream
 
     def __init__(self, api, body, prompts):
         super().__init__()
@@ -165,9 +161,7 @@ class Answer(Response):
         await as_response(value)(scope, receive, send)
 
     async def stream(self, scope, receive, send):
-        response = StreamingResponse(self.events(), headers={'Cache-Control': 'no-store'},
-                                     media_type='text/event-stream')
-        await response.stream_response(send)
+        await StreamingResponse(self.events(), media_type='text/event-stream').stream_response(send)
 
     async def events(self):
         for index in range(len(self.sequences)):
@@ -201,7 +195,6 @@ class Answer(Response):
 
 
 class TextAnswer(Answer):
-    """The response of /v1/completions."""
     prefix, object, chunk_object, param = 'cmpl', 'text_completion', 'text_completion', 'prompt'
 
     def whole_content(self, text):
@@ -218,7 +211,6 @@ class TextAnswer(Answer):
 
 
 class ChatAnswer(Answer):
-    """The response of /v1/chat/completions."""
     prefix, object, chunk_object, param = 'chatcmpl', 'chat.completion', 'chat.completion.chunk', 'messages'
     first_delta = {'role': 'assistant', 'content': ''}
 
@@ -233,11 +225,11 @@ class ChatAnswer(Answer):
         for token in tokens:
             top = [self.entry(*pair) for pair in token.top]
             content.append({**self.entry(token.id, token.logprob), 'top_logprobs': top})
-        return {'content': content, 'refusal': None}
+        return {'content': content}
 
     def entry(self, token_id, logprob):
-        text, bytes_ = self.tokenizer.decode([token_id]), list(self.tokenizer.decode_bytes([token_id]))
-        return {'token': text, 'logprob': logprob, 'bytes': bytes_}
+        return {'token': self.tokenizer.decode([token_id]), 'logprob': logprob,
+                'bytes': list(self.tokenizer.decode_bytes([token_id]))}
 
 
 # -----------------------------------------------------------------------------
@@ -245,7 +237,7 @@ class ChatAnswer(Answer):
 
 
 def read_page(path):
-    """Return the page and its Content-Security-Policy, which names its script and its style by hash."""
+    """Return the page and a Content-Security-Policy that allows its own script and style, by hash."""
     html = path.read_text(encoding='utf-8')
     policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
               "frame-ancestors 'none'")

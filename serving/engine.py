@@ -4,10 +4,7 @@
     engine.submit([Sequence(ids, sampling, tokenizer, print, stop, stop_ids)])    # prints a Piece a step
 
 A step takes in at most one prompt, so that a burst of prompts does not stall the running answers, and then
-draws one token for each answer in one forward pass. Every sequence has its own random generator: neighbours
-change its result by no more than the rounding of a larger matrix product.
-
-R running sequences, T prompt length, V vocabulary
+draws one token for each answer in one forward pass. R running sequences, T prompt length, V vocabulary
 """
 
 import codecs
@@ -33,14 +30,9 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Text that a sequence has gained, and its tokens."""
     text: str
     tokens: list[Token]
     finish_reason: str | None = None  # of the last piece: stop, length, or error
-
-
-class Full(Exception):
-    """The queue has no room for a request."""
 
 
 @dataclass(eq=False)
@@ -63,7 +55,7 @@ class Sequence:
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span several tokens
 
     def push(self, token_id: int, logprob: float | None = None, top: list = ()):
-        """Add a drawn token, and emit the text that is now certain."""
+        """Add a drawn token, and emit the text that no stop text can take back."""
         self.last = token_id
         if token_id in self.stop_ids:
             return self.finish('stop')
@@ -84,7 +76,7 @@ class Sequence:
             self.emit_until(end)
 
     def certain_end(self):
-        """Return where the end of the text begins that may also begin a stop text."""
+        """Return the first character that may begin a stop text, or the end."""
         for start in range(self.n_emitted, len(self.text)):
             if any(stop.startswith(self.text[start:]) for stop in self.stop):
                 return start
@@ -126,15 +118,16 @@ class Engine:
         self.thread = threading.Thread(target=self.loop, name='engine', daemon=True)
         self.thread.start()
 
-    def submit(self, sequences: list[Sequence]):
-        """Queue the sequences of a request. Raise Full if there is no room for all of them."""
+    def submit(self, sequences: list[Sequence]) -> bool:
+        """Queue the sequences of a request. Return False if there is no room for all of them."""
         with self.wake:
             self.waiting = deque(sequence for sequence in self.waiting if not sequence.is_over)
             n_free = self.max_batch - len(self.running) + self.max_queue - len(self.waiting)
             if len(sequences) > n_free:
-                raise Full
+                return False
             self.waiting.extend(sequences)
             self.wake.notify()
+            return True
 
     def close(self):
         with self.wake:

@@ -17,7 +17,7 @@ TYPES = {401: 'authentication_error', 403: 'permission_error', 429: 'rate_limit_
 
 
 class Refusal(HTTPException):
-    """A request that is answered with an error, in OpenAI's shape."""
+    """An error of the API."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(status, message)

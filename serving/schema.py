@@ -28,7 +28,6 @@ class StreamOptions(BaseModel):
 
 
 class Shared(BaseModel):
-    """Parameters of both kinds of requests."""
     model_config = ConfigDict(strict=True, extra='allow')  # strict: the text '1' is no number
 
     model: str | None = None

@@ -21,6 +21,7 @@ for package in ('fastapi', 'uvicorn', 'httpx', 'openai'):
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
+import pydantic  # noqa: E402
 import uvicorn  # noqa: E402
 
 from chat import Sampling, stop_ids  # noqa: E402
@@ -28,11 +29,13 @@ from corpus.template import Template  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from serving import guard  # noqa: E402
 from serving.api import Api, make_app, read_page  # noqa: E402
-from serving.engine import Engine, Full, Sequence  # noqa: E402
+from serving.engine import Engine, Sequence  # noqa: E402
+from serving.schema import ChatRequest, CompletionRequest  # noqa: E402
 from tokens.tokenizer import ByteTokenizer, load_tokenizer  # noqa: E402
 
 BYTES = ByteTokenizer()
 DEFAULT = Sampling(1, 1.0, None, None, 0)
+http = httpx.Client(timeout=300, limits=httpx.Limits(max_keepalive_connections=0))  # the machine may be busy
 SHAPES = {'gpt2': {}, 'modern': {}, 'llama': dict(n_kv_head=2, qk_norm=True)}
 
 
@@ -84,7 +87,7 @@ def server():
 
 @pytest.fixture(scope='module')
 def client(server):
-    with openai.OpenAI(base_url=server[0] + '/v1', api_key='none', max_retries=0) as client:
+    with openai.OpenAI(base_url=server[0] + '/v1', api_key='none') as client:
         yield client
 
 
@@ -118,7 +121,7 @@ def test_answers_in_a_changing_batch_are_those_of_one_at_a_time(arch):
     engine.submit(sequences[:6])
     engine.submit(sequences[6:])
     for _ in sequences:
-        assert over.acquire(timeout=60)
+        assert over.acquire(timeout=300)
     engine.close()
     assert drawn == expected and not any(sequence.text for sequence in sequences if sequence.n_tokens == 0)
 
@@ -130,7 +133,7 @@ def test_a_longer_cache_than_its_first_columns():
     engine = Engine(model, BYTES, 2)
     sequence = Sequence([7] * 200, sampling, BYTES, lambda piece: (pieces.append(piece), piece.finish_reason and over.set()), [], set())
     engine.submit([sequence])
-    assert over.wait(60)
+    assert over.wait(300)
     engine.close()
     assert [token.id for piece in pieces for token in piece.tokens] == alone(model, [7] * 200, sampling)
 
@@ -171,10 +174,10 @@ def test_a_failure_of_the_model_ends_the_answers_and_not_the_engine(monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(model, 'head', lambda x: 1 / 0)
         engine.submit([sequence()])
-        assert over.wait(60)
+        assert over.wait(300)
     over.clear()
     engine.submit([sequence()])
-    assert over.wait(60) and reasons == ['error', 'length']
+    assert over.wait(300) and reasons == ['error', 'length']
     engine.close()
     assert 'ZeroDivisionError' in capsys.readouterr().out
 
@@ -242,7 +245,7 @@ def test_the_models(client):
 
 
 def test_a_base_model_completes_and_says_why_it_does_not_chat():
-    with running(random_model(), style='') as (url, _), openai.OpenAI(base_url=url + '/v1', api_key='x', max_retries=0) as client:
+    with running(random_model(), style='') as (url, _), openai.OpenAI(base_url=url + '/v1', api_key='x') as client:
         assert not client.models.list().data[0].chat
         assert client.completions.create(model='m', prompt='x', max_tokens=2).choices[0].text
         with pytest.raises(openai.BadRequestError, match='not tuned on conversations: use /v1/completions, or tune it'):
@@ -277,8 +280,7 @@ TEXT, CHAT = '/v1/completions', '/v1/chat/completions'
     (TEXT, {'prompt': [1, -1]}, 400, 'prompt'),
     (TEXT, {'prompt': [10**30]}, 400, 'prompt'),
     (TEXT, {'prompt': {'a': 1}}, 400, 'prompt'),
-    (TEXT, '{"prompt": [' + '1.5,' * 200_000 + '1.5]}', 400, 'prompt'),  # in less than seconds
-    (TEXT, '{"prompt": [' + '[],' * 300_000 + '[]]}', 400, 'prompt'),
+    (TEXT, {'prompt': [[]] * 5000}, 400, 'prompt'),
     (TEXT, [], 400, None),
     (TEXT, '{"prompt": ', 400, None),
     (TEXT, '[' * 100_000, 400, None),
@@ -296,17 +298,26 @@ TEXT, CHAT = '/v1/completions', '/v1/chat/completions'
 ])
 def test_a_wrong_request_is_an_error_in_openais_shape(server, path, body, status, param):
     content = body if isinstance(body, (str, bytes)) else json.dumps(body)
-    answer = httpx.post(server[0] + path, content=content, headers={'Content-Type': 'application/json'})
+    answer = http.post(server[0] + path, content=content, headers={'Content-Type': 'application/json'})
     error = answer.json()['error']
     assert (answer.status_code, error['param']) == (status, param), error
     assert error['message'] and error['type'] and answer.headers['x-content-type-options'] == 'nosniff'
 
 
+@pytest.mark.parametrize('schema, body', [
+    (CompletionRequest, {'prompt': [1.5] * 1000}), (CompletionRequest, {'prompt': [['a']] * 1000}), (ChatRequest, {'messages': [{}] * 1000}),
+    (ChatRequest, {'messages': [{'role': 'user', 'content': [{}] * 1000}]})])
+def test_a_long_list_is_refused_at_its_first_wrong_item(schema, body):
+    with pytest.raises(pydantic.ValidationError) as refused:  # 250,000 errors would take 20 s, and nobody else would be answered
+        schema.model_validate(body)
+    assert refused.value.error_count() < 10
+
+
 @pytest.mark.parametrize('prompt', ['\ud800', 'a\x00b', '\\ud83d', '<|endoftext|>', '\u202e'])
 def test_odd_text_is_answered(server, prompt):
-    answer = httpx.post(server[0] + TEXT, content=json.dumps({'prompt': prompt, 'max_tokens': 2}), headers={'Content-Type': 'application/json'})
+    answer = http.post(server[0] + TEXT, content=json.dumps({'prompt': prompt, 'max_tokens': 2}), headers={'Content-Type': 'application/json'})
     assert answer.status_code == 200 and answer.json()['usage']['prompt_tokens'] > 0
-    answer = httpx.post(server[0] + TEXT, content=json.dumps({'prompt': 'a', 'model': prompt}), headers={'Content-Type': 'application/json'})
+    answer = http.post(server[0] + TEXT, content=json.dumps({'prompt': 'a', 'model': prompt}), headers={'Content-Type': 'application/json'})
     assert answer.status_code == 404 and answer.json()['error']['code'] == 'model_not_found'
 
 
@@ -316,45 +327,45 @@ def test_a_text_that_the_tokenizer_cannot_write_is_refused():
     words.add_special_tokens(['<|endoftext|>'])
     tokenizer = load_tokenizer({'kind': 'json', 'tokenizer_json': words.to_str(), 'eot': '<|endoftext|>'})
     with running(random_model(), tokenizer=tokenizer) as (url, _):
-        assert httpx.post(url + TEXT, json={'prompt': 'b'}).json()['error']['param'] == 'prompt'
-        refused = httpx.post(url + CHAT, json={'messages': [{'role': 'user', 'content': 'b'}]})
+        assert http.post(url + TEXT, json={'prompt': 'b'}).json()['error']['param'] == 'prompt'
+        refused = http.post(url + CHAT, json={'messages': [{'role': 'user', 'content': 'b'}]})
         assert (refused.status_code, refused.json()['error']['param']) == (400, 'messages')
 
 
 def test_strangers_are_refused(server):
     url, _ = server
-    assert httpx.get(url + '/v1/models', headers={'Host': 'evil.example:80'}).status_code == 403
-    assert httpx.get(url + '/v1/models', headers={'Origin': 'http://evil.example'}).status_code == 403
-    assert httpx.get(url + '/v1/models', headers={'Origin': 'null'}).status_code == 403
-    assert httpx.get(url + '/v1/models', headers={'Origin': 'http://['}).status_code == 403
-    assert httpx.get(url + '/v1/models', headers={'Host': 'LOCALHOST:80'}).status_code == 403  # 127.0.0.1 alone
-    own = httpx.get(url + '/v1/models', headers={'Origin': url})
+    assert http.get(url + '/v1/models', headers={'Host': 'evil.example:80'}).status_code == 403
+    assert http.get(url + '/v1/models', headers={'Origin': 'http://evil.example'}).status_code == 403
+    assert http.get(url + '/v1/models', headers={'Origin': 'null'}).status_code == 403
+    assert http.get(url + '/v1/models', headers={'Origin': 'http://['}).status_code == 403
+    assert http.get(url + '/v1/models', headers={'Host': 'LOCALHOST:80'}).status_code == 403  # 127.0.0.1 alone
+    own = http.get(url + '/v1/models', headers={'Origin': url})
     assert own.status_code == 200 and 'access-control-allow-origin' not in own.headers
     preflight = {'Origin': 'http://evil.example', 'Access-Control-Request-Method': 'POST'}
-    assert httpx.options(url + TEXT, headers=preflight).status_code == 403
-    assert httpx.post(url + TEXT, content='{"prompt": "a"}', headers={'Content-Type': 'text/plain'}).status_code == 400
+    assert http.options(url + TEXT, headers=preflight).status_code == 403
+    assert http.post(url + TEXT, content='{"prompt": "a"}', headers={'Content-Type': 'text/plain'}).status_code == 400
 
 
 def test_a_body_has_limits(server):
     url, _ = server
     json_type = {'Content-Type': 'application/json'}
-    assert httpx.post(url + TEXT, content=b'x' * (guard.MAX_BODY_BYTES + 1), headers=json_type).status_code == 413
-    assert httpx.post(url + TEXT, content=(b'x' * 65536 for _ in range(20)), headers=json_type).status_code == 413  # without a length
+    assert http.post(url + TEXT, content=b'x' * (guard.MAX_BODY_BYTES + 1), headers=json_type).status_code == 413
+    assert http.post(url + TEXT, content=(b'x' * 65536 for _ in range(20)), headers=json_type).status_code == 413  # without a length
 
 
 def test_a_key_and_other_sites():
     with running(random_model(), api_key='schlüssel', origins=['https://a.example']) as (url, _):
         right = {'Authorization': 'Bearer schlüssel'.encode()}
-        assert httpx.get(url + '/v1/models').status_code == httpx.get(url + '/v1/models', headers={'Authorization': 'Bearer x'}).status_code == 401
-        answer = httpx.get(url + '/v1/models', headers={**right, 'Origin': 'https://a.example'})
+        assert http.get(url + '/v1/models').status_code == http.get(url + '/v1/models', headers={'Authorization': 'Bearer x'}).status_code == 401
+        answer = http.get(url + '/v1/models', headers={**right, 'Origin': 'https://a.example'})
         assert answer.status_code == 200 and answer.headers['access-control-allow-origin'] == 'https://a.example'
         preflight = {'Origin': 'https://a.example', 'Access-Control-Request-Method': 'POST', 'Access-Control-Request-Headers': 'authorization'}
-        assert httpx.options(url + TEXT, headers=preflight).status_code == 200
-        assert httpx.get(url + '/').status_code == 200  # the page asks for the key
+        assert http.options(url + TEXT, headers=preflight).status_code == 200
+        assert http.get(url + '/').status_code == 200  # the page asks for the key
 
 
 def test_the_page_may_run_its_own_scripts_alone(server, tmp_path):
-    policy = httpx.get(server[0] + '/').headers['content-security-policy']
+    policy = http.get(server[0] + '/').headers['content-security-policy']
     assert "default-src 'none'" in policy and 'unsafe' not in policy
     (tmp_path / 'page.html').write_text('<style>a{}</style><script>x()</script>', encoding='utf-8')
     _, policy = read_page(tmp_path / 'page.html')
@@ -379,7 +390,7 @@ LONG = {'prompt': [1], 'max_tokens': 1900, 'stream': True, 'temperature': 0}
 
 
 def until(condition):
-    end = time.monotonic() + 30
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -389,18 +400,17 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(slow):
     url, engine = slow
     with contextlib.ExitStack() as streams:
         for n in (1, 2, 3):
-            answer = streams.enter_context(httpx.stream('POST', url + TEXT, json=LONG, timeout=30))
+            answer = streams.enter_context(http.stream('POST', url + TEXT, json=LONG))
             assert answer.status_code == 200
             until(lambda: len(engine.running) + len(engine.waiting) == n)
-        refused = httpx.post(url + TEXT, json=LONG)
+        refused = http.post(url + TEXT, json=LONG)
         assert (refused.status_code, refused.json()['error']['type']) == (429, 'rate_limit_error')
-        with pytest.raises(Full):
-            engine.submit([None])
+        assert not engine.submit([None])
     until(lambda: not engine.running and not engine.waiting)
     with pytest.raises(httpx.ReadTimeout):  # and so does one that waits for a whole answer
-        httpx.post(url + TEXT, json=LONG | {'stream': False}, timeout=0.3)
+        http.post(url + TEXT, json=LONG | {'stream': False}, timeout=httpx.Timeout(300, read=0.3))
     until(lambda: not engine.running)
-    assert httpx.post(url + TEXT, json={'prompt': 'x', 'max_tokens': 2}).status_code == 200
+    assert http.post(url + TEXT, json={'prompt': 'x', 'max_tokens': 2}).status_code == 200
 
 
 def test_a_client_that_stops_in_the_middle_is_dropped_and_one_that_waits_is_not(monkeypatch):
@@ -425,7 +435,7 @@ def test_a_client_that_stops_in_the_middle_is_dropped_and_one_that_waits_is_not(
                 client.sendall(sent)
                 until(lambda: server.server_state.connections)
                 until(lambda: not server.server_state.connections)
-        assert httpx.get(url + '/wait').status_code == 200
+        assert http.get(url + '/wait').status_code == 200
 
 
 def test_an_answer_that_nobody_reads_does_not_stop_the_others(slow):
@@ -433,7 +443,7 @@ def test_an_answer_that_nobody_reads_does_not_stop_the_others(slow):
     with connect(url) as silent:
         body = json.dumps(LONG | {'logprobs': 20}).encode()
         silent.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b' % (len(body), body))
-        assert httpx.post(url + TEXT, json={'prompt': 'x', 'max_tokens': 20}, timeout=30).status_code == 200
+        assert http.post(url + TEXT, json={'prompt': 'x', 'max_tokens': 20}).status_code == 200
 
 
 # -----------------------------------------------------------------------------
@@ -461,7 +471,7 @@ def test_serve_runs_the_examples_of_the_documentation_and_ends_with_ctrl_c(expor
                 done = subprocess.run(example, shell=True, capture_output=True, text=True)
                 assert '"choices"' in done.stdout or '"context"' in done.stdout, done
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30) and process.returncode == 0
+        assert process.communicate(timeout=300) and process.returncode == 0
     finally:
         process.kill()
 
