@@ -4,9 +4,7 @@
     python -m corpus.conversations build --input=qa.csv --question=问题 --answer=答案 --out=data/qa
     python -m corpus.conversations show data/chats
 
-corpus/dialogue.py says which files and fields are read, corpus/template.py how turns become tokens. A row
-is block_size + 1 tokens: whole conversations, then padding. The mask is 1 on answers and their end-of-text,
-else 0.
+A row is block_size + 1 tokens: whole conversations, then padding. The mask is 1 on answers and their ends.
 """
 
 import sys
@@ -27,7 +25,7 @@ from corpus.options import Parser, count, print_next, run_command
 from corpus.template import STYLES, Template
 from corpus.writer import Piece, writing
 from files import one_line_errors
-from tokens.dataset import read_meta
+from tokens.dataset import Split
 from tokens.tokenizer import load_tokenizer, tokenizer_meta
 
 EVIDENCE_LOST = 'answer no longer in its passage'
@@ -35,24 +33,22 @@ MAX_EVIDENCE_LOST = 0.05  # share of the answers, above which a warning is print
 
 
 def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbose=False, **reading) -> dict:
-    """Pack conversations into a dataset folder, replacing the dataset that was there. Returns its meta.json.
+    """Pack conversations into a dataset folder. Returns its meta.json.
 
-    val         share of the questions or passages for validation, chosen by hash, so that all conversations
-                about one are in one split; or a list of files, whose questions are left out of training
-    reading     question, answer, encoding of read_conversations
+    val       share of the questions or passages for validation, chosen by hash, or a list of files
+    reading   question, answer, encoding of read_conversations
     """
     template, size = Template(tokenizer, style), block_size + 1
     encoded = encode_all(dialogue.read_conversations(paths, **reading), template, size, verbose)
-    splits = {'train': [], 'val': []}
     if isinstance(val, float):
-        for key, conversations in encoded.items():
-            splits[split_by_hash(key, val)] += conversations
+        keys = [key for key in encoded if split_by_hash(key, val) == 'val']
+        held_out = {key: encoded.pop(key) for key in keys}
     else:
         held_out = encode_all(dialogue.read_conversations(val, **reading), template, size, verbose)
         n_held_out = sum(len(encoded.pop(key, ())) for key in held_out)
         if n_held_out:
             print(f'{n_held_out:,} about what the validation files ask, left out of training')
-        splits = {'train': list(chain(*encoded.values())), 'val': list(chain(*held_out.values()))}
+    splits = {'train': list(chain(*encoded.values())), 'val': list(chain(*held_out.values()))}
     for name, remedy in (('train', 'give more, or a larger --block_size'),
                          ('val', 'give --val FILE, or another --val_fraction')):
         if not splits[name]:
@@ -165,19 +161,17 @@ def as_text(ids, mask, tokenizer, colour):
 
 def show(folder, split='train', n_rows=3):
     """Print the first rows of a split."""
-    folder = Path(folder)
-    meta = read_meta(folder)
-    if not meta.get('row_tokens') or split not in meta['splits'] or not (folder / f'{split}.mask').exists():
-        raise ValueError(f'{folder} has no rows of conversations in a {split} split: '
+    data = Split(folder, split)
+    size = data.row_tokens
+    if not size:
+        raise ValueError(f'{folder} has no rows of conversations: '
                          'python -m corpus.conversations build makes them')
-    tokenizer, size = load_tokenizer(meta['tokenizer']), meta['row_tokens']
-    dtype = np.dtype(meta['dtype']).newbyteorder('<')
-    ids = np.memmap(folder / f'{split}.bin', dtype, 'r').reshape(-1, size)
-    masks = np.memmap(folder / f'{split}.mask', np.uint8, 'r').reshape(-1, size)
-    for row, mask in enumerate(masks[:n_rows]):
+    tokenizer = load_tokenizer(data.tokenizer_meta)
+    for row in range(min(n_rows, data.n_tokens // size)):
+        ids, mask = data.shards[0][row * size:(row + 1) * size], data.mask[row * size:(row + 1) * size]
         n_used = np.flatnonzero(mask)[-1] + 1  # the end of the last answer; padding follows
-        print(f'--- row {row} of {len(ids):,}: targets: {mask.sum()}, padding: {size - n_used}')
-        print(as_text(ids[row, :n_used], mask[:n_used], tokenizer, sys.stdout.isatty()))
+        print(f'--- row {row} of {data.n_tokens // size:,}: targets: {mask.sum()}, padding: {size - n_used}')
+        print(as_text(ids[:n_used], mask[:n_used], tokenizer, sys.stdout.isatty()))
 
 
 # -----------------------------------------------------------------------------
@@ -197,8 +191,8 @@ def open_tokenizer(name):
 def build_command(argv, doc=None, folder=None, download=None, style='chat'):
     """Pack conversations: build's command line, and that of the prepare scripts.
 
-    doc, folder   docstring and folder of a prepare script, where its dataset goes by default
-    download      function that returns the path of its file, where --input names none
+    doc, folder   of a prepare script
+    download      returns the path of its file, where --input names none
     """
     defaults, command = {'val_fraction': 0.05}, None
     if download:

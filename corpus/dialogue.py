@@ -1,11 +1,10 @@
 """Read conversations from JSON, JSONL, CSV, Parquet and Arrow files in the layouts of common datasets.
 
 A record is a list of messages {"role": ..., "content": ...} or {"from": ..., "value": ...}, an object with
-such a list, or an object with a question and optionally an answer and a context, which is the passage that
-the question is about. The first answer that is not empty is used. A system text and a history, of messages
-or of pairs [question, answer], come first. The nested questions of SQuAD, CMRC 2018 and WebQA and the
-documents of DuReader 2.0 are read. A line of a .txt file is a question. Content in a field that the layout
-does not use is an error.
+such a list, or an object with a question and optionally an answer, a context (the passage that the question
+is about), a system text and a history. The nested questions of SQuAD, CMRC 2018, WebQA and DuReader 2.0 are
+read. A line of a .txt file is a question. The first of several answers is used. Content in a field that the
+layout does not use is an error.
 """
 
 import json
@@ -14,6 +13,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from corpus.readers import File, find_files, read_records
+from corpus.textfile import with_line_feeds
 
 FIELDS = {
     'messages': ('messages', 'conversations', 'conversation'),
@@ -43,15 +43,12 @@ class Conversation(NamedTuple):
 
 
 class Passage(str):
-    """The text of a context turn. answer_start is the offset of the answer, -1 if the data do not tell."""
-    answer_start = -1
+    """The text of a context turn."""
+    answer_start = -1  # offset of the answer; -1: the data do not tell
 
 
 def read_conversations(paths, *, question='', answer='', encoding='utf-8'):
-    """Yield every Conversation in some files and folders.
-
-    question, answer   the names of these columns, in place of those in FIELDS
-    """
+    """Yield every Conversation in some files. question and answer name columns in place of FIELDS."""
     columns = {use: name for use, name in (('question', question), ('answer', answer)) if name}
     fields = {**FIELDS, **{use: (name,) for use, name in columns.items()}}
     files = [File(path, {'text': 'lines'}.get(format, format)) for path, format in find_files(paths)]
@@ -130,15 +127,14 @@ def turns_of(record, fields):
             needed = ', '.join((*FIELDS['messages'], *FIELDS['question']))
             raise ValueError(f'its fields are {shown}: needed is one of {needed}; '
                              '--question= and --answer= name other columns')
-    for use in set(used) - {'system', 'context'}:
-        if len(filled[use]) > 1:
+    for use in used:
+        if len(filled[use]) > 1 and use not in ('system', 'context'):
             raise ValueError(f'its fields {" and ".join(filled[use])} both hold the {use}: keep one of them')
 
-    content = {use: record[names[0]] for use, names in filled.items() if names}
+    content = {use: record[filled[use][0]] for use in used if filled[use]}
     turns = [('system', text_of(record[name], name)) for name in filled['system']]
     for use in ('history', 'messages'):
-        if use in used:
-            turns += messages_of(content.get(use, []), use)
+        turns += messages_of(content.get(use, []), use)
     if 'question' in used:
         contexts = [text_of(record[name], name) for name in filled['context']]
         turns += exchange(content.get('question'), '\n\n'.join(contexts), content.get('answer'))
@@ -155,7 +151,9 @@ def turns_of(record, fields):
 def messages_of(messages, name):
     """Return the turns of a list of messages or of pairs [question, answer]."""
     turns = []
-    for message in messages if isinstance(messages, list) else [messages]:
+    if not isinstance(messages, list):
+        messages = [messages]
+    for message in messages:
         if isinstance(message, list) and len(message) == 2:
             turns += [('user', text_of(message[0], name)), ('assistant', text_of(message[1], name))]
             continue
@@ -179,7 +177,7 @@ def messages_of(messages, name):
 def exchange(question, context, answers):
     """Return the turns of a question with its passage and its first answer that is not empty.
 
-    answers   a text, a list of texts or of {"text", "answer_start"}, or {"text": [], "answer_start": []}
+    answers   a text, a list of texts or of {"text", "answer_start"}, or an object of two such lists
     """
     if isinstance(answers, dict):
         starts = answers.get('answer_start') or [None] * len(answers['text'])
@@ -206,7 +204,7 @@ def exchange(question, context, answers):
 
 
 def text_of(value, name):
-    """Return the text of a field. A list holds the parts of a text; DuReader's documents hold paragraphs."""
+    """Return the text of a field, which may be a list of parts, or DuReader's documents with paragraphs."""
     if name == 'documents':
         marked = [each for each in value if each.get('is_selected') and each.get('paragraphs')]
         if not marked:
@@ -225,5 +223,5 @@ def text_of(value, name):
 
 
 def clean(text):
-    """Make line ends line feeds, and remove white space around: it would be learned as part of an answer."""
-    return text.replace('\r\n', '\n').replace('\r', '\n').strip()
+    """Remove white space around a text, which would be learned as part of an answer."""
+    return with_line_feeds(text).strip()

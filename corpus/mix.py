@@ -46,24 +46,23 @@ def mixed_documents(splits, weights, max_tokens=2048):
 
 
 def documents_of(split, max_tokens, eot):
-    """Yield (ids, mask) of a split's documents, without end-of-text; of equal parts if it has no .idx."""
+    """Yield (ids, mask) of a split's documents, without end-of-text. Long ones are cut, and at shard ends."""
     documents = [(0, split.n_tokens)]
     if split.index.exists():
         documents = zip(*split.documents(), strict=True)
-    for offset, length in documents:
-        for begin in range(int(offset), int(offset + length), max_tokens):
-            end = min(begin + max_tokens, int(offset + length))
-            parts = [shard[max(begin - first, 0):end - first]
-                     for shard, first in zip(split.shards, split.borders, strict=False)
-                     if first < end and begin < first + shard.size]
-            ids = np.concatenate(parts)
+    for begin, length in documents:
+        end = begin + length
+        while begin < end:
+            shard, start = split.find(begin)
+            ids, mask = shard[start:start + min(max_tokens, end - begin)], None
+            n_read = len(ids)
             if eot is not None and ids[-1] == eot:
                 ids = ids[:-1]
-            mask = None
             if split.mask is not None:
                 mask = split.mask[begin:begin + len(ids)]
             if len(ids):
                 yield ids, mask
+            begin += n_read
 
 
 def inspect(argv):

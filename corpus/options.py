@@ -118,10 +118,7 @@ def read_files(files, args, start=0, max_docs=None):
 
 
 def print_next(out, config, *, own_dataset=None):
-    """Print the training command for a dataset, quoted so that it can be pasted into a shell.
-
-    own_dataset  name of the dataset that the config file trains on anyway, into an out_dir of its own
-    """
+    """Print the training command, to paste into a shell. own_dataset is that of the config file."""
     out = Path(out).resolve()
     name = os.path.relpath(out)
     if out.parent == ROOT / 'data':

@@ -5,9 +5,8 @@
     python -m corpus.pack mix zhwiki:0.6,news:0.4 --out=data/mixed
     python -m corpus.pack inspect data/mixed
 
-build writes train.bin, or shards of --shard_tokens, train.idx, the same for val, and meta.json. The hash of
-a document decides whether it is for validation, so that it stays there when documents are added. The same
-command continues a killed run. Threads and kills do not change the files.
+The hash of a document decides whether it is for validation, so that it stays there when documents are added.
+The same command continues a killed run. The files do not depend on the number of threads and kills.
 """
 import json
 import os
@@ -32,12 +31,9 @@ SAVE_EVERY_S = 10  # at most this much work is lost when a run is killed
 def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, masked=False, eot_in_rows=False):
     """Pack the documents of a script, replacing any dataset in the folder.
 
-    splits        {'train': iterable of documents, 'val': ...}. A document is a text, a row of ids, or a pair
-                  (ids, mask) where mask is 1 for targets. End-of-text stands between two texts
+    splits        {'train': iterable of documents, 'val': ...}: texts, between which end-of-text stands, rows
+                  of ids, or pairs (ids, mask)
     source        the origin, in words
-    shard_tokens  tokens of a .bin file; None: one file per split
-    masked        write .mask files
-    eot_in_rows   put end-of-text between rows of ids as well
     """
     documents = (readers.Document(text, f'{split} document {n}', split=split)
                  for split, texts in splits.items() for n, text in enumerate(texts))
@@ -70,10 +66,7 @@ def make_tokenizer(name, texts, eot=''):
 
 
 def pack(folder, read, encoder, source, *, splits=('train', 'val'), **options) -> dict:
-    """Pack the Documents that read(number to skip) yields. Returns the dict in meta.json.
-
-    options  of Writer
-    """
+    """Pack the Documents that read(number to skip) yields. The options are those of Writer."""
     with writing(folder, encoder.tokenizer, splits, **options) as writer:
         write_documents(writer, encoder, read(writer.progress.n_read))
         if writer.empty_split() and encoder.val_fraction and writer.progress.documents:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from corpus.blocks import TOKENS, Row, check_blocks, read_rows
 from corpus.columns import read_arrow, read_parquet
 from corpus.jsonfile import read_json_records
-from corpus.textfile import MAX_RECORD_CHARS, TextFile, check_fields, naming
+from corpus.textfile import MAX_RECORD_CHARS, TextFile, check_fields, naming, with_line_feeds
 from corpus.wiki import plain_text, read_pages
 from files import json_lines, print0, read_json
 
@@ -284,7 +284,7 @@ def text_of_record(record, where, fields):
 
 def clean(text):
     r"""Make every line end a line feed, and half a surrogate pair, such as a lone "\ud83d" in JSON, a '?'."""
-    return text.replace('\r\n', '\n').replace('\r', '\n').encode('utf-8', 'replace').decode('utf-8')
+    return with_line_feeds(text).encode('utf-8', 'replace').decode('utf-8')
 
 
 def read_wiki(path, reading):

@@ -1,8 +1,7 @@
 """Write a conversation as tokens: the template of training, sample.py and transformers' apply_chat_template.
 
 Style 'chat' opens a turn with its role token, such as <|user|>, or with a line such as '### User:' if the
-tokenizer has none; 'alpaca' with a line such as '### Instruction:'. An answer ends with end-of-text. Style
-'chatml', that of Qwen and SmolLM, puts each turn between <|im_start|> and <|im_end|>.
+tokenizer has none; 'alpaca' with a line such as '### Instruction:'; 'chatml' is that of Qwen and SmolLM.
 """
 
 import json
@@ -109,9 +108,9 @@ class Template:
         return ids, mask + [0] * (len(ids) - len(mask))
 
     def fit(self, turns, size) -> Fitted | None:
-        """Write turns in at most `size` tokens, see cut(). Without an answer at their end, they are a prompt.
+        """Write turns in at most `size` tokens, cut if needed; None if the last answer alone is too long.
 
-        returns  None if the last answer alone is too long
+        Without an answer at their end, they are a prompt.
         """
         turns = list(turns)
         if turns[-1][0] != 'assistant':

@@ -52,8 +52,7 @@ class TextFile:
     """A decoded file without its byte order mark. Set n_pending to 0 after each record.
 
     encoding   'utf-8' also reads UTF-16 that begins with its byte order mark
-    errors     'strict' raises ValueError with the line, and the encoding that fits the file if one does;
-               'replace' puts U+FFFD, for up to MAX_REPLACED; 'replace_all' without this limit
+    errors     'strict' raises ValueError; 'replace' puts up to MAX_REPLACED U+FFFD; 'replace_all' any number
     """
 
     def __init__(self, path, encoding='utf-8', errors='strict'):
@@ -107,6 +106,10 @@ class TextFile:
                              f'--errors=replace takes up to {MAX_REPLACED:.0%}: {remedy}')
         print0(f'{self.path}: {self.n_replaced:,} of {self.n_chars:,} characters became U+FFFD, '
                f'because they are not {self.encoding}')
+
+
+def with_line_feeds(text):
+    return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
 def check_fields(fields, names, where):

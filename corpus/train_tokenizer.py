@@ -5,13 +5,13 @@
 
 The same text gives the same tokenizer, for any order of its files and any number of threads.
 """
-import hashlib
 import heapq
 import json
 import sys
 import time
 from pathlib import Path
 
+from corpus.encode import hash_of
 from corpus.options import READING, Parser, count, read_files, run_command
 from corpus.readers import find_files
 from files import one_line_errors, write_atomically, write_json
@@ -51,8 +51,7 @@ def sample_pieces(texts, max_bytes):
     for text in texts:
         for start in range(0, len(text), PIECE_CHARS):
             data = text[start:start + PIECE_CHARS].encode('utf-8')
-            key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big')
-            heapq.heappush(kept, (-key, data))
+            heapq.heappush(kept, (-hash_of(data), data))
             n_bytes += len(data)
             while n_bytes > max_bytes and len(kept) > 1:
                 n_bytes -= len(heapq.heappop(kept)[1])

@@ -1,9 +1,5 @@
 """Write a dataset. Its files are written to .packing in its folder, and moved into place at the end.
 
-    with writing('data/mine', tokenizer, ['train', 'val']) as writer:
-        writer.append('train', [Piece(ids, n_bytes=12), Piece([eot]), Piece(more_ids, n_bytes=34)])
-        writer.publish('my notes')
-
 An error leaves the old dataset as it was. With a recipe, a killed run continues where it last called save():
 what it wrote later is cut off and written again.
 """
