@@ -25,7 +25,7 @@ from files import json_lines, print0, read_json
 ERRORS = ('strict', 'replace', 'replace_all')
 PART_CHARS = 1 << 20  # a longer text file is cut into documents of this length
 # the last match is the ending; parts of a Wikipedia dump are named ...xml-p1p41242.bz2
-ENDING = re.compile(r'(\.\w+)?(?:-p\d+p\d+)?(\.gz|\.bz2|\.zst)?$')
+ENDING = re.compile(r'(token_float32\.npy|\.\w+)?(?:-p\d+p\d+)?(\.gz|\.bz2|\.zst)?$')
 
 
 # -----------------------------------------------------------------------------
@@ -320,14 +320,13 @@ FORMATS = {
     'parquet': Format(read_parquet, text_of_record, ['.parquet'], 'a row'),
     'arrow': Format(read_arrow, text_of_record, ['.arrow'], 'a row, also in folders of save_to_disk'),
     'wiki': Format(read_wiki, text_of_page, ['.xml'], 'an article of a MediaWiki dump, as plain text'),
-    'blocks': Format(read_rows, None, ['.npy'],
-                     'a row of ids with its mask, from folders of token_float32.npy'),
+    'blocks': Format(read_rows, None, [TOKENS], 'a row of ids with its mask, of a folder'),
 }
 FORMAT_OF_ENDING = {ending: name for name in reversed(FORMATS) for ending in FORMATS[name].endings}
 
 
 def help_on_formats():
-    lines = [__doc__, '    format      files            one document']
+    lines = [__doc__, '    format      files             one document']
     for name, format in FORMATS.items():
-        lines.append(f'    {name:12}{" ".join(format.endings):17}{format.document}')
+        lines.append(f'    {name:12}{" ".join(format.endings):18}{format.document}')
     return '\n'.join(lines)

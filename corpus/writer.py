@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +36,10 @@ class Piece(NamedTuple):
 class Progress:
     recipe: dict | None
     splits: dict  # name -> its entry in meta.json
+    sizes: dict  # file -> bytes on the disk
     n_read: int = 0  # documents read so far
     documents: int = 0  # written so far
     last_taken: int = 0  # number of the last one that was read and written
-    sizes: dict = field(default_factory=dict)  # file -> bytes on the disk
 
 
 class Unusable(Exception):
@@ -91,7 +91,7 @@ class Writer:
         self.close_files()
         clear(self.work)
         entries = {name: {'tokens': 0, 'bytes': 0, 'documents': 0, 'shards': []} for name in self.splits}
-        self.progress = Progress(self.recipe, entries)
+        self.progress = Progress(self.recipe, entries, sizes={})
         self.seen, self.more_seen = np.array([], dtype='<u8'), set()
 
     def resume(self):
@@ -102,7 +102,10 @@ class Writer:
         digest, _, values = text.partition('\n')
         if digest != digest_of(values):
             raise Unusable('progress was altered or cut short')
-        self.progress = Progress(**json.loads(values))
+        try:
+            self.progress = Progress(**json.loads(values))
+        except TypeError:
+            raise Unusable('progress is of another version') from None
         old = self.progress.recipe
         changed = [f'{key}={str(old[key])[:60]}' for key in old if old[key] != self.recipe.get(key)]
         if changed:

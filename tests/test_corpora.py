@@ -18,7 +18,7 @@ import pytest
 from conftest import survives
 from test_prepare import SHARED, contents, data, run  # noqa: F401 (data is a fixture)
 
-from corpus import encode, pack
+from corpus import encode, pack, writer
 from corpus.encode import Encoder, split_by_hash
 from corpus.options import read_files
 from corpus.readers import Document, find_files
@@ -500,6 +500,13 @@ def forged_number(work):
     (work / 'progress').write_text(f'{digest}\n{json.dumps(values)}', encoding='utf-8')
 
 
+def other_version(work):
+    values = json.loads((work / 'progress').read_text(encoding='utf-8').split('\n')[1])
+    del values['sizes']
+    values = json.dumps(values)
+    (work / 'progress').write_text(f'{writer.digest_of(values)}\n{values}', encoding='utf-8')
+
+
 def cut_in_half(name):
     def damage(work):
         content = (work / name).read_bytes()
@@ -515,6 +522,7 @@ def other_hashes(work):
     (cut_in_half('progress'), 'progress was altered or cut short'),
     (lambda work: (work / 'progress').write_text('[1]'), 'progress was altered or cut short'),
     (forged_number, 'progress was altered or cut short'),
+    (other_version, 'progress is of another version'),
     (cut_in_half('seen'), 'seen is shorter than the'),
     (other_hashes, 'seen was altered'),
     (lambda work: (work / 'train.idx').unlink(), 'train.idx is shorter than the'),

@@ -453,10 +453,10 @@ def test_a_file_of_continuation_bytes_is_one_line(tmp_path):
 
 
 def test_files_of_other_endings_are_named(tmp_path, capsys):
-    for name in ('a.txt', 'b.md', 'c.md', 'd', '.hidden'):
+    for name in ('a.txt', 'b.md', 'c.md', 'd', 'e.npy', '.hidden'):
         (tmp_path / name).write_text('text')
     assert texts_of(tmp_path) == ['text']
-    assert capsys.readouterr().out == f'{tmp_path}: files of other endings are not read: .md (2), no ending (1)\n'
+    assert capsys.readouterr().out == f'{tmp_path}: files of other endings are not read: .md (2), .npy (1), no ending (1)\n'
 
 
 @pytest.mark.parametrize('content, texts', [
