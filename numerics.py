@@ -41,7 +41,7 @@ out_dir = 'out'
 checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be another trainer's
 n_head: int | None = None  # for a checkpoint_path that does not store it
 reference: Literal['', 'transformers'] = ''  # run the same weights by transformers, under the same names
-# dump: the tokens; the default is random ids of this seed
+# dump: the tokens; by default random ids
 dataset = ''  # the first windows of the validation split of this folder in data/
 ids = ''  # a file of whole numbers, a row of them per line, or .npy; each row has one more than the inputs
 batch_size = 2

@@ -1,12 +1,12 @@
 """LoRA: adapters in training, in checkpoints, merged, and as peft reads and writes them."""
 
+import io
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_checkpoint, run_here, train_here
+from conftest import TINY, read_checkpoint, run_here, train_here
 from test_llama import make
 
 from model import GPT, GPTConfig
@@ -142,12 +142,6 @@ def test_wrong_settings(flags, text, base, tiny, tmp_path):
     assert code == 2 and stderr.splitlines()[-1] == text
 
 
-def run_script(*argv, stdin=''):
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, input=stdin, capture_output=True, text=True, encoding='utf-8')
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_recipe_for_qwen3(tmp_path, monkeypatch):
     """A folder with its own tokenizer: dialogues packed in its template, tuned, chatted with, exported, and read by transformers."""
     transformers = pytest.importorskip('transformers')
@@ -157,15 +151,19 @@ def test_the_recipe_for_qwen3(tmp_path, monkeypatch):
     make('qwen3', vocab_size=448, max_position_embeddings=128).save_pretrained(folder)
     talk = [{'messages': [{'role': 'user', 'content': f'What is {n}?'}, {'role': 'assistant', 'content': f'{n}.'}]} for n in '一二三四五六七八九十']
     (tmp_path / 'dialogues.jsonl').write_text('\n'.join(map(json.dumps, talk)))
-    run_script('-m', 'corpus.conversations', 'build', '--input', tmp_path / 'dialogues.jsonl', '--out', tmp_path / 'data',
-               '--tokenizer', folder, '--style', 'chatml', '--block_size', '32', '--val_fraction', '0.3')
+    monkeypatch.setattr(sys, 'path', list(sys.path))  # which the command changes
+    code, _, stderr = run_here('corpus/conversations.py', 'build', '--input', tmp_path / 'dialogues.jsonl', '--out', tmp_path / 'data',
+                               '--tokenizer', folder, '--style', 'chatml', '--block_size', '32', '--val_fraction', '0.3')
+    assert code == 0, stderr
     flags = [f'--dataset={tmp_path / "data"}', f'--init_from={folder}', '--block_size=32', '--batch_size=2', '--gradient_accumulation_steps=1',
              '--max_iters=2', '--eval_iters=1', '--device=cpu', '--report=False']
     for rank, name in ((4, 'lora'), (0, 'full')):
         code, _, stderr, _ = train_here('config/finetune_qwen3.py', *flags, f'--lora_rank={rank}', out_dir=tmp_path / name)
         assert code == 0, stderr
     for source in (f'--out_dir={tmp_path / "lora"}', f'--init_from={folder}'):
-        assert run_script('sample.py', '--chat', '--device=cpu', '--temperature=0', '--max_new_tokens=5', source, stdin='What is 一?\n')
+        monkeypatch.setattr(sys, 'stdin', io.StringIO('What is 一?\n'))
+        code, stdout, stderr = run_here('sample.py', '--chat', '--device=cpu', '--temperature=0', '--max_new_tokens=5', source)
+        assert code == 0 and stdout, stderr
     code, _, stderr = run_here('sample.py', f'--out_dir={tmp_path / "full"}', f'--export={tmp_path / "exported"}', '--device=cpu')
     assert code == 0, stderr
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'exported')
@@ -207,6 +205,18 @@ def test_an_adapter_that_would_compute_something_else(change, text, base, tmp_pa
     with pytest.raises(ValueError) as error:
         GPT.from_pretrained(tmp_path)
     assert text in str(error.value)
+
+
+def test_an_adapter_beside_weights_that_do_not_say_their_heads(tiny, tmp_path):
+    """--n_head was asked for though it was given."""
+    weights = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=8, activation='gelu')).state_dict()
+    torch.save({'model_state_dict': weights}, tmp_path / 'x.pt')
+    flags = [*SHAPELESS, *LORA, f'--dataset={tiny}', f'--init_from={tmp_path / "x.pt"}', '--n_head=2']
+    for more in (['--max_iters=1'], ['--max_iters=2', '--init_from=resume']):
+        code, _, stderr, _ = train_here(*flags, *more, out_dir=tmp_path / 'out')
+        assert code == 0, stderr
+    code, _, stderr = run_here('sample.py', f'--out_dir={tmp_path / "out"}', f'--export={tmp_path / "exported"}', '--device=cpu')
+    assert code == 0 and GPT.from_pretrained(tmp_path / 'exported').config.n_head == 2, stderr
 
 
 def test_a_base_that_differs_anywhere_is_refused(base, tmp_path):

@@ -1,10 +1,4 @@
-"""Dumps: what flows through a model, a .npy file for each tensor and at last index.json.
-
-    recorder = Recorder(folder)
-    recorder.watch(block.mlp.c_fc, 'h.00.mlp.c_fc')   # h.00.mlp.c_fc.in, .out, .in.grad and .out.grad
-    ... forward, backward ...
-    recorder.finish(dtype='float32')
-"""
+"""Dumps: what flows through a model, a .npy file for each tensor and at last index.json."""
 
 from functools import partial
 from pathlib import Path
@@ -22,28 +16,25 @@ INDEX = 'index.json'
 # relative errors of equal tensors, by the dtype of matrix products; 12 layers have 2e-6, and 2e-2 in bfloat16
 RTOL = {'float32': 1e-4, 'float16': 1e-2, 'bfloat16': 5e-2}
 CHUNK = 1 << 22  # numbers compared at a time
-recorders = {}  # by folder, for the operator: operators take no objects
+active = []  # the recorder at work: an operator takes no objects
 
 
 class Recorder:
     """The writer of one dump. Each rank has some rows of the batch, and the first writes all."""
 
     def __init__(self, folder: str):
-        self.folder, self.key = Path(folder), str(folder)
+        self.folder = Path(folder)
         self.facts = {}  # of each tensor, by name
         self.parts = {}  # of tensors that the model computes in several parts
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / INDEX).unlink(missing_ok=True)
-        recorders[self.key] = self
+        active[:] = [self]
 
     def watch(self, module, name: str, part: int = 0, n_parts: int = 1):
-        """Record the first input and output of a module, and their gradients.
-
-        part, n_parts  of a tensor that transformers has in several pieces
-        """
-        note = partial(torch.ops.flatgpt.record, key=self.key, part=part, n_parts=n_parts)
+        """Record input and output of a module, and their gradients, as one of n_parts of our tensor."""
+        note = partial(torch.ops.flatgpt.record, part=part, n_parts=n_parts)
         module.register_forward_pre_hook(partial(before, partial(note, name=f'{name}.in')))
         module.register_forward_hook(partial(after, partial(note, name=f'{name}.out')))
 
@@ -85,11 +76,10 @@ class Recorder:
             non_finite=int((~is_finite).sum()))
 
     def finish(self, **about):
-        """Write index.json. about: facts of the whole dump; dtype is that of its matrix products."""
+        """Write index.json. about: facts of the whole dump, with the dtype of its matrix products."""
         if self.writes:
             tensors = [self.facts[name] for name in order_of(list(self.facts))]
             write_json(self.folder / INDEX, dict(format=1, **about, tensors=tensors))
-        del recorders[self.key]
 
 
 def order_of(names: list[str]) -> list[str]:
@@ -107,8 +97,7 @@ def order_of(names: list[str]) -> list[str]:
 
 
 # -----------------------------------------------------------------------------
-# Hooks call one custom operator, which torch.compile keeps in its graph. Compiled code is fused between the
-# recorded tensors, not across them.
+# Hooks call one custom operator, which torch.compile keeps in its graph
 
 
 def before(note, module, inputs):
@@ -122,13 +111,13 @@ def after(note, module, inputs, output):
 
 
 @torch.library.custom_op('flatgpt::record', mutates_args=())
-def record(x: torch.Tensor, key: str, name: str, part: int, n_parts: int) -> torch.Tensor:
-    recorders[key].add(name, x, part, n_parts)
+def record(x: torch.Tensor, name: str, part: int, n_parts: int) -> torch.Tensor:
+    active[0].add(name, x, part, n_parts)
     return x.clone()
 
 
 @record.register_fake
-def _(x, key, name, part, n_parts):
+def _(x, name, part, n_parts):
     return torch.empty_like(x)
 
 
@@ -137,8 +126,8 @@ def keep_arguments(ctx, inputs, output):
 
 
 def record_gradient(ctx, grad):
-    key, name, part, n_parts = ctx.arguments
-    return torch.ops.flatgpt.record(grad, key, f'{name}.grad', part, n_parts), None, None, None, None
+    name, part, n_parts = ctx.arguments
+    return torch.ops.flatgpt.record(grad, f'{name}.grad', part, n_parts), None, None, None
 
 
 record.register_autograd(record_gradient, setup_context=keep_arguments)

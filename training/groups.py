@@ -1,8 +1,7 @@
 """Learning rates per group of parameters: lr_groups='mlp:1,attn:0.1,*:0' trains MLPs and, slower, attention.
 
-A pattern is one part of a parameter's name or several, with * ? [] as in file names: attn, h.0, h.[0-5].mlp,
-wte, *.bias. The first pattern that matches decides; a parameter that none matches has factor 1. A factor
-multiplies the peak learning rate, and with it the weight decay of a step.
+A pattern is one part of a parameter's name or several, with * ? [] as in file names. The first pattern that
+matches decides; a parameter that none matches has factor 1.
 """
 
 from fnmatch import fnmatchcase

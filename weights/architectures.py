@@ -1,9 +1,5 @@
-"""The model classes of transformers that GPT can be: settings in config.json, names and layouts of weights.
+"""The model classes of transformers that GPT can be: their settings, names and layouts of weights."""
 
-One more class is one more entry of ARCHITECTURES.
-"""
-
-import re
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,7 +20,6 @@ class Architecture:
     arch: str  # of GPTConfig
     model_type: str  # in config.json
     class_name: str
-    prefix: str  # of all names but the head's; a file saved without the head has none
     block: str  # prefix of the names in a block, {} = its number
     outside: dict  # our name: their names, outside the blocks
     inside: dict  # our name in a block: their names there; several = our rows are split among them
@@ -86,20 +81,17 @@ class Architecture:
         """Return our tensors, and zeros for the biases that the class has in any case."""
         if config.bias:
             return tensors
-        names = [name for name in tensors if name.endswith(self.biased)]
-        zeros = {name.removesuffix('weight') + 'bias': tensors[name].new_zeros(len(tensors[name]))
-                 for name in names}
-        return tensors | zeros
+        return tensors | {name.removesuffix('weight') + 'bias': tensor.new_zeros(len(tensor))
+                          for name, tensor in tensors.items() if name.endswith(self.biased)}
 
     def parts(self, tensors: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
         """Return views of our tensors by their names: parts of them, in their layout."""
         parts, n_kv_rows = {}, config.n_kv_head * config.head_size
         for name, tensor in tensors.items():
-            match = re.fullmatch(r'transformer\.h\.(\d+)\.(.+)', name)
-            if match is None:
-                names = self.outside[name]
-            else:
-                names = [self.block.format(match[1]) + part for part in self.inside[match[2]]]
+            number, _, inside = name.removeprefix('transformer.h.').partition('.')
+            names = self.outside.get(name)
+            if names is None:
+                names = [self.block.format(number) + part for part in self.inside[inside]]
             if name.endswith(self.transposed):
                 tensor = tensor.t()
             rows = [len(tensor) // len(names)] * len(names)
@@ -122,7 +114,7 @@ def same(*names):
 
 GPT2 = Architecture(
     arch='gpt2', model_type='gpt2', class_name='GPT2LMHeadModel',
-    prefix='transformer.', block='transformer.h.{}.',
+    block='transformer.h.{}.',
     outside=same('transformer.wte', 'transformer.wpe', 'transformer.ln_f'),
     inside=same('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj'),
     arguments=dict(block_size='n_positions', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
@@ -133,7 +125,7 @@ GPT2 = Architecture(
     transposed=CONV1D, biased=(*CONV1D, 'ln_1.weight', 'ln_2.weight', 'ln_f.weight'))
 LLAMA = Architecture(
     arch='llama', model_type='llama', class_name='LlamaForCausalLM',
-    prefix='model.', block='model.layers.{}.',
+    block='model.layers.{}.',
     outside={
         'transformer.wte.weight': ['model.embed_tokens.weight'],
         'transformer.ln_f.weight': ['model.norm.weight'],

@@ -139,13 +139,14 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
               for name, value in stored.items() if name in settings and name not in PER_START}
     changed = [name for name in sorted(explicit & stored.keys()) if settings[name] != stored[name]]
     for name in changed:
-        now, before = settings[name], stored[name]
-        may_shrink = name == 'block_size' and not resumes
-        if name not in FIXED_ON_RESUME:
-            print0(f'{name} = {now!r} from now on, was {before!r}')
-        elif not (may_shrink and now < before):
-            raise ValueError(f'{name}={now}: {printable(start.path)} has {name}={before}: '
-                             f'give --{name}={before}{" or less" * may_shrink}')
+        now, before, remedy = settings[name], stored[name], f'give --{name}={stored[name]}'
+        if name == 'block_size' and not resumes:
+            if now < before:
+                continue
+            remedy += ' or less'
+        if name in FIXED_ON_RESUME:
+            raise ValueError(f'{name}={now}: {printable(start.path)} has {name}={before}: {remedy}')
+        print0(f'{name} = {now!r} from now on, was {before!r}')
 
     other_windows = ', '.join(name for name in changed if name in EVALUATION)
     if resumes and other_windows and progress.best_val_loss < float('inf'):
@@ -185,7 +186,7 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
             start.lora = dict(base=path, checksum=None, **{name: settings[name] for name in LORA_SETTINGS})
         if dtype != torch.bfloat16:
             dtype = torch.float32  # float16 has too little range to train on
-        return load_adapted(start.lora, dtype, block_size)
+        return load_adapted(start, dtype, block_size)
     if start.weights is None:
         return GPT.from_pretrained(path, dropout, block_size, vocab_size=pretrained.padded(most))
     model = GPT(GPTConfig(**start.model_args | {'dropout': dropout}))
@@ -195,14 +196,14 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
     return model
 
 
-def load_adapted(adapter: dict, dtype, block_size: int) -> GPT:
+def load_adapted(start: Start, dtype, block_size: int) -> GPT:
     """Load the base model of an adapter, frozen, and put a new adapter beside it."""
-    path, read_dtype = adapter['base'], torch.float32
+    adapter, path, read_dtype = start.lora, start.lora['base'], torch.float32
     if dtype == torch.bfloat16:  # float16 would change the checksum
         read_dtype = dtype
     try:
         if path.endswith('.pt'):
-            state = checkpoint.load(path)
+            state = checkpoint.load(path, start.model_args['n_head'])
             model = GPT(GPTConfig(**state['model_args'])).to(read_dtype)
             foreign.load_weights(model, state['model'], path)
         else:
@@ -283,7 +284,7 @@ def build_model(start: Start, tokenizer, dtype=torch.float32, strict=True, merge
     if start.weights is None:
         model = GPT.from_pretrained(start.path, dtype=dtype)
     elif start.lora:
-        model = load_adapted(start.lora, dtype, start.model_args['block_size'])
+        model = load_adapted(start, dtype, start.model_args['block_size'])
         foreign.load_weights(model, start.weights, start.path)
         if merge:
             lora.merge(model)

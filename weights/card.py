@@ -37,13 +37,13 @@ ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return
 
 def model_card(start, model, name: str) -> str:
     """Return the text of a model card. start: weights.begin.Start of the model; name: of its folder."""
-    facts, prompt, best = [], PLAIN, start.progress.best_val_loss
+    facts, prompt, chat, best = [], PLAIN, '', start.progress.best_val_loss
     if start.progress.iter_num:
         facts.append(f'- updates: {start.progress.iter_num:,}')
     if 0 < best < float('inf'):
         facts.append(f'- best validation loss: {best:.4f} nats per token')
     if start.style:
-        prompt = CHAT
+        prompt, chat = CHAT, ' --chat'
         facts.append(f'- tuned on conversations in the style `{start.style}`, which is its chat template')
     if start.weights is None:
         facts.append(f'- weights of `{Path(start.path).name}`, unchanged')
@@ -53,4 +53,4 @@ def model_card(start, model, name: str) -> str:
             value = ','.join(Path(part).name for part in str(value).split(','))  # no folders of this machine
             facts.append(f'- {setting}: `{value}`')
     return CARD.format(name=name, parameters=model.get_num_params(False), block_size=model.config.block_size,
-                       facts='\n'.join(['', *facts]), prompt=prompt, chat=' --chat' * bool(start.style))
+                       facts='\n'.join(['', *facts]), prompt=prompt, chat=chat)

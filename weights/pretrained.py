@@ -158,10 +158,11 @@ def fill(model, path: Path, vocab_size: int):
         weights = Npz(path)
     else:
         parts, weights = architecture.parts(parts, config), read_folder(path)
-        if not any(name.startswith(architecture.prefix) for name in weights):  # saved without its head
-            weights = {architecture.prefix * (name != HEAD) + name: weights[name] for name in weights}
-        if HEAD not in parts:
-            head = weights.pop(HEAD, None)
+        head, prefix = weights.pop(HEAD, None), architecture.block.partition('.')[0] + '.'
+        if not any(name.startswith(prefix) for name in weights):  # saved without its head
+            weights = {prefix + name: tensor for name, tensor in weights.items()}
+        if head is not None and HEAD in parts:
+            weights[HEAD], head = head, None
         if architecture.biased and not config.bias:  # zeros, see read_model_args()
             weights = {name: weights[name] for name in weights if not name.endswith('.bias')}
     check_names(parts, weights, path)
