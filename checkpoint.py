@@ -1,6 +1,6 @@
 """Checkpoints: never half-written, never silently wrong, the same for one process, DDP and FSDP2.
 
-A checkpoint is one dict of tensors and plain values, loadable with weights_only=True:
+A checkpoint is one dict of tensors and plain values:
 
     model         trained parameters by name
     lora          settings and base model of an adapter; None without one
@@ -34,10 +34,7 @@ NUMBERED = re.compile(r'ckpt_(\d{8,})\.pt')
 
 
 class CheckpointFolder:
-    """The checkpoint files of the run that holds the lock of out_dir.
-
-    resumed_from, iter_num  the checkpoint that the run was resumed from; '' = it was not
-    """
+    """The checkpoint files of the run that holds the lock of out_dir, resumed from '' or a file."""
 
     def __init__(self, out_dir, resumed_from='', iter_num=0):
         self.out_dir = Path(out_dir)
@@ -51,8 +48,8 @@ class CheckpointFolder:
         self.has_saved = False
 
     def save_or_warn(self, state, progress, *, keep_last_n: int, is_best: bool, must_succeed: bool):
-        """Save on the first rank. Go on without this checkpoint on a full disk, unless must_succeed, and if
-        weights or validation loss are not finite: the last good checkpoint stays."""
+        """Save on the first rank. A full disk ends the run only if must_succeed. The last good checkpoint
+        stays if weights or validation loss are not finite."""
         problem, self.saved_iter, self.best_iter = distributed.on_first_rank(
             lambda: self.try_to_save(state, progress, keep_last_n, is_best))
         if is_best and self.best_iter != state['iter_num']:

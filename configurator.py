@@ -5,7 +5,7 @@
     python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
 
 A setting is a lower-case name without leading underscore that holds a bool, int, float or str. It accepts
-the type of its default, or of its annotation, as in `top_k: int | None = 200`. None needs an annotation.
+the type of its default, or of its annotation, as in `top_k: int | None = 200`.
 
 A config file may compute settings in a function derive(), as config/depth.py does. Its parameters are
 settings: annotated ones are the file's own, others the script's. What derive() returns overrides the files,

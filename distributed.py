@@ -1,14 +1,11 @@
-"""Process groups, gradients over many ranks, signals.
+"""Process groups, and gradients over many ranks.
 
 Under torchrun each process is a rank of a process group, even a single one. Otherwise there is no group.
 torch's DistributedDataParallel is not used, because it rebuilds its buckets after the first backward pass: a
 resumed run adds in another order, and losses of 3 ranks differed by 6e-8.
 """
 
-import contextlib
 import os
-import signal
-import socket
 import threading
 import time
 import warnings
@@ -22,11 +19,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import devices
-from files import print0
 
 RANK_VARIABLES = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
 BUCKET_BYTES = 64 << 20  # of gradients in one all-reduce
-STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
 all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)  # renamed in torch 2.13
 
 
@@ -49,10 +44,7 @@ class Place:
 
 
 def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> Place:
-    """Choose the device, and under torchrun join the process group.
-
-    timeout_s  a rank fails after waiting this long for the others
-    """
+    """Choose the device, and under torchrun join the process group."""
     given = {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
     if len(given) not in (0, 3) or not all(value.isdecimal() for value in given.values()):
         listed = ', '.join(f'{name}={value}' for name, value in given.items())
@@ -98,11 +90,8 @@ def all_reduce_sum(tensor):
 
 
 def on_first_rank(function, of_each_node: bool = False):
-    """Run function() on the first rank, or the first of each node.
-
-    returns  its result (plain data), on every rank
-    raises   its error on every rank, if that is a ValueError or OSError
-    """
+    """Run function() on the first rank, or the first of each node. Return its result (plain data) on every
+    rank, or raise its ValueError or OSError there."""
     outcome = None
     rank = os.environ.get('LOCAL_RANK' if of_each_node else 'RANK', '0')
     if rank == '0' or not dist.is_initialized():
@@ -119,62 +108,6 @@ def on_first_rank(function, of_each_node: bool = False):
         if error is not None:
             raise error
     return outcomes[0][0]
-
-
-# -----------------------------------------------------------------------------
-# signals
-
-
-TIME_OVER = 1000  # in place of a signal's number
-received = []  # numbers of the stop signals so far, or TIME_OVER
-
-
-@contextlib.contextmanager
-def signals_noted():
-    """Note stop signals for signal_to_stop(). A second SIGINT ends the process at once."""
-    received.clear()
-    read_end, write_end = socket.socketpair()
-    write_end.setblocking(False)
-    threading.Thread(target=watch_signals, args=[read_end], daemon=True).start()
-    old_descriptor = signal.set_wakeup_fd(write_end.fileno())
-    old_handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
-                    for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in old_handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(old_descriptor)
-        write_end.close()  # ends the thread
-
-
-def watch_signals(read_end):
-    """Acknowledge the first stop signal, and end the process at the second SIGINT.
-
-    In a thread, because Python calls no handler while the main thread computes or waits in C++.
-    """
-    # torchrun forwards a Ctrl-C that the terminal has already sent to the ranks
-    echo_s = 3.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0
-    acknowledged, sigint_s = False, None
-    while number := read_end.recv(1):
-        if number[0] not in STOP_SIGNALS:
-            continue
-        if not acknowledged:
-            print0(f'{signal.Signals(number[0]).name}: stopping after this step or batch')
-            acknowledged = True
-        if number[0] == signal.SIGINT:
-            now_s = time.monotonic()
-            if sigint_s is not None and now_s - sigint_s > echo_s:
-                os._exit(130)  # skip the cleanup, which could wait
-            sigint_s = sigint_s or now_s
-
-
-def signal_to_stop() -> str | None:
-    """Return the name of a signal that a rank has received, or max_hours; None to go on."""
-    number = largest(received[0] if received else 0)
-    if number == TIME_OVER:
-        return 'max_hours'
-    return signal.Signals(number).name if number else None
 
 
 def largest(number: int) -> int:
@@ -252,7 +185,7 @@ def shard(model, place, shard_ranks, dtype):
 
 
 def compiled_loss(model):
-    """Return model.loss_sum, compiled for batches of one shape. Call it after prepare().
+    """Return model.loss_sum, compiled for batches of one shape, after prepare().
 
     With FSDP each block is compiled, and the cross entropy: gathering weights would break a larger graph.
     """

@@ -238,7 +238,6 @@ class GPT(nn.Module):
         cache      KVCache of the tokens before idx, to which those of idx are added
         documents  (B, T) int64, the document of each token, for packed rows and for padding: tokens attend
                    within their document only, and positions count from its start
-        raises     ValueError if the row, cached tokens included, is longer than block_size
         """
         T = idx.size(1)
         n_seen = 0 if cache is None else cache.n_tokens
@@ -370,7 +369,7 @@ class GPT(nn.Module):
         return self
 
     def compile_blocks(self):
-        """Compile the blocks for input of one shape: batches in training, single tokens in generation."""
+        """Compile the blocks for one shape: of batches in training, of single tokens in generation."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self.blocks_are_compiled = True
@@ -380,12 +379,11 @@ class GPT(nn.Module):
                documents=None) -> Iterator[torch.Tensor]:
         """Yield the next token of each row, (B,) int64, max_new_tokens times.
 
-        idx          (B, T) int64, T >= 1: the prompts
-        temperature  0 = always the most likely token
-        top_k        draw among the k most likely tokens; None or 0 = all
-        top_p        draw among the fewest tokens of this total probability (arXiv:1904.09751); None = all
-        vocab_size   draw ids below this only, because the rest are padding; None = all
-        documents    (B, T) int64, as in hidden(). Pad short prompts on the left, by a document of its own
+        idx         (B, T) int64, T >= 1: the prompts
+        top_k       draw among the k most likely tokens; None or 0 = all
+        top_p       draw among the fewest tokens of this total probability (arXiv:1904.09751); None = all
+        vocab_size  draw ids below this only, because the rest are padding; None = all
+        documents   (B, T) int64, as in hidden(). Pad short prompts on the left, by a document of its own
 
         Beyond block_size the context slides. Every cached key then depends on a dropped token, so each token
         costs a forward pass over block_size tokens.

@@ -36,6 +36,7 @@ from training.data import count_bytes, evaluate, open_data
 from training.groups import LrGroups
 from training.progress import SaveTimes, limit_hours
 from training.samples import generate, read_prompts
+from training.signals import signal_to_stop, signals_noted
 from weights.begin import adopted_settings, begin, make_model
 
 # -----------------------------------------------------------------------------
@@ -47,9 +48,9 @@ log_interval = 1
 eval_iters = 200  # batches of each split, the same ones each time; 0 = the whole validation split
 eval_at_start = True  # False: not before the first step
 eval_only = False  # evaluate once, write nothing
-generate_interval = 0  # iterations between samples from the same prompts, in out_dir/samples.md; 0 = none
+generate_interval = 0  # iterations between samples for out_dir/samples.md; 0 = none
 generate_prompts = ''  # one a line; '' = the beginnings of four validation windows
-report = True  # write report.md and its curves at the end; report.py writes them at any time
+report = True  # write report.md and its curves at the end
 max_hours = 0.0  # save and stop after this many hours of wall clock; 0 = never
 on_event = ''  # shell command called at events, see docs/TRAIN.md
 patience = 0  # stop after this many evaluations without a new best validation loss; 0 = never
@@ -59,14 +60,14 @@ checkpoint_minutes = 0.0  # save after this many minutes, too; 0 = never
 keep_last_n_checkpoints = 1  # older checkpoints to keep; -1 = all
 init_from = 'scratch'  # resume; x.pt (weights only); gpt2 to gpt2-xl; a folder in transformers' format
 auto_resume = False  # resume if out_dir has a checkpoint, else start from scratch
-checkpoint_path = ''  # resume from this file; with init_from=checkpoint, load its weights only
+checkpoint_path = ''  # resume this file; with init_from=checkpoint, load its weights only
 strict = True  # False: accept and list missing or unexpected weights
 # benchmarks during training, as in evaluate.py
 hellaswag_interval = 0  # iterations between scores on HellaSwag; 0 = never
 lambada_interval = 0
 core_interval = 0
 core = ''  # folder of the CORE bundle
-eval_dir = ''  # folder with hellaswag.jsonl and lambada.jsonl, read instead of downloading
+eval_dir = ''  # folder with hellaswag.jsonl and lambada.jsonl; '' = download them
 max_examples = 0  # per benchmark; 0 = all
 # wandb and TensorBoard
 tensorboard_log = False  # write out_dir/tensorboard
@@ -103,7 +104,7 @@ rope_theta = 10000.0
 qk_norm: bool | None = None  # normalize queries and keys, as Qwen3 does
 qkv_bias = False  # biases of queries, keys and values, as in Qwen2
 tied: bool | None = None  # one matrix for embedding and head
-# LoRA: freeze the weights of init_from, and train two thin matrices beside each of lora_targets
+# LoRA: freeze the model of init_from, and train two thin matrices beside each of lora_targets
 lora_rank = 0  # 0 = train all weights
 lora_alpha = 32.0  # the output of the adapter is multiplied by lora_alpha / lora_rank
 lora_targets = 'c_attn,c_proj,c_fc'
@@ -120,8 +121,7 @@ normuon = False  # with muon: even out the rows of its updates; 5% fewer tokens 
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # clip the gradient to this norm; 0.0 = off
-# skip a step if loss or gradient norm exceeds this multiple of its running mean; 0 = only if not finite
-skip_spikes = 0.0
+skip_spikes = 0.0  # skip a step whose loss or norm exceeds this many running means; 0 = if not finite
 max_skipped_steps = 100  # stop the run after this many in a row
 lr_groups = ''  # factors of the rates by parameter name, such as mlp:1,attn:0.1,*:0; 0 = frozen
 # learning rate
@@ -152,7 +152,7 @@ timeout_s = 600  # a rank fails after waiting this long for others, for example 
 
 DEFAULTS, ACCEPTED = config_of(globals()), accepted_by(globals())
 
-with one_line_errors(), distributed.signals_noted():
+with one_line_errors(), signals_noted():
     explicit = configure(globals())  # names of the settings that the user gave
     settings = config_of(globals())
     check_limits(settings)  # before the ranks meet, which may take timeout_s
@@ -167,7 +167,7 @@ with one_line_errors(), distributed.signals_noted():
     progress, is_new = start.progress, start.state is None
     limit_hours(max_hours)
 
-    # data: divide the batch over the ranks, so that any number of ranks takes the same steps
+    # data: any number of ranks takes the same steps
     grad_accum, rows = distributed.divide_batch(gradient_accumulation_steps, batch_size, place.world_size)
     tokens_per_step = grad_accum * rows * place.world_size * block_size
     stored_meta = None if 'tokenizer' in explicit else start.tokenizer
@@ -198,7 +198,7 @@ with one_line_errors(), distributed.signals_noted():
         decay_fraction=decay_fraction, restart_iters=restart_iters, restart_mult=restart_mult)
     judge = StepJudge(place.device, skip_spikes, start.history)
 
-    # resume: restore the weights, the optimizers and the position in the data
+    # resume
     if not is_new:
         checkpoint.restore(start.state, model, optimizers, scaler, data.train)
     folder = checkpoint.CheckpointFolder(out_dir, start.resumed_from, progress.iter_num)
@@ -213,7 +213,7 @@ with one_line_errors(), distributed.signals_noted():
     if generate_interval and not eval_only:
         prompts = read_prompts(generate_prompts, text_tokenizer, data.eval_val.loader)
 
-    # say what will be trained, and open the log
+    # print the set-up, and open the log
     precision = str(compute_dtype).removeprefix('torch.')
     print0(f'model: {arch}, {model.get_num_params() / 1e6:.2f}M parameters, '
            f'vocabulary {model.config.vocab_size:,}')
@@ -242,7 +242,7 @@ with one_line_errors(), distributed.signals_noted():
 
     model.train()
     while True:
-        signal = distributed.signal_to_stop()  # None or its name, the same on all ranks
+        signal = signal_to_stop()  # None or its name, the same on all ranks
         finished = progress.iter_num >= max_iters or eval_only  # no update follows
         save_due = save_times.due(progress.iter_num)
         with log.paused(save_due or finished or signal or any(progress.iter_num % n == 0 for n in intervals)):
@@ -251,7 +251,7 @@ with one_line_errors(), distributed.signals_noted():
             losses, is_best = None, False
             if evaluation_due and not signal and (progress.iter_num or eval_at_start or eval_only):
                 losses = evaluate(model, data, token_bytes, place, autocast)  # None after a signal
-                signal = distributed.signal_to_stop()
+                signal = signal_to_stop()
             if losses is not None:
                 log.evaluation(losses)
                 is_best = progress.note_evaluation(losses.val.nats_per_target)
@@ -268,7 +268,7 @@ with one_line_errors(), distributed.signals_noted():
                                     must_succeed=finished or signal)
                 log.saved(folder, is_best)
 
-            # benchmarks and samples take long: save first, and skip them after a signal
+            # benchmarks and samples, which take long
             for benchmark in benchmarks if not signal else []:
                 if finished or progress.iter_num % benchmark.interval == 0:
                     numbers = benchmark.run(model, place, autocast, batch_size * block_size)

@@ -22,6 +22,7 @@ from ranks import start_ranks, wait
 import devices
 import distributed
 import files
+from training.signals import signal_to_stop, signals_noted
 
 # Runs of train.py one after the other, each on so many ranks, which are children of one process that has imported everything but used
 # nothing. Every rank writes to a file of its own, and says how many matrices it has orthogonalised.
@@ -443,11 +444,11 @@ def test_freed_memory_is_handed_out_again_in_large_pages():
 @pytest.mark.parametrize('signals, code', [(['SIGTERM', 'SIGTERM', 'SIGUSR1', 'SIGINT'], 0), (['SIGINT'], 0), (['SIGINT', 'SIGINT'], 130)])
 def test_signals_are_noted_and_a_second_sigint_ends_the_process(signals, code, monkeypatch):
     def work():
-        with distributed.signals_noted():
-            assert distributed.signal_to_stop() is None
+        with signals_noted():
+            assert signal_to_stop() is None
             for name in signals:
                 os.kill(os.getpid(), getattr(signal, name))
-            assert distributed.signal_to_stop() == signals[0]
+            assert signal_to_stop() == signals[0]
             time.sleep(20 if code else 0)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
@@ -458,7 +459,7 @@ def test_signals_are_noted_and_a_second_sigint_ends_the_process(signals, code, m
 def test_the_first_signal_is_acknowledged_before_the_step_ends(tmp_path, monkeypatch):
     def work():
         monkeypatch.setattr(sys, 'stdout', open(tmp_path / 'said', 'w', encoding='utf-8'))
-        with distributed.signals_noted():
+        with signals_noted():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             end_s = time.monotonic() + 20
@@ -477,7 +478,7 @@ def test_a_second_sigint_ends_a_process_that_waits_for_other_ranks(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     def work():
-        with distributed.signals_noted():
+        with signals_noted():
             threading.Thread(target=ctrl_c_twice, daemon=True).start()
             torch.distributed.TCPStore('127.0.0.1', 0, 2, is_master=True, timeout=timedelta(seconds=20))  # for the other, which never comes
     monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
@@ -487,11 +488,11 @@ def test_a_second_sigint_ends_a_process_that_waits_for_other_ranks(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
 def test_a_ctrl_c_that_torchrun_passes_on_is_the_same_one(monkeypatch):
     def work():
-        with distributed.signals_noted():
+        with signals_noted():
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.2)
-            assert distributed.signal_to_stop() == 'SIGINT'
+            assert signal_to_stop() == 'SIGINT'
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
     assert in_a_child(work) == 0
 

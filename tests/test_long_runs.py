@@ -15,9 +15,8 @@ from test_report import evaluation, step, write_run
 from test_resume import without_times
 from test_train import refused, spoil
 
-import distributed
 from report import read_run
-from training import events, watch
+from training import events, signals, watch
 
 
 def train(*flags, out_dir):
@@ -49,7 +48,7 @@ def test_a_run_cut_by_max_hours_and_resumed_equals_an_unbroken_one(tiny, unbroke
 
     def passing_time(line, *args, **kwargs):
         if 'loss' in line and line.get('iter') == over_at:
-            distributed.received.append(distributed.TIME_OVER)
+            signals.received.append(signals.TIME_OVER)
         return encode(line, *args, **kwargs)
 
     flags = *TINY, '--dropout=0.1', '--max_hours=1', f'--dataset={tiny}'
@@ -82,21 +81,22 @@ def test_checkpoint_minutes_save_between_the_intervals_and_move_nothing(tiny, un
 
 RANK = '''
 import time, distributed
+from training import signals
 from training.progress import SaveTimes, limit_hours
 place = distributed.start('cpu')
-with distributed.signals_noted():
+with signals.signals_noted():
     times = SaveTimes(100, 1.0)
-    print(distributed.signal_to_stop(), times.due(1))
+    print(signals.signal_to_stop(), times.due(1))
     if place.rank == 1:
         times.last_s -= 60
-    print(distributed.signal_to_stop(), times.due(2), times.due(3))
+    print(signals.signal_to_stop(), times.due(2), times.due(3))
     if place.rank == 1:
         limit_hours(1e-9)
         time.sleep(1)
-    print(distributed.signal_to_stop(), times.due(100))
+    print(signals.signal_to_stop(), times.due(100))
     if place.rank == 0:
-        distributed.received.append(15)
-    print(distributed.signal_to_stop())
+        signals.received.append(15)
+    print(signals.signal_to_stop())
 '''
 
 

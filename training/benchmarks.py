@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import distributed
 from training.scoring import Interrupted, score_rows
+from training.signals import signal_to_stop
 
 
 class Benchmark(NamedTuple):
@@ -17,7 +17,7 @@ class Benchmark(NamedTuple):
         """Return the numbers of the benchmark; None after a signal to stop."""
         try:
             return self.measure(partial(score_rows, model, batch_tokens=batch_tokens, place=place,
-                                        autocast=autocast, stop=distributed.signal_to_stop))
+                                        autocast=autocast, stop=signal_to_stop))
         except Interrupted:
             return None
 

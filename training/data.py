@@ -12,6 +12,7 @@ from tokens.loader import Loader
 from tokens.stream import open_stream
 from tokens.tokenizer import load_tokenizer, tokenizer_meta
 from training.scoring import Interrupted, TextLoss, spread_windows, text_loss
+from training.signals import signal_to_stop
 
 ORIGINS = {'meta.pkl': 'characters from meta.pkl', 'none': "GPT-2's ids"}  # of datasets without meta.json
 
@@ -109,7 +110,7 @@ def evaluate(model, data: TrainingData, token_bytes, place, autocast) -> EvalLos
     try:
         for loader, windows in (data.eval_train, data.eval_val):
             losses.append(text_loss(model, loader, windows, token_bytes=token_bytes, place=place,
-                                    autocast=autocast, stop=distributed.signal_to_stop))
+                                    autocast=autocast, stop=signal_to_stop))
     except Interrupted:
         return None
     return EvalLosses(*losses)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import distributed
 from files import print0
+from training import signals
 
 BEGUN_S = time.monotonic()  # about when the process began
 
@@ -66,7 +67,7 @@ def limit_hours(max_hours: float):
     """Stop the run after this many hours of the process; 0 = never."""
     if max_hours:
         left_s = BEGUN_S + max_hours * 3600 - time.monotonic()
-        timer = threading.Timer(left_s, distributed.received.append, [distributed.TIME_OVER])
+        timer = threading.Timer(left_s, signals.received.append, [signals.TIME_OVER])
         timer.daemon = True  # the process may end before it
         timer.start()
 
