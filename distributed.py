@@ -187,7 +187,8 @@ def shard(model, place, shard_ranks, dtype):
 def compiled_loss(model):
     """Return model.loss_sum, compiled for batches of one shape, after prepare().
 
-    With FSDP each block is compiled, and the cross entropy: gathering weights would break a larger graph.
+    With FSDP, each block and the cross entropy are compiled, because gathering weights would break a larger
+    graph.
     """
     if not isinstance(model, FSDPModule):
         return torch.compile(model.loss_sum, dynamic=False)

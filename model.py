@@ -101,7 +101,7 @@ def rotary_table(config):
     """Return cos and sin of every position for rotate(): (block_size, 1, D) float32 each."""
     D, scaling = config.head_size, config.rope_scaling
     frequency = config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
-    if scaling:  # Llama 3: waves of which few fit into the original context become `factor` times as long
+    if scaling:  # Llama 3: waves that are long against the original context become `factor` times as long
         n_waves = scaling['original_max_position_embeddings'] * frequency / (2 * math.pi)
         few, many = scaling['low_freq_factor'], scaling['high_freq_factor']
         kept = ((n_waves - few) / (many - few)).clamp(0, 1)

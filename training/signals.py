@@ -61,7 +61,7 @@ def watch_signals(read_end):
 
 
 def signal_to_stop() -> str | None:
-    """Return the name of a signal that a rank has received, or max_hours; None to go on."""
+    """Return the name of a stop signal that a rank has received, or max_hours; None to continue."""
     number = distributed.largest(received[0] if received else 0)
     if number == TIME_OVER:
         return 'max_hours'
