@@ -142,6 +142,16 @@ def test_keys(kind, bpe, tmp_path):
     assert ('rope_freqs.weight' in tensors) == (kind == 'llama') and ('output.weight' in tensors) == (kind in ('llama', 'qwen3'))
 
 
+def test_heads_that_do_not_divide_the_width_are_a_llama(bpe, tmp_path):
+    """Their class in transformers is Mistral, which llama.cpp has as a llama."""
+    model = make('llama', n_embd=66, head_size=16)
+    model.save_pretrained(tmp_path / 'model.gguf', bpe)
+    keys, tensors, _ = read(tmp_path / 'model.gguf')
+    assert keys['general.architecture'] == 'llama'
+    for name in ('attn.c_attn.weight', 'attn.c_proj.weight'):
+        assert torch.equal(ours_from(tensors, model.config)[f'transformer.h.1.{name}'], model.get_parameter(f'transformer.h.1.{name}'))
+
+
 def test_rope_freqs_are_those_of_llama_cpp(bpe, tmp_path):
     """Against the loop of its converter, conversion/llama.py."""
     old = 256

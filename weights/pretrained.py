@@ -22,12 +22,12 @@ from weights.card import TAGS
 from weights.foreign import check_model_args, check_names, check_shape
 from weights.formats import Npz, read_folder, read_settings, write_npz, write_safetensors
 
-# repository and commit, so that the weights are the same tomorrow
+# commits of openai-community's repositories, so that the weights are the same tomorrow
 HUB = {
-    'gpt2': 'openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e',
-    'gpt2-medium': 'openai-community/gpt2-medium@6dcaa7a952f72f9298047fd5137cd6e4f05f41da',
-    'gpt2-large': 'openai-community/gpt2-large@32b71b12589c2f8d625668d2335a01cac3249519',
-    'gpt2-xl': 'openai-community/gpt2-xl@15ea56dee5df4983c59b2538573817e1667135e2',
+    'gpt2': '607a30d783dfa663caf39e06633721c8d4cfcd7e',
+    'gpt2-medium': '6dcaa7a952f72f9298047fd5137cd6e4f05f41da',
+    'gpt2-large': '32b71b12589c2f8d625668d2335a01cac3249519',
+    'gpt2-xl': '15ea56dee5df4983c59b2538573817e1667135e2',
 }
 HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')
 HEAD = 'lm_head.weight'  # its name in all classes of transformers
@@ -68,7 +68,9 @@ def find(name: str) -> Path:
 def download(name):
     """Return the folder of a model in the hub's cache. HF_ENDPOINT and HF_HUB_OFFLINE apply."""
     import huggingface_hub as hub
-    repository, _, revision = HUB.get(name, name).partition('@')
+    repository, _, revision = name.partition('@')
+    if name in HUB:
+        repository, revision = f'openai-community/{name}', HUB[name]
     try:
         folder = Path(hub.snapshot_download(repository, revision=revision or None,
                                             allow_patterns=['*.json', '*.safetensors']))
