@@ -80,10 +80,6 @@ class CheckpointFolder:
             return f'no checkpoint has been saved yet{best}'
         return f'the last good checkpoint is {self.newest} of iteration {self.saved_iter}{best}'
 
-    def too_many_skipped(self, n: int, iter_num: int) -> str:
-        return (f'{n} steps in a row were skipped, up to iteration {iter_num}: {self.what_is_saved()}, '
-                'continue from it with a lower --learning_rate or other data')
-
     def save(self, state: dict, keep_last_n: int = 0, is_best: bool = False):
         """Publish state as ckpt.pt, and its weights as best.pt if they are the best so far.
 

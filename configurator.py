@@ -8,8 +8,7 @@ A setting is a lower-case name without leading underscore that holds a bool, int
 the type of its default, or of its annotation, as in `top_k: int | None = 200`.
 
 A config file may compute settings in a function derive(), as config/depth.py does. Its parameters are
-settings: annotated ones are the file's own, others the script's. What derive() returns overrides the files,
-and flags override that.
+settings, annotated ones the file's own. Its result overrides the files.
 """
 
 import contextlib
@@ -98,10 +97,7 @@ def phrase(options):
 
 
 def checked(value, options: list, source: str):
-    """Convert a value to the type of its setting: 1 to 1.0 for a float, 1e3 to 1000 for an int.
-
-    source  for the error, such as '--dtype=bf16'
-    """
+    """Convert a value to the type of its setting: 1 to 1.0 for a float, 1e3 to 1000 for an int."""
     if isinstance(value, str) and (str in options or value in options):
         return str(value)
     if type(value) in (bool, NoneType) and type(value) in options:

@@ -127,11 +127,9 @@ def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: 
     total = gradient_accumulation_steps * batch_size
     per_rank, rest = divmod(total, world_size)
     if rest:
-        below = gradient_accumulation_steps // world_size * world_size
-        near = [str(n) for n in (below, below + world_size) if n]
         raise ValueError(f'{total} sequences (gradient_accumulation_steps={gradient_accumulation_steps} x '
                          f'batch_size={batch_size}) do not divide over {world_size} ranks: '
-                         f'use --gradient_accumulation_steps={" or ".join(near)}')
+                         f'use a multiple of {world_size} for --gradient_accumulation_steps')
     rows = max(n for n in range(1, min(batch_size, per_rank) + 1) if per_rank % n == 0)
     return per_rank // rows, rows
 
@@ -139,8 +137,7 @@ def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: 
 def prepare(model, place: Place, *, parallel='ddp', shard_ranks=0, dtype=torch.float32):
     """Move a GPT to its device, with the same weights on all ranks. Call it before making optimizers.
 
-    parallel, shard_ranks  as in train.py
-    dtype                  of matrix products; with fsdp in bfloat16 the blocks' weights are gathered in it
+    dtype  of matrix products; with fsdp in bfloat16 the blocks' weights are gathered in it
     """
     if parallel == 'fsdp' and dist.is_initialized():
         return shard(model, place, shard_ranks, dtype)
@@ -204,10 +201,7 @@ def sync_gradients(model, reduce: bool):
 
 
 def sum_gradients(model):
-    """Sum the gradients over all ranks after the last micro-step; FSDP already has.
-
-    The buckets are the same in a resumed run, which therefore adds in the same order.
-    """
+    """Sum the gradients over all ranks after the last micro-step, in equal buckets; FSDP already has."""
     if not dist.is_initialized() or isinstance(model, FSDPModule):
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None]

@@ -147,7 +147,9 @@ class Log:
     def check_skipped(self, max_skipped_steps: int, folder):
         """Raise ValueError if the latest steps, max_skipped_steps or more in a row, were skipped."""
         if self.skipped_in_a_row >= max_skipped_steps:
-            message = folder.too_many_skipped(max_skipped_steps, self.progress.iter_num)
+            message = (f'{max_skipped_steps} steps in a row were skipped, up to iteration '
+                       f'{self.progress.iter_num}: {folder.what_is_saved()}, '
+                       'continue from it with a lower --learning_rate or other data')
             self.end('nan_limit', message)
             raise ValueError(message)
 

@@ -337,10 +337,10 @@ def half_cosine(x):
     return 0.5 * (1.0 + math.cos(math.pi * x))
 
 
-def muon_momentum(it: int, warmup_iters: int = 300, start: float = 0.85, end: float = 0.95) -> float:
+def muon_momentum(it: int, warmup_iters: int = 300) -> float:
     """Return Muon's momentum, which rises linearly, as in KellerJordan/modded-nanogpt."""
     x = min(it / warmup_iters, 1.0) if warmup_iters else 1.0
-    return (1 - x) * start + x * end
+    return (1 - x) * 0.85 + x * 0.95
 
 
 def set_lr(optimizers, scale: float, momentum: float | None = None):

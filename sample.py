@@ -1,12 +1,10 @@
 """Continue a prompt with a trained model, answer a file of questions, or export the model.
 
     python sample.py --out_dir=out-quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=200
-    python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"
     python sample.py --out_dir=out-quickstart --export=exported    # for transformers; weights.npz for NumPy
     python sample.py --out_dir=out --export=model.gguf --quantize=int8    # for llama.cpp, q8_0
     python sample.py --out_dir=out-dolly --prompts=questions.jsonl --answers=answers.jsonl --temperature=0
-    python sample.py --out_dir=out-dolly --chat                    # the same as chat.py
 
 A sample ends where the model ends the document. The first is printed while it is drawn.
 """
@@ -41,7 +39,7 @@ n_head: int | None = None  # for a checkpoint_path that does not store it
 tokenizer = ''  # gpt2, byte, or a folder with tokenizer.json, for a model that has none
 strict = True  # False: checkpoint_path may lack weights or have others, which are listed
 export = ''  # write the model to this folder for transformers, or this .npz or .gguf file; do not sample
-adapter = False  # export the LoRA adapter of a run alone, to a folder for peft
+adapter = False  # export a run's LoRA adapter alone, for peft
 # the text
 start = '\n'  # the prompt, or FILE:prompt.txt; may contain <|endoftext|>
 num_samples = 10

@@ -6,17 +6,16 @@
     python train.py --init_from=resume --out_dir=out-quickstart --max_iters=2000
     python train.py config/finetune_shakespeare.py --init_from=gpt2
 
-out_dir gets ckpt.pt (the newest state), best.pt (the best weights), metrics.jsonl (a line per logged step
-and per evaluation), run.json (settings and environment), samples.md with generate_interval, and at the end
-report.md with curves.
+out_dir gets ckpt.pt (the newest state), best.pt (the best weights), metrics.jsonl, run.json (settings and
+environment), samples.md with generate_interval, and report.md with curves.
 """
 
 import dataclasses
 import os
 from typing import Literal
 
-# Let waiting OpenMP threads sleep soon: on two busy cores a step then took 2 s instead of 10. On an idle
-# machine this costs 4% of a small step; sleeping at once (passive) would cost a quarter.
+# Let waiting OpenMP threads sleep soon: on two busy cores a step then took 2 s instead of 10. It costs 4% of
+# a small step on an idle machine.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 import torch
@@ -153,7 +152,7 @@ timeout_s = 600  # a rank fails after waiting this long for others, for example 
 DEFAULTS, ACCEPTED = config_of(globals()), accepted_by(globals())
 
 with one_line_errors(), signals_noted():
-    explicit = configure(globals())  # names of the settings that the user gave
+    explicit = configure(globals())  # names of the settings given
     settings = config_of(globals())
     check_limits(settings)  # before the ranks meet, which may take timeout_s
     place = distributed.start(device, backend, timeout_s)

@@ -210,7 +210,7 @@ def test_torchrun(runs, tiny, tmp_path):
 def test_a_mistake_under_torchrun_is_one_line_and_closes_its_report(tiny, tmp_path):
     code, stdout, stderr, _ = run_train(*TINY, '--batch_size=3', '--gradient_accumulation_steps=1', f'--dataset={tiny}', n_proc=2, out_dir=tmp_path / 'out')
     assert code != 0 and not (tmp_path / 'out').exists()
-    problem = 'rank 0: 3 sequences (gradient_accumulation_steps=1 x batch_size=3) do not divide over 2 ranks: use --gradient_accumulation_steps=2'
+    problem = 'rank 0: 3 sequences (gradient_accumulation_steps=1 x batch_size=3) do not divide over 2 ranks: use a multiple of 2 for --gradient_accumulation_steps'
     assert [line for line in stderr.splitlines() if '3 sequences' in line] == [problem, f'  traceback : {problem}'], stderr
     assert 'train.py", line' not in stderr  # no traceback into our files
 
@@ -519,8 +519,8 @@ def test_divide_batch(accum, batch, world, expected):
 
 
 @pytest.mark.parametrize('accum, batch, world, problem', [
-    (40, 12, 7, '480 sequences (gradient_accumulation_steps=40 x batch_size=12) do not divide over 7 ranks: use --gradient_accumulation_steps=35 or 42'),
-    (1, 1, 2, '1 sequences (gradient_accumulation_steps=1 x batch_size=1) do not divide over 2 ranks: use --gradient_accumulation_steps=2'),
+    (40, 12, 7, '480 sequences (gradient_accumulation_steps=40 x batch_size=12) do not divide over 7 ranks: use a multiple of 7 for --gradient_accumulation_steps'),
+    (1, 1, 2, '1 sequences (gradient_accumulation_steps=1 x batch_size=1) do not divide over 2 ranks: use a multiple of 2 for --gradient_accumulation_steps'),
 ])
 def test_divide_batch_names_the_nearest_that_divide(accum, batch, world, problem):
     with pytest.raises(ValueError, match=f'^{re.escape(problem)}$'):
