@@ -181,7 +181,7 @@ class Log:
         self.to_tensorboard('flush')
         if folder.saved_iter == self.progress.iter_num:
             self.event('saved', path=str(folder.newest))
-        if is_best and self.progress.since_best == 0:
+        if is_best and folder.best_iter == self.progress.iter_num:
             self.event('new_best', path=str(folder.best), val_loss=self.progress.best_val_loss)
 
     def event(self, name: str, **facts):
