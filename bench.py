@@ -273,7 +273,9 @@ def compare_quantized() -> dict:
         for kind in ('none', 'int8'):
             flags = dict(settings, quantize=kind, batch_size=n_rows)
             command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE)
+            if done.returncode:
+                sys.exit(done.returncode)
             runs[f'{kind}_{n_rows}'] = loads(done.stdout)
         for name in COMPARED:
             half, int8 = runs[f'none_{n_rows}'][name], runs[f'int8_{n_rows}'][name]
@@ -334,14 +336,18 @@ def describe_machine(device):
     cpu_info = Path('/proc/cpuinfo')  # Linux names the processor's model only here
     text = cpu_info.read_text(encoding='utf-8') if cpu_info.exists() else ''
     model_name = re.search(r'model name\s*: (.+)', text)
-    processor = model_name[1] if model_name else platform.processor()
+    processor = model_name[1] if model_name else platform.processor() or platform.machine()
     return dict(device=devices.device_name(device), processor=processor, system=platform.platform(),
                 python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
 
 
 if __name__ == '__main__':
     with one_line_errors():
-        is_quiet = {'--json', '--json=True'} & set(sys.argv) and '--help' not in sys.argv
-        with contextlib.redirect_stdout(io.StringIO() if is_quiet else sys.stdout):
-            configure(globals())
+        overrides = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(overrides):
+                configure(globals())
+        finally:
+            if not json:
+                print(overrides.getvalue(), end='', flush=True)
         main()

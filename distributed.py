@@ -175,7 +175,7 @@ def shard(model, place, shard_ranks, dtype):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            # FSDP reuses the tensors of its first pass, which must not be inference-mode tensors
+            # FSDP reuses the tensors of its first pass: no inference-mode tensors
             module.unshard()
             module.reshard()
     return model
@@ -184,12 +184,12 @@ def shard(model, place, shard_ranks, dtype):
 def compiled_loss(model):
     """Return model.loss_sum, compiled for batches of one shape, after prepare().
 
-    With FSDP, each block and the cross entropy are compiled, because gathering weights would break a larger
-    graph.
+    With FSDP, each block and the cross entropy: gathering weights would break a larger graph.
     """
     if not isinstance(model, FSDPModule):
         return torch.compile(model.loss_sum, dynamic=False)
     model.compile_blocks()
+    model.blocks_are_compiled = False  # samples run eagerly
     model.cross_entropy = torch.compile(model.cross_entropy, dynamic=False)
     return model.loss_sum
 

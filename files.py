@@ -130,7 +130,7 @@ def json_lines(lines, path):
 
 def print0(*args, **kwargs):
     """Print on the first rank only. A log on a full disk does not end a run; a closed pipe does."""
-    if os.environ.get('RANK', '0') != '0':
+    if (os.environ.get('RANK') or '0') != '0':
         return
     try:
         print(*args, **kwargs, flush=True)
@@ -169,7 +169,7 @@ def one_line_errors():
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
             sys.exit(141)  # 128 + SIGPIPE, as `| head` ends any program
     message = printable(' '.join(map(str.strip, message.splitlines())))
-    if os.environ.get('WORLD_SIZE', '1') != '1':
+    if (os.environ.get('WORLD_SIZE') or '1') != '1':
         message = f'rank {os.environ.get("RANK")}: {message}'
         tell_torchrun(message)
     print(message, file=sys.stderr)
@@ -182,7 +182,7 @@ def tell_torchrun(message):
     if not report:
         return
     if os.environ.get('RANK') != '0':  # most errors are the same on all ranks, and torchrun ends the others
-        time.sleep(5 + int(os.environ.get('LOCAL_RANK', 0)))
+        time.sleep(5 + int(os.environ.get('LOCAL_RANK') or 0))
     details = dict(message=message, extraInfo=dict(timestamp=str(int(time.time()))))
     with contextlib.suppress(OSError):
         write_json(report, dict(message=details))

@@ -294,9 +294,10 @@ class RowLinear(PackedLinear):
         if x.numel() > x.size(-1):
             return F.linear(x, self.weight.to(x.dtype), self.bias)
         torch._C._set_mkldnn_enabled(False)  # for one row torch's own kernel reads memory twice as fast
-        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-        torch._C._set_mkldnn_enabled(True)
-        return y.to(x.dtype)
+        try:
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+        finally:
+            torch._C._set_mkldnn_enabled(True)
 
 
 class BFloat16Linear(PackedLinear):
@@ -340,7 +341,7 @@ class Int8Linear(QuantizedLinear):
     """Weights in int8 with a scale per output. Each row of x is rounded to 8 bits with a scale of its own."""
 
     # without VNNI pairs of products are summed in 16 bits
-    reduce_range = HAS_FBGEMM and not torch.cpu._is_vnni_supported()
+    reduce_range = HAS_FBGEMM and not getattr(torch.cpu, '_is_vnni_supported', bool)()
 
     def pack(self, rows):
         scale = (rows.abs().amax(dim=1) / 127).clamp_(min=1e-12)
@@ -397,3 +398,4 @@ def pack_linears(model, quantize=None, n_rows=1):
         for p in model.parameters():
             p.data = p.data if p is rows else p.data.float()
         model.transformer.wte.register_forward_hook(lambda *args: args[-1].float())
+        model.stream_dtype = torch.float32

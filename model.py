@@ -188,6 +188,7 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = False  # True: recompute blocks in the backward pass
         self.blocks_are_compiled = False  # set by compile_blocks()
+        self.stream_dtype = None  # of the KV cache, if not the embedding's
         self.bf16_residual = False  # True: under bfloat16 autocast, sum the outputs of the blocks in bfloat16
         self.loss_chunks = 'auto'  # chunks of loss_sum() and score(); 'auto' = by size of the logits
         self.cross_entropy = kernels.cross_entropy  # may be compiled by itself
@@ -328,7 +329,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def crop_block_size(self, block_size: int):
-        """Keep the first block_size positions."""
+        """Keep the first positions."""
         if block_size > self.config.block_size:
             raise ValueError(f'block_size={block_size}: the model has positions for {self.config.block_size} '
                              f'tokens: use {self.config.block_size} or less')
@@ -394,7 +395,7 @@ class GPT(nn.Module):
         cache, new = None, idx  # new = the tokens that are not yet in the cache
         if idx.size(1) < limit:
             n_tokens = min(limit, idx.size(1) + max_new_tokens)
-            dtype = kernels.compute_dtype(self.transformer.wte(idx[:, :1]))
+            dtype = self.stream_dtype or kernels.compute_dtype(self.transformer.wte.weight)
             cache = kernels.KVCache(self.config, idx.size(0), n_tokens, idx.device, dtype,
                                     static=self.blocks_are_compiled)
         for _ in range(max_new_tokens):

@@ -105,9 +105,10 @@ def dump(place):
     else:
         model = GPT.from_pretrained(init_from).eval()
     rows, n_ranks = read_ids(model.config.vocab_size, model.config.block_size), place.world_size
-    if len(rows) % n_ranks or (reference and n_ranks > 1):
-        raise ValueError(f'{n_ranks} ranks do not divide {len(rows)} rows of tokens, or share --reference: '
-                         'give another --batch_size, or leave torchrun out')
+    if reference and n_ranks > 1:
+        raise ValueError('--reference runs in one process: leave torchrun out')
+    if len(rows) % n_ranks:
+        raise ValueError(f'{n_ranks} ranks do not divide {len(rows)} rows of tokens: change --batch_size')
     precision = devices.choose_dtype(dtype, place.device)
     recorder = Recorder(out)
     recorder.write('ids', rows)
@@ -123,7 +124,8 @@ def run(model, rows, recorder, precision, place):
     names = {name: [name] for name, module in model.named_modules() if isinstance(module, RECORDED)}
     if reference:
         names = transformers_model.names_of(model)
-        whole = partial(transformers_model.in_our_layout, model.config, dict(model.named_parameters()))
+        shapes = {name: p.to('meta') for name, p in model.named_parameters()}
+        whole = partial(transformers_model.in_our_layout, model.config, shapes)
         model = transformers_model.reference_of(model).to(place.device)
     else:
         model = distributed.prepare(model, place, parallel=parallel, dtype=precision)
@@ -206,7 +208,7 @@ if __name__ == '__main__':
             torch.set_float32_matmul_precision('highest')  # no TensorFloat32
             dump(place)
             distributed.stop()
-        elif command == ['compare'] and len(folders) == 2:
+        elif command == ['compare'] and len(folders) == 2 and not any(f.startswith('-') for f in folders):
             configure(globals(), sys.argv[4:])
             if not compare(*folders):
                 sys.exit(1)

@@ -148,7 +148,7 @@ class Muon(torch.optim.Optimizer):
     ns_dtype    to orthogonalize in; None = the parameters'. In bfloat16 the last bit of a gradient can change
                 a step by 1e-2 of its size, so runs on different numbers of ranks differ by as much
     normuon     even_out() the updates
-    source      https://kellerjordan.github.io/posts/muon/; decoupled weight decay arXiv:2502.16982
+    source      arXiv:2502.16982 (decoupled weight decay)
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, n_matrices=1, ns_dtype=None,

@@ -6,7 +6,7 @@
     python sample.py --out_dir=out --export=model.gguf --quantize=int8    # for llama.cpp, q8_0
     python sample.py --out_dir=out-dolly --prompts=questions.jsonl --answers=answers.jsonl --temperature=0
 
-A sample ends where the model ends the document. The first is printed while it is drawn.
+A sample ends where the model ends the document.
 """
 
 import codecs

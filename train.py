@@ -50,7 +50,7 @@ eval_only = False  # evaluate once, write nothing
 generate_interval = 0  # iterations between samples for out_dir/samples.md; 0 = none
 generate_prompts = ''  # one a line; '' = the beginnings of four validation windows
 report = True  # write report.md and its curves at the end
-max_hours = 0.0  # save and stop after this many hours of wall clock; 0 = never
+max_hours = 0.0  # save and stop after this many hours; 0 = never
 on_event = ''  # shell command called at events, see docs/TRAIN.md
 patience = 0  # stop after this many evaluations without a new best validation loss; 0 = never
 always_save_checkpoint = True  # False: sample.py loads best.pt, not ckpt.pt

@@ -37,12 +37,15 @@ def check_blocks(path, first):
 
 
 def read_rows(path, reading):
-    n_rows, n_tokens = map_blocks(path)[TOKENS].shape
+    tokens = map_blocks(path)[TOKENS]
+    (n_rows, n_tokens), n_bytes = tokens.shape, tokens.nbytes
+    del tokens
     step = max(1, CHUNK_BYTES // (4 * max(n_tokens, 1)))
     for begin in range(0, n_rows, step):
         # map the arrays anew for each chunk, because an open map keeps in memory what was read
         chunk = {name: np.array(array[begin:begin + step]) for name, array in map_blocks(path).items()}
         for number, row in enumerate(rows_of_chunk(chunk, path, begin), begin):
+            reading.n_read = n_bytes * (number + 1) // n_rows
             yield row, f'{path}, row {number}'
 
 

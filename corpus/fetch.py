@@ -94,10 +94,14 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
 
 def checked(path, name, sha256):
     """Return the path if the file has this sha256 or, where none is known, content that fits its name."""
-    data, ending = Path(path).read_bytes(), os.path.splitext(name)[1].lower()
-    digest = hashlib.sha256(data).hexdigest()
-    if sha256 and digest != sha256:
-        raise OSError(f'has sha256 {digest[:12]}..., {sha256[:12]}... was expected')
+    ending = os.path.splitext(name)[1].lower()
+    with open(path, 'rb') as file:
+        data = file.read(1 << 16)
+        digest = hashlib.sha256(data)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if sha256 and digest.hexdigest() != sha256:
+        raise OSError(f'has sha256 {digest.hexdigest()[:12]}..., {sha256[:12]}... was expected')
     if not sha256 and WEB_PAGE.match(data):
         raise OSError('is empty or a web page')
     if not sha256 and not data.lstrip().startswith(BEGINNINGS.get(ending, b'')):

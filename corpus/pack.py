@@ -43,14 +43,18 @@ def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, maske
 
 
 def write_texts(folder, texts, tokenizer, source, val_fraction=0.1):
-    """Pack a list of texts with their last characters for validation, as nanoGPT does. Prints the totals."""
-    n_train = int(sum(map(len, texts)) * (1 - val_fraction))
-    splits = {'train': [], 'val': []}
-    for text in texts:
-        splits['train'].append(text[:n_train])
-        splits['val'].append(text[n_train:])
-        n_train = max(n_train - len(text), 0)
+    """Pack texts with their last characters for validation, as nanoGPT does. Iterates three times."""
+    n_chars = sum(map(len, texts))
+    n_train = int(n_chars * (1 - val_fraction))
+    splits = {'train': part_of(texts, 0, n_train), 'val': part_of(texts, n_train, n_chars)}
     write_dataset(folder, tokenizer, splits, source)
+
+
+def part_of(texts, start, end):
+    """Yield the characters from start to end of all texts in sequence, text by text."""
+    for text in texts:
+        yield text[max(start, 0):max(end, 0)]
+        start, end = start - len(text), end - len(text)
 
 
 def make_tokenizer(name, texts, eot=''):
@@ -150,7 +154,12 @@ def pack_files(args, source):
         raise ValueError('blocks hold ids, not characters: name the tokenizer that made them')
     texts = (encoder.choose(document.text) for document in read(0))
     encoder.tokenizer = make_tokenizer(args.tokenizer, texts, args.eot)
-    names = [[os.path.basename(path), format, readers.n_bytes_of(path)] for path, format in files]
+    names = []
+    for path, format in files:
+        name = os.path.basename(path)
+        if format == 'blocks':  # all blocks have the same file names
+            name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        names.append([name, format, readers.n_bytes_of(path)])
     recipe = {**vars(args), 'source': source, 'files': digest_of(json.dumps(names)),
               'tokenizer': encoder.tokenizer.meta()}
     for name in ('input', 'out', 'errors', 'workers'):

@@ -25,7 +25,7 @@ from files import json_lines, print0, read_json
 ERRORS = ('strict', 'replace', 'replace_all')
 PART_CHARS = 1 << 20  # a longer text file is cut into documents of this length
 # the last match is the ending; parts of a Wikipedia dump are named ...xml-p1p41242.bz2
-ENDING = re.compile(r'(token_float32\.npy|\.\w+)?(?:-p\d+p\d+)?(\.gz|\.bz2|\.zst)?$')
+ENDING = re.compile(r'(token_float32\.npy|\.(?!(?:gz|bz2|zst)$)\w+)?(?:-p\d+p\d+)?(\.gz|\.bz2|\.zst)?$')
 
 
 # -----------------------------------------------------------------------------
@@ -144,6 +144,7 @@ class Reading:
     encoding: str = 'utf-8'
     to_skip: int = 0  # documents still to skip
     file: Any = None  # tell() measures progress
+    n_read: int = 0  # bytes of this file, where there is no such file
 
     def __post_init__(self):
         try:
@@ -179,15 +180,13 @@ def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict
     n_before = 0  # bytes of the files before this one
     for path, format in files:
         text_of = FORMATS[format].text_of or (lambda record, *_: record)
-        reading.file = None
+        reading.file, reading.n_read = None, 0
         with naming(path):
             for record, where in reading.records(path, format):
                 if reading.to_skip:
                     reading.to_skip -= 1
                     continue
-                n_read = n_before
-                if reading.file:
-                    n_read += reading.file.tell()
+                n_read = n_before + (reading.file.tell() if reading.file else reading.n_read)
                 yield Document(text_of(record, where, reading.fields), where, n_read)
         n_before += n_bytes_of(path)
 

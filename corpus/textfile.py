@@ -147,10 +147,10 @@ def first_wrong_line(path, encoding):
     line = 1
     with file, io.TextIOWrapper(stream, encoding, errors='surrogateescape') as text:
         try:
-            while part := text.read(1 << 20):
-                if wrong := re.search('[\udc80-\udcff]', part):
-                    return line + part.count('\n', 0, wrong.start())
-                line += part.count('\n')
+            while part := text.readline(1 << 20):
+                if re.search('[\udc80-\udcff]', part):
+                    return line
+                line += part.endswith('\n')
         except UnicodeError:  # UTF-16 without its byte order mark, or cut short
             return line
     return None

@@ -240,7 +240,11 @@ class Writer:
 def undo_publishing(folder):
     """Restore the state before an interrupted publish(). This may be interrupted as well."""
     work, meta = folder / '.packing', folder / 'meta.json'
-    if not (work / 'moves.json').exists() or not meta.exists() or meta.read_bytes() != UNFINISHED:
+    if not (work / 'moves.json').exists():
+        return
+    if not meta.exists() or meta.read_bytes() != UNFINISHED:
+        if not (work / 'meta.json').exists():  # published: only the cleaning was interrupted
+            clear(work)
         return
     for name, new_name in reversed(read_json(work / 'moves.json')):
         if (folder / new_name).exists() and not (folder / name).exists():

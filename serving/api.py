@@ -49,7 +49,8 @@ class Api:
         self.html, self.policy = read_page(PAGE)
 
     async def page(self) -> Response:
-        return Response(self.html, headers={'Content-Security-Policy': self.policy}, media_type='text/html')
+        headers = {'Content-Security-Policy': self.policy, 'X-Content-Type-Options': 'nosniff'}
+        return Response(self.html, headers=headers, media_type='text/html')
 
     async def models(self) -> Response:
         model = {'id': self.name, 'object': 'model', 'created': self.created, 'owned_by': 'flatgpt',
@@ -161,7 +162,8 @@ class Answer(Response):
         await as_response(value)(scope, receive, send)
 
     async def stream(self, scope, receive, send):
-        await StreamingResponse(self.events(), media_type='text/event-stream').stream_response(send)
+        await StreamingResponse(self.events(), headers={'Cache-Control': 'no-store'},
+                                media_type='text/event-stream').stream_response(send)
 
     async def events(self):
         for index in range(len(self.sequences)):

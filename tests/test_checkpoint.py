@@ -350,7 +350,7 @@ def test_truncated_empty_and_zeroed_files_are_noticed(tmp_path, packed):
 @pytest.mark.parametrize('write, message', [
     (lambda f: None, 'PATH is not a readable checkpoint (File is not a zip file)'),
     (lambda f: f.write(b'some text\n' * 100), 'PATH is not a readable checkpoint (File is not a zip file)'),
-    (lambda f: zipfile.ZipFile(f, 'w').close(), 'PATH is not a readable checkpoint ('),
+    (lambda f: zipfile.ZipFile(f, 'w').close(), 'PATH is not a readable checkpoint'),
     (lambda f: torch.save([1, 2], f), 'PATH holds a list, not a checkpoint dict'),
     (lambda f: torch.save(torch.zeros(3), f), 'PATH holds a Tensor, not a checkpoint dict'),
     (lambda f: torch.save({'weight': torch.zeros(3)}, f), "PATH: its weights (weight) lack GPT-2's names, transformer.wte.weight and so on"),

@@ -174,5 +174,5 @@ def test_muon_orthogonalizes_each_group_of_heads_by_itself():
     from optim import OptimizerSettings, configure_optimizers
     model = GPT(GPTConfig(arch='llama', n_layer=1, n_head=4, n_kv_head=2, n_embd=16, block_size=8, vocab_size=10))
     groups = [group for optimizer in configure_optimizers(model, OptimizerSettings('muon')) for group in optimizer.param_groups]
-    parts = {tuple(p.shape): group['parts'] for group in groups if 'parts' in group for p in group['params']}
-    assert parts == {(32, 16): 4, (16, 16): 1, (128, 16): 2, (16, 64): 1}  # q, q, k, v; output; gate, value; output
+    n_matrices = {tuple(p.shape): group['n_matrices'] for group in groups if 'n_matrices' in group for p in group['params']}
+    assert n_matrices == {(32, 16): 4, (16, 16): 1, (128, 16): 2, (16, 64): 1}  # q, q, k, v; output; gate, value; output

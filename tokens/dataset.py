@@ -76,12 +76,19 @@ def check_meta(meta):
     for key, accepted in wanted.items():
         if meta.get(key) not in accepted:
             raise ValueError(f'{key} must be {accepted[0]!r}, not {meta.get(key)!r}')
+    if 'train' not in meta['splits']:
+        raise ValueError('splits must hold train')
+    row = meta.get('row_tokens')
     for split in meta['splits'].values():
+        if not split['shards']:
+            raise ValueError('shards must be a list of one or more')
         for shard in split['shards']:
             if not re.fullmatch(r'[\w-]+\.bin', str(shard['file'])):
                 raise ValueError(f'file must be a name such as train.bin, not {shard["file"]!r}')
             if type(shard['tokens']) is not int:
                 raise ValueError(f'tokens must be a count, not {shard["tokens"]!r}')
+            if row is not None and (type(row) is not int or row < 2 or shard['tokens'] % row):
+                raise ValueError(f'row_tokens must be a divisor of {shard["tokens"]}, not {row!r}')
 
 
 def meta_of_nanogpt(folder):

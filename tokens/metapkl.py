@@ -51,6 +51,7 @@ class PlainUnpickler(pickle._Unpickler):
     dispatch = pickle._Unpickler.dispatch | {
         pickle.TUPLE[0]: load_marked, pickle.TUPLE1[0]: lambda self: self.load_last(1),
         pickle.TUPLE2[0]: lambda self: self.load_last(2), pickle.TUPLE3[0]: lambda self: self.load_last(3)}
+    del dispatch[pickle.BYTEARRAY8[0]]  # it would allocate as much as the file claims
 
 
 class IntegerType:

@@ -96,7 +96,12 @@ def make_page(folders) -> str:
         first, *others = tables(runs)
         now = [progress_of(run, state) for run, state in zip(runs, states, strict=True)]
         first = first._replace(rows=side_by_side(now) + first.rows)
-        parts += [html_table(first), *as_svg(runs)]
+        parts.append(html_table(first))
+        try:
+            parts += as_svg(runs)
+        except ImportError as error:
+            parts.append(f'<p>no curves: matplotlib cannot be imported ({text_of(error)}): '
+                         'pip install matplotlib</p>')
         for run in runs:
             iteration, _, samples = run.samples.partition('\n')
             if samples:

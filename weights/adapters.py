@@ -15,9 +15,9 @@ PREFIX = 'base_model.model.'  # of all names
 # settings of peft, and their values in plain LoRA; null is the first
 PLAIN = dict(peft_type=['LORA'], bias=['none'], rank_pattern=[{}], alpha_pattern=[{}],
              init_lora_weights=[True, False, 'gaussian', 'orthogonal'])  # others change the base model
-PLAIN |= dict.fromkeys(('use_dora', 'use_rslora', 'use_qalora', 'use_bdlora', 'modules_to_save',
-                        'layer_replication', 'alora_invocation_tokens', 'arrow_config', 'kasa_config',
-                        'monteclora_config'), [None])
+PLAIN |= dict.fromkeys(('use_dora', 'use_rslora', 'use_qalora', 'use_bdlora'), [False])
+PLAIN |= dict.fromkeys(('modules_to_save', 'layer_replication', 'alora_invocation_tokens', 'arrow_config',
+                        'kasa_config', 'monteclora_config'), [None])
 
 
 def base_of(folder) -> str | None:

@@ -60,7 +60,8 @@ class Architecture:
         scaling = None
         if kind == 'llama3':
             scaling = {name: rope.get(name) for name in ROPE_SCALING}
-        return dict(norm_eps=1e-6) | args | dict(rope_theta=rope['rope_theta'], rope_scaling=scaling)
+        theta = float(rope['rope_theta'])  # 1000000 and 1e6 are one model
+        return dict(norm_eps=1e-6) | args | dict(rope_theta=theta, rope_scaling=scaling)
 
     def write(self, config) -> dict:
         """Return the content of config.json for a GPTConfig, without the tokenizer's ids."""
@@ -102,7 +103,7 @@ class Architecture:
 
 
 def need(name, value, accepted):
-    if value not in accepted:
+    if value not in list(accepted):
         raise ValueError(f'{name} = {value!r} is not supported, '
                          f'accepted is {" or ".join(map(repr, accepted))}')
 

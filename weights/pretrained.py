@@ -72,8 +72,16 @@ def download(name):
     if name in HUB:
         repository, revision = f'openai-community/{name}', HUB[name]
     try:
-        folder = Path(hub.snapshot_download(repository, revision=revision or None,
-                                            allow_patterns=['*.json', '*.safetensors']))
+        kept = None
+        if name in HUB:  # a pinned revision that is here needs no request
+            kept = hub.try_to_load_from_cache(repository, 'model.safetensors', revision=revision)
+        if isinstance(kept, str):
+            folder = Path(kept).parent
+        else:
+            if name in HUB:  # fails at once; snapshot_download() tries a dead network for half a minute
+                hub.get_hf_file_metadata(hub.hf_hub_url(repository, 'config.json', revision=revision))
+            folder = Path(hub.snapshot_download(repository, revision=revision or None,
+                                                allow_patterns=['*.json', '*.safetensors']))
     except Exception as error:  # the errors of its HTTP library change with its versions
         reason = ' '.join(str(error).split())[:150] or type(error).__name__
         raise OSError(f'{name} is no folder here, and cannot be downloaded from {hub.constants.ENDPOINT} '
@@ -133,8 +141,13 @@ def read_model_args(path: Path) -> dict:
     weights = read_folder(path)
     with one_line(file):
         args = architecture.read(settings)
-        check_model_args(args, len(weights))
-        GPTConfig(**args)
+        try:
+            check_model_args(args, len(weights))
+            GPTConfig(**args)
+        except ValueError as error:  # in the names of the file
+            names = architecture.arguments
+            message = re.sub(r'\w+', lambda word: names.get(word[0], word[0]), str(error))
+            raise ValueError(message) from None
     if architecture.biased and not args.get('bias', True):
         # exported without biases, as zeros; training elsewhere may have changed them
         args['bias'] = any(bool(weights[name][:].any()) for name in weights if name.endswith('.bias'))
