@@ -63,7 +63,8 @@ def open_data(settings: dict, place, grad_accum: int, rows: int, stored_meta: di
     folders, weights = dataset_folders(dataset)
     order, shape = settings['sampling'], dict(block_size=block_size, isolate=settings['isolate_documents'])
     train = Loader(folders, 'train', order=order, weights=weights, **shape, **ranks)
-    order = order if order == 'documents' else 'sequential'
+    if order != 'documents':
+        order = 'sequential'
     loaders = [Loader(folders, split, order=order, batch_size=batch_size, **shape)
                for split in ('train', 'val')]
     for split in train.splits:
@@ -72,8 +73,9 @@ def open_data(settings: dict, place, grad_accum: int, rows: int, stored_meta: di
             print0(f'{split.folder} has no meta.json: reading uint16 shards with {origin}, as nanoGPT does')
     if settings['verify_data']:
         for split in (*train.splits, *loaders[1].splits):
-            print0(split.describe_checksums())
-            distributed.on_first_rank(split.verify, of_each_node=True)
+            n_verified = distributed.on_first_rank(split.verify, of_each_node=True)
+            print0(f'{split.folder}, {split.split}: {n_verified} of {len(split.shards)} shards have a '
+                   'checksum in meta.json, and match it')
     for loader in (train, *loaders):
         loader.windows(np.arange(batch_size))  # ids of another tokenizer fail here
     styles = sorted({split.meta['style'] for split in train.splits if split.meta.get('style')})
@@ -91,7 +93,9 @@ def count_bytes(meta: dict, place) -> torch.Tensor | None:
     None for GPT-2's tokenizer if vocab.bpe is not in the cache: training does not download it.
     """
     table = distributed.on_first_rank(lambda: read_byte_counts(meta))
-    return table if table is None else table.to(place.device)
+    if table is not None:
+        table = table.to(place.device)
+    return table
 
 
 def read_byte_counts(meta):
