@@ -8,6 +8,7 @@
 dump runs one forward and one backward pass on fixed tokens. compare exits with 1 if a tensor differs.
 """
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -67,8 +68,7 @@ RECORDED = Block, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm
 
 def short(name):
     """'transformer.h.3.mlp.c_fc' -> 'h.03.mlp.c_fc'"""
-    parts = name.removeprefix('transformer.').split('.')
-    return '.'.join(f'{int(part):02d}' if part.isdecimal() else part for part in parts)
+    return re.sub(r'[.](\d)(?=[.]|$)', r'.0\1', name.removeprefix('transformer.'))
 
 
 def read_ids(vocab_size: int, most: int) -> torch.Tensor:
@@ -79,7 +79,10 @@ def read_ids(vocab_size: int, most: int) -> torch.Tensor:
         raise ValueError(f'{source}: accepted are sizes of 1 or more')
     if ids:
         with one_line(f'--ids={ids}: accepted is a file of whole numbers, as many on each line, or .npy'):
-            rows = np.load(ids, allow_pickle=False) if ids.endswith('.npy') else np.loadtxt(ids, np.int64)
+            if ids.endswith('.npy'):
+                rows = np.load(ids, allow_pickle=False)
+            else:
+                rows = np.loadtxt(ids, np.int64)
             rows = torch.from_numpy(np.atleast_2d(rows).astype(np.int64, casting='safe'))
     elif dataset:
         loader = Loader(dataset_folders(dataset)[0], 'val', block_size=T + 1, batch_size=batch_size,
@@ -136,7 +139,10 @@ def run(model, rows, recorder, precision, place):
         for i, part in enumerate(parts):
             recorder.watch(modules[part], short(name), i, len(parts))
     if compile:
-        for part in model.transformer.h if isinstance(model, FSDPModule) else [model]:
+        parts = [model]
+        if isinstance(model, FSDPModule):
+            parts = model.transformer.h
+        for part in parts:
             part.compile(dynamic=False)
 
     # each rank takes its share of the rows; gradients and losses are sums over the ranks
@@ -167,7 +173,9 @@ def whole_tensors(tensors):
 def compare(folder_a, folder_b) -> bool:
     """Print the differences of two dumps. Return whether all are within the tolerance."""
     (names_a, rtol_a), (names_b, rtol_b) = read_index(folder_a), read_index(folder_b)
-    tolerance = max(rtol_a, rtol_b) if rtol is None else rtol
+    tolerance = rtol
+    if rtol is None:
+        tolerance = max(rtol_a, rtol_b)
     names = [name for name in names_a if name in names_b]
     if not names:
         raise ValueError(f'{folder_a} and {folder_b} have no tensor of the same name')

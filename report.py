@@ -157,7 +157,9 @@ def expect(value, kind, source):
 
 def number(value, default=math.nan):
     """Return the value if it is a number that fits a float."""
-    return value if type(value) in (int, float) and abs(value) < 1e300 else default
+    if type(value) in (int, float) and abs(value) < 1e300:
+        return value
+    return default
 
 
 def add_totals(lines: list[dict]):
@@ -217,13 +219,15 @@ def summary(run) -> dict[str, str]:
     evaluations = [line for line in run.lines if 'val_loss' in line]
     trained = [line for line in evaluations if line['iter']]  # best.pt is never the model before training
     best = min(trained or evaluations, key=lambda line: line['val_loss'], default={})
-    unit, per_minute = ('hours', 1 / 60) if last['minutes'] >= 120 else ('seconds', 60)
+    unit, duration = 'seconds', 60 * last['minutes']
+    if duration >= 7200:
+        unit, duration = 'hours', duration / 3600
     return formatted([
         ('updates', '{:,}', last['updates']),
         ('max_iters', '{:,}', run.facts['settings'].get('max_iters')),
         ('tokens', '{:,.0f}', last['tokens']),
         ('epochs', '{:.2f}', last['tokens'] / dataset_tokens),
-        (f'{unit} in training', '{:,.1f}', last['minutes'] * per_minute),
+        (f'{unit} in training', '{:,.1f}', duration),
         ('parameters', '{:,}', run.facts.get('parameters')),
         ('last training loss, smoothed', '{:.4f}', latest.get('loss_smoothed')),
         ('best validation loss', '{:.4f}', best.get('val_loss')),
@@ -250,7 +254,9 @@ def measures(numbers: dict) -> str:
     for name, value in numbers.items():
         if name.endswith('_stderr') or not math.isfinite(number(value)):
             continue
-        form = '{} {:>7,}' if isinstance(value, int) else '{} {:.4f}'
+        form = '{} {:.4f}'
+        if isinstance(value, int):
+            form = '{} {:>7,}'
         error = number(numbers.get(f'{name}_stderr'))
         if math.isfinite(error):
             form += f' ±{error:.4f}'

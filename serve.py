@@ -91,12 +91,15 @@ if __name__ == '__main__':
         name = Path(out_dir if init_from == 'resume' else init_from).resolve().name
         engine = Engine(model, tokenizer, max_batch, max_queue)
         hosts = {'127.0.0.1', 'localhost', '[::1]'}
+        if host not in (*hosts, '::1'):
+            hosts = None
         app = make_app(Api(engine, name, template, sampling, stop_ids(tokenizer)),
                        api_key=api_key or os.environ.get('FLATGPT_API_KEY', ''),
-                       origins=cors.split(',') if cors else [],
-                       hosts=hosts if host in (*hosts, '::1') else None)
+                       origins=[origin for origin in cors.split(',') if origin], hosts=hosts)
         shown = f'[{host}]' if ':' in host else host
-        kind = f', style {template}' if template else ': a base model, it completes texts'
+        kind = ': a base model, it completes texts'
+        if template:
+            kind = f', style {template}'
         print(f'http://{shown}:{listener.getsockname()[1]} serves {printable(name)}{kind}', flush=True)
         config = uvicorn.Config(app, http=PatientProtocol, ws='none', log_level='warning',
                                 limit_concurrency=512, server_header=False, timeout_graceful_shutdown=2)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import count, islice
 from pathlib import Path
 from statistics import median
 
@@ -21,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 import devices
-from bench import now_s
+from bench import now_s, timed
 from configurator import config_of, configure
 from files import one_line_errors
 from model import GPT, GPTConfig
@@ -62,8 +63,9 @@ def main():
 
 def bench(**flags) -> dict:
     """Run bench.py in a process of its own. Return the JSON object in its last line."""
-    command = [sys.executable, Path(__file__).parent.parent / 'bench.py', '--json', f'--device={device}',
-               f'--seed={seed}', *(f'--{name}={value}' for name, value in flags.items())]
+    flags |= dict(device=device, seed=seed)
+    command = [sys.executable, Path(__file__).parent.parent / 'bench.py']
+    command += [f'--{name}={value}' for name, value in flags.items()]
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding='utf-8')
     if done.returncode:
         sys.exit(done.returncode)
@@ -81,13 +83,14 @@ def compare_training(name) -> dict:
     loader = Loader(folders, 'train', block_size=shape['block_size'], batch_size=batch_size, seed=seed,
                     weights=weights)
     shape = dict(shape, vocab_size=loader.vocab_size)
-    ms, reference_ms = [], []
+    chosen, ms, reference_ms = devices.choose_device(device), [], []
     for _ in range(rounds):
         here = bench(**shape, batch_size=batch_size, dataset=dataset, steps=steps, warmup_steps=warmup_steps)
         ms.append(here['step_ms']['median'])
-        step_ms, loss = train_plainly(shape, loader, warmup_steps + steps)
-        reference_ms.append(step_ms)
-    ms, reference_ms = median(ms), median(reference_ms)
+        updates = islice(train_plainly(shape, loader, chosen), warmup_steps + steps)
+        losses, times_ms = zip(*timed(updates, chosen), strict=True)
+        reference_ms.append(median(times_ms[warmup_steps:]))
+    ms, reference_ms, loss = median(ms), median(reference_ms), losses[-1].item()
     ratio = reference_ms / ms
     print(f'| training, {name}, {batch_size} x {shape["block_size"]} tokens, {here["dtype"]}: a step | '
           f'{reference_ms:.1f} ms | {ms:.1f} ms | {ratio:.2f} |')
@@ -96,18 +99,15 @@ def compare_training(name) -> dict:
                 dtype=here['dtype'], compiled=here['compiled'], machine=here['machine'])
 
 
-def train_plainly(shape, loader, n_steps) -> tuple[float, float]:
-    """Train as bench.py does. Return the median of a step in milliseconds, and the last loss."""
-    chosen = devices.choose_device(device)
+def train_plainly(shape, loader, chosen):
+    """Train as bench.py does. Yield the loss of each step."""
     torch.manual_seed(seed)  # the weights that bench.py begins with
     model = GPT(GPTConfig(**shape, bias=False)).to(chosen)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=1e-2), dict(params=vectors, weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=False, fused=False)
-    times_s = []
-    for step in range(n_steps):
-        begun_s = now_s(chosen)
+    for step in count():
         x, y = plain_batch(loader, step)
         logits = plain_logits(model, x.to(chosen))
         loss = F.cross_entropy(logits.flatten(0, 1), y.to(chosen).flatten())
@@ -115,8 +115,7 @@ def train_plainly(shape, loader, n_steps) -> tuple[float, float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
-        times_s.append(now_s(chosen) - begun_s)
-    return 1000 * median(times_s[warmup_steps:]), loss.item()
+        yield loss.detach()
 
 
 def plain_batch(loader, step):

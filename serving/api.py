@@ -112,12 +112,14 @@ class Answer(Response):
         self.loop, self.pieces = asyncio.get_running_loop(), asyncio.Queue()
         self.head = {'id': f'{self.prefix}-{secrets.token_hex(12)}', 'created': int(time.time()),
                      'model': api.name}
-        seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
+        seed = body.seed
+        if seed is None:
+            seed = secrets.randbits(62)
         prompts = [ids for ids in prompts for _ in range(body.n or 1)]
         self.sequences = []
         for index, ids in enumerate(prompts):
             limit = min(body.max_new_tokens(), api.context - len(ids))
-            sampling = body.sampling(api.sampling, limit, seed + index)
+            sampling = body.sampling(api.sampling, limit, seed % 2**62 + index)
             emit = partial(self.receive, index)
             self.sequences.append(Sequence(ids, sampling, api.tokenizer, emit, body.stops(), api.stop_ids,
                                            body.n_logprobs()))

@@ -58,7 +58,9 @@ class Shared(BaseModel):
         return request
 
     def stops(self) -> list[str]:
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stops = self.stop or []
+        if isinstance(stops, str):
+            stops = [stops]
         return [stop for stop in stops if stop]
 
     def sampling(self, default: Sampling, max_new_tokens: int, seed: int) -> Sampling:
@@ -72,8 +74,9 @@ class CompletionRequest(Shared):
 
     def prompts(self) -> list:
         prompt = self.prompt or ''
-        is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
-        return [prompt] if is_one else prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]
+        return prompt
 
     def max_new_tokens(self) -> int:
         return self.max_tokens or 16  # OpenAI's default
@@ -102,7 +105,9 @@ class ChatRequest(Shared):
         return self.max_completion_tokens or self.max_tokens or UNLIMITED
 
     def n_logprobs(self) -> int | None:
-        return self.top_logprobs or 0 if self.logprobs else None
+        if not self.logprobs:
+            return None
+        return self.top_logprobs or 0
 
     def prompts(self) -> list:
         """Return one prompt: (role, text) of each message, as the chat template of an export writes them."""
