@@ -29,7 +29,7 @@ import torch
 
 import devices
 import distributed
-from chat import prepare_decoding
+from chat import check, prepare_decoding
 from configurator import config_of, configure
 from files import one_line_errors, print0
 from kernels import loss_chunk_rows
@@ -86,8 +86,7 @@ def main():
         batch_size = 1 if mode == 'decode' else 12
     for name, least in LEAST.items():
         value = globals()[name]
-        if value != 'auto' and value < least:
-            raise ValueError(f'--{name}={value}: accepted is {least} or more')
+        check(name, value, value == 'auto' or value >= least, f'{least} or more')
     n_context = prompt_tokens + max_new_tokens
     if mode == 'decode' and n_context > block_size:
         raise ValueError(f'prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} do not fit into '

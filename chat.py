@@ -122,15 +122,14 @@ def choose_style(style: str, trained, tokenizer) -> str:
     trained  a weights.begin.Start
     """
     check_tokenizer(tokenizer)
+    chosen = style
     if style == 'auto':
-        style = trained.style
-        if not style and TURN_END in tokenizer.special:
-            style = 'chatml'
-    if style not in STYLES:
+        chosen = trained.style or ('chatml' if TURN_END in tokenizer.special else None)
+    if chosen not in STYLES:
         raise ValueError(f'{trained.path} was not tuned on conversations: tune it with python train.py '
                          f'config/finetune_dolly.py --init_from={trained.path}, or name the template '
                          'of its prompts, --style=chat or --style=alpaca')
-    return style
+    return chosen
 
 
 def prepare_decoding(model, device, compile, quantize, n_rows=1):

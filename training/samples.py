@@ -32,9 +32,9 @@ def generate(model, tokenizer, prompts, seed: int, place, autocast) -> list[tupl
     for prompt in prompts:
         idx = torch.tensor([prompt], device=place.device)
         with autocast, torch.compiler.set_stance('force_eager'):  # each length would be compiled anew
-            drawn = list(model.stream(idx, N_TOKENS, temperature=0.8, top_k=200,
-                                      vocab_size=tokenizer.vocab_size))
-        ids = torch.cat(drawn).tolist()
+            row = model.generate(idx, N_TOKENS, temperature=0.8, top_k=200,
+                                 vocab_size=tokenizer.vocab_size)[0]
+        ids = row[len(prompt):].tolist()
         if tokenizer.eot in ids:
             ids = ids[:ids.index(tokenizer.eot)]
         samples.append((tokenizer.decode(prompt), tokenizer.decode(ids)))
