@@ -7,12 +7,15 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import typing
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 torch.set_num_threads(1)
+# the same examples in every run, however long one takes
+hypothesis.settings.register_profile('flatgpt', deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile('flatgpt')
 
 # a run of these takes about a second: 64 training windows, 8 a step, so an epoch is 8 steps
 TINY = ('--batch_size=4', '--gradient_accumulation_steps=2', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16',
@@ -64,6 +70,16 @@ def pack_chars(folder, train, val, chars=None):
     return folder
 
 
+@pytest.fixture(scope='session', autouse=True)
+def gpt2_merges():
+    """Put GPT-2's merges, if they are at hand, where a download would: a slow network fails no test."""
+    from corpus.fetch import cache_folder
+    merges, cached = ROOT.parent / 'shared/data/gpt2_bpe/vocab.bpe', cache_folder() / 'vocab.bpe'
+    if merges.exists() and not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(merges, cached)
+
+
 @pytest.fixture(scope='session')
 def small():
     """A model of CHARS whose guesses are far from even. Tests that change it put it back."""
@@ -89,7 +105,7 @@ def run_train(*flags, out_dir, n_proc=1, cwd=None, env=None):
     """python train.py, or torchrun where n_proc > 1: (exit code, stdout, stderr, lines of metrics.jsonl)."""
     launch = [sys.executable] if n_proc == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n_proc}']
     done = subprocess.run([*launch, str(ROOT / 'train.py'), *map(str, flags), f'--out_dir={out_dir}'], cwd=cwd, text=True, encoding='utf-8',
-                          capture_output=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
+                          capture_output=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
     return done.returncode, done.stdout, done.stderr, read_metrics(out_dir)
 
 
@@ -110,6 +126,26 @@ def run_here(script, *flags):
 def train_here(*flags, out_dir):
     """What run_train gives for one process, in this one."""
     return *run_here('train.py', *flags, f'--out_dir={out_dir}'), read_metrics(out_dir)
+
+
+def last_iter(out_dir):
+    """The last whole line's iteration in metrics.jsonl, which a run may be writing; -1 where there is none."""
+    path = Path(out_dir) / 'metrics.jsonl'
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in reversed(lines):
+        try:
+            return json.loads(line)['iter']
+        except ValueError:
+            pass  # being written
+    return -1
+
+
+def wait_for(condition, timeout_s=600):
+    """Poll until something has happened, however slow the machine is."""
+    ends_at = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < ends_at, 'it did not happen'
+        time.sleep(0.01)
 
 
 def read_checkpoint(path):

@@ -1,9 +1,11 @@
 """Ranks of train.py as children of one process that has imported torch: they start at once, and a test may kill, stop or listen to each."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import sys
@@ -12,6 +14,18 @@ import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_ports(n):
+    """Ports below those that a system gives to outgoing connections, so that no other process gets one of them before it is used."""
+    sockets = []
+    while len(sockets) < n:
+        with contextlib.suppress(OSError):  # taken
+            sockets.append(socket.create_server(('127.0.0.1', random.SystemRandom().randrange(10_000, 16_000))))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 @functools.cache
@@ -28,8 +42,7 @@ def start_ranks(*flags, out_dir, n_ranks=1, log, listen='', spoil=()):
     listen  folder that gets what each rank was shown, see read_heard()
     spoil   steps at which the last rank's loss and gradients are not numbers
     """
-    with socket.create_server(('127.0.0.1', 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     argv = [str(ROOT / 'train.py'), *map(str, flags), f'--out_dir={out_dir}']
     world = {'WORLD_SIZE': str(n_ranks), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
     ranks = [forkserver().Process(target=rank, args=(argv, {**world, 'RANK': str(i), 'LOCAL_RANK': str(i)}, str(log), str(listen), spoil if i == n_ranks - 1 else ()))
@@ -39,7 +52,7 @@ def start_ranks(*flags, out_dir, n_ranks=1, log, listen='', spoil=()):
     return ranks
 
 
-def wait(ranks, timeout_s=100):
+def wait(ranks, timeout_s=600):
     """The exit codes, -9 for one killed by SIGKILL; all that are still there after the time are killed, and count as None."""
     ends_at = time.monotonic() + timeout_s
     for each in ranks:

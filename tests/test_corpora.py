@@ -311,7 +311,7 @@ def test_openwebtext_killed_and_continued_with_other_workers(data, tmp_path, cor
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith('next: python train.py --dataset=')
     killed = subprocess.run([sys.executable, '-c', KILLED, str(script), '--input', str(corpus), '--workers=2', *ARGS, '6'],
-                            env={**os.environ, 'FLATGPT_CACHE': str(MERGES.parent)}, cwd=tmp_path, capture_output=True, timeout=60)
+                            env={**os.environ, 'FLATGPT_CACHE': str(MERGES.parent)}, cwd=tmp_path, capture_output=True, timeout=600)
     assert killed.returncode == -signal.SIGKILL, killed.stderr  # and the pipes are closed: no worker lives on
     with pytest.raises(FileNotFoundError, match='is not prepared'):
         read_meta(data / 'openwebtext')
@@ -438,7 +438,8 @@ def hub(corpus):
 @needs_gpt2
 def test_the_pinned_revision_streams_from_a_mirror(data, tmp_path, corpus, hub, monkeypatch):
     script = data / 'openwebtext' / 'prepare.py'
-    for name, value in {'HF_ENDPOINT': hub, 'HF_HUB_OFFLINE': '0', 'NO_PROXY': '*', 'HF_HOME': str(tmp_path / 'hf')}.items():
+    for name, value in {'HF_ENDPOINT': hub, 'HF_HUB_OFFLINE': '0', 'NO_PROXY': '*', 'HF_HOME': str(tmp_path / 'hf'),
+                        'HF_HUB_ETAG_TIMEOUT': '300', 'HF_HUB_DOWNLOAD_TIMEOUT': '300'}.items():
         monkeypatch.setenv(name, value)
     args = ['--max_docs=300', '--workers=1', *ARGS]
     done = run(script, *args, cwd=tmp_path, cache=MERGES.parent)

@@ -86,7 +86,7 @@ def played(tiny, tmp_path_factory):
     runs = commands(tiny, folder, 'cuda')
     script, arguments = ROOT / 'tests' / 'played.py', json.dumps(list(runs.values()))
     command = [sys.executable, str(script), str(folder / 'facts'), arguments]
-    done = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', timeout=200,
+    done = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', timeout=600,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads((folder / 'facts').read_text(encoding='utf-8'))

@@ -210,7 +210,7 @@ for i in range({len(hostiles)}):
     except ValueError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.stdout.count('meta.pkl: not a meta.pkl of nanoGPT') == len(hostiles), done.stderr
 
 

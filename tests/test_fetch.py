@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
+import corpus.fetch
 from corpus.fetch import fetch
 
 TEXT = b'First Citizen:\nBefore we proceed any further, hear me speak.\n'
@@ -45,6 +46,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv('FLATGPT_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.delenv('FLATGPT_OFFLINE', raising=False)
+    monkeypatch.setattr('corpus.fetch.TIMEOUT_S', 300)  # the machine may be busy
     return tmp_path / 'cache'
 
 
@@ -92,7 +94,12 @@ def test_next_source_after_a_bad_one(cache, server, bad):
 
 @pytest.mark.parametrize('bad', ['/length', '/status', '/redirect', '/chunks', '/slow', '/slow_header'])
 def test_next_source_after_a_broken_or_slow_answer(cache, server, monkeypatch, bad):
-    monkeypatch.setattr('corpus.fetch.TIMEOUT_S', 0.3)
+    obtain = corpus.fetch.obtain
+
+    def with_little_patience(source, *rest):
+        monkeypatch.setattr('corpus.fetch.TIMEOUT_S', 0.3 if source.endswith(bad) else 300)
+        return obtain(source, *rest)
+    monkeypatch.setattr('corpus.fetch.obtain', with_little_patience)
     assert fetch('a.txt', [server.url + bad, server.url + '/good'], SHA256).read_bytes() == TEXT
 
 
@@ -114,9 +121,9 @@ def test_without_a_sha256_the_content_has_to_fit_the_name(cache, server, name):
 def test_leftovers_of_a_killed_download_go_with_the_next_call(cache, server):
     (cache / '.fetch-killed').mkdir(parents=True)
     (cache / '.fetch-killed' / 'part').write_bytes(b'half')
-    code = 'import sys, time; from files import lock; held = lock(sys.argv[1]); print(flush=True); time.sleep(60)'
+    code = 'import sys; from files import lock; held = lock(sys.argv[1]); print(flush=True); sys.stdin.read()'
     (cache / '.fetch-running').mkdir()
-    with subprocess.Popen([sys.executable, '-c', code, str(cache / '.fetch-running')], cwd=ROOT, stdout=subprocess.PIPE) as running:
+    with subprocess.Popen([sys.executable, '-c', code, str(cache / '.fetch-running')], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
         running.stdout.readline()
         fetch('a.txt', [server.url + '/good'], SHA256)
         running.kill()

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT, TINY, differences, read_checkpoint, read_metrics
-from test_faults import last_iter, pids_of_ranks, run_ranks, wait_for
+from conftest import ROOT, TINY, differences, last_iter, read_checkpoint, read_metrics, wait_for
+from ranks import free_ports
+from test_faults import pids_of_ranks, run_ranks
 from test_resume import without_times
 
 pytestmark = pytest.mark.skipif(os.name != 'posix' or not shutil.which('bash'), reason='needs bash')
@@ -47,8 +46,7 @@ def test_every_part_of_the_gpu_script_works_at_the_size_of_a_cpu(half, tmp_path)
 
 def start_nodes(*flags, log, n_nodes=2):
     """launch/multinode.sh as each node would start it, one rank each."""
-    with socket.create_server(('127.0.0.1', 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'LOCAL_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'NNODES': str(n_nodes), 'NPROC_PER_NODE': '1',
            'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
     with open(log, 'a', encoding='utf-8') as output:
@@ -68,7 +66,7 @@ def test_two_nodes_train_as_two_ranks_of_one_also_after_a_rank_is_killed(kills, 
             wait_for(lambda: last_iter(out_dir) >= 40 + 100 * kill and next_to_kill() or any(node.poll() is not None for node in nodes))
             gone |= {pid for node in nodes for pid in pids_of_ranks(node.pid)}
             os.kill(pids_of_ranks(nodes[kill % 2].pid)[0], signal.SIGKILL)
-        codes = [node.wait(200) for node in nodes]
+        codes = [node.wait(600) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
@@ -85,9 +83,9 @@ def test_two_nodes_train_as_two_ranks_of_one_also_after_a_rank_is_killed(kills, 
 SRUN = '''#!/usr/bin/env bash
 while [ "${1:0:2}" = -- ]; do echo "srun $1"; shift; done
 set -m
-"$@" &
 trap 'kill -USR1 -- -$!' USR1
 trap 'kill -TERM -- -$!' TERM
+"$@" &
 while kill -0 $! 2>/dev/null; do wait $!; done
 wait $!
 '''
@@ -95,10 +93,10 @@ SCONTROL = '''#!/usr/bin/env bash
 if [ "$1" = show ]; then printf '127.0.0.1\\nsecond\\n'; else echo "scontrol $*" | tee -a "$REQUEUED"; fi
 '''
 STEP = '''#!/usr/bin/env bash
-echo "step: $MASTER_ADDR $MASTER_PORT $RUN_ID $NNODES $*"
 trap 'echo saved; exit 1' USR1
 trap 'echo ended; exit 1' TERM
-for _ in {1..200}; do sleep 0.05; [ "$1" = quick ] && exit $2; done
+echo "step: $MASTER_ADDR $MASTER_PORT $RUN_ID $NNODES $*"
+for _ in {1..6000}; do sleep 0.05; [ "$1" = quick ] && exit $2; done
 '''
 
 
@@ -132,9 +130,8 @@ def test_a_job_is_queued_again_where_the_time_limit_ended_it_and_only_there(slur
     job = start(tmp_path, *arguments)
     wait_for(lambda: f'step: 127.0.0.1 10123 123 1 {" ".join(arguments)}\n' in log.read_text(encoding='utf-8'))
     if number:
-        time.sleep(0.2)  # its traps come after that line
         job.send_signal(number)
-    assert job.wait(30) == code, log.read_text(encoding='utf-8')
+    assert job.wait(600) == code, log.read_text(encoding='utf-8')
     assert ('saved' in log.read_text(encoding='utf-8')) == (number == signal.SIGUSR1)
     assert requeued.exists() == goes_on and (not goes_on or requeued.read_text(encoding='utf-8') == 'scontrol requeue 123\n')
 
@@ -154,11 +151,11 @@ def test_a_job_that_reaches_its_limit_saves_is_queued_again_and_goes_on(slurm, t
     job = start(ROOT, *flags, '--max_iters=100000', **env)
     wait_for(lambda: last_iter(tmp_path / 'out') > 20 or job.poll() is not None)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(100) != 0 and requeued.exists(), log.read_text(encoding='utf-8')
+    assert job.wait(600) != 0 and requeued.exists(), log.read_text(encoding='utf-8')
     stopped_at = last_iter(tmp_path / 'out')
     assert read_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == stopped_at + 1
     job = start(ROOT, *flags, f'--max_iters={stopped_at + 10}', SLURM_RESTART_COUNT='1', **env)
-    assert job.wait(100) == 0, log.read_text(encoding='utf-8')
+    assert job.wait(600) == 0, log.read_text(encoding='utf-8')
     assert [line['iter'] for line in read_metrics(tmp_path / 'out') if 'loss' in line] == list(range(stopped_at + 10))
     assert 'job 123, start 1, ' in log.read_text(encoding='utf-8') and 'job 123, start 2, ' in log.read_text(encoding='utf-8')
     assert requeued.read_text(encoding='utf-8').count('requeue') == 1

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, TINY, differences, read_checkpoint, run_here, train_here
-from test_distributed import free_ports
+from ranks import free_ports
 from test_report import evaluation, step, write_run
 from test_resume import without_times
 from test_train import refused, spoil
@@ -51,7 +51,7 @@ def test_a_run_cut_by_max_hours_and_resumed_equals_an_unbroken_one(tiny, unbroke
             signals.received.append(signals.TIME_OVER)
         return encode(line, *args, **kwargs)
 
-    flags = *TINY, '--dropout=0.1', '--max_hours=1', f'--dataset={tiny}'
+    flags = *TINY, '--dropout=0.1', '--max_hours=1000', f'--dataset={tiny}'
     with monkeypatch.context() as patch:
         patch.setattr(json, 'dumps', passing_time)
         stdout, _ = train(*flags, out_dir=tmp_path)
@@ -65,7 +65,7 @@ def test_a_run_cut_by_max_hours_and_resumed_equals_an_unbroken_one(tiny, unbroke
 
 def test_max_hours_and_on_event_are_of_one_start(tiny, tmp_path):
     """A checkpoint from elsewhere must not bring a command."""
-    flags = *TINY, '--max_iters=2', f'--dataset={tiny}', '--max_hours=5', f'--on_event=cat >> {tmp_path}/events; :'
+    flags = *TINY, '--max_iters=2', f'--dataset={tiny}', '--max_hours=1000', f'--on_event=cat >> {tmp_path}/events; :'
     train(*flags, out_dir=tmp_path / 'out')
     n_bytes = (tmp_path / 'events').stat().st_size
     stdout, _ = train('--init_from=resume', '--max_iters=4', '--device=cpu', out_dir=tmp_path / 'out')
@@ -92,7 +92,8 @@ with signals.signals_noted():
     print(signals.signal_to_stop(), times.due(2), times.due(3))
     if place.rank == 1:
         limit_hours(1e-9)
-        time.sleep(1)
+        while not signals.received:
+            time.sleep(0.01)
     print(signals.signal_to_stop(), times.due(100))
     if place.rank == 0:
         signals.received.append(15)
@@ -105,12 +106,18 @@ def test_the_clock_of_one_rank_decides_for_all():
     ranks = [subprocess.Popen([sys.executable, '-c', RANK], env={**general, 'RANK': rank, 'LOCAL_RANK': rank}, stdout=subprocess.PIPE, text=True)
              for rank in '01']
     for rank in ranks:
-        lines = [line for line in rank.communicate(timeout=100)[0].splitlines() if not line.startswith('[Gloo]')]
+        lines = [line for line in rank.communicate(timeout=600)[0].splitlines() if not line.startswith('[Gloo]')]
         assert lines == ['None False', 'None True False', 'max_hours True', 'max_hours']
 
 
 # -----------------------------------------------------------------------------
 # on_event
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """The commands of these tests end at once, if the machine is not busy."""
+    monkeypatch.setattr(events, 'TIMEOUT_S', 300.0)
 
 
 def calls(path):
@@ -154,22 +161,25 @@ def test_a_command_that_hangs_costs_a_line_and_not_the_run(tiny, tmp_path, monke
     begun_s = time.monotonic()
     command = 'sleep 1000 & sleep 1000 #'
     stdout, _ = train(*TINY, '--max_iters=1', f'--dataset={tiny}', f'--on_event={command}', out_dir=tmp_path)
-    lines = {line for line in stdout.splitlines() if line.startswith('on_event: ')}  # in any order, new_best may be dropped
-    assert lines > {f'on_event: {event} failed (ended after 0 s), training continues: ' for event in ('saved', 'finished')}
-    assert len(lines) == 3 and read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == 1 and time.monotonic() - begun_s < 500
+    # the events before the last one end or are dropped, by whether their turn came; in any order
+    lines = {line for line in stdout.splitlines() if line.startswith('on_event: ')}
+    failed = {f'on_event: {event} failed (ended after 0 s), training continues: ' for event in ('saved', 'new_best', 'finished')}
+    [dropped] = [int(line.split()[1]) for line in lines - failed] or [0]
+    assert len(lines & failed) + dropped == 3 and any(' finished failed ' in line for line in lines)
+    assert read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == 1 and time.monotonic() - begun_s < 500
 
 
 def test_events_that_wait_behind_a_hanging_command_are_dropped_at_the_end(monkeypatch, capsys):
     monkeypatch.setattr(events, 'TIMEOUT_S', 0.3)
     hook = events.Hook('sleep 1000 #')
-    for n in range(9):
+    for n in range(99):
         hook.send(f'event{n}', {})
     hook.send('finished', {})
     hook.close()
-    *failures, last = capsys.readouterr().out.splitlines()
-    assert last == 'on_event: finished failed (ended after 0 s), training continues: '
-    [dropped] = [line for line in failures if line.endswith(' events dropped: the run has ended')]
-    assert int(dropped.split()[1]) + len(failures) - 1 == 9
+    lines = capsys.readouterr().out.splitlines()
+    [dropped] = [line for line in lines if line.endswith(' events dropped: the run has ended')]
+    assert 'on_event: finished failed (ended after 0 s), training continues: ' in lines
+    assert int(dropped.split()[1]) + len(lines) - 2 == 99
 
 
 def test_a_command_does_not_join_the_ranks(monkeypatch):
@@ -276,7 +286,7 @@ def test_watching_changes_nothing_but_its_page_and_ends_in_order(tmp_path, monke
     assert (code, stderr) == (0, '') and stdout.splitlines()[0] == f'watching: open {tmp_path}/a/report.html in a browser, Ctrl-C ends'
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / 'a').iterdir()}
     after.pop(tmp_path / 'a/report.html')
-    assert after == before and [path.name for path in (tmp_path / 'b').iterdir()] == ['metrics.jsonl', 'run.json']
+    assert after == before and sorted(path.name for path in (tmp_path / 'b').iterdir()) == ['metrics.jsonl', 'run.json']
 
     first, second = pages
     assert f'{tmp_path}/b/metrics.jsonl has no line yet' in first and 'http-equiv="refresh"' in first

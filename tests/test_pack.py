@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import unicodedata
 
 import numpy as np
@@ -165,6 +164,22 @@ def test_killed_while_it_drops_duplicates_it_continues_to_the_same_bytes(tmp_pat
     assert n > 50
 
 
+# corpus/pack.py with small batches and progress saved after each; it stops after a number of documents, so that a kill is never too late
+STOPPING = '''
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+from corpus import encode, pack
+encode.BATCH_DOCUMENTS, pack.SAVE_EVERY_S, stops_after, write_batch = 50, -1, int(sys.argv.pop(1)), pack.write_batch
+def write_and_stop(writer, *rest):
+    write_batch(writer, *rest)
+    if writer.progress.n_read >= stops_after:
+        print('stopped', flush=True)
+        time.sleep(600)
+pack.write_batch = write_and_stop
+pack.main()
+'''
+
+
 @pytest.mark.skipif(os.name != 'posix', reason='needs kill -9')
 def test_killed_as_a_command_and_continued_with_other_workers(tmp_path):
     rng = random.Random(0)
@@ -172,22 +187,19 @@ def test_killed_as_a_command_and_continued_with_other_workers(tmp_path):
         for n in range(2_000):
             file.write(json.dumps({'text': f'{n} ' + rng.choice('abcdefgh') * rng.randrange(200)}) + '\n')
 
-    def start(out, workers):
-        code = ('import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); from corpus import encode, pack; encode.BATCH_DOCUMENTS = 50; '
-                'pack.SAVE_EVERY_S = -1; pack.main()')
-        return subprocess.Popen([sys.executable, '-c', code, str(ROOT), 'build', '--input', str(tmp_path / 'a.jsonl'), '--tokenizer=char', '--clean',
-                                 '--out', str(out), f'--workers={workers}', '--shard_tokens=10000'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def start(out, workers, stops_after=10_000):
+        return subprocess.Popen([sys.executable, '-c', STOPPING, str(ROOT), str(stops_after), 'build', '--input', str(tmp_path / 'a.jsonl'), '--tokenizer=char', '--clean',
+                                 '--out', str(out), f'--workers={workers}', '--shard_tokens=10000'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     whole = start(tmp_path / 'whole' / 'out', 1)
-    assert whole.wait() == 0, whole.stdout.read()
-    killed = start(tmp_path / 'killed' / 'out', 2)
-    progress = tmp_path / 'killed' / 'out' / '.packing' / 'progress'
-    while killed.poll() is None and not (progress.exists() and json.loads(progress.read_text(encoding='utf-8').split('\n')[1])['documents'] > 200):
-        time.sleep(0.01)
+    printed, _ = whole.communicate()
+    assert whole.returncode == 0, printed
+    killed = start(tmp_path / 'killed' / 'out', 2, stops_after=1_230)
+    assert 'stopped\n' in iter(killed.stdout.readline, '')
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert progress.exists() and not (tmp_path / 'killed' / 'out' / 'meta.json').exists()
+    killed.communicate()
+    assert (tmp_path / 'killed' / 'out' / '.packing' / 'progress').exists() and not (tmp_path / 'killed' / 'out' / 'meta.json').exists()
     again = start(tmp_path / 'killed' / 'out', 1)
-    printed = again.communicate()[0].decode()
+    printed, _ = again.communicate()
     assert again.returncode == 0 and 'out: continuing after ' in printed
     assert files_of(tmp_path / 'killed') == files_of(tmp_path / 'whole')
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from conftest import wait_for
 
 for package in ('playwright', 'fastapi', 'uvicorn', 'openai'):
     pytest.importorskip(package)
@@ -20,7 +21,8 @@ CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 if CHROMIUM is None:
     pytest.skip('no chromium in PATH', allow_module_level=True)
 QUIET = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update',
-         '--disable-sync', '--no-first-run']  # no connections of its own
+         '--disable-sync', '--no-first-run',  # no connections of its own
+         '--disable-dev-shm-usage']  # which is small in a container
 KEY = 'correct-horse'
 PATIENCE_MS = 120_000  # for a machine that is busy
 expect.set_options(timeout=PATIENCE_MS)
@@ -46,7 +48,7 @@ def servers():
 @pytest.fixture(scope='module')
 def browser():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=PATIENCE_MS)
         yield browser
         browser.close()
 
@@ -63,6 +65,7 @@ def visit(browser, servers):
         page = context.new_page()
         page.on('pageerror', lambda error: errors.append(str(error)))
         page.on('request', lambda request: hosts.add(urlsplit(request.url).hostname))
+        page.add_init_script('localStorage["flatgpt settings"] ??= JSON.stringify({ seed: 1 })')  # the same answers in every run
         if base and key:
             page.add_init_script(f'sessionStorage.setItem("flatgpt key", "{key}")')
         page.goto(servers[base])
@@ -298,6 +301,8 @@ def test_a_server_with_a_key_asks_for_it(visit):
     for key in ('wrong', KEY):
         expect(page.locator('#error')).to_contain_text('The server needs a valid API key.')
         expect(page.locator('#key')).to_be_focused()
+        # a key that was wrong is selected, to be replaced
+        wait_for(lambda: page.eval_on_selector('#key', 'key => key.selectionEnd - key.selectionStart === key.value.length'))
         with page.expect_response('**/v1/models'):
             page.keyboard.type(key)
             page.keyboard.press('Enter')
@@ -335,6 +340,8 @@ def test_copy_puts_the_answer_on_the_clipboard(visit):
     page = visit()
     page.context.grant_permissions(['clipboard-read', 'clipboard-write'])
     answer = ask(page, 'go')
+    page.eval_on_selector('.assistant .copy', 'button => { window.shown = []; const note = () => shown.push(button.textContent); '
+                          'new MutationObserver(note).observe(button, { childList: true }); }')
     page.click('.assistant .copy')
-    expect(page.locator('.assistant .copy')).to_have_text('Copied')
+    wait_for(lambda: 'Copied' in page.evaluate('shown'))  # for a second and a half
     assert page.evaluate('navigator.clipboard.readText()') == answer

@@ -452,7 +452,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def run_with_hub(code, **environment):
     clean = {k: v for k, v in os.environ.items() if not k.startswith('HF_') and not k.lower().endswith('_proxy')}
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env={
-        **clean, 'OMP_NUM_THREADS': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_XET': '1', **environment})
+        **clean, 'OMP_NUM_THREADS': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_XET': '1',
+        'HF_HUB_ETAG_TIMEOUT': '300', 'HF_HUB_DOWNLOAD_TIMEOUT': '300', **environment})
     return done.returncode, done.stdout, done.stderr
 
 

@@ -125,7 +125,7 @@ def test_a_long_evaluation_shows_progress_and_ends_between_two_batches(tmp_path,
     measure(small, CharTokenizer(CHARS), folder, batch_size=30)
     score(small, [([1, 2, 3], 1)] * 3, batch_tokens=1)
     printed = capsys.readouterr().out
-    assert 'evaluating the loss: 1 of 3 batches, about 0:00:0' in printed and 'evaluating test: 1 of 3 batches' in printed
+    assert 'evaluating the loss: 1 of 3 batches, about 0:0' in printed and 'evaluating test: 1 of 3 batches' in printed
 
     calls = []
     with pytest.raises(Interrupted):

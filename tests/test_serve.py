@@ -378,10 +378,11 @@ def test_the_page_may_run_its_own_scripts_alone(server, tmp_path):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """A server with two places and a queue of one, whose answers take seconds."""
+    """A server with two places and a queue of one, whose answers take minutes: the model never ends one by itself."""
     model = random_model(block_size=2000)
-    hidden = model.hidden
-    monkeypatch.setattr(model, 'hidden', lambda *args, **kwargs: (time.sleep(0.01), hidden(*args, **kwargs))[1])
+    hidden, head = model.hidden, model.head
+    monkeypatch.setattr(model, 'hidden', lambda *args, **kwargs: (time.sleep(0.05), hidden(*args, **kwargs))[1])
+    monkeypatch.setattr(model, 'head', lambda x: head(x).index_fill(-1, torch.tensor(sorted(stop_ids(BYTES))), -torch.inf))
     with running(model, max_batch=2, max_queue=1) as (url, engine):
         yield url, engine
 
@@ -415,11 +416,17 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(slow):
 
 def test_a_client_that_stops_in_the_middle_is_dropped_and_one_that_waits_is_not(monkeypatch):
     monkeypatch.setattr(guard, 'CLIENT_TIMEOUT_S', 0.2)
+    dropped, lost = [], guard.PatientProtocol.connection_lost
+    monkeypatch.setattr(guard.PatientProtocol, 'connection_lost', lambda self, error: (lost(self, error), dropped.append(error)))
 
     async def app(scope, receive, send):
         if scope['type'] == 'lifespan':
             return
-        if scope['path'] == '/wait':
+        if scope['path'] == '/wait':  # the request is there: from now on the client waits
+            [connection] = server.server_state.connections
+            guard.CLIENT_TIMEOUT_S = 0.05
+            connection.timer.cancel()
+            connection.check()
             await asyncio.sleep(1)
         while (await receive()).get('more_body'):
             pass
@@ -429,12 +436,12 @@ def test_a_client_that_stops_in_the_middle_is_dropped_and_one_that_waits_is_not(
         await send({'type': 'http.response.body', 'body': b''})
 
     with serving(app) as (url, server):
-        for sent in (b'', b'GET / HTTP/1.1\r\nHost: x\r\nA', b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{',
-                     b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', b'GET /large HTTP/1.1\r\nHost: x\r\n\r\n'):
+        for n, sent in enumerate((b'', b'GET / HTTP/1.1\r\nHost: x\r\nA', b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{',
+                                  b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', b'GET /large HTTP/1.1\r\nHost: x\r\n\r\n'), 1):
             with connect(url) as client:
                 client.sendall(sent)
-                until(lambda: server.server_state.connections)
-                until(lambda: not server.server_state.connections)
+                until(lambda: len(dropped) == n)
+        guard.CLIENT_TIMEOUT_S = 300
         assert http.get(url + '/wait').status_code == 200
 
 

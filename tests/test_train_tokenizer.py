@@ -34,7 +34,7 @@ def test_training_looks_at_the_same_sample_whatever_the_order(bpe):
 
 def run_tokenizer(*args, **env):
     done = subprocess.run([sys.executable, '-m', 'corpus.train_tokenizer', *map(str, args)], cwd=ROOT, capture_output=True, text=True, encoding='utf-8',
-                          env={**os.environ, **env}, timeout=120)
+                          env={**os.environ, **env}, timeout=600)
     return done.returncode, done.stdout, done.stderr
 
 
