@@ -40,13 +40,14 @@ def gradients(settings, place):
     for dtype, loss_chunks in ((torch.float32, 0), (torch.bfloat16, 4)):
         torch.manual_seed(0)
         model = GPT(config)
-        model.loss_chunks, loss_of = loss_chunks, model.loss_sum
+        model.loss_chunks = loss_chunks
         if dtype == torch.float32:
             distributed.prepare(model, place)
         else:
             distributed.prepare(model, place, parallel=settings.get('parallel', 'ddp'), dtype=dtype)
-            if devices.choose_compile('auto', place.device):
-                loss_of = distributed.compiled_loss(model)
+        loss_of = model.loss_sum  # FSDP has replaced it
+        if dtype != torch.float32 and devices.choose_compile('auto', place.device):
+            loss_of = distributed.compiled_loss(model)
         idx = torch.randint(VOCAB_SIZE, (4, config.block_size), device=place.device)
         with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
             loss = loss_of(idx, idx) / idx.numel()

@@ -44,6 +44,13 @@ def test_every_part_of_the_gpu_script_works_at_the_size_of_a_cpu(half, tmp_path)
     assert all(part['exit_code'] == 0 for part in parts)
 
 
+def test_the_check_of_the_gradients_works_under_fsdp():
+    flags = '--device=cpu', '--parallel=fsdp', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=32'
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1', str(ROOT / 'launch' / 'gpu_check.py'), 'gradients']
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0 and json.loads(done.stdout)['least_norm'] > 0, done.stderr
+
+
 def start_nodes(*flags, log, n_nodes=2):
     """launch/multinode.sh as each node would start it, one rank each."""
     [port] = free_ports(1)
