@@ -136,6 +136,7 @@ def prepare_decoding(model, device, compile, quantize, n_rows=1):
     """Compile the model, or rearrange its weights for generating n_rows at a time."""
     if compile is True and devices.choose_compile(True, device):
         model.compile_blocks()
+        model.static_cache = True
     else:
         model.pack(None if quantize == 'none' else quantize, n_rows)
 

@@ -189,7 +189,6 @@ def compiled_loss(model):
     if not isinstance(model, FSDPModule):
         return torch.compile(model.loss_sum, dynamic=False)
     model.compile_blocks()
-    model.blocks_are_compiled = False  # samples run eagerly
     model.cross_entropy = torch.compile(model.cross_entropy, dynamic=False)
     return model.loss_sum
 

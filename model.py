@@ -187,7 +187,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: recompute blocks in the backward pass
-        self.blocks_are_compiled = False  # set by compile_blocks()
+        self.static_cache = False  # True: stream() keeps all shapes, for blocks that are compiled
         self.stream_dtype = None  # of the KV cache, if not the embedding's
         self.bf16_residual = False  # True: under bfloat16 autocast, sum the outputs of the blocks in bfloat16
         self.loss_chunks = 'auto'  # chunks of loss_sum() and score(); 'auto' = by size of the logits
@@ -373,7 +373,6 @@ class GPT(nn.Module):
         """Compile the blocks for one shape: of batches in training, of single tokens in generation."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
-        self.blocks_are_compiled = True
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, vocab_size=None,
@@ -397,7 +396,7 @@ class GPT(nn.Module):
             n_tokens = min(limit, idx.size(1) + max_new_tokens)
             dtype = self.stream_dtype or kernels.compute_dtype(self.transformer.wte.weight)
             cache = kernels.KVCache(self.config, idx.size(0), n_tokens, idx.device, dtype,
-                                    static=self.blocks_are_compiled)
+                                    static=self.static_cache)
         for _ in range(max_new_tokens):
             if cache is not None and cache.n_tokens + new.size(1) > limit:
                 cache = None

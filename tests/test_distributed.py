@@ -308,6 +308,36 @@ def test_under_fsdp_one_graph_without_a_break_serves_all_blocks():
     assert done.stdout.splitlines()[-2:] == ['gpt2 1 0', 'modern 1 0'], done.stderr
 
 
+FSDP_SAMPLES = """
+import torch
+import distributed, kernels
+from model import GPT, Block, GPTConfig
+Block.compile = lambda self, **kwargs: None  # it takes long, and the caches are the same
+caches, make_cache = [], kernels.KVCache
+kernels.KVCache = lambda *args, **kwargs: caches.append(make_cache(*args, **kwargs)) or caches[-1]
+place = distributed.start('cpu')
+torch.manual_seed(0)
+model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16))
+torch.nn.init.normal_(model.lm_head.weight)
+idx = torch.randint(50, (1, 4))
+expected = model.generate(idx, 8, temperature=0)
+distributed.compiled_loss(distributed.prepare(model, place, parallel='fsdp'))
+assert torch.equal(model.generate(idx, 8, temperature=0), expected)
+distributed.stop()
+print([(cache.static, cache.max_tokens) for cache in caches])
+"""
+
+
+def test_samples_under_fsdp_with_a_compiled_loss_keep_the_cache_of_eager_blocks():
+    (port,) = free_ports(1)
+    env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    ranks = [subprocess.Popen([sys.executable, '-c', FSDP_SAMPLES], env=dict(env, RANK=rank, LOCAL_RANK=rank), text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in '01']
+    for rank in ranks:
+        stdout, stderr = rank.communicate(timeout=100)
+        assert stdout.splitlines()[-1:] == ['[(False, 12), (False, 12)]'], stderr
+
+
 # -----------------------------------------------------------------------------
 # where a process stands
 

@@ -433,6 +433,8 @@ def test_compiled_generation_is_one_graph_for_all_layers_and_tokens(arch, monkey
     """A number in the graph, such as the layer or the position, would compile it anew."""
     from torch._dynamo.testing import CompileCounter
 
+    import devices
+    from chat import prepare_decoding
     from model import Block
     torch._dynamo.reset()
     counter, compile_block = CompileCounter(), Block.compile
@@ -442,7 +444,8 @@ def test_compiled_generation_is_one_graph_for_all_layers_and_tokens(arch, monkey
     documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
     plain = model.generate(prompts, 30, temperature=0)
     padded = torch.stack(list(model.stream(prompts, 20, temperature=0, documents=documents)))
-    model.compile_blocks()
+    monkeypatch.setattr(devices, 'choose_compile', lambda choice, device: True)
+    prepare_decoding(model, torch.device('cpu'), True, 'none')
     assert torch.equal(model.generate(prompts, 30, temperature=0), plain)
     assert counter.frame_count == 1
     model.generate(prompts[:, :3], 25, temperature=0)  # another prompt, the same cache
