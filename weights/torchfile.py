@@ -51,6 +51,9 @@ def read(path):
 
     raises  Damaged; ValueError for a sound file that is not read; OSError, MemoryError
     """
+    if os.path.islink(path) and not os.path.exists(path):
+        raise FileNotFoundError(f'{path} is a link to {os.readlink(path)}, which does not exist: '
+                                'put that file back, or remove the link')
     with open(path, 'rb') as f:
         verify(f, path)
     try:
