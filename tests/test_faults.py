@@ -84,7 +84,8 @@ PHASES = ('between saves', 'write', 'fsync', 'replace', 'fsync of the folder')
 def state_of(iter_num):
     """A checkpoint of 2 MB whose every number follows from iter_num."""
     return dict(model={name: torch.full((150_000,), float(iter_num + i)) for i, name in enumerate('abc')}, optimizer={'state': {}, 'param_groups': []},
-                scaler={}, model_args={'n_layer': 1}, iter_num=iter_num, best_val_loss=2.5, config={}, run_id='a', format=checkpoint.FORMAT)
+                scaler={}, model_args=dict(block_size=8, vocab_size=13, n_layer=1, n_head=2, n_embd=8), iter_num=iter_num, best_val_loss=2.5, config={},
+                run_id='a', format=checkpoint.FORMAT)
 
 
 def resumed(folder):

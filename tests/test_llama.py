@@ -149,6 +149,19 @@ def test_the_config_of_transformers_4(tmp_path):
     assert GPT.from_pretrained(tmp_path).config == expected
 
 
+@pytest.mark.parametrize('key', ['type', 'rope_type'])
+def test_rope_scaling_beside_rope_parameters_counts_as_in_transformers(tmp_path, key):
+    make('llama').save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / 'config.json').read_text()) | dict(rope_theta=5e5, rope_parameters=dict(rope_type='default', rope_theta=1e4))
+    scaling = dict(SCALING)
+    scaling[key] = scaling.pop('rope_type')
+    (tmp_path / 'config.json').write_text(json.dumps(settings | dict(rope_scaling=scaling)))
+    theirs, ours = transformers.LlamaForCausalLM.from_pretrained(tmp_path), GPT.from_pretrained(tmp_path)
+    assert ours.config.rope_theta == 5e5 and ours.config.rope_scaling == {name: value for name, value in SCALING.items() if name != 'rope_type'}
+    idx = torch.randint(131, (1, 61))
+    torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_training_from_scratch_resumes_exactly(tiny, tmp_path, optimizer):
     flags = [*TINY, f'--dataset={tiny}', '--arch=llama', '--n_head=4', '--n_kv_head=2', '--n_embd=16', f'--optimizer={optimizer}', '--qk_norm=True']

@@ -60,5 +60,7 @@ def test_damaged_npz(tmp_path):
     for settings in ({'a': 1}, {'model_args': {**vars(GPTConfig()), 'n_layer': '3'}, 'tokenizer': None}, {'model_args': vars(GPTConfig()), 'tokenizer': 3}):
         np.savez(path, settings=np.array(json.dumps(settings)))
         assert error_of(GPT.from_pretrained, path).startswith(f'{path} was not written by save_pretrained, or is damaged: ')
+    np.savez(path, settings=np.array(json.dumps({'model_args': dict(block_size=8, n_layer=1, n_head=1, n_embd=8), 'tokenizer': None})))
+    assert error_of(GPT.from_pretrained, path) == f'{path} was not written by save_pretrained, or is damaged: vocab_size is missing'
     np.savez(path, a=np.ones(3))
     assert error_of(GPT.from_pretrained, path).startswith(f'{path} was not written by save_pretrained, or is damaged: ')

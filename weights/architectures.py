@@ -1,16 +1,17 @@
 """The model classes of transformers that GPT can be: their settings, names and layouts of weights."""
 
+import re
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from weights.foreign import CONV1D, ROPE_SCALING
+from model import GPTConfig
+from weights.foreign import CONV1D, ROPE_SCALING, check_model_args
 
-# theirs: ours; the first name of each is written
-ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu2': 'relu2', 'gelu_pytorch_tanh': 'gelu_tanh',
-               'silu': 'silu', 'swish': 'silu'}
-ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-SIZES = {'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'}  # a config.json has these
+# {their name of an activation: ours}; of two names for one activation the first is written
+READ_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu2': 'relu2',
+                    'gelu_pytorch_tanh': 'gelu_tanh', 'silu': 'silu', 'swish': 'silu'}
+WRITTEN_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(READ_ACTIVATIONS.items())}
 
 
 @dataclass(frozen=True)
@@ -30,44 +31,38 @@ class Architecture:
     transposed: tuple = ()  # ends of our names of matrices stored as inputs x outputs
     biased: tuple = ()  # ends of our names of weights that always have a bias there
 
-    def read(self, settings: dict) -> dict:
-        """Return the arguments of GPTConfig in a config.json. ValueError for what it has no argument for."""
+    def read(self, settings: dict, n_weights: int) -> dict:
+        """Return the arguments of GPTConfig in a config.json. ValueError for a model that it cannot be."""
         for name, value in (self.fixed | {'quantization_config': None}).items():
             need(name, settings.get(name, value), [value])
         args = dict(arch=self.arch, **self.switches)
         for argument, name in self.arguments.items():
             if settings.get(name) is not None:
                 args[argument] = settings[name]
-        if missing := SIZES - args.keys():
-            raise ValueError(f'{self.arguments[min(missing)]} is missing')
         if 'activation' in args:
-            need(self.arguments['activation'], args['activation'], ACTIVATIONS)
-            args['activation'] = ACTIVATIONS[args['activation']]
-        if self.arch == 'gpt2':
-            return args
-
-        for kind in settings.get('layer_types') or []:
-            need('layer_types', kind, ['full_attention'])
+            need(self.arguments['activation'], args['activation'], READ_ACTIVATIONS)
+            args['activation'] = READ_ACTIVATIONS[args['activation']]
+        if self.arch != 'gpt2':
+            for layer_type in settings.get('layer_types') or []:
+                need('layer_types', layer_type, ['full_attention'])
+            args = dict(norm_eps=1e-6) | args | rope_arguments(settings)
+        try:
+            check_model_args(args, n_weights)
+            GPTConfig(**args)
+        except ValueError as error:  # in the names of config.json
+            message = re.sub(r'\w+', lambda word: self.arguments.get(word[0], word[0]), str(error))
+            raise ValueError(message) from None
         window = settings.get('sliding_window', 4096)  # of positions; transformers' default
         if self.model_type == 'mistral' and window is not None and window < args['block_size']:
             raise ValueError(f'sliding_window = {window} is below max_position_embeddings = '
                              f'{args["block_size"]}, which is not supported: lower the second to the first')
-        # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling
-        rope = {'rope_theta': settings.get('rope_theta', 10_000.0)}
-        rope |= (settings.get('rope_parameters') or {}) | (settings.get('rope_scaling') or {})
-        kind = rope.get('rope_type', rope.get('type', 'default'))
-        need('rope_type', kind, ['default', 'llama3'])
-        scaling = None
-        if kind == 'llama3':
-            scaling = {name: rope.get(name) for name in ROPE_SCALING}
-        theta = float(rope['rope_theta'])  # 1000000 and 1e6 are one model
-        return dict(norm_eps=1e-6) | args | dict(rope_theta=theta, rope_scaling=scaling)
+        return args
 
     def write(self, config) -> dict:
         """Return the content of config.json for a GPTConfig, without the tokenizer's ids."""
         settings = dict(architectures=[self.class_name], model_type=self.model_type, **self.fixed)
         settings |= {name: getattr(config, argument) for argument, name in self.arguments.items()}
-        settings[self.arguments['activation']] = ACTIVATION_NAMES[config.activation]
+        settings[self.arguments['activation']] = WRITTEN_ACTIVATIONS[config.activation]
         settings |= dict.fromkeys(self.dropouts, config.dropout)
         if self.arch == 'gpt2':  # llama.cpp's converter reads the name in the first GPT-2 files
             return dict(settings, n_ctx=config.block_size)
@@ -100,6 +95,21 @@ class Architecture:
                 rows = [len(tensor) - 2 * n_kv_rows, n_kv_rows, n_kv_rows]
             parts.update(zip(names, tensor.split(rows), strict=True))
         return parts
+
+
+def rope_arguments(settings):
+    """Return rope_theta and rope_scaling of GPTConfig for a config.json.
+
+    Older versions of transformers write rope_theta and rope_scaling, version 5 rope_parameters. Of two dicts
+    it reads rope_scaling.
+    """
+    stored = settings.get('rope_scaling') or settings.get('rope_parameters') or {}
+    rope = {'rope_theta': settings.get('rope_theta', 10_000.0)} | stored
+    rope_type, scaling = rope.get('rope_type', rope.get('type', 'default')), None
+    need('rope_type', rope_type, ['default', 'llama3'])
+    if rope_type == 'llama3':
+        scaling = {name: rope.get(name) for name in ROPE_SCALING}
+    return dict(rope_theta=float(rope['rope_theta']), rope_scaling=scaling)  # 1000000 and 1e6 are one model
 
 
 def need(name, value, accepted):

@@ -25,6 +25,7 @@ ROPE_SCALING = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_po
 PARTS = dict(model=dict, model_args=dict, iter_num=int, best_val_loss=float | int | None, style=str | None)
 PARTS |= dict.fromkeys(('config', 'optimizer', 'scaler', 'tokenizer', 'lora', 'position'), dict | None)
 PARTS |= dict(history=list | None, since_best=int | None, wandb_id=str | None)
+SIZES = {'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'}  # in the model_args of any model
 HEADS = 'n_head', 'n_heads', 'num_heads', 'num_attention_heads'  # names of their number elsewhere
 LORA = dict(base=str, lora_rank=int, lora_alpha=float, lora_targets=str, checksum=int)
 MAX_LEAVES = 10_000  # of one tuple in a pickle
@@ -119,8 +120,8 @@ def check_state(state: dict, path):
         check_model_args(args, len(weights))
     # 10**9 tokens or positions would be allocated before their weights turn out to be missing
     for name, size in (('transformer.wte.weight', 'vocab_size'), ('transformer.wpe.weight', 'block_size')):
-        expected = (args.get(size), args.get('n_embd'))
-        if name in weights and None not in expected and (shape := tuple(weights[name].shape)) != expected:
+        expected = args[size], args['n_embd']
+        if name in weights and (shape := tuple(weights[name].shape)) != expected:
             raise ValueError(f'{path}: {name} has shape {shape}, its model_args say {expected}')
     try:
         moments = (state.get('optimizer') or {}).get('state', {})
@@ -157,8 +158,10 @@ def check_model_args(args: dict, n_weights: int):
     for name, number in numbers.items():
         if type(number) not in (int, float) or not 0 < number < 1e30:
             raise ValueError(f'{name} = {number!r:.60}, accepted is a number above 0')
+    if missing := SIZES - args.keys():
+        raise ValueError(f'{min(missing)} is missing')
     # a model of 10**9 layers would be built for hours before its weights turn out to be missing
-    if args.get('n_layer', 1) > n_weights:
+    if args['n_layer'] > n_weights:
         raise ValueError(f'n_layer = {args["n_layer"]} does not fit its {n_weights} weights')
 
 

@@ -14,7 +14,7 @@ from tokens.tokenizer_json import BPE_PATTERN, byte_level, load_engine, tokenize
 from weights.architectures import architecture_of
 
 TYPES = {torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16'}
-ACTIVATIONS = {'gpt2': ('gelu_tanh', 'gelu'), 'llama': ('silu',)}  # ggml's GELU is a table in float16
+GGML_ACTIVATIONS = {'gpt2': ('gelu_tanh', 'gelu'), 'llama': ('silu',)}  # ggml's GELU is a table in float16
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -36,10 +36,10 @@ def save(model, path: Path, tokenizer, template=None, quantize=None):
     if tokenizer is None:
         raise ValueError(f'{path}: a .gguf file holds a tokenizer, none was given')
     config = model.config
-    if config.arch not in ACTIVATIONS:
+    if config.arch not in GGML_ACTIVATIONS:
         raise ValueError(f'arch={config.arch}: llama.cpp has no counterpart, train with --arch=llama')
-    if config.activation not in ACTIVATIONS[config.arch]:
-        accepted = ' and '.join(ACTIVATIONS[config.arch])
+    if config.activation not in GGML_ACTIVATIONS[config.arch]:
+        accepted = ' and '.join(GGML_ACTIVATIONS[config.arch])
         raise ValueError(f'activation={config.activation}: llama.cpp has {accepted} there')
     architecture = architecture_of(config)
     kind = 'Q8_0' if quantize == 'int8' else TYPES[model.transformer.wte.weight.dtype]

@@ -13,13 +13,12 @@ import torch
 
 from corpus.template import STYLES, Template
 from files import print0, write_atomically, write_json
-from model import GPTConfig
 from tokens.tokenizer import GPT2_META, read_tokenizer_json
 from tokens.tokenizer_json import one_line, tokenizer_config
 from weights import adapters, gguf
 from weights.architectures import ARCHITECTURES, architecture_of
 from weights.card import TAGS
-from weights.foreign import check_model_args, check_names, check_shape
+from weights.foreign import check_names, check_shape
 from weights.formats import Npz, read_folder, read_settings, write_npz, write_safetensors
 
 # commits of openai-community's repositories, so that the weights are the same tomorrow
@@ -140,14 +139,7 @@ def read_model_args(path: Path) -> dict:
         raise ValueError(f'{file}: model_type = {model_type!r} is not supported, accepted are {accepted}')
     weights = read_folder(path)
     with one_line(file):
-        args = architecture.read(settings)
-        try:
-            check_model_args(args, len(weights))
-            GPTConfig(**args)
-        except ValueError as error:  # in the names of the file
-            names = architecture.arguments
-            message = re.sub(r'\w+', lambda word: names.get(word[0], word[0]), str(error))
-            raise ValueError(message) from None
+        args = architecture.read(settings, len(weights))
     if architecture.biased and not args.get('bias', True):
         # exported without biases, as zeros; training elsewhere may have changed them
         args['bias'] = any(bool(weights[name][:].any()) for name in weights if name.endswith('.bias'))
