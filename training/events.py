@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 from files import print0, printable
 
-TIMEOUT_S = 30.0  # for one call, and at the end for all that wait
+TIMEOUT_S = 30.0  # for one call, and at the end until those that still wait are dropped
 # of torchrun: a script of ours that the command starts must not join the ranks
 RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'TORCHELASTIC_ERROR_FILE', 'TORCHELASTIC_RUN_ID')
 
@@ -37,7 +37,7 @@ class Hook:
             print0(f'on_event: {event}: {output}')
 
     def close(self):
-        """Give the waiting calls TIMEOUT_S in total, then drop all but the last one."""
+        """Wait TIMEOUT_S, then drop the waiting calls but the last one. It takes 3 TIMEOUT_S at most."""
         wait(self.calls, TIMEOUT_S)
         n_dropped = sum(call.cancel() for call in self.calls[:-1])
         if n_dropped:
