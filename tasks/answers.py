@@ -16,7 +16,9 @@ def read_questions(path):
     """Return [(turns up to the question, expected answer or '')]."""
     questions = []
     for where, turns, _ in read_conversations([path]):
-        answer = turns.pop()[1] if turns and turns[-1][0] == 'assistant' else ''
+        answer = ''
+        if turns and turns[-1][0] == 'assistant':
+            answer = turns.pop()[1]
         if not turns:
             raise ValueError(f'{where}: there is no question')
         questions.append((turns, answer))
@@ -34,8 +36,8 @@ def answer_questions(answerer, questions, batch_size):
               f'{answerer.model.config.block_size} tokens: their beginnings are cut off')
     replies = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # to reduce padding
-    hides_bar = sys.stderr is None or not sys.stderr.isatty()
-    with tqdm(total=len(prompts), unit=' answers', disable=hides_bar) as bar:
+    # tqdm shows no bar unless stderr is a terminal; without a stderr it would fail
+    with tqdm(total=len(prompts), unit=' answers', disable=sys.stderr is None or None) as bar:
         for first in range(0, len(prompts), batch_size):
             batch = by_length[first:first + batch_size]
             for tokens in answerer.stream([prompts[i].ids.tolist() for i in batch]):
