@@ -116,15 +116,17 @@ def stop_ids(tokenizer) -> set:
     return {tokenizer.eot, *(i for name, i in tokenizer.special.items() if name in names)}
 
 
-def choose_style(style: str, trained, tokenizer) -> str:
+def choose_style(style: str, trained) -> str:
     """Return the prompt template: the setting, or for 'auto' the one that the model was tuned with.
 
     trained  a weights.begin.Start
     """
-    check_tokenizer(tokenizer)
+    check_tokenizer(trained.tokenizer)
     chosen = style
     if style == 'auto':
-        chosen = trained.style or ('chatml' if TURN_END in tokenizer.special else None)
+        chosen = trained.style
+        if not chosen and TURN_END in trained.tokenizer.special:
+            chosen = 'chatml'
     if chosen not in STYLES:
         raise ValueError(f'{trained.path} was not tuned on conversations: tune it with python train.py '
                          f'config/finetune_dolly.py --init_from={trained.path}, or name the template '

@@ -29,7 +29,7 @@ from report import table_row
 from tasks.items import TASKS
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
-from tokens.tokenizer import fingerprint, load_tokenizer
+from tokens.tokenizer import fingerprint
 from training.benchmarks import open_tasks
 from training.scoring import score_rows, spread_windows, text_loss
 from weights.begin import build_model, find_start
@@ -55,20 +55,21 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 # -----------------------------------------------------------------------------
 
 
-def open_text(start, block_size: int) -> Loader:
+def open_text(trained, block_size: int) -> Loader:
     """Open the validation split for bpb, cut into windows as in training if it is the same dataset."""
-    trained = start.settings
-    name = dataset or trained.get('dataset', '')
+    training = trained.settings
+    name = dataset or training.get('dataset', '')
     if not name or name.startswith('stream:'):
         raise ValueError(f'bpb needs a packed text, the model was trained on {name or "an unknown one"}: '
                          'name one packed with its tokenizer by --dataset, or leave bpb out of --tasks')
-    if name != trained.get('dataset'):
-        trained = {}
-    order = 'documents' if trained.get('sampling') == 'documents' else 'sequential'
+    order, isolate = 'sequential', False
+    if name == training.get('dataset'):
+        isolate = training.get('isolate_documents', False)
+        if training.get('sampling') == 'documents':
+            order = 'documents'
     loader = Loader(dataset_folders(name)[0], 'val', block_size=block_size,
-                    batch_size=max(1, batch_tokens // block_size), order=order,
-                    isolate=trained.get('isolate_documents', False))
-    if fingerprint(loader.tokenizer_meta) != fingerprint(start.tokenizer):
+                    batch_size=max(1, batch_tokens // block_size), order=order, isolate=isolate)
+    if fingerprint(loader.tokenizer_meta) != fingerprint(trained.tokenizer_meta):
         raise ValueError(f'dataset {name} was packed with another tokenizer than that of the model: '
                          'name one that fits by --dataset')
     return loader
@@ -96,20 +97,20 @@ if __name__ == '__main__':
         started_s = time.perf_counter()
         precision = devices.choose_dtype(dtype, place.device)
         autocast = torch.autocast(place.device.type, precision, enabled=precision != torch.float32)
-        start = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
-        tokenizer = load_tokenizer(start.tokenizer)
-        model = build_model(start, tokenizer).to(place.device)
-        block_size = model.config.block_size
-        text = open_text(start, block_size) if 'bpb' in names else None
-        benchmarks = open_tasks([name for name in names if name != 'bpb'], settings, tokenizer, block_size,
-                                skip_unwritable='tasks' not in explicit)
+        trained = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
+        model = build_model(trained).to(place.device)
+        block_size, text = model.config.block_size, None
+        if 'bpb' in names:
+            text = open_text(trained, block_size)
+        benchmarks = open_tasks([name for name in names if name != 'bpb'], settings, trained.tokenizer,
+                                block_size, skip_unwritable='tasks' not in explicit)
 
         # evaluate
         numbers = {}
         score = partial(score_rows, model, batch_tokens=batch_tokens, place=place, autocast=autocast)
         if text is not None:
             windows = spread_windows(text, max_examples)
-            token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(place.device)
+            token_bytes = torch.from_numpy(trained.tokenizer.token_bytes()).to(place.device)
             loss = text_loss(model, text, windows, token_bytes=token_bytes, place=place, autocast=autocast)
             numbers['bpb'] = dict(
                 n=len(windows), loss=loss.nats_per_target, bpb=loss.bits_per_byte, tokens=loss.n_targets,
@@ -127,12 +128,17 @@ if __name__ == '__main__':
             results = f'{out_dir}/eval.json'
         if results and place.is_master:
             Path(results).parent.mkdir(parents=True, exist_ok=True)
+            iter_num = None
+            if trained.weights:
+                iter_num = trained.progress.iter_num
             write_json(results, dict(
-                model=start.path, iter=start.progress.iter_num if start.weights else None,
+                model=trained.path, iter=iter_num,
                 parameters=model.get_num_params(False), dtype=str(precision).removeprefix('torch.'),
                 device=devices.device_name(place.device), torch=torch.__version__,
-                tokenizer=fingerprint(start.tokenizer),
+                tokenizer=fingerprint(trained.tokenizer_meta),
                 seconds=round(time.perf_counter() - started_s, 1), settings=settings, results=numbers))
-        print0(f'{printable(results)}: written' if results else
-               'to keep these numbers as JSON, name a file with --results=FILE')
+        if results:
+            print0(f'{printable(results)}: written')
+        else:
+            print0('to keep these numbers as JSON, name a file with --results=FILE')
         distributed.stop()

@@ -27,7 +27,6 @@ from files import one_line_errors, print0, printable
 from model import GPT, Block
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
-from tokens.tokenizer import load_tokenizer
 from tokens.tokenizer_json import one_line
 from training.dumps import Recorder, measure, read_array, read_index
 from training.pictures import draw_errors
@@ -103,8 +102,7 @@ def dump(place):
     if not out:
         raise ValueError('--out is empty: name the folder to write')
     if init_from == 'resume':
-        start = find_start(init_from, out_dir, checkpoint_path, n_head)
-        model = build_model(start, load_tokenizer(start.tokenizer))
+        model = build_model(find_start(init_from, out_dir, checkpoint_path, n_head))
     else:
         model = GPT.from_pretrained(init_from).eval()
     rows, n_ranks = read_ids(model.config.vocab_size, model.config.block_size), place.world_size

@@ -25,7 +25,7 @@ from configurator import configure
 from corpus.readers import read_text
 from files import as_utf8, one_line_errors, printable
 from tasks.answers import answer_questions, read_questions, write_answers
-from tokens.tokenizer import load_tokenizer, opening
+from tokens.tokenizer import opening
 from weights import adapters
 from weights.begin import build_model, find_start
 from weights.card import model_card
@@ -142,20 +142,20 @@ if __name__ == '__main__':
         check_settings()
         place = distributed.start(device)
         trained = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
-        text_tokenizer = load_tokenizer(trained.tokenizer)
+        text_tokenizer = trained.tokenizer
         if adapter:
             check_adapter(trained)
         questions = read_questions(prompts) if prompts else []
         template, prompt = '', []
         if chat or prompts:
-            template = choose_style(style, trained, text_tokenizer)
+            template = choose_style(style, trained)
         else:
             prompt = encode_prompt(start, text_tokenizer, is_default='start' not in explicit)
 
         precision = devices.choose_dtype(dtype, place.device, packs=compile is not True)
         if export and dtype == 'auto':
             precision = torch.float32  # as it was trained
-        model = build_model(trained, text_tokenizer, precision, strict, merge=not adapter)
+        model = build_model(trained, precision, strict, merge=not adapter)
         model = model.to(place.device, precision)
         torch.manual_seed(seed)
         n_rows = num_samples

@@ -20,7 +20,6 @@ import distributed
 from chat import Sampling, check, choose_style, prepare_decoding, stop_ids
 from configurator import configure
 from files import one_line_errors, print0, printable
-from tokens.tokenizer import load_tokenizer
 from weights.begin import build_model, find_start
 
 # -----------------------------------------------------------------------------
@@ -76,24 +75,23 @@ if __name__ == '__main__':
         place = distributed.start(device)
         precision = devices.choose_dtype(dtype, place.device, packs=True)
         trained = find_start(init_from, out_dir, checkpoint_path, tokenizer=tokenizer)
-        tokenizer = load_tokenizer(trained.tokenizer)
         template = ''
         try:
-            template = choose_style(style, trained, tokenizer)
+            template = choose_style(style, trained)
         except ValueError as error:
             if style != 'auto':
                 raise
             print0(f'no chat: {error}')
-        model = build_model(trained, tokenizer, precision).to(place.device, precision)
+        model = build_model(trained, precision).to(place.device, precision)
         prepare_decoding(model, place.device, False, quantize, max_batch)
 
         # the server
         name = Path(out_dir if init_from == 'resume' else init_from).resolve().name
-        engine = Engine(model, tokenizer, max_batch, max_queue)
+        engine = Engine(model, trained.tokenizer, max_batch, max_queue)
         hosts = {'127.0.0.1', 'localhost', '[::1]'}
         if host not in (*hosts, '::1'):
             hosts = None
-        app = make_app(Api(engine, name, template, sampling, stop_ids(tokenizer)),
+        app = make_app(Api(engine, name, template, sampling, stop_ids(trained.tokenizer)),
                        api_key=api_key or os.environ.get('FLATGPT_API_KEY', ''),
                        origins=[origin for origin in cors.split(',') if origin], hosts=hosts)
         shown = f'[{host}]' if ':' in host else host

@@ -169,7 +169,7 @@ with one_line_errors(), signals_noted():
     # data: any number of ranks takes the same steps
     grad_accum, rows = distributed.divide_batch(gradient_accumulation_steps, batch_size, place.world_size)
     tokens_per_step = grad_accum * rows * place.world_size * block_size
-    stored_meta = None if 'tokenizer' in explicit else start.tokenizer
+    stored_meta = None if 'tokenizer' in explicit else start.tokenizer_meta
     data = open_data(settings, place, grad_accum, rows, stored_meta)
     tokenizer_meta, vocab_size = data.train.tokenizer_meta, data.train.vocab_size
 

@@ -162,7 +162,7 @@ def open_tokenizer(name):
     if not name.endswith('.pt'):
         return load_tokenizer(tokenizer_meta(name))
     from weights.begin import find_start  # imports torch
-    return load_tokenizer(find_start(checkpoint_path=name).tokenizer)
+    return find_start(checkpoint_path=name).tokenizer
 
 
 def build_command(argv, doc=None, folder=None, download=None, style='chat'):

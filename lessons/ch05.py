@@ -37,7 +37,6 @@ import kernels
 from lessons.helpers import COLOURS, SMALL, WORK, labels, picture, run, show
 from model import GPT, GPTConfig
 from tokens.loader import Loader
-from tokens.tokenizer import load_tokenizer
 from weights.begin import build_model, find_start
 
 HERE = WORK / 'ch05'
@@ -135,8 +134,7 @@ for name in ('char', 'byte'):
 # %%
 def load(name):
     start = find_start(out_dir=f'{HERE}/out-{name}')
-    tokenizer = load_tokenizer(start.tokenizer)
-    return build_model(start, tokenizer).eval(), tokenizer
+    return build_model(start), start.tokenizer
 
 
 @torch.no_grad()

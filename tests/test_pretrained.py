@@ -396,7 +396,7 @@ def test_a_tokenizer_in_a_format_that_is_not_read_is_refused(tmp_path, file):
         'or name one with --tokenizer')
     settings = config_of(train_settings()) | dict(init_from=str(tmp_path), tokenizer='byte')
     check_unused(settings, {'init_from', 'tokenizer'})
-    assert begin(settings, {'init_from', 'tokenizer'}).tokenizer == find_start(str(tmp_path), tokenizer='byte').tokenizer == {'kind': 'byte'}
+    assert begin(settings, {'init_from', 'tokenizer'}).tokenizer_meta == find_start(str(tmp_path), tokenizer='byte').tokenizer_meta == {'kind': 'byte'}
 
 
 def test_an_export_has_what_other_programs_ask_for(tmp_path):

@@ -24,7 +24,6 @@ from checkpoint import CheckpointFolder
 from corpus.pack import write_dataset
 from corpus.train_tokenizer import save_tokenizer, train_bpe
 from model import GPT, GPTConfig
-from tokens import tokenizer as tokenizers
 from tokens.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, tokenizer_meta
 from weights import begin, torchfile
 
@@ -208,7 +207,7 @@ def test_a_model_without_tokenizer_or_with_anothers(monkeypatch, out_dir, tmp_pa
         if tokenizer:
             (tmp_path / 'x/tokenizer.json').write_text(json.dumps(tokenizer.tokenizer_json()), encoding='utf-8')
         else:
-            monkeypatch.setattr(tokenizers, 'load_tokenizer', lambda meta: Gpt2Stub())
+            monkeypatch.setattr(begin, 'load_tokenizer', lambda meta: Gpt2Stub())
         with pytest.raises(ValueError) as error:
             sample(f"--init_from={tmp_path / 'x'}")
         assert str(error.value) == text

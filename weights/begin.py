@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from configurator import checked
 from files import print0, printable
 from model import GPT, GPTConfig
 from tokens.dataset import dataset_folders, read_meta, read_meta_pkl
-from tokens.tokenizer import GPT2_META, fingerprint, tokenizer_meta, vocab_size_of
+from tokens.tokenizer import GPT2_META, Tokenizer, fingerprint, load_tokenizer, tokenizer_meta, vocab_size_of
 from training.progress import Progress
 from weights import foreign, lora, pretrained
 
@@ -37,16 +37,22 @@ class Start:
     path: str = ''  # file, folder or name of the model
     model_args: dict | None = None  # of GPTConfig; None = a new model
     weights: dict | None = None  # by name; None = read them from path with GPT.from_pretrained()
-    tokenizer: dict | None = None  # its meta(); None = unknown
+    tokenizer_meta: dict | None = None  # None = unknown
     lora: dict | None = None  # of a checkpoint that holds an adapter alone: its settings and its base model
     style: str | None = None  # conversation template that the model was tuned on
     settings: dict = field(default_factory=dict)  # of the run that wrote the checkpoint
     progress: Progress = field(default_factory=Progress)
     state: dict | None = None  # the checkpoint of a run to resume, until restore() has used it
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer_meta)
+
     @property
     def resumed_from(self) -> str:
-        return self.path if self.state is not None else ''
+        if self.state is None:
+            return ''
+        return self.path
 
     @property
     def history(self) -> list[float]:
@@ -60,8 +66,8 @@ class Start:
             return '', 0
         self.path, self.state, self.settings = str(path), state, state['config']
         self.model_args, self.weights = state['model_args'], state['model']
-        self.tokenizer, self.style, self.lora = state.get('tokenizer'), state.get('style'), state.get('lora')
-        self.progress = Progress.of(state)
+        self.tokenizer_meta, self.style = state.get('tokenizer'), state.get('style')
+        self.lora, self.progress = state.get('lora'), Progress.of(state)
         return self.path, state['iter_num']
 
 
@@ -96,15 +102,18 @@ def begin(settings: dict, explicit: set) -> Start:
         return Start()
     if init_from != 'checkpoint' and not init_from.endswith('.pt'):
         args = pretrained.read_model_args(pretrained.find(init_from))
-        named = tokenizer_meta(settings['tokenizer']) if 'tokenizer' in explicit else None
-        return Start(init_from, args, tokenizer=named or pretrained.read_tokenizer(init_from))
+        if 'tokenizer' in explicit:
+            return Start(init_from, args, tokenizer_meta=tokenizer_meta(settings['tokenizer']))
+        return Start(init_from, args, tokenizer_meta=pretrained.read_tokenizer(init_from))
 
     # only the weights and tokenizer of a checkpoint
     if (init_from == 'checkpoint') != bool(path):
         raise ValueError(f'init_from={init_from}, checkpoint_path={path}: name one file to begin with, by '
                          '--init_from=FILE.pt or by --init_from=checkpoint --checkpoint_path=FILE')
-    path = path or init_from
-    state = checkpoint.load(path, settings['n_head'] if 'n_head' in explicit else None)
+    path, n_head = path or init_from, None
+    if 'n_head' in explicit:
+        n_head = settings['n_head']
+    state = checkpoint.load(path, n_head)
     if state.get('lora'):
         raise ValueError(f'{path} holds a LoRA adapter alone: resume its run, or begin with what sample.py '
                          '--export=FOLDER writes')
@@ -156,11 +165,11 @@ def adopted_settings(start: Start, settings: dict, explicit: set, accepted: dict
     return {name: value for name, value in stored.items() if name not in explicit}
 
 
-def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: dict, dtype) -> GPT:
+def make_model(start: Start, settings: dict, vocab_size: int, dataset_meta: dict, dtype) -> GPT:
     """Make the model to train: new, with the weights of the start, or in its shape for restore() to fill.
 
-    vocab_size, tokenizer_meta  of the dataset
-    dtype                       of the matrix products
+    vocab_size, dataset_meta  of the dataset's tokenizer
+    dtype                     of the matrix products
     """
     dropout, block_size, path = settings['dropout'], settings['block_size'], start.path
     if start.model_args is None:
@@ -170,14 +179,14 @@ def make_model(start: Start, settings: dict, vocab_size: int, tokenizer_meta: di
         shape = {name: settings[name] for name in SHAPE}
         return GPT(GPTConfig(vocab_size=pretrained.padded(vocab_size), dropout=dropout, **shape))
 
-    most, packed_with = start.model_args['vocab_size'], fingerprint(tokenizer_meta)
-    name, size = 'unknown', f'at most {most}'
-    if start.tokenizer:
-        name, size = fingerprint(start.tokenizer), vocab_size_of(start.tokenizer)
+    most, packed_with = start.model_args['vocab_size'], fingerprint(dataset_meta)
+    trained_with, size = 'unknown', f'at most {most}'
+    if start.tokenizer_meta:
+        trained_with, size = fingerprint(start.tokenizer_meta), vocab_size_of(start.tokenizer_meta)
     elif start.state is None:
         print0(f'{path} does not say its tokenizer: taking that of {settings["dataset"]}')
-    if vocab_size > most or name not in ('unknown', packed_with):
-        raise ValueError(f'{path} was trained with tokenizer {name} of {size} tokens, dataset '
+    if vocab_size > most or trained_with not in ('unknown', packed_with):
+        raise ValueError(f'{path} was trained with tokenizer {trained_with} of {size} tokens, dataset '
                          f'{settings["dataset"]} was packed with {packed_with} of {vocab_size}: '
                          'use the dataset it was trained on, or pack with its tokenizer')
 
@@ -201,13 +210,11 @@ def load_adapted(start: Start, dtype, block_size: int) -> GPT:
     adapter, path, read_dtype = start.lora, start.lora['base'], torch.float32
     if dtype == torch.bfloat16:  # float16 would change the checksum
         read_dtype = dtype
+    base = Start(path)
     try:
         if path.endswith('.pt'):
-            state = checkpoint.load(path, start.model_args['n_head'])
-            model = GPT(GPTConfig(**state['model_args'])).to(read_dtype)
-            foreign.load_weights(model, state['model'], path)
-        else:
-            model = GPT.from_pretrained(path, dtype=read_dtype)
+            base.take(checkpoint.load(path, start.model_args['n_head']), path)
+        model = load_plain(base, read_dtype)
     except FileNotFoundError:
         raise ValueError(f'{path}, the base model of the adapter, is missing: put it back') from None
     checksum = lora.checksum(model)
@@ -216,6 +223,15 @@ def load_adapted(start: Start, dtype, block_size: int) -> GPT:
     adapter['checksum'] = checksum
     model.to(dtype).crop_block_size(block_size)
     lora.add(model, *(adapter[name] for name in LORA_SETTINGS))
+    return model
+
+
+def load_plain(start: Start, dtype, strict: bool = True) -> GPT:
+    """Load a model that is no adapter."""
+    if start.weights is None:
+        return GPT.from_pretrained(start.path, dtype=dtype)
+    model = GPT(GPTConfig(**start.model_args)).to(dtype)
+    foreign.load_weights(model, start.weights, start.path, strict)
     return model
 
 
@@ -230,19 +246,22 @@ def find_start(init_from='resume', out_dir='out', checkpoint_path='', n_head=Non
     n_head           for a checkpoint_path of weights alone
     tokenizer        name or folder of the tokenizer to use; '' = the model's own
     """
-    named = tokenizer_meta(tokenizer) if tokenizer else None
+    named = None
+    if tokenizer:
+        named = tokenizer_meta(tokenizer)
     if init_from != 'resume':
         meta = named or pretrained.read_tokenizer(init_from)
         if meta is None:
             print0(f"{init_from} has no tokenizer.json: using GPT-2's tokenizer")
-        return Start(init_from, tokenizer=meta or GPT2_META, style=pretrained.read_style(init_from))
+        return Start(init_from, tokenizer_meta=meta or GPT2_META, style=pretrained.read_style(init_from))
     if checkpoint_path:
         start = Start()
         start.take(checkpoint.load(checkpoint_path, n_head), checkpoint_path)
     else:
         start = read_chosen(partial(choose_checkpoint, out_dir))
     start.state = None  # nothing is resumed
-    start.tokenizer = named or start.tokenizer or nanogpt_tokenizer(start.settings.get('dataset', ''))
+    dataset = start.settings.get('dataset', '')
+    start.tokenizer_meta = named or start.tokenizer_meta or nanogpt_tokenizer(dataset)
     return start
 
 
@@ -267,30 +286,29 @@ def nanogpt_tokenizer(dataset):
         for file in (folder / 'meta.pkl', folder / 'meta.json'):  # nanoGPT's, even without the tokens
             if file.exists():
                 print0(f'no tokenizer in the checkpoint: using that of {file}')
-                return read_meta_pkl(file) if file.suffix == '.pkl' else read_meta(folder)['tokenizer']
+                if file.suffix == '.pkl':
+                    return read_meta_pkl(file)
+                return read_meta(folder)['tokenizer']
     print0("no tokenizer in the checkpoint: using GPT-2's, as nanoGPT does. If it was trained on characters, "
            f'copy the meta.pkl of dataset {printable(repr(dataset))} into data/NAME/')
     return GPT2_META
 
 
-def build_model(start: Start, tokenizer, dtype=torch.float32, strict=True, merge=True) -> GPT:
-    """Build a trained model on the CPU for inference.
+def build_model(start: Start, dtype=torch.float32, strict=True, merge=True) -> GPT:
+    """Build a trained model on the CPU for inference, with parameters of a dtype.
 
-    dtype   of the parameters of a pretrained model
     strict  False: accept and list missing or unexpected weights of a checkpoint
     merge   False: leave a LoRA adapter beside the weights of its base
     """
-    iteration = ''
-    if start.weights is None:
-        model = GPT.from_pretrained(start.path, dtype=dtype)
-    elif start.lora:
+    tokenizer, iteration = start.tokenizer, ''  # a damaged tokenizer fails before the weights are read
+    if start.lora:
         model = load_adapted(start, dtype, start.model_args['block_size'])
         foreign.load_weights(model, start.weights, start.path)
         if merge:
             lora.merge(model)
     else:
-        model = GPT(GPTConfig(**start.model_args))
-        foreign.load_weights(model, start.weights, start.path, strict)
+        model = load_plain(start, dtype, strict)
+    if start.weights is not None:
         iteration = f'iteration {start.progress.iter_num:,}, '
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f'{start.path} has a vocabulary of {model.config.vocab_size}, its tokenizer '
