@@ -232,9 +232,11 @@ def scatter(state, model, optimizers):
     # the optimizer keeps these tensors, so copy them out of the mapped file
     copies = {}
     for group in groups:
-        keys = {'step', 'exp_avg', 'exp_avg_sq'}
-        if 'momentum' in group:
-            keys = {'momentum_buffer', 'variances'} if group['normuon'] else {'momentum_buffer'}
+        keys = {'momentum_buffer'}
+        if 'momentum' not in group:
+            keys = {'step', 'exp_avg', 'exp_avg_sq'}
+        elif group['normuon']:
+            keys.add('variances')
         for name in group['params']:
             own, shape = moments.get(name, {}), shapes[name]
             if own.keys() != keys or shape not in [value.shape for value in own.values()]:

@@ -84,7 +84,9 @@ def accepted_by(settings: dict) -> dict[str, list]:
 
 def options_of(hint):
     """bool | Literal['auto'] -> [bool, 'auto']"""
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+    members = [hint]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = typing.get_args(hint)
     return [option for member in members for option in typing.get_args(member) or [member]]
 
 
@@ -139,11 +141,13 @@ def parse(argv, accepted, skip_unknown=False):
             files.append(arg)
             continue
         if not equals:
-            word = rest[0] if rest and not rest[0].startswith('--') else None
-            if options and bool in options and word not in (*BOOLS, 'None', *options):
+            text = None
+            if rest and not rest[0].startswith('--'):
+                text = rest[0]
+            if options and bool in options and text not in (*BOOLS, 'None', *options):
                 text = 'True'  # a bare --flag
-            else:
-                text = rest.pop(0) if word is not None else None
+            elif text is not None:
+                rest.pop(0)
         if not options and skip_unknown:
             continue
         if not options or not flag.startswith('--'):
@@ -193,7 +197,9 @@ def run_config(file, script, current, accepted):
         if is_given:
             values[name] = value
     derive = result.get('derive')
-    return check_values(values, accepted, file), derive if inspect.isfunction(derive) else None
+    if not inspect.isfunction(derive):
+        derive = None
+    return check_values(values, accepted, file), derive
 
 
 def call_derive(file, derive, defaults, given, accepted):

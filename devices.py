@@ -43,12 +43,16 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         return device
     if accelerator is None or accelerator.type != device.type:
         raise ValueError(f'device={name} is not available here: {problem or "use --device=auto"}')
-    index = device.index or 0 if local_rank is None else local_rank
+    index = local_rank
+    if index is None:
+        index = device.index or 0
     n_devices = torch.accelerator.device_count()
     if index >= n_devices:
         raise ValueError(f'device {device.type}:{index} does not exist, {n_devices} do: '
                          'use as many processes as devices')
-    return torch.device('cuda', index) if device.type == 'cuda' else device
+    if device.type == 'cuda':
+        device = torch.device('cuda', index)
+    return device
 
 
 @lru_cache
@@ -73,8 +77,10 @@ def choose_dtype(name: str, device: torch.device, packs: bool = False) -> torch.
         return getattr(torch, name)
     if multiplies_bfloat16(device):
         return torch.bfloat16
-    packs_float16 = packs and device.type == 'cpu' and 'fbgemm' in torch.backends.quantized.supported_engines
-    return torch.float16 if device.type == 'cuda' or packs_float16 else torch.float32
+    on_x86 = device.type == 'cpu' and 'fbgemm' in torch.backends.quantized.supported_engines
+    if device.type == 'cuda' or (packs and on_x86):
+        return torch.float16
+    return torch.float32
 
 
 def choose_compile(choice: bool | str, device: torch.device) -> bool:
@@ -104,7 +110,9 @@ def peak_flops(device: torch.device) -> float | None:
 def device_name(device: torch.device) -> str:
     if device.type == 'cpu':
         return f'cpu, {torch.get_num_threads()} threads'
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return device.type
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
@@ -120,8 +128,11 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 def anonymous_bytes() -> int | None:
     """Return the RAM that this process holds without mapped files, on Linux; else None."""
     status = Path('/proc/self/status')
-    text = status.read_text(encoding='ascii') if status.exists() else ''
-    return int(text.split('RssAnon:')[1].split()[0]) * 1024 if 'RssAnon:' in text else None
+    if status.exists():
+        for line in status.read_text(encoding='ascii').splitlines():
+            if line.startswith('RssAnon:'):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def synchronize(device: torch.device):
@@ -136,8 +147,7 @@ def keep_freed_memory():
     Each step allocates the same sizes. Fresh pages cost 10 to 25% of a step of 10.7M parameters, small pages
     another 20%, and a third of decoding with 124M.
     """
-    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if not hasattr(libc, 'mallopt'):
+    if sys.platform != 'linux' or not hasattr(libc := ctypes.CDLL(None), 'mallopt'):
         return
     libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks from the heap too
     libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap

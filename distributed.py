@@ -50,7 +50,8 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
         listed = ', '.join(f'{name}={value}' for name, value in given.items())
         raise ValueError(f'{listed} in the environment: set {", ".join(RANK_VARIABLES)}, MASTER_ADDR, '
                          'MASTER_PORT as torchrun does, or unset them all')
-    device = devices.choose_device(device, int(given['LOCAL_RANK']) if given else None)
+    ranks = {name: int(value) for name, value in given.items()}
+    device = devices.choose_device(device, ranks.get('LOCAL_RANK'))
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TensorFloat32 for products of float32 matrices
@@ -67,7 +68,7 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
     if backend == 'mpi' and not dist.is_mpi_available():
         raise ValueError('backend=mpi: this PyTorch was built without MPI: use --backend=auto')
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return Place(int(given['RANK']), int(given['LOCAL_RANK']), int(given['WORLD_SIZE']), device)
+    return Place(ranks['RANK'], ranks['LOCAL_RANK'], ranks['WORLD_SIZE'], device)
 
 
 def end_with_parent(parent):
@@ -92,17 +93,18 @@ def all_reduce_sum(tensor):
 def on_first_rank(function, of_each_node: bool = False):
     """Run function() on the first rank, or the first of each node. Return its result (plain data) on every
     rank, or raise its ValueError or OSError there."""
-    outcome = None
-    rank = os.environ.get('LOCAL_RANK' if of_each_node else 'RANK', '0')
-    if rank == '0' or not dist.is_initialized():
+    if not dist.is_initialized():
+        return function()
+    outcome, variable = None, 'RANK'
+    if of_each_node:
+        variable = 'LOCAL_RANK'
+    if os.environ.get(variable, '0') == '0':
         try:
             outcome = function(), None
         except (ValueError, OSError) as error:
             outcome = None, error
-    outcomes = [outcome]
-    if dist.is_initialized():
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome)
+    outcomes = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
     outcomes = [outcome for outcome in outcomes if outcome is not None]
     for _, error in outcomes:
         if error is not None:
@@ -162,9 +164,10 @@ def shard(model, place, shard_ranks, dtype):
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # Whole blocks compile without a graph break. In bfloat16 the norms' weights are cast, too, which torch's
     # LayerNorm does not accept on a CPU: there the norms stay with the root.
-    whole_blocks = place.device.type == 'cuda' or dtype != torch.bfloat16
     for block in model.transformer.h:
-        fully_shard(block if whole_blocks else [block.attn, block.mlp], mesh=mesh, mp_policy=policy)
+        if place.device.type == 'cpu' and dtype == torch.bfloat16:
+            block = [block.attn, block.mlp]
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     model.to(place.device)
 

@@ -34,11 +34,14 @@ class Log:
     """
 
     def __init__(self, out_dir, place, progress, tokens_per_step: int, max_iters: int, on_event: str = ''):
-        self.out_dir = Path(out_dir) if out_dir and place.is_master else None  # None = no files
+        self.out_dir = None  # no files
+        if out_dir and place.is_master:
+            self.out_dir = Path(out_dir)
         self.place, self.progress = place, progress
         self.tokens_per_step, self.max_iters = tokens_per_step, max_iters
-        self.lock = self.wandb = self.tensorboard = None
-        self.hook = Hook(on_event) if on_event and self.out_dir else None
+        self.lock = self.wandb = self.tensorboard = self.hook = None
+        if on_event and self.out_dir:
+            self.hook = Hook(on_event)
         self.skipped_in_a_row = 0  # at the latest logged step
         self.mfu_per_tok_per_s = math.nan  # where the device's peak is unknown
         self.logged_at = progress.iter_num  # iter_num after the last logged step
@@ -95,11 +98,13 @@ class Log:
     def start_wandb(self, settings):
         """Start or resume the wandb run, offline if there is no key."""
         import wandb
-        mode = os.environ.get('WANDB_MODE') or ('online' if wandb.api.api_key else 'offline')
+        mode, run_id = 'offline', self.progress.wandb_id
+        if wandb.api.api_key:
+            mode = 'online'
+        mode = os.environ.get('WANDB_MODE') or mode
         if mode == 'offline':
             print0('wandb: offline, for lack of a key or by WANDB_MODE: upload with `wandb sync`')
-        run_id = self.progress.wandb_id
-        self.wandb = wandb.init(id=run_id, resume='allow' if run_id else None, mode=mode,
+        self.wandb = wandb.init(id=run_id, resume=run_id and 'allow', mode=mode,
                                 project=settings['wandb_project'], name=settings['wandb_run_name'],
                                 config=settings, dir=str(self.out_dir))
         self.progress.wandb_id = self.wandb.id
@@ -156,7 +161,9 @@ class Log:
     def evaluation(self, losses):
         train_loss, val_loss = losses.train.nats_per_target, losses.val.nats_per_target
         bits_per_byte = losses.val.bits_per_byte
-        bits = f', {bits_per_byte:.4f} bits per byte' if bits_per_byte else ''
+        bits = ''
+        if bits_per_byte:
+            bits = f', {bits_per_byte:.4f} bits per byte'
         print0(f'step {self.progress.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{bits}')
         self.write(train_loss=train_loss, val_loss=val_loss, val_bpb=bits_per_byte)
 
@@ -255,8 +262,10 @@ class Log:
                    f'{self.progress.best_val_loss:.4f} in best.pt; python sample.py --out_dir={out_dir}')
         if stop:
             self.end('stopped', stop)
+        elif it >= self.max_iters:
+            self.end('finished', 'max_iters')
         else:
-            self.end('finished', 'max_iters' if it >= self.max_iters else 'patience')
+            self.end('finished', 'patience')
 
 
 @contextlib.contextmanager
@@ -270,8 +279,8 @@ def loss_printed(path, loss: str):
 
 def finite(numbers: dict) -> dict:
     """Replace inf and nan, which JSON lacks, by None."""
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in numbers.items()}
+    floats = {name: value for name, value in numbers.items() if isinstance(value, float)}
+    return numbers | {name: None for name, value in floats.items() if not math.isfinite(value)}
 
 
 def git_commit() -> str | None:

@@ -323,8 +323,8 @@ class GPT(nn.Module):
         n_flops = 12 * c.n_layer * c.n_head * c.head_size * (T or c.block_size)  # attention
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                matrices = [p for p in module.parameters() if p.dim() == 2]  # three with an adapter
-                n_flops += sum(6 * p.numel() if p.requires_grad else 4 * p.numel() for p in matrices)
+                for matrix in (p for p in module.parameters() if p.dim() == 2):  # three with an adapter
+                    n_flops += (4 + 2 * matrix.requires_grad) * matrix.numel()
         return n_flops
 
     @torch.no_grad()
@@ -391,24 +391,25 @@ class GPT(nn.Module):
         if idx.size(1) == 0:
             raise ValueError('the prompt is empty: give the model at least one token to continue')
         limit = self.config.block_size
-        cache, new = None, idx  # new = the tokens that are not yet in the cache
+        cache, new = None, idx  # new = the tokens to run, those that are not in the cache
         if idx.size(1) < limit:
             n_tokens = min(limit, idx.size(1) + max_new_tokens)
             dtype = self.stream_dtype or kernels.compute_dtype(self.transformer.wte.weight)
             cache = kernels.KVCache(self.config, idx.size(0), n_tokens, idx.device, dtype,
                                     static=self.static_cache)
         for _ in range(max_new_tokens):
-            if cache is not None and cache.n_tokens + new.size(1) > limit:
-                cache = None
-            context = new if cache is not None else idx[:, -limit:]  # (B, T)
-            context_documents = None if documents is None else documents[:, -context.size(1):]
-            with kernels.decoding(context, cache):
-                logits, _ = self(context, cache=cache, documents=context_documents)
+            if cache is None or cache.n_tokens + new.size(1) > limit:
+                cache, new = None, idx[:, -limit:]
+            new_documents = documents
+            if documents is not None:
+                new_documents = documents[:, -new.size(1):]
+                # the next token joins the last document of its row
+                documents = torch.cat((documents, documents[:, -1:]), dim=1)
+            with kernels.decoding(new, cache):
+                logits, _ = self(new, cache=cache, documents=new_documents)
             next_id = kernels.draw(logits[:, -1, :vocab_size], temperature, top_k, top_p)  # (B,)
             new = next_id[:, None]
             idx = torch.cat((idx, new), dim=1)
-            if documents is not None:  # the token joins the last document of its row
-                documents = torch.cat((documents, documents[:, -1:]), dim=1)
             yield next_id
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):

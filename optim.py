@@ -55,10 +55,11 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
 
     optimizers = []
     if for_adamw:  # a LoRA adapter has matrices alone
-        optimizers.append(torch.optim.AdamW(for_adamw, betas=settings.betas, eps=1e-8, fused=True))
+        optimizers.append(torch.optim.AdamW(for_adamw, betas=settings.betas, fused=True))
     if for_muon:
-        ns_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        optimizers.append(Muon(for_muon, ns_dtype=ns_dtype))
+        if dtype != torch.bfloat16:
+            dtype = torch.float32
+        optimizers.append(Muon(for_muon, ns_dtype=dtype))
     for optimizer in optimizers:
         optimizer.register_load_state_dict_pre_hook(keep_settings)
     return optimizers
@@ -70,8 +71,9 @@ def kind_and_options(name, p, settings, config):
     decay_groups='matrices': AdamW decays matrices and embeddings, as in nanoGPT. With muon only Muon decays,
     because the decay is lr * weight_decay and embeddings have large rates.
     """
-    lr, decay = settings.learning_rate, settings.weight_decay
-    rest_decay = decay if settings.decay_groups == 'all' else 0.0
+    lr, decay, rest_decay = settings.learning_rate, settings.weight_decay, 0.0
+    if settings.decay_groups == 'all':
+        rest_decay = decay
     if settings.optimizer == 'adamw':
         if p.dim() >= 2:
             return 'decay', dict(lr=lr, weight_decay=decay)
@@ -82,7 +84,9 @@ def kind_and_options(name, p, settings, config):
         kind, own_lr = 'embedding', settings.embedding_lr
         if 'lm_head.' in name:
             kind, own_lr = 'head', settings.head_lr
-        return kind, dict(lr=lr if own_lr is None else own_lr, weight_decay=rest_decay)
+        if own_lr is not None:
+            lr = own_lr
+        return kind, dict(lr=lr, weight_decay=rest_decay)
     kind, n_matrices = 'matrix', 1
     if name.endswith('attn.c_attn.weight'):
         kind, n_matrices = 'qkv', config.n_head // config.n_kv_head + 2  # of n_kv_head heads each
@@ -113,12 +117,14 @@ def orthogonalize(G, steps=5, dtype=None):
             https://kellerjordan.github.io/posts/muon/
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = G.size(1) > G.size(2)
     X = (G / (torch.linalg.matrix_norm(G, keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):  # X <- aX + bAX + cA^2X, with the Gram matrix A of the smaller side
-        A = X.mT @ X if tall else X @ X.mT
-        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, X, P, beta=a) if tall else torch.baddbmm(X, P, X, beta=a)
+        if G.size(1) > G.size(2):
+            A = X.mT @ X
+            X = torch.baddbmm(X, X, torch.baddbmm(A, A, A, beta=b, alpha=c), beta=a)
+        else:
+            A = X @ X.mT
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.to(G.dtype)
 
 
@@ -129,7 +135,10 @@ def even_out(matrices, variances):
     returns    the new matrices and variances
     source     NorMuon, arXiv:2510.05491
     """
-    now = matrices.square().mean(-1 if variances.size(-1) == 1 else -2, keepdim=True)
+    dim = -1
+    if variances.size(-1) > 1:
+        dim = -2
+    now = matrices.square().mean(dim, keepdim=True)
     variances = variances.lerp(now, 1 - VARIANCE_BETA)
     scales = variances.clamp(min=1e-10).rsqrt()
     norms = (now * scales.square()).sum(dim=(-2, -1), keepdim=True).clamp(min=1e-10)
@@ -179,7 +188,9 @@ class Muon(torch.optim.Optimizer):
             if 'momentum_buffer' not in self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
                 if normuon:
-                    size = p.size(0) // R, *((R, 1) if R >= C else (1, C))
+                    size = p.size(0) // R, R, 1
+                    if C > R:
+                        size = p.size(0) // R, 1, C
                     self.state[p]['variances'] = torch.zeros(size, dtype=p.dtype, device=p.device)
         # local tensors of FSDP's shards: DTensor lacked _foreach_lerp up to torch 2.12
         weights = [local(p) for p in params]
@@ -203,7 +214,9 @@ class Muon(torch.optim.Optimizer):
         skip = getattr(self, 'found_inf', None)  # see step_unless()
         new_tensors = [*new_buffers, *new_variances, *new_weights]
         for old, new in zip([*buffers, *variances, *weights], new_tensors, strict=True):
-            old.copy_(new if skip is None else torch.where(skip > 0, old, new))
+            if skip is not None:
+                new = torch.where(skip > 0, old, new)
+            old.copy_(new)
 
     def gather(self, shard, p):
         """Return the whole tensor of a shard like p's. FSDP's come in ns_dtype."""
@@ -305,7 +318,7 @@ class Schedule:
     kind: Literal['cosine', 'wsd', 'cosine_restarts', 'constant']
     warmup_iters: int
     max_iters: int
-    lr_decay_iters: int | None = None  # None = max_iters
+    lr_decay_iters: int = 0
     min_lr_ratio: float = 0.0  # of the peak
     decay_fraction: float = 0.4
     restart_iters: int = 1000
@@ -319,12 +332,14 @@ def lr_scale(it: int, schedule: Schedule) -> float:
         return (it + 1) / (schedule.warmup_iters + 1)
     height = 1.0
     if schedule.kind == 'cosine':
-        end = schedule.max_iters if schedule.lr_decay_iters is None else schedule.lr_decay_iters
-        height = half_cosine(since_warmup / (end - schedule.warmup_iters)) if it < end else 0.0
+        height, end = 0.0, schedule.lr_decay_iters
+        if it < end:
+            height = half_cosine(since_warmup / (end - schedule.warmup_iters))
     elif schedule.kind == 'wsd':
         decay_iters = schedule.decay_fraction * schedule.max_iters
         remaining = max(schedule.max_iters - it, 0)
-        height = remaining / decay_iters if remaining < decay_iters else 1.0
+        if remaining < decay_iters:
+            height = remaining / decay_iters
     elif schedule.kind == 'cosine_restarts':
         length = schedule.restart_iters
         while since_warmup >= length:
@@ -339,7 +354,9 @@ def half_cosine(x):
 
 def muon_momentum(it: int, warmup_iters: int = 300) -> float:
     """Return Muon's momentum, which rises linearly, as in KellerJordan/modded-nanogpt."""
-    x = min(it / warmup_iters, 1.0) if warmup_iters else 1.0
+    if it >= warmup_iters:
+        return 0.95
+    x = it / warmup_iters
     return (1 - x) * 0.85 + x * 0.95
 
 

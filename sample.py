@@ -95,16 +95,18 @@ def print_samples(steps, tokenizer, prompt_text, n_samples):
         print(printable(prompt_text + tokenizer.decode(row)), end=rule)
 
 
-def export_model(model, trained, tokenizer):
+def export_model(model, trained):
     """Write the model, or its LoRA adapter alone, and print how to use it."""
     if adapter:
         paths = adapters.save(model, export, trained.lora['base'])
     else:
         card = model_card(trained, model, Path(export).name)
-        paths = model.save_pretrained(export, tokenizer, trained.style, card, quantize)
+        paths = model.save_pretrained(export, trained.tokenizer, trained.style, card, quantize)
     for path in paths:
         print(f'{path}: {path.stat().st_size:,} bytes')
-    reader = 'numpy.load' if export.endswith('.npz') else 'AutoModelForCausalLM.from_pretrained'
+    reader = 'AutoModelForCausalLM.from_pretrained'
+    if export.endswith('.npz'):
+        reader = 'numpy.load'
     if export.endswith('.gguf'):
         print(f'run it with llama-cli -m {export}')
     elif not adapter:
@@ -142,37 +144,35 @@ if __name__ == '__main__':
         check_settings()
         place = distributed.start(device)
         trained = find_start(init_from, out_dir, checkpoint_path, n_head, tokenizer)
-        text_tokenizer = trained.tokenizer
         if adapter:
             check_adapter(trained)
-        questions = read_questions(prompts) if prompts else []
-        template, prompt = '', []
+        template, prompt, questions, n_rows = '', [], [], num_samples
+        if chat:
+            n_rows = 1
+        elif prompts:
+            questions, n_rows = read_questions(prompts), batch_size
         if chat or prompts:
             template = choose_style(style, trained)
         else:
-            prompt = encode_prompt(start, text_tokenizer, is_default='start' not in explicit)
+            prompt = encode_prompt(start, trained.tokenizer, is_default='start' not in explicit)
 
         precision = devices.choose_dtype(dtype, place.device, packs=compile is not True)
         if export and dtype == 'auto':
             precision = torch.float32  # as it was trained
-        model = build_model(trained, precision, strict, merge=not adapter)
-        model = model.to(place.device, precision)
+        model = build_model(trained, precision, strict, merge=not adapter).to(place.device, precision)
         torch.manual_seed(seed)
-        n_rows = num_samples
-        if chat or prompts:
-            n_rows = 1 if chat else batch_size
         if not export:
             prepare_decoding(model, place.device, compile, quantize, n_rows)
-        answerer = Answerer(model, text_tokenizer, template, sampling)
+        answerer = Answerer(model, trained.tokenizer, template, sampling)
         if export:
-            export_model(model, trained, text_tokenizer)
+            export_model(model, trained)
         elif chat:
             talk(answerer)
         elif prompts:
             write_answers(answers, questions, answer_questions(answerer, questions, batch_size))
         else:
             idx = torch.tensor(prompt, device=place.device).repeat(num_samples, 1)  # (num_samples, T)
-            steps = sampling.stream(model, text_tokenizer, idx, stop_ids={text_tokenizer.eot})
-            special = text_tokenizer.bos, text_tokenizer.eot
-            prompt_text = text_tokenizer.decode([i for i in prompt if i not in special])
-            print_samples(steps, text_tokenizer, prompt_text, num_samples)
+            steps = sampling.stream(model, trained.tokenizer, idx, stop_ids={trained.tokenizer.eot})
+            special = trained.tokenizer.bos, trained.tokenizer.eot
+            prompt_text = trained.tokenizer.decode([i for i in prompt if i not in special])
+            print_samples(steps, trained.tokenizer, prompt_text, num_samples)

@@ -184,7 +184,9 @@ with one_line_errors(), signals_noted():
     parameters = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(place.device.type, compute_dtype, enabled=compute_dtype != torch.float32)
     use_compile = devices.choose_compile(compile, place.device)
-    loss_sum = distributed.compiled_loss(model) if use_compile else model.loss_sum
+    loss_sum, mode = model.loss_sum, 'eager'
+    if use_compile:
+        loss_sum, mode = distributed.compiled_loss(model), 'compiled'
 
     # optimizers and learning rate
     scaler = torch.amp.GradScaler(place.device.type, enabled=compute_dtype == torch.float16)
@@ -192,9 +194,10 @@ with one_line_errors(), signals_noted():
         optimizer, learning_rate, matrix_lr, embedding_lr, head_lr, betas=(beta1, beta2),
         weight_decay=weight_decay, decay_groups=decay_groups, normuon=normuon), compute_dtype, groups.factors)
     schedule = Schedule(
-        kind=lr_schedule if decay_lr else 'constant', warmup_iters=warmup_iters if decay_lr else 0,
-        max_iters=max_iters, lr_decay_iters=lr_decay_iters, min_lr_ratio=min_lr / (learning_rate or 1.0),
+        lr_schedule, warmup_iters, max_iters, lr_decay_iters, min_lr_ratio=min_lr / (learning_rate or 1.0),
         decay_fraction=decay_fraction, restart_iters=restart_iters, restart_mult=restart_mult)
+    if not decay_lr:
+        schedule = Schedule('constant', warmup_iters=0, max_iters=max_iters)
     judge = StepJudge(place.device, skip_spikes, start.history)
 
     # resume
@@ -218,7 +221,7 @@ with one_line_errors(), signals_noted():
            f'vocabulary {model.config.vocab_size:,}')
     if lr_groups:
         print0(groups.describe())
-    device_name, mode = devices.device_name(place.device), 'compiled' if use_compile else 'eager'
+    device_name = devices.device_name(place.device)
     print0(f'device: {device_name}, {precision}, {mode}')
     print0(f'data: {data.describe(max_iters * tokens_per_step)}, {tokens_per_step:,} tokens a step '
            f'({place.world_size} ranks x {grad_accum} micro-steps x {rows} windows x {block_size}), '
@@ -268,8 +271,8 @@ with one_line_errors(), signals_noted():
                 log.saved(folder, is_best)
 
             # benchmarks and samples, which take long
-            for benchmark in benchmarks if not signal else []:
-                if finished or progress.iter_num % benchmark.interval == 0:
+            for benchmark in benchmarks:
+                if not signal and (finished or progress.iter_num % benchmark.interval == 0):
                     numbers = benchmark.run(model, place, autocast, batch_size * block_size)
                     log.benchmark(benchmark.name, numbers)
             if prompts and not signal and (finished or progress.iter_num % generate_interval == 0):

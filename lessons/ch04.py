@@ -144,7 +144,7 @@ assert torch.allclose(whole, in_parts, atol=1e-6)
 # 最后要小步走，让模型稳下来，所以学习率要降，这里沿半个余弦下降。`optim.lr_scale` 给出它相对于峰值的比例。
 # %%
 max_iters, peak_lr, min_lr, warmup_iters = 40 if SMALL else 600, 3e-3, 3e-4, 10 if SMALL else 50
-schedule = Schedule('cosine', warmup_iters, max_iters, min_lr_ratio=min_lr / peak_lr)
+schedule = Schedule('cosine', warmup_iters, max_iters, lr_decay_iters=max_iters, min_lr_ratio=min_lr / peak_lr)
 
 
 def by_hand(it):

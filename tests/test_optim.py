@@ -410,8 +410,8 @@ def test_cosine_restarts_is_torchs_at_every_iteration(mult):
     (Schedule('wsd', warmup_iters=0, max_iters=4, decay_fraction=0.5, min_lr_ratio=0.5), [1, 1, 1, 0.75, 0.5, 0.5]),
     (Schedule('wsd', warmup_iters=1, max_iters=4, decay_fraction=0.0), [0.5, 1, 1, 1, 1]),
     (Schedule('constant', warmup_iters=3, max_iters=5, min_lr_ratio=0.1), [0.25, 0.5, 0.75, 1, 1, 1, 1]),
-    (Schedule('cosine', warmup_iters=1, max_iters=3, min_lr_ratio=0.1), [0.5, 1, 0.55, 0.1, 0.1]),
-    (Schedule('cosine', warmup_iters=2, max_iters=2), [1 / 3, 2 / 3, 0, 0]),
+    (Schedule('cosine', warmup_iters=1, max_iters=3, lr_decay_iters=3, min_lr_ratio=0.1), [0.5, 1, 0.55, 0.1, 0.1]),
+    (Schedule('cosine', warmup_iters=2, max_iters=2, lr_decay_iters=2), [1 / 3, 2 / 3, 0, 0]),
 ])
 def test_schedule_tables(settings, table):
     assert [lr_scale(it, settings) for it in range(len(table))] == pytest.approx(table, abs=1e-15)
@@ -419,7 +419,7 @@ def test_schedule_tables(settings, table):
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd', 'cosine_restarts'])
 def test_schedules_reach_one_and_their_minimum_exactly(schedule):
-    settings = Schedule(schedule, warmup_iters=10, max_iters=110, min_lr_ratio=0.1, restart_iters=50)
+    settings = Schedule(schedule, warmup_iters=10, max_iters=110, lr_decay_iters=110, min_lr_ratio=0.1, restart_iters=50)
     assert lr_scale(10, settings) == 1.0
     assert lr_scale(110, settings) == (1.0 if schedule == 'cosine_restarts' else 0.1)
 

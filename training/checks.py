@@ -30,7 +30,9 @@ def check_limits(settings: dict):
         for name in names.split():
             value = settings[name]
             if value is not None and not least <= value < bound:
-                limit = f', below {bound}' if bound < math.inf or value == math.inf else ''
+                limit = ''
+                if bound < math.inf or value == math.inf:
+                    limit = f', below {bound}'
                 raise ValueError(f'{name}={value}: accepted is {least} or more{limit}')
 
 

@@ -40,9 +40,10 @@ class LrGroups:
         """Return a line with the factor and size of each group."""
         words = []
         for pattern, sizes in self.sizes.items():
-            factor = self.patterns.get(pattern, 1.0)
-            words.append(f'{pattern} {f"x {factor:g}" if factor else "frozen"}: '
-                         f'{sum(sizes):,} parameters in {len(sizes)} tensors')
+            effect = 'frozen'
+            if factor := self.patterns.get(pattern, 1.0):
+                effect = f'x {factor:g}'
+            words.append(f'{pattern} {effect}: {sum(sizes):,} parameters in {len(sizes)} tensors')
         return 'learning rates: ' + '; '.join(words)
 
 

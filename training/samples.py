@@ -19,8 +19,10 @@ def read_prompts(generate_prompts: str, tokenizer, loader) -> list[list[int]]:
     prompts = []
     batch = loader.windows(spread_windows(loader, 4))
     for x, y in zip(batch.x, batch.y, strict=True):
-        first_target = int((y != IGNORE).int().argmax())
-        prompts.append(x[:first_target + 1 if first_target else 16].tolist())
+        n_tokens, first_target = 16, int((y != IGNORE).int().argmax())
+        if first_target:
+            n_tokens = first_target + 1
+        prompts.append(x[:n_tokens].tolist())
     return prompts
 
 

@@ -114,7 +114,7 @@ def text_loss(model, loader, windows: np.ndarray, *, token_bytes, place, autocas
     """
     batches = [windows[i:i + loader.batch_size] for i in range(0, len(windows), loader.batch_size)]
     # nats, targets, nats of targets that have bytes, bytes; MPS has no float64
-    exact = torch.float32 if place.device.type == 'mps' else torch.float64
+    exact = {'mps': torch.float32}.get(place.device.type, torch.float64)
     sums = torch.zeros(4, dtype=exact, device=place.device)
     if token_bytes is None:
         token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64, device=place.device)
@@ -129,7 +129,9 @@ def text_loss(model, loader, windows: np.ndarray, *, token_bytes, place, autocas
                 nats_with_bytes = (nats * (n_bytes > 0)).sum()
                 sums += torch.stack((nats.sum(), is_target.sum(), nats_with_bytes, n_bytes.sum()))
     nats, n_targets, nats_with_bytes, n_bytes = distributed.all_reduce_sum(sums).tolist()
-    bits_per_byte = nats_with_bytes / math.log(2) / n_bytes if n_bytes else None
+    bits_per_byte = None
+    if n_bytes:
+        bits_per_byte = nats_with_bytes / math.log(2) / n_bytes
     return TextLoss(nats / max(n_targets, 1), bits_per_byte, int(n_targets), int(n_bytes))
 
 

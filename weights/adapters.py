@@ -49,8 +49,10 @@ def save(model, folder, base: str) -> list[Path]:
         for part, lora_b in parts.items():
             part = part.removesuffix('.weight')
             modules.add(part.rpartition('.')[2])
+            if architecture.transposed:
+                lora_b = lora_b.t()
             tensors[f'{PREFIX}{part}.lora_A.weight'] = layer.lora_a.detach()
-            tensors[f'{PREFIX}{part}.lora_B.weight'] = lora_b.t() if architecture.transposed else lora_b
+            tensors[f'{PREFIX}{part}.lora_B.weight'] = lora_b
     settings |= dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, bias='none',
                      target_modules=sorted(modules), fan_in_fan_out=bool(architecture.transposed))
     weights = folder / f'{STEM}.safetensors'
@@ -75,7 +77,8 @@ def merge(model, folder):
         if name_a not in stored or name_b not in stored:
             continue
         lora_a, lora_b = stored.pop(name_a), stored.pop(name_b)
-        weight = weight.t() if architecture.transposed else weight  # (out, in)
+        if architecture.transposed:
+            weight = weight.t()  # (out, in)
         if (lora_a.shape, lora_b.shape) != ((rank, *weight.shape[1:]), (len(weight), rank)):
             raise ValueError(f'{folder}: {name_a} and its lora_B have shapes {lora_a.shape} and '
                              f'{lora_b.shape}: they are not of rank {rank}, or not for its base model')

@@ -59,8 +59,8 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
 
     # the number of heads: nanoGPT's model_args come before its config, which may hold an unused default
     dicts = [value for value in state.values() if isinstance(value, dict)]
-    heads = [settings[name] for settings in dicts for name in HEADS if name in settings]
-    args['n_head'] = plain(heads[0]) if heads else n_head
+    numbers = [settings[name] for settings in dicts for name in HEADS if name in settings]
+    args['n_head'] = plain([*numbers, n_head][0])
     if args['n_head'] is None:
         width = max(args['n_embd'] // 64, 1)
         raise ValueError(f'{path} does not say its number of heads, and weights do not show it: '
@@ -75,7 +75,9 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
 
 def plain(value):
     """Turn a number of NumPy, or a tensor without dimensions, into Python's."""
-    return value.item() if getattr(value, 'ndim', None) == 0 else value
+    if getattr(value, 'ndim', None) == 0:
+        return value.item()
+    return value
 
 
 def adopt(weights, path):
@@ -137,10 +139,12 @@ def check_state(state: dict, path):
 
 def check_dense(weights, path):
     for name, tensor in weights.items():
-        is_tensor = isinstance(name, str) and isinstance(tensor, torch.Tensor)
-        if not is_tensor or not tensor.is_floating_point() or tensor.layout != torch.strided:
-            kind = f'{tensor.dtype}, {tensor.layout}' if is_tensor else type(tensor).__name__
-            raise ValueError(f'{path}: {name} is {kind}: accepted are dense floating-point weights')
+        description = type(tensor).__name__
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
+            if tensor.is_floating_point() and tensor.layout == torch.strided:
+                continue
+            description = f'{tensor.dtype}, {tensor.layout}'
+        raise ValueError(f'{path}: {name} is {description}: accepted are dense floating-point weights')
 
 
 def check_model_args(args: dict, n_weights: int):

@@ -42,10 +42,12 @@ def save(model, path: Path, tokenizer, template=None, quantize=None):
         accepted = ' and '.join(GGML_ACTIVATIONS[config.arch])
         raise ValueError(f'activation={config.activation}: llama.cpp has {accepted} there')
     architecture = architecture_of(config)
-    kind = 'Q8_0' if quantize == 'int8' else TYPES[model.transformer.wte.weight.dtype]
+    kind = TYPES[model.transformer.wte.weight.dtype]
+    if quantize == 'int8':
+        kind = 'Q8_0'
     model_arch = gguf.MODEL_ARCH[architecture.model_type.upper().replace('MISTRAL', 'LLAMA')]
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[model_arch])
-    file_type = gguf.LlamaFileType['ALL_F32' if kind == 'F32' else f'MOSTLY_{kind}']
+    file_type = gguf.LlamaFileType[f'MOSTLY_{kind}'.replace('MOSTLY_F32', 'ALL_F32')]
     settings = model_settings(config) | tokenizer_settings(tokenizer, template)
     settings |= dict(name=path.stem, file_type=file_type, quantization_version=gguf.GGML_QUANT_VERSION)
     for name, value in settings.items():
@@ -109,6 +111,9 @@ def tokenizer_settings(tokenizer, template):
     from gguf import TokenType
     content = tokenizer.tokenizer_json()
     ids, merges = vocabulary(content), content['model'].get('merges')
+    chat_template = tokenizer_config(tokenizer).get('chat_template')
+    if template:
+        chat_template = template.jinja()
     cuts = str(content['pre_tokenizer']).replace("'trim_offsets': False", "'trim_offsets': True")
     names = [name for name, step in PRE_TOKENIZERS if str(step) == cuts]
     if not names or not merges or content['normalizer'] not in (None, {'type': 'NFC'}):
@@ -125,4 +130,4 @@ def tokenizer_settings(tokenizer, template):
         bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.pad,
         add_bos_token=tokenizer.bos in load_engine(content).encode('').ids,
         eot_token_id=template and template.end_id,  # ends a turn
-        chat_template=template.jinja() if template else tokenizer_config(tokenizer).get('chat_template'))
+        chat_template=chat_template)

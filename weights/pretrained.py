@@ -110,7 +110,9 @@ def read_style(name: str) -> str | None:
         settings = Npz(path).settings
     elif not adapters.base_of(path):
         settings = read_settings(path / 'config.json')
-    return settings.get(STYLE) if settings.get(STYLE) in list(STYLES) else None
+    if settings.get(STYLE) in list(STYLES):
+        return settings[STYLE]
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -159,8 +161,9 @@ def fill(model, path: Path, vocab_size: int):
         adapters.merge(model, path)
         return
     architecture, config = architecture_of(model.config), model.config
-    parts = {name: p[:vocab_size] if name in VOCABULARY else p for name, p in model.named_parameters()}
-    head = None
+    parts, head = dict(model.named_parameters()), None
+    for name in parts.keys() & VOCABULARY:
+        parts[name] = parts[name][:vocab_size]
     if path.is_file():
         weights = Npz(path)
     else:
@@ -234,7 +237,10 @@ def save(model, path, tokenizer=None, *, style=None, card='', quantize=None) -> 
     if style:
         files['config.json'][STYLE] = style
     for name, content in files.items():  # last config.json, for which find() looks
-        write_json(path / name, content, indent=None if name == 'tokenizer.json' else 2)
+        indent = 2
+        if name == 'tokenizer.json':  # it is long
+            indent = None
+        write_json(path / name, content, indent)
     return [path / name for name in [*names, *files]]
 
 
