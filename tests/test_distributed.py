@@ -91,14 +91,14 @@ CASES = [
     ('--gradient_accumulation_steps=1 --batch_size=8 --generate_interval=8', '--backend=nccl'),
     ('--gradient_accumulation_steps=1 --batch_size=6 --arch=modern', ''),
     ('--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2', ''),
-    ('--optimizer=muon --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', ''),  # 12 windows: the last batch is one rank's
+    ('--optimizer=muon --normuon=True --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', ''),  # 12 windows: the last batch is one rank's
     ('--gradient_accumulation_steps=4 --dropout=0.0', '--parallel=fsdp --shard_gradients=True'),
     ('--arch=llama --n_kv_head=1 --qk_norm=True --qkv_bias=True', '--parallel=fsdp --activation_checkpointing=True'),
     ('--optimizer=muon --gradient_accumulation_steps=3 --batch_size=2', '--parallel=fsdp'),
-    ('--optimizer=muon --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', '--parallel=fsdp'),
+    ('--optimizer=muon --normuon=True --arch=modern --gradient_accumulation_steps=4 --eval_iters=3', '--parallel=fsdp'),
 ]
 HALF = {dtype: [*FLAGS, f'--dtype={dtype}', '--optimizer=muon', '--max_iters=4'] for dtype in ('bfloat16', 'float16')}
-PAIRS = FLAGS + ('--optimizer=muon', '--max_iters=3')  # the tied weights of gpt2; AdamW and Muon side by side
+PAIRS = FLAGS + ('--optimizer=muon', '--normuon=True', '--max_iters=3')  # the tied weights of gpt2; AdamW and Muon with all of its state side by side
 WAYS = {'one': (1, ''), 'ddp': (2, ''), 'fsdp': (2, '--parallel=fsdp')}
 
 

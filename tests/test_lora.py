@@ -49,6 +49,27 @@ def test_the_checkpoint_holds_the_adapter_alone(run, base):
     assert state['lora']['base'] == str(base) and any(tensor.any() for name, tensor in state['model'].items() if name.endswith('lora_b'))
 
 
+@pytest.mark.parametrize('targets', ['c_attn,c_proj,c_fc', 'c_fc'])
+def test_flops_of_frozen_weights_equal_torchs_counter(targets):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    model = GPT(GPTConfig(arch='llama', block_size=37, vocab_size=83, n_layer=3, n_head=3, n_kv_head=1, n_embd=42))
+    whole = model.flops_per_token(37)
+    lora.add(model, 4, 8.0, targets)
+    idx = torch.randint(83, (2, 37))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss_sum(idx, idx).backward()
+    # before the first adapter nothing needs a gradient: its inputs do not, and the layers before it are not run backward
+    first = model.transformer.h[0].attn.c_attn
+    unused = 2 * first.weight.numel()
+    if targets == 'c_fc':
+        first = model.transformer.h[0].mlp.c_fc
+        unused += 2 * (model.transformer.h[0].attn.c_proj.weight.numel() + first.weight.numel()) + 8 * 3 * 14 * 37
+    unused += 2 * first.lora_a.numel()
+    assert counter.get_total_flops() == (model.flops_per_token(37) - unused) * 2 * 37
+    assert model.flops_per_token(37) < whole
+
+
 def test_a_new_adapter_changes_nothing_and_merging_nothing(adapted, base):
     idx = torch.randint(131, (2, 16))
     plain, fresh = GPT.from_pretrained(base, block_size=16).eval(), GPT.from_pretrained(base, block_size=16).eval()
