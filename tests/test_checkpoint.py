@@ -7,12 +7,14 @@ import os
 import random
 import re
 import stat
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import differences
+from conftest import ROOT, differences
 
 import checkpoint
 import files
@@ -431,12 +433,38 @@ def test_only_proved_damage_renames_a_file(tmp_path, monkeypatch, error):
     assert names(tmp_path) == ['ckpt.pt', 'ckpt_00000010.pt']
 
 
+SAVE = """
+import sys
+import torch
+import checkpoint
+def rss(name):
+    with open('/proc/self/status', encoding='ascii') as f:
+        return int(f.read().split(name + ':')[1].split()[0]) * 1024
+folder = checkpoint.CheckpointFolder(sys.argv[1])
+for n_rows in (1, 1 << 14):  # the first time torch loads what it needs
+    state = dict(model={'weight': torch.ones(n_rows, 1024)}, optimizer={}, scaler={}, iter_num=n_rows)
+    if n_rows > 1:
+        with open('/proc/self/clear_refs', 'w') as f:
+            f.write('5')
+        before = rss('VmRSS')
+    folder.save(state, is_best=True)
+print(rss('VmHWM') - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='the peak of the resident set is read from /proc')
+def test_saving_ckpt_and_best_takes_no_copy_of_the_weights(tmp_path):
+    done = subprocess.run([sys.executable, '-c', SAVE, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path) == ['best.pt', 'ckpt.pt'] and (tmp_path / 'best.pt').stat().st_size > 64 << 20
+    assert int(done.stdout.splitlines()[-1]) < 40 << 20  # of 64 MB; the checksum reads 16 MB at a time
+
+
 def test_a_dangling_link_is_an_error(tmp_path):
     (tmp_path / 'ckpt.pt').symlink_to(tmp_path / 'unmounted' / 'ckpt.pt')
     with pytest.raises(FileNotFoundError) as error:
         checkpoint.load_newest(tmp_path, rename_damaged=True)
-    assert str(error.value) == (f'{tmp_path}/ckpt.pt is a link to {tmp_path}/unmounted/ckpt.pt, which does not exist: '
-                                'put that file back, or remove the link')
+    assert str(error.value) == (f'{tmp_path}/ckpt.pt is a link to {tmp_path}/unmounted/ckpt.pt, which does not exist: put that file back')
 
 
 @pytest.mark.parametrize('make', [lambda path: path.symlink_to(path.with_name('unmounted')), Path.touch], ids=['dangling link', 'file'])

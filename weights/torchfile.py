@@ -53,7 +53,7 @@ def read(path):
     """
     if os.path.islink(path) and not os.path.exists(path):
         raise FileNotFoundError(f'{path} is a link to {os.readlink(path)}, which does not exist: '
-                                'put that file back, or remove the link')
+                                'put that file back')
     with open(path, 'rb') as f:
         verify(f, path)
     try:
