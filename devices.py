@@ -50,9 +50,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     if index >= n_devices:
         raise ValueError(f'device {device.type}:{index} does not exist, {n_devices} do: '
                          'use as many processes as devices')
-    if device.type == 'cuda':
-        device = torch.device('cuda', index)
-    return device
+    return torch.device('cuda', index) if device.type == 'cuda' else device
 
 
 @lru_cache
@@ -110,9 +108,7 @@ def peak_flops(device: torch.device) -> float | None:
 def device_name(device: torch.device) -> str:
     if device.type == 'cpu':
         return f'cpu, {torch.get_num_threads()} threads'
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return device.type
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

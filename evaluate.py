@@ -5,10 +5,7 @@
     torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=out --core=eval_bundle
 
 It prints a table and writes out_dir/eval.json. Prompts, choices and scores are those of
-lm-evaluation-harness 0.4.13 without examples in the prompt, item by item (docs/RESULTS.md). acc is the
-share of items whose right choice is the most likely one; acc_norm, acc_bytes and acc_tokens take the
-log-likelihood per character, byte and token. perplexity is that of LAMBADA's last words, and bpb the bits per
-byte of the validation split.
+lm-evaluation-harness 0.4.13 without examples in the prompt. docs/EVALUATE.md explains the numbers.
 """
 
 import os
@@ -36,10 +33,10 @@ from weights.begin import build_model, find_start
 
 # -----------------------------------------------------------------------------
 # model
-init_from = 'resume'  # out_dir's checkpoint; gpt2, gpt2-medium, gpt2-large, gpt2-xl; a folder; an .npz file
+init_from = 'resume'  # the checkpoint in out_dir; or gpt2 ... gpt2-xl, a transformers folder, an .npz file
 out_dir = 'out'
-checkpoint_path = ''  # evaluate this file instead of out_dir's checkpoint; other trainers' files are read too
-n_head: int | None = None  # heads of a checkpoint_path that does not store their number
+checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be another trainer's
+n_head: int | None = None  # for a checkpoint_path that does not store it
 tokenizer = ''  # gpt2, byte, or a folder with tokenizer.json, for a model that has none
 # tasks
 tasks = 'bpb,hellaswag,lambada,arc_easy,piqa,winogrande,copa,openbookqa'  # also arc_challenge; empty = none
@@ -128,11 +125,8 @@ if __name__ == '__main__':
             results = f'{out_dir}/eval.json'
         if results and place.is_master:
             Path(results).parent.mkdir(parents=True, exist_ok=True)
-            iter_num = None
-            if trained.weights:
-                iter_num = trained.progress.iter_num
             write_json(results, dict(
-                model=trained.path, iter=iter_num,
+                model=trained.path, iter=trained.weights and trained.progress.iter_num,
                 parameters=model.get_num_params(False), dtype=str(precision).removeprefix('torch.'),
                 device=devices.device_name(place.device), torch=torch.__version__,
                 tokenizer=fingerprint(trained.tokenizer_meta),

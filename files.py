@@ -44,10 +44,13 @@ def write_atomically(path, write):
     sync_folder(path.parent)
 
 
-def write_json(path, value, indent=1):
-    text = json.dumps(value, indent=indent, ensure_ascii=False) + '\n'
-    # a file name outside the locale's encoding has half surrogate pairs: they become JSON's \udc.. escapes
+def write_text(path, text):
+    # a file name outside the locale's encoding has half surrogate pairs: they become \udc.., as JSON has them
     write_atomically(path, lambda f: f.write(text.encode('utf-8', 'backslashreplace')))
+
+
+def write_json(path, value, indent=1):
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + '\n')
 
 
 def sync_folder(folder):
@@ -163,7 +166,7 @@ def one_line_errors():
     except KeyboardInterrupt:
         code, message = 130, 'interrupted'
     except Exception as error:
-        code, message = 2, one_line(error)
+        code, message = 2, message_of(error)
         if message is None or os.environ.get('FLATGPT_TRACEBACK'):
             raise
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
@@ -188,7 +191,7 @@ def tell_torchrun(message):
         write_json(report, dict(message=details))
 
 
-def one_line(error):
+def message_of(error):
     """Return the message for an error that a user can fix; None for any other."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f'{error.filename}: {error.strerror}'

@@ -81,7 +81,7 @@ class Log:
             checkpoint.set_aside(self.out_dir, checkpoint.run_files(self.out_dir))
         path = self.out_dir / 'metrics.jsonl'
         lines = [line for line in read_metrics(path) if line['iter'] < self.progress.iter_num]
-        write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
+        files.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
 
         # run.json: the facts of this start, and a record of every start
         path = self.out_dir / 'run.json'
@@ -161,9 +161,7 @@ class Log:
     def evaluation(self, losses):
         train_loss, val_loss = losses.train.nats_per_target, losses.val.nats_per_target
         bits_per_byte = losses.val.bits_per_byte
-        bits = ''
-        if bits_per_byte:
-            bits = f', {bits_per_byte:.4f} bits per byte'
+        bits = f', {bits_per_byte:.4f} bits per byte' if bits_per_byte else ''
         print0(f'step {self.progress.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{bits}')
         self.write(train_loss=train_loss, val_loss=val_loss, val_bpb=bits_per_byte)
 
@@ -301,14 +299,10 @@ def write_samples(folder, iter_num: int, samples: list[tuple[str, str]]):
     page += f'## Iteration {iter_num}\n\n'
     for i, (prompt, text) in enumerate(samples, 1):
         page += f'**{i}.** after the prompt\n\n{sample_text(prompt, text)}\n\n'
-    write_text(path, page)
+    files.write_text(path, page)
 
 
 def sample_text(prompt, text):
     """Format a sample as two blocks of code in Markdown, which its text cannot close."""
     prompt, text = (textwrap.indent(printable(part), '    ', lambda line: True) for part in (prompt, text))
     return f'{prompt}\n\ncomes\n\n{text}'
-
-
-def write_text(path, text):
-    files.write_atomically(path, lambda f: f.write(text.encode('utf-8')))

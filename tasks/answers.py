@@ -1,8 +1,4 @@
-"""The answers of a tuned model to a file of questions, compared with those that the file has.
-
-    questions = read_questions('questions.jsonl')
-    write_answers('answers.jsonl', questions, answer_questions(answerer, questions, batch_size=16))
-"""
+"""The answers of a tuned model to a file of questions, compared with those that the file has."""
 
 import sys
 from collections import defaultdict

@@ -1,8 +1,5 @@
 """CORE (DCLM, arXiv:2406.11794): the mean centred accuracy over the tasks of a bundle, as in nanochat.
 
-    bundle = read_core('eval_bundle', tokenizer, max_examples=500)
-    numbers = evaluate_core(score, tokenizer, bundle, block_size=block_size)
-
 `score` is training.scoring.score_rows for a model.
 """
 
@@ -130,5 +127,5 @@ def is_right(kind, item, scores):
     if kind == 'language_modeling':
         return scores[0].is_greedy
     # a text without tokens of its own has no loss; min() then takes the first text, as in nanochat
-    losses = [-row.log_likelihood / row.n_tokens if row.n_tokens else math.nan for row in scores]
+    losses = [-row.log_likelihood / (row.n_tokens or math.nan) for row in scores]
     return losses.index(min(losses)) == item.gold

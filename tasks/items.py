@@ -1,8 +1,5 @@
 """Multiple-choice benchmarks and LAMBADA: from items to rows of tokens, from scores to accuracies.
 
-    benchmark = read_benchmarks(['piqa'], '', 1000, tokenizer=tokenizer)['piqa']
-    numbers = evaluate_task(score, 'piqa', benchmark)       # {'n': 1000, 'acc': ..., ...}
-
 Prompts, choices and accuracies are those of lm-evaluation-harness 0.4.13 without examples in the prompt.
 `score` is training.scoring.score_rows for a model: (rows, title) -> [RowScore].
 """

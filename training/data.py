@@ -93,9 +93,7 @@ def count_bytes(meta: dict, place) -> torch.Tensor | None:
     None for GPT-2's tokenizer if vocab.bpe is not in the cache: training does not download it.
     """
     table = distributed.on_first_rank(lambda: read_byte_counts(meta))
-    if table is not None:
-        table = table.to(place.device)
-    return table
+    return None if table is None else table.to(place.device)
 
 
 def read_byte_counts(meta):

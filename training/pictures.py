@@ -34,8 +34,8 @@ PICTURES = {
 }
 BLOCK_INPUT = re.compile(r'(h[.][0-9]+)[.]in([.]grad)?')
 SVG_METADATA = ('Creator', 'Date', 'Format', 'Type')  # left out
-STYLES = {'loss': dict(alpha=0.3, linewidth=0.8), 'val_loss': dict(linestyle='--'),
-          'val_bpb': dict(linestyle='--')}
+LINE_STYLES = {'loss': dict(alpha=0.3, linewidth=0.8), 'val_loss': dict(linestyle='--'),
+               'val_bpb': dict(linestyle='--')}
 
 
 def draw_all(runs, folder) -> list[str]:
@@ -109,7 +109,7 @@ def draw_panel(axes, runs, panel):
                 points = [(x, y) for x, y in points if x > 0]
             marker = 'o' if len(points) < 20 else None  # a single point makes no line
             axes.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], marker=marker,
-                      markersize=4, **STYLES.get(curve, {}))
+                      markersize=4, **LINE_STYLES.get(curve, {}))
     if not any(len(line.get_xdata()) for line in axes.lines):
         return  # a logarithmic axis cannot be empty
     axes.set(xscale=panel.x_scale, xlabel=f'{panel.x} of training', yscale=panel.y_scale, ylabel=panel.label)

@@ -17,6 +17,7 @@ import torch
 import distributed
 from files import print0
 from kernels import IGNORE
+from tokens.loader import Batch, pad
 
 PROGRESS_S = 10.0  # seconds until the first line of progress; each later one comes after twice the time
 
@@ -57,7 +58,7 @@ def score_rows(model, rows: list[Row], title: str, *, batch_tokens: int, place, 
     sums = torch.zeros(len(rows), 2, dtype=torch.float64)
     with evaluation(model):
         for batch, counts in share(batch_rows(rows, batch_tokens), title, place=place, stop=stop):
-            x, y = pad([rows[i] for i in batch])  # (B, T) each
+            x, y, _ = pad_rows([rows[i] for i in batch])  # (B, T) each
             with autocast:
                 nats, is_argmax = model.score(x.to(place.device), y.to(place.device))
             if counts:
@@ -84,15 +85,12 @@ def batch_rows(rows, batch_tokens):
     return batches
 
 
-def pad(rows):
-    """Return inputs x and targets y (B, T) int64 of rows; y is IGNORE where nothing is scored."""
-    x = torch.zeros(len(rows), max(len(row.ids) for row in rows) - 1, dtype=torch.int64)
-    y = torch.full_like(x, IGNORE)
-    for i, (ids, start) in enumerate(rows):
-        ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
-        x[i, :len(ids) - 1] = ids[:-1]
-        y[i, start - 1:len(ids) - 1] = ids[start:]
-    return x, y
+def pad_rows(rows) -> Batch:
+    """Return a Batch of rows; y is IGNORE where nothing is scored."""
+    batch = pad([row.ids for row in rows], max(len(row.ids) for row in rows) - 1)
+    for y, row in zip(batch.y, rows, strict=True):
+        y[:row.start - 1] = IGNORE
+    return batch
 
 
 def spread_windows(loader, count: int) -> np.ndarray:
@@ -129,9 +127,7 @@ def text_loss(model, loader, windows: np.ndarray, *, token_bytes, place, autocas
                 nats_with_bytes = (nats * (n_bytes > 0)).sum()
                 sums += torch.stack((nats.sum(), is_target.sum(), nats_with_bytes, n_bytes.sum()))
     nats, n_targets, nats_with_bytes, n_bytes = distributed.all_reduce_sum(sums).tolist()
-    bits_per_byte = None
-    if n_bytes:
-        bits_per_byte = nats_with_bytes / math.log(2) / n_bytes
+    bits_per_byte = nats_with_bytes / math.log(2) / n_bytes if n_bytes else None
     return TextLoss(nats / max(n_targets, 1), bits_per_byte, int(n_targets), int(n_bytes))
 
 

@@ -14,7 +14,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from files import print0, printable, write_atomically
+from files import print0, printable, write_text
 from report import formatted, number, read_run, read_text, side_by_side, tables
 from training.pictures import as_svg
 
@@ -69,7 +69,7 @@ def write_page(out, page, problem, renewed: bool) -> str | None:
     else:
         page += ', no longer renewed'
     try:
-        write_atomically(out / 'report.html', lambda f: f.write(f'{HEAD}{page}\n'.encode('utf-8', 'replace')))
+        write_text(out / 'report.html', f'{HEAD}{page}\n')
     except FileNotFoundError:
         return problem  # the trainer removes temporary files when it starts and saves
     except OSError as error:

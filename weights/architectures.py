@@ -8,6 +8,7 @@ import torch
 from model import GPTConfig
 from weights.foreign import CONV1D, ROPE_SCALING, check_model_args
 
+VOCABULARY = {'transformer.wte.weight', 'lm_head.weight'}  # a row for each token
 # {their name of an activation: ours}; of two names for one activation the first is written
 READ_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu2': 'relu2',
                     'gelu_pytorch_tanh': 'gelu_tanh', 'silu': 'silu', 'swish': 'silu'}
@@ -73,12 +74,18 @@ class Architecture:
             rope |= dict(config.rope_scaling, rope_type='llama3')
         return dict(settings, rope_parameters=rope)
 
-    def with_biases(self, tensors: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
-        """Return our tensors, and zeros for the biases that the class has in any case."""
-        if config.bias:
-            return tensors
-        return tensors | {name.removesuffix('weight') + 'bias': tensor.new_zeros(len(tensor))
-                          for name, tensor in tensors.items() if name.endswith(self.biased)}
+    def weights_of(self, model, n_tokens: int) -> dict[str, torch.Tensor]:
+        """Return the weights of a GPT by their names, with n_tokens rows in embedding and head.
+
+        Biases that the class always has, and the model has not, are zeros.
+        """
+        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        for name in tensors.keys() & VOCABULARY:
+            tensors[name] = tensors[name][:n_tokens]
+        if not model.config.bias:
+            tensors |= {name.removesuffix('weight') + 'bias': tensor.new_zeros(len(tensor))
+                        for name, tensor in tensors.items() if name.endswith(self.biased)}
+        return self.parts(tensors, model.config)
 
     def parts(self, tensors: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
         """Return views of our tensors by their names: parts of them, in their layout."""
@@ -98,11 +105,8 @@ class Architecture:
 
 
 def rope_arguments(settings):
-    """Return rope_theta and rope_scaling of GPTConfig for a config.json.
-
-    Older versions of transformers write rope_theta and rope_scaling, version 5 rope_parameters. Of two dicts
-    it reads rope_scaling.
-    """
+    """Return rope_theta and rope_scaling of GPTConfig for a config.json."""
+    # transformers 5 writes rope_parameters, but prefers the rope_scaling of older versions
     stored = settings.get('rope_scaling') or settings.get('rope_parameters') or {}
     rope = {'rope_theta': settings.get('rope_theta', 10_000.0)} | stored
     rope_type, scaling = rope.get('rope_type', rope.get('type', 'default')), None

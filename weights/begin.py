@@ -50,9 +50,7 @@ class Start:
 
     @property
     def resumed_from(self) -> str:
-        if self.state is None:
-            return ''
-        return self.path
+        return self.path if self.state is not None else ''
 
     @property
     def history(self) -> list[float]:
@@ -110,9 +108,8 @@ def begin(settings: dict, explicit: set) -> Start:
     if (init_from == 'checkpoint') != bool(path):
         raise ValueError(f'init_from={init_from}, checkpoint_path={path}: name one file to begin with, by '
                          '--init_from=FILE.pt or by --init_from=checkpoint --checkpoint_path=FILE')
-    path, n_head = path or init_from, None
-    if 'n_head' in explicit:
-        n_head = settings['n_head']
+    path = path or init_from
+    n_head = settings['n_head'] if 'n_head' in explicit else None
     state = checkpoint.load(path, n_head)
     if state.get('lora'):
         raise ValueError(f'{path} holds a LoRA adapter alone: resume its run, or begin with what sample.py '
@@ -246,9 +243,7 @@ def find_start(init_from='resume', out_dir='out', checkpoint_path='', n_head=Non
     n_head           for a checkpoint_path of weights alone
     tokenizer        name or folder of the tokenizer to use; '' = the model's own
     """
-    named = None
-    if tokenizer:
-        named = tokenizer_meta(tokenizer)
+    named = tokenizer_meta(tokenizer) if tokenizer else None
     if init_from != 'resume':
         meta = named or pretrained.read_tokenizer(init_from)
         if meta is None:
@@ -286,9 +281,7 @@ def nanogpt_tokenizer(dataset):
         for file in (folder / 'meta.pkl', folder / 'meta.json'):  # nanoGPT's, even without the tokens
             if file.exists():
                 print0(f'no tokenizer in the checkpoint: using that of {file}')
-                if file.suffix == '.pkl':
-                    return read_meta_pkl(file)
-                return read_meta(folder)['tokenizer']
+                return read_meta_pkl(file) if file.suffix == '.pkl' else read_meta(folder)['tokenizer']
     print0("no tokenizer in the checkpoint: using GPT-2's, as nanoGPT does. If it was trained on characters, "
            f'copy the meta.pkl of dataset {printable(repr(dataset))} into data/NAME/')
     return GPT2_META

@@ -35,20 +35,20 @@ messages = [{'role': 'user', 'content': 'Hello'}]
 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt').input_ids"""
 
 
-def model_card(start, model, name: str) -> str:
-    """Return the text of a model card. start: weights.begin.Start of the model; name: of its folder."""
-    facts, prompt, chat, best = [], PLAIN, '', start.progress.best_val_loss
-    if start.progress.iter_num:
-        facts.append(f'- updates: {start.progress.iter_num:,}')
+def model_card(trained, model, name: str) -> str:
+    """Return the text of a model card. trained: its weights.begin.Start; name: of its folder."""
+    facts, prompt, chat, best = [], PLAIN, '', trained.progress.best_val_loss
+    if trained.progress.iter_num:
+        facts.append(f'- updates: {trained.progress.iter_num:,}')
     if 0 < best < float('inf'):
         facts.append(f'- best validation loss: {best:.4f} nats per token')
-    if start.style:
+    if trained.style:
         prompt, chat = CHAT, ' --chat'
-        facts.append(f'- tuned on conversations in the style `{start.style}`, which is its chat template')
-    if start.weights is None:
-        facts.append(f'- weights of `{Path(start.path).name}`, unchanged')
+        facts.append(f'- tuned on conversations in the style `{trained.style}`, which is its chat template')
+    if trained.weights is None:
+        facts.append(f'- weights of `{Path(trained.path).name}`, unchanged')
     for setting in SETTINGS:
-        value = start.settings.get(setting)
+        value = trained.settings.get(setting)
         if value not in (None, '', 0, 'scratch'):
             value = ','.join(Path(part).name for part in str(value).split(','))  # no folders of this machine
             facts.append(f'- {setting}: `{value}`')

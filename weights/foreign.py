@@ -26,7 +26,7 @@ PARTS = dict(model=dict, model_args=dict, iter_num=int, best_val_loss=float | in
 PARTS |= dict.fromkeys(('config', 'optimizer', 'scaler', 'tokenizer', 'lora', 'position'), dict | None)
 PARTS |= dict(history=list | None, since_best=int | None, wandb_id=str | None)
 SIZES = {'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'}  # in the model_args of any model
-HEADS = 'n_head', 'n_heads', 'num_heads', 'num_attention_heads'  # names of their number elsewhere
+N_HEAD_NAMES = 'n_head', 'n_heads', 'num_heads', 'num_attention_heads'
 LORA = dict(base=str, lora_rank=int, lora_alpha=float, lora_targets=str, checksum=int)
 MAX_LEAVES = 10_000  # of one tuple in a pickle
 
@@ -59,7 +59,7 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
 
     # the number of heads: nanoGPT's model_args come before its config, which may hold an unused default
     dicts = [value for value in state.values() if isinstance(value, dict)]
-    numbers = [settings[name] for settings in dicts for name in HEADS if name in settings]
+    numbers = [settings[name] for settings in dicts for name in N_HEAD_NAMES if name in settings]
     args['n_head'] = plain([*numbers, n_head][0])
     if args['n_head'] is None:
         width = max(args['n_embd'] // 64, 1)
@@ -75,9 +75,7 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
 
 def plain(value):
     """Turn a number of NumPy, or a tensor without dimensions, into Python's."""
-    if getattr(value, 'ndim', None) == 0:
-        return value.item()
-    return value
+    return value.item() if getattr(value, 'ndim', None) == 0 else value
 
 
 def adopt(weights, path):

@@ -85,12 +85,12 @@ def read_folder(folder: Path, stem: str = 'model') -> dict[str, StoredTensor]:
 def write_safetensors(f, tensors: dict[str, torch.Tensor]):
     """Write tensors into an open file. The safetensors package would copy all of them at once."""
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
-    header, start = {'__metadata__': {'format': 'pt'}}, 0
+    header, offset = {'__metadata__': {'format': 'pt'}}, 0
     for name, tensor in tensors.items():
-        end = start + tensor.numel() * tensor.element_size()
+        end = offset + tensor.numel() * tensor.element_size()
         header[name] = dict(dtype=dtype_names[tensor.dtype], shape=list(tensor.shape),
-                            data_offsets=[start, end])
-        start = end
+                            data_offsets=[offset, end])
+        offset = end
     text = json.dumps(header, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)  # tensors begin at multiples of 8
     f.write(struct.pack('<Q', len(text)) + text)
@@ -130,5 +130,5 @@ def write_npz(f, settings: dict, tensors: dict[str, torch.Tensor]):
     for name, tensor in tensors.items():
         if tensor.dtype == torch.bfloat16:  # NumPy has none
             tensor = tensor.float()
-        arrays[name] = tensor.cpu().numpy()
+        arrays[name] = tensor.detach().cpu().numpy()
     np.savez(f, **arrays)

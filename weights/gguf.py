@@ -42,9 +42,7 @@ def save(model, path: Path, tokenizer, template=None, quantize=None):
         accepted = ' and '.join(GGML_ACTIVATIONS[config.arch])
         raise ValueError(f'activation={config.activation}: llama.cpp has {accepted} there')
     architecture = architecture_of(config)
-    kind = TYPES[model.transformer.wte.weight.dtype]
-    if quantize == 'int8':
-        kind = 'Q8_0'
+    kind = 'Q8_0' if quantize == 'int8' else TYPES[model.transformer.wte.weight.dtype]
     model_arch = gguf.MODEL_ARCH[architecture.model_type.upper().replace('MISTRAL', 'LLAMA')]
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[model_arch])
     file_type = gguf.LlamaFileType[f'MOSTLY_{kind}'.replace('MOSTLY_F32', 'ALL_F32')]
@@ -80,12 +78,9 @@ def save(model, path: Path, tokenizer, template=None, quantize=None):
 
 def stored_tensors(model, architecture, n_tokens):
     """Return the tensors by transformers' names, without padding rows, matrices as outputs x inputs."""
-    config, tensors = model.config, {name: p.detach() for name, p in model.named_parameters()}
+    config, tensors = model.config, replace(architecture, transposed=()).weights_of(model, n_tokens)
     is_llama = architecture.model_type in ('llama', 'mistral')
-    tensors = replace(architecture, transposed=()).parts(architecture.with_biases(tensors, config), config)
     for name, tensor in tensors.items():
-        if name.endswith(('wte.weight', 'embed_tokens.weight', 'lm_head.weight')):
-            tensors[name] = tensor[:n_tokens]
         if is_llama and name.endswith(('q_proj.weight', 'k_proj.weight')):
             # llama.cpp rotates neighbors: rows 0, D/2, 1, D/2 + 1 ... of each head
             heads = tensor.reshape(-1, 2, config.head_size // 2, config.n_embd)

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from corpus.template import STYLES, Template
-from files import print0, write_atomically, write_json
+from files import print0, write_atomically, write_json, write_text
 from tokens.tokenizer import GPT2_META, read_tokenizer_json
 from tokens.tokenizer_json import one_line, tokenizer_config
 from weights import adapters, gguf
-from weights.architectures import ARCHITECTURES, architecture_of
+from weights.architectures import ARCHITECTURES, VOCABULARY, architecture_of
 from weights.card import TAGS
 from weights.foreign import check_names, check_shape
 from weights.formats import Npz, read_folder, read_settings, write_npz, write_safetensors
@@ -30,7 +30,6 @@ HUB = {
 }
 HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')
 HEAD = 'lm_head.weight'  # its name in all classes of transformers
-VOCABULARY = {'transformer.wte.weight', 'lm_head.weight'}  # a row for each token
 STYLE = 'conversation_style'  # in config.json: the template of corpus/template.py that the model was tuned on
 ROWS = 4096  # of a matrix, copied at a time
 
@@ -108,7 +107,7 @@ def read_style(name: str) -> str | None:
     path, settings = find(name), {}
     if path.is_file():
         settings = Npz(path).settings
-    elif not adapters.base_of(path):
+    elif (path / 'config.json').is_file():  # an adapter has none
         settings = read_settings(path / 'config.json')
     if settings.get(STYLE) in list(STYLES):
         return settings[STYLE]
@@ -179,11 +178,11 @@ def fill(model, path: Path, vocab_size: int):
     for name, part in parts.items():
         stored = weights[name]
         check_shape(name, stored, part, path)
-        for start in range(0, len(part), ROWS):
-            to, rows = part[start:start + ROWS], stored[start:start + ROWS]
+        for row in range(0, len(part), ROWS):
+            target, source = part[row:row + ROWS], stored[row:row + ROWS]
             if not part.is_contiguous():
-                to, rows = to.t(), rows.t()  # filling rows is faster than filling columns
-            to.copy_(rows)
+                target, source = target.t(), source.t()  # filling rows is faster than filling columns
+            target.copy_(source)
     embedding = model.transformer.wte.weight
     if head is not None and not torch.equal(head[:].to(embedding.dtype), embedding[:vocab_size]):
         raise ValueError(f'{path}: {HEAD} is not the embedding: its architecture has one matrix for both')
@@ -207,7 +206,6 @@ def save(model, path, tokenizer=None, *, style=None, card='', quantize=None) -> 
     quantize  'int8', for .gguf
     """
     path, config = Path(path), model.config
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     template = Template(tokenizer, style) if style else None
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.gguf':
@@ -216,31 +214,25 @@ def save(model, path, tokenizer=None, *, style=None, card='', quantize=None) -> 
     if path.suffix == '.npz':
         settings = {'format': 1, 'model_args': vars(config), 'tokenizer': tokenizer and tokenizer.meta(),
                     STYLE: style}
-        write_atomically(path, lambda f: write_npz(f, settings, tensors))
+        write_atomically(path, lambda f: write_npz(f, settings, dict(model.named_parameters())))
         return [path]
 
     path.mkdir(exist_ok=True)
     if tokenizer is not None and config.vocab_size == padded(tokenizer.vocab_size):
         config = replace(config, vocab_size=tokenizer.vocab_size)
-    for name in tensors.keys() & VOCABULARY:
-        tensors[name] = tensors[name][:config.vocab_size]
-    architecture = architecture_of(config)
-    stored = architecture.parts(architecture.with_biases(tensors, config), config)
+    stored = architecture_of(config).weights_of(model, config.vocab_size)
     write_atomically(path / 'model.safetensors', lambda f: write_safetensors(f, stored))
     names = ['model.safetensors']
     readme = path / 'README.md'
     if card and (not readme.exists() or TAGS in readme.read_text(errors='replace')):
         names.append(readme.name)
-        write_atomically(readme, lambda f: f.write(card.encode()))
+        write_text(readme, card)
     files = text_files(config, tokenizer, template)
     files['config.json']['dtype'] = str(model.transformer.wte.weight.dtype).removeprefix('torch.')
     if style:
         files['config.json'][STYLE] = style
     for name, content in files.items():  # last config.json, for which find() looks
-        indent = 2
-        if name == 'tokenizer.json':  # it is long
-            indent = None
-        write_json(path / name, content, indent)
+        write_json(path / name, content, indent=2)
     return [path / name for name in [*names, *files]]
 
 
