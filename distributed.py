@@ -132,8 +132,8 @@ def divide_batch(gradient_accumulation_steps: int, batch_size: int, world_size: 
         raise ValueError(f'{total} sequences (gradient_accumulation_steps={gradient_accumulation_steps} x '
                          f'batch_size={batch_size}) do not divide over {world_size} ranks: '
                          f'use a multiple of {world_size} for --gradient_accumulation_steps')
-    rows = max(n for n in range(1, min(batch_size, per_rank) + 1) if per_rank % n == 0)
-    return per_rank // rows, rows
+    micro_batch_size = max(n for n in range(1, min(batch_size, per_rank) + 1) if per_rank % n == 0)
+    return per_rank // micro_batch_size, micro_batch_size
 
 
 def prepare(model, place: Place, *, parallel='ddp', shard_ranks=0, dtype=torch.float32):

@@ -57,9 +57,8 @@ def configure_optimizers(model, settings: OptimizerSettings, dtype=torch.float32
     if for_adamw:  # a LoRA adapter has matrices alone
         optimizers.append(torch.optim.AdamW(for_adamw, betas=settings.betas, fused=True))
     if for_muon:
-        if dtype != torch.bfloat16:
-            dtype = torch.float32
-        optimizers.append(Muon(for_muon, ns_dtype=dtype))
+        ns_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        optimizers.append(Muon(for_muon, ns_dtype=ns_dtype))
     for optimizer in optimizers:
         optimizer.register_load_state_dict_pre_hook(keep_settings)
     return optimizers
@@ -117,14 +116,12 @@ def orthogonalize(G, steps=5, dtype=None):
             https://kellerjordan.github.io/posts/muon/
     """
     a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = G.size(1) > G.size(2)
     X = (G / (torch.linalg.matrix_norm(G, keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):  # X <- aX + bAX + cA^2X, with the Gram matrix A of the smaller side
-        if G.size(1) > G.size(2):
-            A = X.mT @ X
-            X = torch.baddbmm(X, X, torch.baddbmm(A, A, A, beta=b, alpha=c), beta=a)
-        else:
-            A = X @ X.mT
-            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        A = X.mT @ X if is_tall else X @ X.mT
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cA^2
+        X = torch.baddbmm(X, X, P, beta=a) if is_tall else torch.baddbmm(X, P, X, beta=a)
     return X.to(G.dtype)
 
 

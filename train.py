@@ -167,10 +167,11 @@ with one_line_errors(), signals_noted():
     limit_hours(max_hours)
 
     # data: any number of ranks takes the same steps
-    grad_accum, rows = distributed.divide_batch(gradient_accumulation_steps, batch_size, place.world_size)
-    tokens_per_step = grad_accum * rows * place.world_size * block_size
+    grad_accum, micro_batch_size = distributed.divide_batch(
+        gradient_accumulation_steps, batch_size, place.world_size)
+    tokens_per_step = grad_accum * micro_batch_size * place.world_size * block_size
     stored_meta = None if 'tokenizer' in explicit else start.tokenizer_meta
-    data = open_data(settings, place, grad_accum, rows, stored_meta)
+    data = open_data(settings, place, grad_accum, micro_batch_size, stored_meta)
     tokenizer_meta, vocab_size = data.train.tokenizer_meta, data.train.vocab_size
 
     # model
@@ -224,8 +225,8 @@ with one_line_errors(), signals_noted():
     device_name = devices.device_name(place.device)
     print0(f'device: {device_name}, {precision}, {mode}')
     print0(f'data: {data.describe(max_iters * tokens_per_step)}, {tokens_per_step:,} tokens a step '
-           f'({place.world_size} ranks x {grad_accum} micro-steps x {rows} windows x {block_size}), '
-           f'{max_iters:,} steps')
+           f'({place.world_size} ranks x {grad_accum} micro-steps x {micro_batch_size} windows '
+           f'x {block_size}), {max_iters:,} steps')
     if progress.iter_num >= max_iters and not eval_only:
         print0(f'nothing to train: the checkpoint is at iteration {progress.iter_num}, '
                f'max_iters is {max_iters}, give a larger --max_iters')

@@ -42,16 +42,18 @@ class TrainingData(NamedTuple):
         return f'{printable(self.name)}, {total:,} tokens, {n_tokens / total:.2f} epochs'
 
 
-def open_data(settings: dict, place, grad_accum: int, rows: int, stored_meta: dict | None) -> TrainingData:
+def open_data(settings: dict, place, grad_accum: int, micro_batch_size: int,
+              stored_meta: dict | None) -> TrainingData:
     """Open the dataset setting: a folder, a mixture of folders, or a stream of raw text.
 
-    grad_accum, rows  micro-steps of this rank in a step, and windows in each
+    grad_accum        micro-steps of this rank in a step
+    micro_batch_size  windows in each
     stored_meta       tokenizer of a stream; None = that of the setting
     """
     block_size, batch_size, dataset = settings['block_size'], settings['batch_size'], settings['dataset']
     n_eval = settings['eval_iters'] * batch_size
-    ranks = dict(batch_size=rows, grad_accum=grad_accum, rank=place.rank, world_size=place.world_size,
-                 seed=settings['seed'], prefetch=place.device.type != 'cpu')
+    ranks = dict(batch_size=micro_batch_size, grad_accum=grad_accum, rank=place.rank,
+                 world_size=place.world_size, seed=settings['seed'], prefetch=place.device.type != 'cpu')
     if dataset.startswith('stream:'):
         tokenizer = load_tokenizer(stored_meta or tokenizer_meta(settings['tokenizer']))
         train, *heads = open_stream(
