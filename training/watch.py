@@ -131,9 +131,9 @@ def state_of(run) -> str:
     last, ended = run.lines[-1], run.facts['ended']
     quiet_s = time.time() - last.get('time', math.nan)
     if ended:
-        state = {'finished': 'finished', 'stopped': f'stopped by {ended.get("reason")}'}.get(
-            ended.get('event'), f'ended: {ended.get("reason")}')
-        return state + ago(time.time() - number(ended.get('time')))
+        reason, ended_s = ended.get('reason'), number(ended.get('time'))
+        states = {'finished': 'finished', 'stopped': f'stopped by {reason}'}
+        return states.get(ended.get('event'), f'ended: {reason}') + ago(time.time() - ended_s)
     alive = is_alive(Path(run.name))
     if alive is False:
         if 'val_loss' in last and last['iter'] == run.facts['settings'].get('max_iters'):
