@@ -14,7 +14,7 @@ import os
 import runpy
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in train.py
@@ -45,21 +45,18 @@ class Sampling:
         check('top_p', self.top_p, self.top_p is None or 0 < self.top_p <= 1, 'above 0 up to 1, or None')
         check('seed', self.seed, 0 <= self.seed < 2**63, '0 or more, below 2**63')
 
-    def stream(self, model, tokenizer, idx, *, stop_ids, limits=None, documents=None) -> Iterator[list]:
+    def stream(self, model, tokenizer, idx, stop_ids) -> Iterator[list]:
         """Continue each row of idx (B, T). Yield the tokens of each step, None for a row that has ended.
 
-        stop_ids   a row ends before the first of these tokens
-        limits     the most tokens of each row; None = max_new_tokens
-        documents  (B, T), as in GPT.stream()
+        stop_ids  a row ends before the first of these tokens
         """
-        limits = limits or [self.max_new_tokens] * len(idx)
-        steps = model.stream(idx, max(limits), temperature=self.temperature, top_k=self.top_k,
-                             top_p=self.top_p, vocab_size=tokenizer.vocab_size, documents=documents)
+        steps = model.stream(idx, self.max_new_tokens, temperature=self.temperature, top_k=self.top_k,
+                             top_p=self.top_p, vocab_size=tokenizer.vocab_size)
         has_ended = [False] * len(idx)
-        for n_tokens, ids in enumerate(steps):
+        for ids in steps:
             tokens = ids.tolist()
             for row, token in enumerate(tokens):
-                if has_ended[row] or token in stop_ids or n_tokens >= limits[row]:
+                if has_ended[row] or token in stop_ids:
                     has_ended[row], tokens[row] = True, None
             if all(has_ended):
                 return
@@ -90,24 +87,17 @@ class Answerer:
                              f'in style {self.style}')
         return fitted
 
-    def stream(self, prompts) -> Iterator[list]:
-        """Answer several prompts (lists of ids) in one batch. Yield as Sampling.stream() does.
+    def sampling_after(self, prompt) -> Sampling:
+        """Return how to draw an answer that fits into the context after a prompt."""
+        n_free = self.model.config.block_size - len(prompt)
+        return replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, n_free))
 
-        Shorter prompts are padded on the left, by a document of its own that no token attends to.
-        """
-        longest = max(map(len, prompts))
-        n_padding = [longest - len(prompt) for prompt in prompts]
-        device = next(self.model.parameters()).device
-        rows = [[0] * n + prompt for n, prompt in zip(n_padding, prompts, strict=True)]
-        idx = torch.tensor(rows, device=device)  # (B, T)
-        documents = None
-        if any(n_padding):
-            column = torch.arange(longest, device=device)
-            documents = (column >= torch.tensor(n_padding, device=device)[:, None]).long()  # (B, T)
-        room = self.model.config.block_size - longest
-        limits = [min(self.sampling.max_new_tokens, room + n) for n in n_padding]
-        return self.sampling.stream(self.model, self.tokenizer, idx, limits=limits,
-                                    stop_ids=stop_ids(self.tokenizer), documents=documents)
+    def stream(self, prompt: list[int]) -> Iterator[int]:
+        """Yield the tokens of the answer to a prompt."""
+        idx = torch.tensor([prompt], device=next(self.model.parameters()).device)
+        sampling = self.sampling_after(prompt)
+        for tokens in sampling.stream(self.model, self.tokenizer, idx, stop_ids(self.tokenizer)):
+            yield tokens[0]
 
 
 def stop_ids(tokenizer) -> set:
@@ -168,8 +158,8 @@ class Conversation:
             self.remark(f'the question is too long for {context}: its beginning is cut off')
         decoder, answer = codecs.getincrementaldecoder('utf-8')(errors='replace'), ''
         try:
-            for tokens in self.answerer.stream([prompt.ids.tolist()]):
-                piece = decoder.decode(self.answerer.tokenizer.decode_bytes(tokens))
+            for token in self.answerer.stream(prompt.ids.tolist()):
+                piece = decoder.decode(self.answerer.tokenizer.decode_bytes([token]))
                 answer += piece
                 print(printable(piece), end='', flush=True)
         except KeyboardInterrupt:

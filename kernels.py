@@ -81,26 +81,18 @@ def causal_mask(x, n_seen):
     return mask.triu(n_seen + 1)
 
 
-def document_mask(documents, T, dtype):
-    """Restrict the last T tokens of each row to their own documents.
+def document_mask(documents, dtype):
+    """Restrict each token to its own document.
 
-    documents  (B, S) int64  number of the document that each token belongs to
-    returns    (B, T) int64 positions in the document, and the (B, 1, T, S) mask, 0 or -inf
+    documents  (B, T) int64  number of the document that each token belongs to
+    returns    (B, T) int64 positions in the document, and the (B, 1, T, T) mask, 0 or -inf
     """
-    same = documents[:, -T:, None] == documents[:, None]  # (B, T, S)
+    same = documents[:, :, None] == documents[:, None]  # (B, T, T)
     index = torch.arange(documents.size(1), device=documents.device)
-    masked = ~same | (index > index[-T:, None])
+    masked = ~same | (index > index[:, None])
     mask = torch.zeros_like(same, dtype=dtype).masked_fill(masked, -math.inf)
     first = same.int().argmax(dim=-1)  # (B, T)
-    return index[-T:] - first, mask[:, None]
-
-
-def positions_and_mask(x, n_seen, documents):
-    """Return the position of each token of x (B, T, C) after n_seen cached ones, and the attention mask."""
-    T = x.size(1)
-    if documents is not None:  # (B, S), of all tokens
-        return document_mask(documents, T, compute_dtype(x))
-    return slice(n_seen, n_seen + T), causal_mask(x, n_seen)
+    return index - first, mask[:, None]
 
 
 def store(k, v, keys, values, positions):
@@ -122,22 +114,19 @@ class KVCache:
         kv = torch.zeros(config.n_layer, 2, *shape, device=device, dtype=dtype)
         self.kv = [layer.unbind(0) for layer in kv]
         self.n_tokens = 0  # tokens stored; GPT.hidden() advances it after the last layer
-        self.documents = torch.empty(batch_size, 0, dtype=torch.int64, device=device)  # of those tokens
 
-    def extend(self, x, documents):
+    def extend(self, x):
         """Make room for x (B, T, C). Return its positions, its mask, and arguments of store() by layer."""
         T, end = x.size(1), self.n_tokens + x.size(1)
-        if documents is not None:
-            documents = self.documents = torch.cat((self.documents, documents), dim=1)
-        position, mask = positions_and_mask(x, self.n_tokens, documents)
-        S = end
+        mask, S = causal_mask(x, self.n_tokens), end
         if self.static and T == 1:  # mask the empty slots
             S = self.max_tokens
             if mask is None:
                 mask = torch.zeros(1, end, device=x.device, dtype=compute_dtype(x))
             mask = F.pad(mask, (0, S - end), value=-math.inf)
         slots = torch.arange(self.n_tokens, end, device=x.device)  # a tensor: a graph would fix a number
-        return position, mask, [(keys[:, :, :S], values[:, :, :S], slots) for keys, values in self.kv]
+        layers = [(keys[:, :, :S], values[:, :, :S], slots) for keys, values in self.kv]
+        return slice(self.n_tokens, end), mask, layers
 
 
 @contextlib.contextmanager

@@ -237,7 +237,7 @@ class GPT(nn.Module):
         """Run the network up to its last norm: (B, T) int64 -> (B, T, C).
 
         cache      KVCache of the tokens before idx, to which those of idx are added
-        documents  (B, T) int64, the document of each token, for packed rows and for padding: tokens attend
+        documents  (B, T) int64, the document of each token of packed rows, without a cache: tokens attend
                    within their document only, and positions count from its start
         """
         T = idx.size(1)
@@ -249,10 +249,12 @@ class GPT(nn.Module):
 
         # positions, attention mask, and room in the cache of each layer
         slots = [None] * self.config.n_layer
-        if cache is None:
-            position, mask = kernels.positions_and_mask(x, 0, documents)
+        if cache is not None:
+            position, mask, slots = cache.extend(x)
+        elif documents is not None:
+            position, mask = kernels.document_mask(documents, dtype)
         else:
-            position, mask, slots = cache.extend(x, documents)
+            position, mask = slice(T), kernels.causal_mask(x, 0)
         rotary = None
         if self.config.arch == 'gpt2':
             x = x + self.transformer.wpe.weight[position]
@@ -375,15 +377,14 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
 
     @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, vocab_size=None,
-               documents=None) -> Iterator[torch.Tensor]:
+    def stream(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None,
+               vocab_size=None) -> Iterator[torch.Tensor]:
         """Yield the next token of each row, (B,) int64, max_new_tokens times.
 
         idx         (B, T) int64, T >= 1: the prompts
         top_k       draw among the k most likely tokens; None or 0 = all
         top_p       draw among the fewest tokens of this total probability (arXiv:1904.09751); None = all
         vocab_size  draw ids below this only, because the rest are padding; None = all
-        documents   (B, T) int64, as in hidden(). Pad short prompts on the left, by a document of its own
 
         Beyond block_size the context slides. Every cached key then depends on a dropped token, so each token
         costs a forward pass over block_size tokens.
@@ -400,13 +401,8 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if cache is None or cache.n_tokens + new.size(1) > limit:
                 cache, new = None, idx[:, -limit:]
-            new_documents = documents
-            if documents is not None:
-                new_documents = documents[:, -new.size(1):]
-                # the next token joins the last document of its row
-                documents = torch.cat((documents, documents[:, -1:]), dim=1)
             with kernels.decoding(new, cache):
-                logits, _ = self(new, cache=cache, documents=new_documents)
+                logits, _ = self(new, cache=cache)
             next_id = kernels.draw(logits[:, -1, :vocab_size], temperature, top_k, top_p)  # (B,)
             new = next_id[:, None]
             idx = torch.cat((idx, new), dim=1)

@@ -117,6 +117,7 @@ def check_settings():
     """Raise ValueError for a setting that is invalid, alone or with another."""
     check('num_samples', num_samples, num_samples >= 1, '1 or more')
     check('batch_size', batch_size, batch_size >= 1, '1 or more')
+    check('compile', compile, not (prompts and compile is True), 'auto or False with --prompts')
     check('quantize', quantize, quantize == 'none' or compile is not True, 'none with --compile=True')
     if bool(prompts) != bool(answers) or (chat and prompts):
         raise ValueError('--prompts=FILE and --answers=FILE go together, and without --chat')
@@ -172,7 +173,7 @@ if __name__ == '__main__':
             write_answers(answers, questions, answer_questions(answerer, questions, batch_size))
         else:
             idx = torch.tensor(prompt, device=place.device).repeat(num_samples, 1)  # (num_samples, T)
-            steps = sampling.stream(model, trained.tokenizer, idx, stop_ids={trained.tokenizer.eot})
+            steps = sampling.stream(model, trained.tokenizer, idx, {trained.tokenizer.eot})
             special = trained.tokenizer.bos, trained.tokenizer.eot
             prompt_text = trained.tokenizer.decode([i for i in prompt if i not in special])
             print_samples(steps, trained.tokenizer, prompt_text, num_samples)

@@ -87,7 +87,7 @@ if __name__ == '__main__':
 
         # the server
         name = Path(out_dir if init_from == 'resume' else init_from).resolve().name
-        engine = Engine(model, trained.tokenizer, max_batch, max_queue)
+        engine = Engine(model, trained.tokenizer, max_batch, max_queue).start()
         hosts = {'127.0.0.1', 'localhost', '[::1]'}
         if host not in (*hosts, '::1'):
             hosts = None

@@ -212,7 +212,7 @@ masks = {
     'documents': torch.zeros(S, S).masked_fill(look_ahead | other_document, -math.inf),
     'cached': torch.zeros(S, S).masked_fill(look_ahead, -math.inf)[-3:],
 }
-positions, from_kernels = kernels.document_mask(documents, S, torch.float32)
+positions, from_kernels = kernels.document_mask(documents, torch.float32)
 assert torch.equal(masks['documents'], from_kernels[0, 0])
 assert torch.equal(masks['cached'], kernels.causal_mask(torch.zeros(1, 3, C), n_seen=5))
 print('position within the document', positions[0].tolist())

@@ -3,9 +3,10 @@
 import sys
 from collections import defaultdict
 
-from chat import json_line
+from chat import json_line, stop_ids
 from corpus.dialogue import read_conversations
 from files import write_atomically
+from serving.engine import Engine, Sequence
 
 
 def read_questions(path):
@@ -30,18 +31,19 @@ def answer_questions(answerer, questions, batch_size):
     if n_cut := sum(prompt.n_left_out > 0 or prompt.n_cut > 0 for prompt in prompts):
         print(f'{n_cut:,} of {len(prompts):,} questions are too long for the context of '
               f'{answerer.model.config.block_size} tokens: their beginnings are cut off')
-    replies = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # to reduce padding
+    tokenizer, ends = answerer.tokenizer, stop_ids(answerer.tokenizer)
+    engine = Engine(answerer.model, tokenizer, batch_size, len(prompts))
     # tqdm shows no bar unless stderr is a terminal; without a stderr it would fail
     with tqdm(total=len(prompts), unit=' answers', disable=sys.stderr is None or None) as bar:
-        for first in range(0, len(prompts), batch_size):
-            batch = by_length[first:first + batch_size]
-            for tokens in answerer.stream([prompts[i].ids.tolist() for i in batch]):
-                for i, token in zip(batch, tokens, strict=True):
-                    if token is not None:
-                        replies[i].append(token)
-            bar.update(len(batch))
-    return [answerer.tokenizer.decode(reply).strip() for reply in replies]
+        sequences = []
+        for prompt in prompts:
+            ids = prompt.ids.tolist()
+            sequences.append(Sequence(ids, answerer.sampling_after(ids), tokenizer, stop=[], stop_ids=ends,
+                                      emit=lambda piece: bar.update(piece.finish_reason is not None)))
+        engine.submit(sorted(sequences, key=lambda sequence: len(sequence.ids)))  # for little padding
+        engine.run()
+    replies = [[token.id for token in sequence.tokens] for sequence in sequences]
+    return [tokenizer.decode(reply).strip() for reply in replies]
 
 
 def write_answers(path, questions, replies):

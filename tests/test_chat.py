@@ -180,6 +180,7 @@ def test_questions_that_cannot_be_asked(tuned):
     folder, _ = tuned
     empty = write(folder / 'empty.jsonl', '')
     for flags, text in ((['--prompts=x'], '--prompts=FILE and --answers=FILE go together, and without --chat'),
+                        ([f'--prompts={empty}', '--answers=y', '--compile=True'], '--compile=True: accepted is auto or False with --prompts'),
                         ([f'--prompts={empty}', '--answers=no/y'], '--answers=no/y: accepted is a file in an existing folder'),
                         ([f'--prompts={empty}', '--answers=y'], f'{empty}: there is no question')):
         assert ask(folder, *flags) == (2, '', text + '\n')

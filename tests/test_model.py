@@ -388,17 +388,6 @@ def test_documents_of_one_row_are_as_if_each_were_a_row(arch):
     torch.testing.assert_close(model.score(row[:, :-1], targets, torch.zeros_like(targets)).nats, plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('arch', KINDS)
-def test_prompts_padded_on_the_left_go_on_as_if_alone_also_past_block_size(arch):
-    model, prompts = random_model(arch), [torch.randint(83, (1, n)) for n in (5, 12, 1)]
-    idx, documents = torch.zeros(3, 12, dtype=torch.int64), torch.zeros(3, 12, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        idx[row, 12 - prompt.size(1):], documents[row, 12 - prompt.size(1):] = prompt, 1
-    together = torch.stack(list(model.stream(idx, 50, temperature=0, documents=documents)), 1)
-    for row, prompt in zip(together, prompts):
-        assert row.tolist() == model.generate(prompt, 50, temperature=0)[0, prompt.size(1):].tolist()
-
-
 # -----------------------------------------------------------------------------
 # compiled: what a GPU runs
 
@@ -441,16 +430,13 @@ def test_compiled_generation_is_one_graph_for_all_layers_and_tokens(arch, monkey
     monkeypatch.setattr(Block, 'compile', lambda self, **kwargs: compile_block(self, backend=counter, **kwargs))
     model = random_model(arch)
     prompts = torch.randint(model.config.vocab_size, (2, 5))
-    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
     plain = model.generate(prompts, 30, temperature=0)
-    padded = torch.stack(list(model.stream(prompts, 20, temperature=0, documents=documents)))
     monkeypatch.setattr(devices, 'choose_compile', lambda choice, device: True)
     prepare_decoding(model, torch.device('cpu'), True, 'none')
     assert torch.equal(model.generate(prompts, 30, temperature=0), plain)
     assert counter.frame_count == 1
     model.generate(prompts[:, :3], 25, temperature=0)  # another prompt, the same cache
     assert counter.frame_count == 1
-    assert torch.equal(torch.stack(list(model.stream(prompts, 20, temperature=0, documents=documents))), padded)
     torch._dynamo.reset()
 
 

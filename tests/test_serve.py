@@ -66,7 +66,7 @@ def serving(app):
 @contextlib.contextmanager
 def running(model, style='chat', max_batch=4, max_queue=4, tokenizer=BYTES, **options):
     """(base URL, engine) of a model's server."""
-    engine = Engine(model, tokenizer, max_batch, max_queue)
+    engine = Engine(model, tokenizer, max_batch, max_queue).start()
     api = Api(engine, 'm', style, DEFAULT, stop_ids(tokenizer))
     try:
         with serving(make_app(api, **options)) as (url, _):
@@ -105,7 +105,7 @@ def alone(model, ids, sampling, ends=()):
 @pytest.mark.parametrize('arch', SHAPES)
 def test_answers_in_a_changing_batch_are_those_of_one_at_a_time(arch):
     model, expected, drawn = random_model(arch), [], []
-    engine = Engine(model, BYTES, max_batch=5, max_queue=99)
+    engine = Engine(model, BYTES, max_batch=5, max_queue=99).start()
     sequences, over = [], threading.Semaphore(0)
     for i in range(14):  # some wait for a place, and each leaves at another time
         ids = torch.randint(256, (1 + 5 * i % 37,), generator=torch.Generator().manual_seed(i)).tolist()
@@ -126,11 +126,25 @@ def test_answers_in_a_changing_batch_are_those_of_one_at_a_time(arch):
     assert drawn == expected and not any(sequence.text for sequence in sequences if sequence.n_tokens == 0)
 
 
+@pytest.mark.parametrize('arch', SHAPES)
+def test_prompts_read_together_are_answered_as_if_each_were_alone(arch):
+    model, sequences = random_model(arch), []
+    for i, n_tokens in enumerate((5, 12, 1, 30, 5, 17, 2)):
+        ids = torch.randint(256, (n_tokens,), generator=torch.Generator().manual_seed(i)).tolist()
+        sampling = Sampling(9 + i, [0, 1.0][i % 2], None, None, seed=i)
+        sequences.append(Sequence(ids, sampling, BYTES, lambda piece: None, [], {256}))
+    engine = Engine(model, BYTES, max_batch=4, max_queue=3)
+    assert engine.submit(sequences)
+    engine.run()
+    for sequence in sequences:
+        assert [token.id for token in sequence.tokens] == alone(model, sequence.ids, sequence.sampling, {256})
+
+
 def test_a_longer_cache_than_its_first_columns():
     model = random_model(block_size=400)
     sampling, pieces, over = Sequence, [], threading.Event()
     sampling = Sampling(120, 1.0, None, None, 3)
-    engine = Engine(model, BYTES, 2)
+    engine = Engine(model, BYTES, 2).start()
     sequence = Sequence([7] * 200, sampling, BYTES, lambda piece: (pieces.append(piece), piece.finish_reason and over.set()), [], set())
     engine.submit([sequence])
     assert over.wait(300)
@@ -170,7 +184,7 @@ def test_a_failure_of_the_model_ends_the_answers_and_not_the_engine(monkeypatch,
     def sequence():
         return Sequence([1, 2], Sampling(3, 0, None, None, 0), BYTES,
                         lambda piece: piece.finish_reason and (reasons.append(piece.finish_reason), over.set()), [], set())
-    engine = Engine(model, BYTES)
+    engine = Engine(model, BYTES).start()
     with monkeypatch.context() as patch:
         patch.setattr(model, 'head', lambda x: 1 / 0)
         engine.submit([sequence()])
