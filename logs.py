@@ -85,7 +85,7 @@ class Log:
 
         # run.json: the facts of this start, and a record of every start
         path = self.out_dir / 'run.json'
-        earlier, now = read_record(path, settings={}, starts=[]), facts['settings']
+        earlier, now = read_record(path, settings=dict, starts=list), facts['settings']
         changed = {name: [value, now[name]] for name, value in earlier['settings'].items()
                    if name in now and value != now[name]}
         versions = dict(git=git_commit(), torch=torch.__version__, python=platform.python_version())

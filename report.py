@@ -108,8 +108,9 @@ def read_run(folder: Path) -> Run:
     add_totals(lines)
     lines = [{name: value for name, value in line.items() if math.isfinite(number(value))} for line in lines]
     latest = {name: value for line in lines for name, value in line.items()}
-    facts = read_record(folder / 'run.json', settings={}, defaults={}, environment={}, starts=[], ended={})
-    evals = read_record(folder / 'eval.json', results={})
+    facts = read_record(folder / 'run.json', settings=dict, defaults=dict, environment=dict, starts=list,
+                        ended=dict)
+    evals = read_record(folder / 'eval.json', results=dict)
     samples = '\n' + read_text(folder / 'samples.md')
     return Run(str(folder), lines, latest, facts, evals, samples.rpartition('\n## Iteration ')[2].strip())
 
@@ -134,15 +135,24 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-def read_record(path: Path, **fields) -> dict:
-    """Read an object from a JSON file. fields: the values of those that it lacks."""
+def read_record(path: Path, **types) -> dict:
+    """Read an object from a JSON file. Fields that are missing or of another type are empty."""
     record = {}
     if path.is_file():
         try:
             record = read_json(path)
         except ValueError as error:
             print0(printable(f'{error}: ignored'))
-    return fields | record
+    record = expect(record, dict, path)
+    return record | {name: expect(record.get(name), kind, f'{path}: {name}') for name, kind in types.items()}
+
+
+def expect(value, kind, source):
+    if isinstance(value, kind):
+        return value
+    if value is not None:
+        print0(printable(f'{source} is of type {type(value).__name__}, expected is {kind.__name__}: ignored'))
+    return kind()
 
 
 def number(value, default=math.nan):
@@ -234,7 +244,7 @@ def evaluation(run) -> dict[str, str]:
     """Return the results of evaluate.py by task."""
     rows = formatted([('updates', '{:,}', run.evals.get('iter'))])
     for task, numbers in run.evals['results'].items():
-        rows[task] = measures(numbers)
+        rows[task] = measures(expect(numbers, dict, f'{run.name}: eval.json: {task}'))
     return rows
 
 
@@ -265,7 +275,7 @@ def formatted(rows) -> dict[str, str]:
 
 def starts(run) -> Table:
     """Return the starts of a run, with the settings that each of them changed: [old, new]."""
-    records = run.facts['starts']
+    records = [expect(start, dict, f'{run.name}: run.json: a start') for start in run.facts['starts']]
     names = list(dict.fromkeys(name for start in records for name in start))
     rows = [[str(start.get(name, '')) for name in names] for start in records]
     return Table(f'Starts of {run.name}', names, rows, is_code=True)

@@ -171,10 +171,18 @@ def broken(folder, **files):
     return folder
 
 
-@pytest.mark.parametrize('name', ['run.json', 'eval.json'])
-def test_a_damaged_file_is_left_out_with_one_line(tmp_path, capsys, name):
-    page = tables_of(broken(tmp_path / 'out', **{name.replace('.', '_'): '[' * 200_000}))
-    assert capsys.readouterr().out.startswith(f'{tmp_path / "out" / name}: not JSON in UTF-8') and '| updates | 1 |' in page
+@pytest.mark.parametrize('files, message', [
+    (dict(run_json='{"settings": 7}'), '/run.json: settings is of type int, expected is dict: ignored'),
+    (dict(run_json='{"starts": {"a": 1}}'), '/run.json: starts is of type dict, expected is list: ignored'),
+    (dict(run_json='{"starts": [3]}'), ': run.json: a start is of type int, expected is dict: ignored'),
+    (dict(run_json='[]'), '/run.json is of type list, expected is dict: ignored'),
+    (dict(run_json='[' * 200_000), '/run.json: not JSON in UTF-8'),
+    (dict(eval_json='{"results": 3}'), '/eval.json: results is of type int, expected is dict: ignored'),
+    (dict(eval_json='{"results": {"piqa": 3}}'), ': eval.json: piqa is of type int, expected is dict: ignored'),
+])
+def test_what_has_another_form_is_left_out_with_one_line(tmp_path, capsys, files, message):
+    page = tables_of(broken(tmp_path / 'out', **files))
+    assert capsys.readouterr().out.startswith(f'{tmp_path / "out"}{message}') and '| updates | 1 |' in page
 
 
 def test_values_of_another_form_are_left_out(tmp_path):
