@@ -193,10 +193,11 @@ class Engine:
     def join(self, n_prompts):
         """Read the prompts of the next sequences that wait, and draw their first tokens."""
         with self.wake:
-            n_free = self.max_batch - len(self.running)
-            waiting = [sequence for sequence in self.waiting if not sequence.is_over]
-            new = waiting[:min(n_prompts, n_free)]
-            self.waiting = deque(waiting[len(new):])
+            n_free, new = min(n_prompts, self.max_batch - len(self.running)), []
+            while self.waiting and len(new) < n_free:
+                sequence = self.waiting.popleft()
+                if not sequence.is_over:
+                    new.append(sequence)
             self.running += new
         if not new:
             return

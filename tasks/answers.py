@@ -2,6 +2,7 @@
 
 import sys
 from collections import defaultdict
+from dataclasses import replace
 
 from chat import json_line, stop_ids
 from corpus.dialogue import read_conversations
@@ -32,13 +33,16 @@ def answer_questions(answerer, questions, batch_size):
         print(f'{n_cut:,} of {len(prompts):,} questions are too long for the context of '
               f'{answerer.model.config.block_size} tokens: their beginnings are cut off')
     tokenizer, ends = answerer.tokenizer, stop_ids(answerer.tokenizer)
-    engine = Engine(answerer.model, tokenizer, batch_size, len(prompts))
+    engine = Engine(answerer.model, tokenizer, min(batch_size, len(prompts)), len(prompts))
     # tqdm shows no bar unless stderr is a terminal; without a stderr it would fail
     with tqdm(total=len(prompts), unit=' answers', disable=sys.stderr is None or None) as bar:
         sequences = []
-        for prompt in prompts:
+        for i, prompt in enumerate(prompts):
             ids = prompt.ids.tolist()
-            sequences.append(Sequence(ids, answerer.sampling_after(ids), tokenizer, stop=[], stop_ids=ends,
+            sampling = answerer.sampling_after(ids)
+            sampling = replace(sampling, seed=(sampling.seed + i) % 2**63)  # numbers of its own
+            sequences.append(Sequence(ids, sampling, tokenizer, stop=[], stop_ids=ends,
+                                      is_over=sampling.max_new_tokens == 0,
                                       emit=lambda piece: bar.update(piece.finish_reason is not None)))
         engine.submit(sorted(sequences, key=lambda sequence: len(sequence.ids)))  # for little padding
         engine.run()
