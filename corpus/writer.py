@@ -75,7 +75,7 @@ class Writer:
         self.tokenizer, self.dtype = tokenizer, id_dtype(tokenizer.vocab_size)
         self.splits, self.shard_tokens, self.masked = splits, shard_tokens, masked
         self.recipe = json.loads(json.dumps(recipe))  # as it is read from the file progress
-        self.more_seen, self.unsaved_seen, self.unsynced = set(), [], set()
+        self.more_seen, self.unsaved_seen = set(), []
         if recipe is None or not self.resume():
             self.start_over()
 
@@ -165,7 +165,6 @@ class Writer:
             file.truncate(sizes.setdefault(name, 0))
             file.write(array.tobytes())
         sizes[name] += array.nbytes
-        self.unsynced.add(name)
 
     def is_new(self, value):
         """Tell whether a document's hash is new, and note it."""
@@ -190,10 +189,9 @@ class Writer:
             write_bytes(self.work / 'progress', f'{digest_of(values)}\n{values}'.encode())
 
     def sync(self):
-        for name in self.unsynced:
+        for name in self.progress.sizes:
             with open(self.work / name, 'rb+') as file:
                 os.fsync(file.fileno())
-        self.unsynced.clear()
 
     def publish(self, source, **more) -> dict:
         """Put the dataset into its folder, or the old one back if that fails. Returns the dict in meta.json.
