@@ -167,42 +167,12 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(tmp_path, small_
     assert files_of(tmp_path) == before
 
 
-def test_the_last_text_is_cut_after_an_interruption_as_well(tmp_path, small_batches):
-    texts = [f'text {n}\nand its second line' for n in range(60)]
-
-    def failing(start):
-        yield from records_of(texts[:40], start)
-        raise OSError('interrupted')
-    meta = pack_texts(tmp_path / 'whole', texts, val_fraction=1e-6)
-    assert [meta['splits'][name]['documents'] for name in ('train', 'val')] == [60, 1]
-    with pytest.raises(OSError, match='interrupted'):
-        pack_texts(tmp_path / 'broken', read=failing, val_fraction=1e-6)
-    pack_texts(tmp_path / 'broken', texts, val_fraction=1e-6)
-    assert files_of(tmp_path / 'broken') == files_of(tmp_path / 'whole')
-
-
 def test_max_docs_takes_the_first_ones(tmp_path):
     (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, TEXTS)), encoding='utf-8')
     files = find_files([tmp_path / 'a.jsonl'])
     args = SimpleNamespace(field='text', errors='strict', encoding='utf-8', max_docs=100)
     for start in (0, 60, 100):  # a killed run continues with the others
         assert [document.text for document in read_files(files, args, start)] == TEXTS[start:100]
-
-
-def test_the_rate_of_a_continued_run_leaves_out_what_was_read_before(tmp_path, monkeypatch):
-    import tqdm
-    bars = []
-
-    class Bar(tqdm.tqdm):
-        def __init__(self, *args, **settings):
-            super().__init__(*args, **settings)
-            bars.append(self)
-    monkeypatch.setattr('tqdm.tqdm', Bar)
-    (tmp_path / 'a.txt').write_text('a line\n' * 100_000, encoding='utf-8')
-    args = SimpleNamespace(field='text', errors='strict', encoding='utf-8', max_docs=None)
-    for start in (0, 90_000):
-        assert len(list(read_files(find_files([tmp_path / 'a.txt'], 'lines'), args, start))) == 100_000 - start
-    assert bars[0].initial == 0 and 600_000 < bars[1].initial < bars[1].n == 700_000
 
 
 def test_the_split_follows_from_each_text_alone():
