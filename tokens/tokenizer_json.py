@@ -26,8 +26,8 @@ SPECIAL_TOKENS = [END, '<|pad|>', '<|bos|>', '<|unk|>', '<|system|>', '<|user|>'
 PLAIN = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
          'post_processor': None}
 FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
-ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
-KEPT = (*ROLES, 'additional_special_tokens', 'chat_template')
+ROLES = ('bos_token', 'eos_token', 'unk_token', 'pad_token')
+KEPT = (*ROLES, 'additional_special_tokens', 'extra_special_tokens', 'chat_template')
 
 
 @contextlib.contextmanager
@@ -188,8 +188,8 @@ def read_tokenizer_json(path, eot=''):
     if not file.is_file() or file.suffix != '.json':
         return read_other_formats(path)
     with one_line(file):
-        config = read_config(file.parent)
-        content = with_named_tokens(parse(file.read_text(encoding='utf-8-sig')), config)
+        engine = load_engine(parse(file.read_text(encoding='utf-8-sig')))
+        content, config = json.loads(engine.to_str()), read_config(file.parent)
         ids = vocabulary(content)
         if eot and eot not in ids:
             raise ValueError(f'it has no token {eot}, which --eot names')
@@ -229,37 +229,13 @@ def read_config(folder):
         file = folder / f'{name}.json'
         if file.is_file():
             config |= read_json(file)
-    config |= {role: token_name(config[role]) for role in ROLES if role in config}
-    # transformers 5 renamed additional_special_tokens
-    others = config.get('extra_special_tokens') or config.get('additional_special_tokens') or []
-    if isinstance(others, dict):
-        others = others.values()
-    config['additional_special_tokens'] = [token_name(other) for other in others]
+    for role in ROLES:
+        if isinstance(config.get(role), dict):  # an AddedToken
+            config[role] = config[role]['content']
     template = folder / 'chat_template.jinja'
     if template.is_file():
         config['chat_template'] = template.read_text(encoding='utf-8')
     return config
-
-
-def token_name(value):
-    if isinstance(value, dict):
-        return value.get('content')
-    return value
-
-
-def with_named_tokens(content, config):
-    """Return the content as the library writes it, with the tokens that only read_config() names."""
-    from tokenizers import AddedToken
-    engine, entries = load_engine(content), config.get('added_tokens_decoder') or {}
-    tokens = []
-    for i in sorted(entries, key=int):
-        flags = {flag: entries[i][flag] for flag in FLAGS if flag in entries[i]}
-        tokens.append(AddedToken(entries[i]['content'], **flags))
-    names = [config.get(role) for role in ROLES] + config['additional_special_tokens']
-    tokens += [AddedToken(name, special=True, normalized=False) for name in names if name]
-    present = {token.content for token in engine.get_added_tokens_decoder().values()}
-    engine.add_tokens([token for token in tokens if token.content not in present])
-    return json.loads(engine.to_str())
 
 
 def end_token(config, ids):
