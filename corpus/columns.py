@@ -28,11 +28,17 @@ def read_parquet(path, reading):
 
 
 def read_arrow(path, reading):
-    """Read the stream format, which `datasets` writes."""
     import pyarrow
     with pyarrow.OSFile(path) as file:  # not mapped, because mapped pages count as memory of this process
         reading.file = file
-        yield from rows_of(pyarrow.ipc.open_stream(file), path)
+        is_file_format = file.read(6) == b'ARROW1'  # `datasets` writes the stream format
+        file.seek(0)
+        if is_file_format:
+            reader = pyarrow.ipc.open_file(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            batches = pyarrow.ipc.open_stream(file)
+        yield from rows_of(batches, path)
 
 
 def rows_of(batches, path, row=0):

@@ -176,9 +176,9 @@ def build_command(argv, doc=None, download=None, style='chat', **defaults):
     add('--val', nargs='+', metavar='PATH', help='files for validation, instead of a share')
     add('--question', default='', metavar='NAME', help='the column of the questions, if no layout has it')
     add('--answer', default='', metavar='NAME', help='the column of the answers')
-    add('--tokenizer', default='gpt2', help='gpt2 (default), byte, a checkpoint, or a folder')
-    add('--block_size', type=count, default=1024, help='as in training (default: 1024)')
-    add('--style', choices=list(STYLES), default=style, help=f'prompt template (default: {style})')
+    add('--tokenizer', default='gpt2', help='gpt2, byte, a checkpoint, or a folder with tokenizer.json')
+    add('--block_size', type=count, default=1024, help='as in training; a row has one token more')
+    add('--style', choices=list(STYLES), default=style, help='prompt template')
     args = parser.parse_args(argv)
     name = args.tokenizer
     if (Path(name) / 'ckpt.pt').exists():

@@ -69,9 +69,12 @@ class Parser(argparse.ArgumentParser):
             settings = dict(OPTIONS[name])
             if name in defaults:
                 settings.update(default=defaults[name], required=False)
-            if settings.get('default'):
-                settings['help'] += ' (default: %(default)s)'
             self.add_argument(f'--{name}', **settings)
+
+    def add_argument(self, *names, **settings):
+        if settings.get('default', argparse.SUPPRESS) is not argparse.SUPPRESS:
+            settings['help'] = settings.get('help', '') + ' (default: %(default)s)'
+        return super().add_argument(*names, **settings)
 
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
