@@ -161,17 +161,21 @@ def open_tokenizer(name):
     return find_start(checkpoint_path=name).tokenizer
 
 
-def build_command(argv, doc=None, download=None, style='chat', **defaults):
+def build_command(argv, doc=None, folder=None, download=None, style='chat'):
     """Pack conversations: build's command line, and that of the prepare scripts.
 
-    doc        of a prepare script
-    download   returns the path of its file, where --input names none
+    doc, folder   of a prepare script
+    download      returns the path of its file, where --input names none
     """
-    command = None
+    defaults, command = {'val_fraction': 0.05}, None
+    if download:
+        defaults['input'] = None
+    if folder:
+        defaults['out'] = folder
     if not doc:
         table = '\n'.join(f'    {use:15}{", ".join(names)}' for use, names in dialogue.FIELDS.items())
         doc, command = f'{__doc__}\n{dialogue.__doc__}\n{table}', 'python -m corpus.conversations build'
-    parser = Parser(doc, command, ['input', 'val_fraction', 'encoding', 'out'], val_fraction=0.05, **defaults)
+    parser = Parser(doc, command, ['input', 'val_fraction', 'encoding', 'out'], **defaults)
     add = parser.add_argument
     add('--val', nargs='+', metavar='PATH', help='files for validation, instead of a share')
     add('--question', default='', metavar='NAME', help='the column of the questions, if no layout has it')

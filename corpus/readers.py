@@ -253,6 +253,7 @@ def read_csv(path, reading, delimiter=','):
         rows = csv.reader(file.lines(), delimiter=delimiter, strict=True)
         try:
             names = next(rows, [])
+            check_fields(reading.fields, names, path)
             for row in filter(None, rows):
                 if len(row) != len(names):
                     raise ValueError(f'{path}, line {rows.line_num}: {len(row)} fields '

@@ -100,7 +100,7 @@ class TextFile:
                f'because they are not {self.encoding}')
 
     def wrong_encoding(self, reason):
-        """Return the error for bytes outside the encoding. It names a usual encoding that fits."""
+        """Return the error for bytes outside the encoding. It names the usual encoding that fits the file."""
         remedy = 'convert it to UTF-8, or name its encoding with --encoding'
         for usual, name in USUAL_ENCODINGS.items():
             if first_wrong_line(self.path, usual) is None:
@@ -111,7 +111,7 @@ class TextFile:
 
 
 def first_wrong_line(path, encoding):
-    """Return the number of the first line with bytes outside an encoding, or None."""
+    """Return the number of the first line with bytes outside an encoding; None if all of them decode."""
     line = 1
     with TextFile(path, encoding, 'surrogateescape') as file:
         try:

@@ -29,4 +29,4 @@ def download():
 
 if __name__ == '__main__':
     with one_line_errors():
-        build_command(None, __doc__, download, 'alpaca', input=None, out=HERE)
+        build_command(None, __doc__, HERE, download, 'alpaca')

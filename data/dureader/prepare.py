@@ -17,4 +17,4 @@ from files import one_line_errors
 
 if __name__ == '__main__':
     with one_line_errors():
-        build_command(None, __doc__, out=HERE)
+        build_command(None, __doc__, HERE)
