@@ -110,7 +110,7 @@ def test_hostile_meta_pkl_runs_nothing(tmp_path, protocol):
 
 @pytest.mark.parametrize('meta', [
     b'', b'garbage', b'\x80\x05K\x01', [], {'itos': {}}, {'itos': {0: 'a', 2: 'b'}}, {'itos': {0: 5}},
-    {'itos': {0: 'a', 1: 'a'}, 'stoi': {'a': 1}}, {'vocab_size': 3, 'itos': {0: 'a'}}, {'stoi': {'b': 0}},
+    {'itos': {0: 'a', 1: 'a'}, 'stoi': {'a': 1}}, {'itos': {0: 'a'}, 'stoi': {'b': 0}},
     {'itos': {0: '\ud800'}, 'stoi': {'\ud800': 0}}, {'itos': {0: Hostile(bytearray, (10 ** 12,))}},
 ], ids=repr)
 def test_unfit_meta_pkl_is_one_line(tmp_path, meta):
@@ -241,12 +241,11 @@ def test_an_unknown_header_is_an_error(tmp_path, magic, version):
         read_meta(tmp_path)
 
 
-@pytest.mark.parametrize('dtype, high, error', [('<u4', 50_256, 'ids of 4 or 8 bytes'), ('<i8', 50_256, 'ids of 4 or 8 bytes'),
-                                                ('<u4', 128_000, 'is beyond vocab_size 50257')])
-def test_ids_of_more_than_two_bytes_without_meta_json_are_refused(tmp_path, dtype, high, error):
+@pytest.mark.parametrize('dtype, high', [('<u4', 50_256), ('<i8', 50_256), ('<u4', 128_000)])
+def test_ids_of_more_than_two_bytes_without_meta_json_are_refused(tmp_path, dtype, high):
     np.random.default_rng(0).integers(high, size=5000).astype(dtype).tofile(tmp_path / 'train.bin')
-    with pytest.raises(ValueError, match=f'train.bin.* {error}'):
-        Loader(tmp_path, 'train', block_size=16, batch_size=12).batch(0)
+    with pytest.raises(ValueError, match='train.bin: every second number is zero or .* ids of 4 or 8 bytes'):
+        read_meta(tmp_path)
     np.random.default_rng(0).integers(high % 2**16, size=5000).astype('<u2').tofile(tmp_path / 'train.bin')
     assert read_meta(tmp_path)['splits']['train']['tokens'] == 5000
 

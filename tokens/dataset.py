@@ -120,9 +120,9 @@ def read_header(path):
     if n_bytes % 2:
         raise ValueError(f'{path}: {n_bytes} bytes is no whole number of uint16 tokens')
     low, high = header.view('<u2').reshape(-1, 2).T
-    if len(low) >= 8 and low.any() and not high.any():
-        raise ValueError(f'{path}: every second number is zero, so these are ids of 4 or 8 bytes: save them '
-                         'as uint16, or prepare the dataset with a meta.json')
+    if len(low) >= 8 and low.any() and (not high.any() or low.max() > 255 and high.max() < 4):
+        raise ValueError(f'{path}: every second number is zero or next to it, so these are ids of 4 or '
+                         '8 bytes: save them as uint16, or prepare the dataset with a meta.json')
     return 'uint16', 0, n_bytes // 2
 
 

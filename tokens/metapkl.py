@@ -10,20 +10,20 @@ from tokens.tokenizer_json import one_line
 
 
 def read_meta_pkl(path) -> dict:
-    """Return the tokenizer meta of nanoGPT's meta.pkl, a dict of vocab_size and perhaps itos."""
+    """Return the tokenizer meta of nanoGPT's meta.pkl, a dict of vocab_size and perhaps itos and stoi."""
     with one_line(f'{path}: not a meta.pkl of nanoGPT'):
         meta = PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
-        itos = meta.get('itos')
-        if isinstance(itos, dict):
-            itos = [itos[i] for i in range(len(itos))]
-        if itos is None:
-            tokenizer_meta = {'kind': 'ids', 'vocab_size': meta['vocab_size']}
-        elif all(len(token) == 1 for token in itos):
-            tokenizer_meta = {'kind': 'char', 'chars': ''.join(itos)}
-        else:
+        itos, tokenizer_meta = meta.get('itos'), {'kind': 'ids', 'vocab_size': meta.get('vocab_size')}
+        if itos is not None:
+            if isinstance(itos, dict):
+                itos = [itos[i] for i in range(len(itos))]
+            if meta.get('stoi') not in (None, {token: i for i, token in enumerate(itos)}):
+                raise ValueError('stoi must be the inverse of itos')
             tokenizer_meta = {'kind': 'itos', 'itos': itos}
+            if all(len(token) == 1 for token in itos):
+                tokenizer_meta = {'kind': 'char', 'chars': ''.join(itos)}
         size = vocab_size_of(tokenizer_meta)
-        if meta.get('vocab_size', size) != size:
+        if meta.get('vocab_size') not in (None, size):
             raise ValueError(f'vocab_size must be {size}, the number of strings in itos')
         return tokenizer_meta
 

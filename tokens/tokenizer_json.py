@@ -26,8 +26,9 @@ SPECIAL_TOKENS = [END, '<|pad|>', '<|bos|>', '<|unk|>', '<|system|>', '<|user|>'
 PLAIN = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
          'post_processor': None}
 FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
-ROLES = ('bos_token', 'eos_token', 'unk_token', 'pad_token')
-KEPT = (*ROLES, 'additional_special_tokens', 'extra_special_tokens', 'chat_template')
+ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
+KEPT = (*ROLES, 'additional_special_tokens', 'extra_special_tokens', 'clean_up_tokenization_spaces',
+        'add_bos_token', 'add_eos_token', 'chat_template')
 
 
 @contextlib.contextmanager
@@ -123,12 +124,13 @@ def as_trained(meta):
     """
     if meta['kind'] != 'json':
         return meta
-    config = {**meta['config'], 'bos_token': meta['eot']}
-    bos, template = meta['config'].get('bos_token', meta['eot']), config.get('chat_template')
+    config = {key: value for key, value in meta['config'].items() if not key.startswith('add_')}
+    bos, template = config.get('bos_token', meta['eot']), config.get('chat_template')
     if bos != meta['eot'] and isinstance(template, str):
         config['chat_template'] = f'{{%- set bos_token = {json.dumps(bos)} -%}}\n{template}'
     content = {**json.loads(meta['tokenizer_json']), 'post_processor': None}  # it adds BOS or [CLS], [SEP]
-    return {**meta, 'tokenizer_json': json.dumps(content, ensure_ascii=False), 'config': config}
+    return {**meta, 'tokenizer_json': json.dumps(content, ensure_ascii=False),
+            'config': {**config, 'bos_token': meta['eot']}}
 
 
 # -----------------------------------------------------------------------------
