@@ -1,6 +1,7 @@
 """Read folders of token blocks: token_float32.npy, label_float32.npy and loss_mask.npy, each (rows, T)."""
 
 import os
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,6 +9,11 @@ TOKENS, LABELS, MASK = NAMES = ('token_float32.npy', 'label_float32.npy', 'loss_
 MAX_ID = 2**24  # larger whole numbers may have been rounded by float32
 NOT_A_TARGET = -100
 CHUNK_BYTES = 1 << 20  # tokens in memory at a time
+
+
+class Row(NamedTuple):
+    ids: np.ndarray  # (n,) int64
+    mask: np.ndarray  # (n,) uint8, 1 where a token is a target
 
 
 def map_blocks(path):
@@ -41,10 +47,10 @@ def read_rows(path, reading):
 
 
 def rows_of_chunk(chunk, path, first_row):
-    """Return (ids, mask) of rows: (n,) int64, and (n,) uint8, 1 where a token is a target.
+    """Make Rows of some rows of the arrays.
 
-    They have T ids if the labels are the tokens themselves, and T + 1 if the labels are the following tokens,
-    so that a window of T tokens shows the same x and y again.
+    They have T ids where the labels are the tokens themselves, and T + 1 where the labels are the following
+    tokens, so that a window of T tokens shows the same x and y again.
     """
     tokens, labels, mask = chunk[TOKENS], chunk[LABELS], chunk.get(MASK, np.ones_like(chunk[TOKENS]))
     is_target = (labels != NOT_A_TARGET) & (mask != 0)
@@ -66,7 +72,7 @@ def rows_of_chunk(chunk, path, first_row):
         ids = np.append(ids, labels[:, -1:].astype(np.int64), axis=1)  # (rows, T + 1)
         masks = np.pad(masks, ((0, 0), (1, 0)))
         lengths += masks[:, -1]  # drop the last id if it is not a target
-    return [(row[:n], mask[:n]) for row, mask, n in zip(ids, masks, lengths, strict=True)]
+    return [Row(row[:n], row_mask[:n]) for row, row_mask, n in zip(ids, masks, lengths, strict=True)]
 
 
 def is_id(values):

@@ -8,6 +8,7 @@ A row is block_size + 1 tokens: whole conversations, then padding. The mask is 1
 """
 
 import os
+import sys
 from bisect import bisect_left, insort
 from itertools import chain, groupby
 from operator import itemgetter
@@ -123,13 +124,16 @@ def write_dataset(folder, tokenizer, splits, *, style, size, source):
 # rows for people
 
 
-def as_text(ids, mask, tokenizer):
-    """Return a row as text: targets between ⟦ and ⟧, and special tokens by name."""
+def as_text(ids, mask, tokenizer, colour):
+    """Return a row as text: targets in green, or between ⟦ and ⟧, and special tokens by name."""
+    begin, end = '⟦⟧'
+    if colour:
+        begin, end = '\x1b[32m', '\x1b[0m'
     text = ''
     for is_target, tokens in groupby(zip(ids, mask, strict=True), key=itemgetter(1)):
         part = tokenizer.decode([token for token, _ in tokens])
         if is_target:
-            part = f'⟦{part}⟧'
+            part = begin + part + end
         text += part
     return text
 
@@ -146,7 +150,7 @@ def show(folder, split='train', n_rows=3):
         ids, mask = data.shards[0][row * size:(row + 1) * size], data.mask[row * size:(row + 1) * size]
         n_used = np.flatnonzero(mask)[-1] + 1  # the end of the last answer; padding follows
         print(f'--- row {row} of {data.n_tokens // size:,}: targets: {mask.sum()}, padding: {size - n_used}')
-        print(as_text(ids[:n_used], mask[:n_used], tokenizer))
+        print(as_text(ids[:n_used], mask[:n_used], tokenizer, sys.stdout.isatty()))
 
 
 # -----------------------------------------------------------------------------
@@ -201,7 +205,8 @@ def build_command(argv, doc=None, folder=None, download=None, style='chat'):
 
 
 def show_command(argv):
-    parser = Parser('Print rows, with targets between ⟦ and ⟧.', 'python -m corpus.conversations show')
+    parser = Parser('Print rows. Targets are green, or between ⟦ and ⟧ where there is no colour.',
+                    'python -m corpus.conversations show')
     parser.add_argument('folder', type=Path)
     parser.add_argument('--split', choices=['train', 'val'], default='train')
     parser.add_argument('--rows', type=count, default=3, help='number of rows')

@@ -11,7 +11,7 @@ import json
 from itertools import chain, zip_longest
 from typing import NamedTuple
 
-from corpus.readers import find_files, read_records
+from corpus.readers import File, find_files, read_records
 from corpus.textfile import with_line_feeds
 
 FIELDS = {
@@ -50,7 +50,7 @@ def read_conversations(paths, *, question='', answer='', encoding='utf-8'):
     """Yield every Conversation in some files. question and answer name columns in place of FIELDS."""
     columns = {use: name for use, name in (('question', question), ('answer', answer)) if name}
     fields = {**FIELDS, **{use: (name,) for use, name in columns.items()}}
-    files = [(path, format.replace('text', 'lines')) for path, format in find_files(paths)]
+    files = [File(path, {'text': 'lines'}.get(format, format)) for path, format in find_files(paths)]
     for record, where in read_records(files, encoding=encoding):
         if record == '':  # a blank line of a .txt file
             continue
@@ -58,16 +58,12 @@ def read_conversations(paths, *, question='', answer='', encoding='utf-8'):
             record = {'prompt': record}
         if isinstance(record, list):
             record = {'messages': record}
-        if not isinstance(record, dict):
-            raise ValueError(f'{where}: a {type(record).__name__}, where an object with fields is needed')
-        for use, name in columns.items():
-            if name not in record:
-                raise ValueError(f'{where}: --{use}={name}: its fields are {", ".join(record)}')
         try:
+            check_record(record, columns)
             conversations = [turns_of(each, fields) for each in flat_records(record)] or [[]]
         except ValueError as error:
             raise ValueError(f'{where}: {error}') from None
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:  # the inner fields do not fit the layout
             raise ValueError(f'{where}: {type(error).__name__} {error} in a nested field: '
                              'python -m corpus.conversations build --help lists the layouts') from None
         first = dict(reversed(conversations[0]))  # the first turn of each role
@@ -89,13 +85,21 @@ def answered(turns):
 # layouts
 
 
+def check_record(record, columns):
+    if not isinstance(record, dict):
+        raise ValueError(f'a {type(record).__name__}, where an object with fields is needed')
+    for use, name in columns.items():
+        if name not in record:
+            raise ValueError(f'--{use}={name}: its fields are {", ".join(record)}')
+
+
 def flat_records(record):
     """Return a record for each nested question, with the fields around it."""
-    nested = [name for name in FIELDS['nested'] if name in record]
-    if not nested:
+    name = next((name for name in FIELDS['nested'] if name in record), None)
+    if name is None:
         return [record]
-    name, outer, flat = nested[0], dict(record), []
-    inner_records = outer.pop(name)
+    outer, flat = {field: value for field, value in record.items() if field != name}, []
+    inner_records = record[name]
     if isinstance(inner_records, dict):
         inner_records = inner_records.values()
     for inner in inner_records:
@@ -162,7 +166,9 @@ def messages_of(messages, name):
             if message.get(field):
                 raise ValueError(f'a message of {role} has {field!r}, which no template here can express: '
                                  'write it into its content, or remove it')
-        content = message.get('content', message.get('value'))
+        content = message.get('content')
+        if content is None:
+            content = message.get('value')
         turns.append((ROLES[role], text_of(content, 'content')))
     return turns
 
@@ -212,5 +218,5 @@ def text_of(value, name):
 
 
 def clean(text):
-    """Remove white space around a text, which a model would learn as part of an answer."""
+    """Remove white space around a text, which would be learned as part of an answer."""
     return with_line_feeds(text).strip()

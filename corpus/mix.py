@@ -10,7 +10,7 @@ from tokens.tokenizer import load_tokenizer
 
 
 def open_sources(datasets, out):
-    """Return ({'train': Splits, 'val': Splits}, weights) of datasets such as 'zhwiki:0.6,news:0.4'."""
+    """Return ({'train': Splits, 'val': Splits}, weights) of a mixture such as 'zhwiki:0.6,news:0.4'."""
     folders, weights = dataset_folders(datasets)
     sources = {'train': [Split(folder, 'train') for folder in folders]}
     first = sources['train'][0]

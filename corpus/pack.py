@@ -27,8 +27,9 @@ SAVE_EVERY_S = 10  # at most this much work is lost when a run is killed
 def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, masked=False, eot_in_rows=False):
     """Pack the documents of a script, replacing any dataset in the folder.
 
-    splits   {'train': iterable of documents, 'val': ...}: texts, rows of ids, or pairs (ids, mask)
-    source   the origin, in words
+    splits        {'train': iterable of documents, 'val': ...}: texts, between which end-of-text stands, rows
+                  of ids, or pairs (ids, mask)
+    source        the origin, in words
     """
     documents = (readers.Document(text, f'{split} document {n}', split=split)
                  for split, texts in splits.items() for n, text in enumerate(texts))
@@ -38,7 +39,7 @@ def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, maske
 
 
 def write_texts(folder, texts, tokenizer, source, val_fraction=0.1):
-    """Pack texts with their last characters for validation, as nanoGPT does."""
+    """Pack texts with their last characters for validation, as nanoGPT does. Iterates three times."""
     n_chars = sum(map(len, texts))
     n_train = int(n_chars * (1 - val_fraction))
     splits = {'train': part_of(texts, 0, n_train), 'val': part_of(texts, n_train, n_chars)}
@@ -159,7 +160,7 @@ def pack_files(args, source):
 
 
 def name_source(paths):
-    """Name the files of a dataset. Bytes of a name that are not UTF-8 become U+FFFD."""
+    """Describe the files of a dataset in words. Bytes of a name that are not UTF-8 become U+FFFD."""
     names = [os.path.basename(os.path.normpath(path)) for path in paths]
     names = [os.fsencode(name).decode('utf-8', 'replace') for name in names]
     if paths[0].startswith('hf://'):
@@ -170,7 +171,7 @@ def name_source(paths):
 
 
 def prepare_parquet(folder, doc, address):
-    """Run the prepare script of a corpus in Parquet files, which are on the hub at hf://..."""
+    """Run the prepare script of a corpus in Parquet, which lies on the hub at hf://..."""
     args = Parser(doc, None, OPTIONS, input=[address], format='parquet', out=folder, tokenizer='gpt2',
                   val_fraction=0.0005, shard_tokens=100_000_000).parse_args()
     pack_files(args, name_source(args.input))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from corpus.blocks import TOKENS, check_blocks, read_rows
+from corpus.blocks import TOKENS, Row, check_blocks, read_rows
 from corpus.columns import read_arrow, read_parquet
 from corpus.jsonfile import read_json_records
 from corpus.textfile import MAX_RECORD_CHARS, TextFile, check_fields, naming, with_line_feeds
@@ -30,8 +30,13 @@ ENDING = re.compile(r'(token_float32\.npy|\.(?!(?:gz|bz2|zst)$)\w+)?(?:-p\d+p\d+
 # files
 
 
-def find_files(inputs, format: str = 'auto') -> list[tuple]:
-    """Return (path, format) of the files of a corpus. 'auto' takes the format from each name.
+class File(NamedTuple):
+    path: str
+    format: str
+
+
+def find_files(inputs, format: str = 'auto') -> list[File]:
+    """Find the files of a corpus in the order of their names. 'auto' takes the format from each name.
 
     inputs   files, folders, and addresses hf://... of folders of Parquet files
     """
@@ -45,7 +50,7 @@ def find_files(inputs, format: str = 'auto') -> list[tuple]:
             paths.append(path)
         else:
             raise FileNotFoundError(f'{path}: no such file or folder')
-    return [(path, format_of(path, format)) for path in paths]
+    return [File(path, format_of(path, format)) for path in paths]
 
 
 def ending_of(path):
@@ -64,7 +69,7 @@ def format_of(path, format):
 
 
 def files_below(folder, format):
-    """List the files of a format in a folder: all, if a format is named whose ending none has."""
+    """List the files of a format in a folder. Of a named format, all files if none has its ending."""
     paths, endings = list(walk(folder)), FORMAT_OF_ENDING
     if format != 'auto':
         endings = FORMATS[format].endings
@@ -98,9 +103,9 @@ def walk(folder, above=()):
     above = (*above, os.path.realpath(folder))
     names = sorted(os.listdir(folder))
     if 'dataset_dict.json' in names:
-        names.remove('dataset_dict.json')
         if 'train' not in names:
-            raise ValueError(f'{folder} has no split train: name the folder of one of {", ".join(names)}')
+            splits = [name for name in names if name != 'dataset_dict.json']
+            raise ValueError(f'{folder} has no split train: name the folder of one of {", ".join(splits)}')
         names = ['train']
     elif 'state.json' in names and 'dataset_info.json' in names:
         with naming(folder):
@@ -125,7 +130,7 @@ def n_bytes_of(path) -> int:
 
 
 def read_text(path, encoding: str = 'utf-8') -> str:
-    """Read a whole text file."""
+    """Read a whole text file. Raises ValueError with file and line if it has another encoding."""
     with naming(path), TextFile(path, encoding) as file:
         return file.read()
 
@@ -135,15 +140,16 @@ def read_text(path, encoding: str = 'utf-8') -> str:
 
 
 class Document(NamedTuple):
-    text: str | tuple  # (ids, mask) in the format blocks
-    where: str  # file and line
-    n_read: int = 0  # bytes read of all files
+    """A text, or a Row of ids and mask in the format blocks. n_read counts the bytes read of all files."""
+    text: str | Row
+    where: str
+    n_read: int = 0
     split: str | None = None  # 'train' or 'val' of a dataset; None: its hash decides
 
 
 @dataclass
 class Reading:
-    """How to read, and the file that is read. The readers of all formats yield (record, where)."""
+    """How to read, and what is read. The readers of all formats have one, and yield (record, where)."""
     fields: tuple | None = None  # None: whole records
     errors: str = 'strict'
     encoding: str = 'utf-8'
@@ -169,13 +175,13 @@ class Reading:
                 yield record, where
 
 
-def read_documents(files: list[tuple], *, fields=('text',), errors: str = 'strict', encoding: str = 'utf-8',
+def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict', encoding: str = 'utf-8',
                    start: int = 0):
     """Yield a Document for every document of some files, always in the same order. Some are empty.
 
-    fields   those that make a document, joined by line feeds
+    fields   the fields that make a document, joined by line feeds
     errors   as in TextFile
-    start    documents to skip
+    start    skip this many documents
     """
     reading = Reading(tuple(fields), errors, encoding, start)
     blocks = [path for path, format in files if format == 'blocks']
@@ -192,8 +198,8 @@ def read_documents(files: list[tuple], *, fields=('text',), errors: str = 'stric
         n_before += n_bytes_of(path)
 
 
-def read_records(files: list[tuple], *, encoding: str = 'utf-8'):
-    """Yield (record, where) of every record, with all of its fields."""
+def read_records(files: list[File], *, encoding: str = 'utf-8'):
+    """Yield (record, where) of every record, with all of its fields. Formats of text alone have none."""
     reading = Reading(encoding=encoding)
     for path, format in files:
         if FORMATS[format].text_of is not text_of_record:
@@ -285,15 +291,14 @@ def text_of_record(record, where, fields):
 def read_wiki(path, reading):
     with reading.open(path) as file:
         for page in read_pages(file, path):
-            yield page, f'{path}, {page[0]}'
+            yield page, f'{path}, {page.title}'
 
 
 def text_of_page(page, where, fields):
-    title, wikitext, hidden = page
-    text = plain_text(wikitext, hidden)
+    text = plain_text(page.wikitext, page.hidden)
     if not text:
         return ''
-    return text_of_record({'title': title, 'text': text}, where, fields)
+    return text_of_record({'title': page.title, 'text': text}, where, fields)
 
 
 class Format(NamedTuple):

@@ -70,7 +70,7 @@ def save_tokenizer(tokenizer, folder):
 def read_texts(args):
     """Yield the documents of args.input."""
     files = find_files(args.input, args.format)
-    if any(format == 'blocks' for _, format in files):
+    if any(file.format == 'blocks' for file in files):
         raise ValueError(f'{" ".join(args.input)}: blocks hold token ids, not text')
     return (document.text for document in read_files(files, args))
 

@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from typing import NamedTuple
 
 HIDDEN_LINKS = {'file', 'image', 'media', 'category', '文件', '檔案', '档案', '图像', '圖像', '分类', '分類'}
 HIDDEN_TAGS = {'table', 'ref', 'references', 'gallery', 'math', 'chem', 'timeline', 'style', 'templatestyles',
@@ -11,8 +12,14 @@ REDIRECTION = re.compile(r'\s*#\s*(redirect|重定向|重新導向)', re.IGNOREC
 MARK = '\x02'  # followed by the level of the heading that the rest of the line holds
 
 
+class Page(NamedTuple):
+    title: str
+    wikitext: str
+    hidden: set  # the namespaces of files and categories
+
+
 def read_pages(file, path):
-    """Yield (title, wikitext, namespaces of files and categories) of each article."""
+    """Yield every Page of the main namespace that is wikitext and no redirection."""
     import mwparserfromhell  # noqa: F401 (says before the first page that it is missing)
     hidden = set(HIDDEN_LINKS)
     try:
@@ -29,7 +36,7 @@ def read_pages(file, path):
                 page = {'ns': '0', 'model': 'wikitext', 'title': '', 'text': ''}
                 page.update((local_name(child), child.text or '') for child in element.iter())
                 if (page['ns'], page['model']) == ('0', 'wikitext') and 'redirect' not in page:
-                    yield page['title'], page['text'], hidden
+                    yield Page(page['title'], page['text'], hidden)
                 file.n_pending = 0
                 root.clear()  # the parser keeps every element it has seen
     except ET.ParseError as error:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,10 +52,10 @@ def writing(folder, tokenizer, splits, **options):
         try:
             yield Writer(folder, tokenizer, splits, **options)
         except OSError as error:
-            if error.strerror and not error.filename:
-                raise OSError(f'{folder} cannot be written ({error.strerror}): '
-                              'make room and run this again') from error
-            raise
+            if error.errno is None or error.filename:
+                raise  # its message says where
+            raise OSError(f'{folder} cannot be written ({error.strerror}): '
+                          'make room and run this again') from error
         finally:
             if not (work / 'progress').exists():  # nothing is left to continue
                 shutil.rmtree(work, ignore_errors=True)
@@ -151,15 +150,16 @@ class Writer:
                 if self.shard_tokens:
                     name = f'{split}_{len(shards):06d}.bin'
                 shards.append({'file': name, 'tokens': 0, 'crc32': 0})
-            shard = shards[-1]
-            room = (self.shard_tokens or sys.maxsize) - shard['tokens']
-            part, ids = ids[:room], ids[room:]
+            shard, part = shards[-1], ids
+            if self.shard_tokens:
+                part = ids[:self.shard_tokens - shard['tokens']]
+            ids = ids[len(part):]
             self.write(shard['file'], part)
             shard['crc32'] = zlib.crc32(part, shard['crc32'])
             shard['tokens'] += len(part)
 
     def write(self, name, array):
-        """Append an array to a file. What a killed run left in a file without a size is cut off."""
+        """Append an array to a file. What a killed run left of an unknown file is cut off."""
         sizes = self.progress.sizes
         with open(self.work / name, 'ab') as file:
             file.truncate(sizes.setdefault(name, 0))
@@ -167,7 +167,7 @@ class Writer:
         sizes[name] += array.nbytes
 
     def is_new(self, value):
-        """Tell whether a document's hash is new, and note it."""
+        """Tell whether a document's hash is new, and note it. The document is written next."""
         at = np.searchsorted(self.seen, np.uint64(value))
         if value in self.seen[at:at + 1] or value in self.more_seen:
             return False
@@ -177,6 +177,10 @@ class Writer:
             self.seen = np.union1d(self.seen, np.fromiter(self.more_seen, dtype='<u8'))
             self.more_seen.clear()
         return True
+
+    def empty_split(self):
+        """Return the name of a split without tokens, or None."""
+        return next((name for name, entry in self.progress.splits.items() if not entry['tokens']), None)
 
     def save(self):
         """Record the state from which a killed run continues."""
@@ -226,7 +230,7 @@ class Writer:
 
 
 def undo_publishing(folder):
-    """Restore the state before an interrupted publish(). This may be interrupted, too."""
+    """Restore the state before an interrupted publish(). This may be interrupted as well."""
     undo, meta = folder / '.packing' / 'undo.json', folder / 'meta.json'
     if not undo.exists():
         return

@@ -322,14 +322,14 @@ show(figure)
 # ## Packing conversations
 #
 # Conversations are short, rows are long, so several conversations share a row, and padding (填充) fills the rest. The
-# commands are those for the real files. `show` prints rows with the targets between ⟦ and ⟧.
+# commands are those for the real files. `show` prints rows with the targets between ⟦ and ⟧; in a terminal they are green.
 # %% [markdown] lang=zh
 # 请看黄色的 `<|assistant|>`：它下面是第一个真正的标签。也就是说，读到这个词元，模型就该开始回答了。
 #
 # ## 把对话排成行
 #
 # 对话短，一行长，所以几段对话合用一行，剩下的地方用填充（padding）补齐。下面的命令和处理真实文件时一样。
-# `show` 把要学的部分放在 ⟦ 和 ⟧ 之间。
+# `show` 把要学的部分放在 ⟦ 和 ⟧ 之间；在终端里则显示成绿色。
 # %%
 for name in ('webqa', 'dureader'):
     run(f'data/{name}/prepare.py', '--input', HERE / f'{name}.train.json', '--val', HERE / f'{name}.test.json',

@@ -187,7 +187,7 @@ def test_long_conversations_lose_context_then_old_exchanges_then_the_question():
             return None
         ids, mask, n_left_out, n_cut, _ = fitted
         assert len(ids) <= size and ids[-1] == BYTES.eot
-        return chat.as_text(ids, mask, BYTES), n_left_out, n_cut
+        return chat.as_text(ids, mask, BYTES, False), n_left_out, n_cut
     question = [('user', 'who?'), ('context', 'abcdefgh'), ('assistant', 'me')]
     assert text(question, 19) == ('<|user|>who?\n\nabcdefgh<|assistant|>⟦me<|endoftext|>⟧', 0, 0)
     assert text(question, 14) == ('<|user|>who?\n\nfgh<|assistant|>⟦me<|endoftext|>⟧', 0, 1)
@@ -307,7 +307,7 @@ def test_equal_questions_and_all_of_a_context_stay_in_one_split(tmp_path):
     chat.build(tmp_path / 'x', BYTES, [write(tmp_path / 'x.json', records)], block_size=40, val=0.3)
     keys = {}
     for split in ('train', 'val'):
-        text = chat.as_text(np.fromfile(tmp_path / f'x/{split}.bin', '<u2'), np.fromfile(tmp_path / f'x/{split}.mask', np.uint8), BYTES)
+        text = chat.as_text(np.fromfile(tmp_path / f'x/{split}.bin', '<u2'), np.fromfile(tmp_path / f'x/{split}.mask', np.uint8), BYTES, False)
         keys[split] = set(re.findall(r'(\d+\?|text \d+)<', text))
     assert not keys['train'] & keys['val'] and len(keys['train'] | keys['val']) == 40 and len(keys['val']) > 5
 
@@ -501,7 +501,7 @@ def fit(passage, answer, size, answer_start=0):
     passage = Passage(passage)
     passage.answer_start = answer_start
     fitted = encode([('user', '问'), ('context', passage), ('assistant', answer)], BYTES, 'chat', size)
-    text = chat.as_text(fitted.ids, fitted.mask, BYTES)
+    text = chat.as_text(fitted.ids, fitted.mask, BYTES, False)
     return text.removeprefix('<|user|>问\n\n').partition('<|assistant|>')[0], fitted.evidence
 
 

@@ -85,7 +85,7 @@ def test_a_file_of_the_formats_own_library(tmp_path, monkeypatch, name):
     assert texts_of(path, fields=['title', 'text']) == [f'{title}\n{text}' for title, text in zip(TITLES, TEXTS)]
     for n in range(len(TEXTS) + 1):
         assert texts_of(path, start=n) == TEXTS[n:]
-    n_bytes = sum(readers.n_bytes_of(file) for file, _ in find_files([path]))
+    n_bytes = sum(readers.n_bytes_of(file.path) for file in find_files([path]))
     assert all(0 < document.n_read <= n_bytes for document in read(path))
 
 

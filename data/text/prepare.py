@@ -17,11 +17,21 @@ from corpus.readers import find_files, read_text
 from files import one_line_errors
 
 
+class Texts:
+    """The texts of some files, read anew each time: memory holds one at a time."""
+
+    def __init__(self, paths, encoding):
+        self.paths, self.encoding = paths, encoding
+
+    def __iter__(self):
+        return (read_text(path, self.encoding) for path in self.paths)
+
+
 def main():
     options = ['input', 'out', 'encoding', 'tokenizer', 'eot', 'val_fraction']
     args = Parser(__doc__, None, options, out=HERE, val_fraction=0.1).parse_args()
     paths = [path for path, _ in find_files(args.input, 'text')]
-    texts = [read_text(path, args.encoding) for path in paths]
+    texts = Texts(paths, args.encoding)
     tokenizer = make_tokenizer(args.tokenizer, texts, args.eot)
     write_texts(args.out, texts, tokenizer, name_source(paths), args.val_fraction)
     print_next(args.out, ['config/quickstart.py'])
