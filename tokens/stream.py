@@ -24,6 +24,7 @@ from tokens.windows import permute
 
 N_THREADS = 2  # each encodes about 10 MB/s; GPT-2 (124M) trains on 2 MB/s on one H100
 BEGINNING = (0, 0, 0, 0)  # epoch, file, document in the file, token in the document
+KEPT_STARTS = 100  # groups of which the start is known
 
 
 class Text:
@@ -85,8 +86,7 @@ class Stream(Batches):
         super().__init__(**shape)
         self.text, self.shuffle_window, self.shift = text, shuffle_window, 0
         self.tokenizer_meta, self.vocab_size = text.tokenizer.meta(), text.tokenizer.vocab_size
-        self.starts = {0: BEGINNING}  # of the last groups, by number
-        self.n_starts = 100 + 2 * self.rows_per_step // shuffle_window
+        self.starts = {0: BEGINNING}  # of groups, by number
         self.groups = {}  # tokens of the last two groups, by number
         self.reader = ThreadPoolExecutor(1, 'stream')
         self.next_group, self.next_piece = math.inf, None  # which a thread reads
@@ -121,7 +121,7 @@ class Stream(Batches):
             self.groups.pop(self.next_group - 2, None)
             self.next_group += 1
             self.starts[self.next_group] = start
-            self.starts.pop(self.next_group - self.n_starts, None)
+            self.starts.pop(self.next_group - KEPT_STARTS, None)
         return self.groups[number]
 
     def position(self, step: int) -> dict:
