@@ -26,23 +26,26 @@ def map_blocks(path):
 def check_blocks(path, first):
     """Raise ValueError unless the arrays fit together, in rows as long as those of a first folder."""
     arrays = map_blocks(path)
-    shape, n_tokens = arrays[TOKENS].shape, map_blocks(first)[TOKENS].shape[1:]
+    shape, first_shape = arrays[TOKENS].shape, map_blocks(first)[TOKENS].shape
     are_good = [array.shape == shape and array.dtype.kind in 'fiub' for array in arrays.values()]
     if len(shape) != 2 or not all(are_good):
         listed = ', '.join(f'{name} is {array.dtype} {array.shape}' for name, array in arrays.items())
         raise ValueError(f'{path}: {listed}: numbers in equal shapes (rows, T) are needed')
-    if shape[1:] != n_tokens:
-        raise ValueError(f'{path} has rows of {shape[1]} tokens, {first} of {n_tokens[0]}: '
+    if shape[1:] != first_shape[1:]:
+        raise ValueError(f'{path} has rows of {shape[1]} tokens, {first} of {first_shape[1]}: '
                          'pack them one by one')
 
 
 def read_rows(path, reading):
-    n_rows, n_tokens = map_blocks(path)[TOKENS].shape
+    tokens = map_blocks(path)[TOKENS]
+    (n_rows, n_tokens), n_bytes = tokens.shape, tokens.nbytes
+    del tokens
     step = max(1, CHUNK_BYTES // (4 * max(n_tokens, 1)))
     for begin in range(0, n_rows, step):
         # map the arrays anew for each chunk, because an open map keeps in memory what was read
         chunk = {name: np.array(array[begin:begin + step]) for name, array in map_blocks(path).items()}
         for number, row in enumerate(rows_of_chunk(chunk, path, begin), begin):
+            reading.n_read = n_bytes * (number + 1) // n_rows
             yield row, f'{path}, row {number}'
 
 

@@ -17,14 +17,15 @@ def read_parquet(path, reading):
         parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False,
                                               page_checksum_verification=True)
         check_fields(reading.fields, parquet.schema_arrow.names, path)
-        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-        row, first = 0, 0
-        while first < len(sizes) and reading.to_skip >= sizes[first]:
-            reading.to_skip -= sizes[first]
-            row += sizes[first]
-            first += 1
-        groups = range(first, len(sizes))
-        yield from rows_of(parquet.iter_batches(BATCH_ROWS, groups, reading.fields), path, row)
+        row, groups = 0, list(range(parquet.num_row_groups))
+        while groups and reading.to_skip >= parquet.metadata.row_group(groups[0]).num_rows:
+            n_rows = parquet.metadata.row_group(groups.pop(0)).num_rows
+            reading.to_skip -= n_rows
+            row += n_rows
+        for batch in parquet.iter_batches(BATCH_ROWS, groups, reading.fields):
+            for record in batch.to_pylist():
+                row += 1
+                yield record, f'{path}, row {row}'
 
 
 def read_arrow(path, reading):
@@ -37,13 +38,11 @@ def read_arrow(path, reading):
             reader = pyarrow.ipc.open_file(file)
             batches = map(reader.get_batch, range(reader.num_record_batches))
         else:
-            batches = pyarrow.ipc.open_stream(file)
-        yield from rows_of(batches, path)
-
-
-def rows_of(batches, path, row=0):
-    for batch in batches:
-        for begin in range(0, batch.num_rows, BATCH_ROWS):
-            for record in batch.slice(begin, BATCH_ROWS).to_pylist():
-                row += 1
-                yield record, f'{path}, row {row}'
+            reader = batches = pyarrow.ipc.open_stream(file)
+        check_fields(reading.fields, reader.schema.names, path)
+        row = 0
+        for batch in batches:
+            for begin in range(0, batch.num_rows, BATCH_ROWS):
+                for record in batch.slice(begin, BATCH_ROWS).to_pylist():
+                    row += 1
+                    yield record, f'{path}, row {row}'

@@ -7,9 +7,9 @@
 A row is block_size + 1 tokens: whole conversations, then padding. The mask is 1 on answers and their ends.
 """
 
-import os
 import sys
 from bisect import bisect_left, insort
+from collections import Counter
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 from corpus import dialogue
 from corpus.encode import split_by_hash
 from corpus.options import Parser, count, print_next, run_command
@@ -26,20 +28,23 @@ from files import one_line_errors
 from tokens.dataset import Split
 from tokens.tokenizer import load_tokenizer, tokenizer_meta
 
+EVIDENCE_LOST = 'answer no longer in its passage'
+MAX_EVIDENCE_LOST = 0.05  # share of the answers, above which a warning is printed
 
-def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, **reading) -> dict:
+
+def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, verbose=False, **reading) -> dict:
     """Pack conversations into a dataset folder. Returns its meta.json.
 
     val       share of the questions or passages for validation, chosen by hash, or a list of files
     reading   question, answer, encoding of read_conversations
     """
     template, size = Template(tokenizer, style), block_size + 1
-    encoded = encode_all(dialogue.read_conversations(paths, **reading), template, size)
+    encoded = encode_all(dialogue.read_conversations(paths, **reading), template, size, verbose)
     if isinstance(val, float):
         keys = [key for key in encoded if split_by_hash(key, val) == 'val']
         held_out = {key: encoded.pop(key) for key in keys}
     else:
-        held_out = encode_all(dialogue.read_conversations(val, **reading), template, size)
+        held_out = encode_all(dialogue.read_conversations(val, **reading), template, size, verbose)
         n_held_out = sum(len(encoded.pop(key, ())) for key in held_out)
         if n_held_out:
             print(f'{n_held_out:,} about what the validation files ask, left out of training')
@@ -52,27 +57,43 @@ def build(folder, tokenizer, paths, *, block_size, style='chat', val=0.05, **rea
     return write_dataset(Path(folder), tokenizer, splits, style=style, size=size, source=source)
 
 
-def encode_all(conversations, template, size):
+def encode_all(conversations, template, size, verbose):
     """Encode conversations to {key: list of (ids, mask)}, and print how many were left out or cut."""
-    encoded, events = {}, {}  # events: where each happened
+    encoded, counts, n_evidence = {}, Counter(), 0
     for where, turns, key in tqdm(conversations, desc='tokenizing', unit=' conversations', disable=None):
         kept = dialogue.answered(turns)
         fitted = kept and template.fit(kept, size)
         if fitted:
             encoded.setdefault(key, []).append((fitted.ids, fitted.mask))
-        happened = {
-            'left out, having no answer': not kept,
-            'ended before an empty answer': kept and ('assistant', '') in turns,
-            'left out, the answer alone being longer than a row': kept and not fitted,
-            'cut to fit a row': fitted and fitted.n_left_out + fitted.n_cut,
-            'answer no longer in its passage, try a larger --block_size': fitted and fitted.evidence is False,
-        }
-        for event, has_happened in happened.items():
-            if has_happened:
-                events.setdefault(event, []).append(where)
-    for event, places in events.items():
-        print(f'{event}: {len(places):,}, first {places[0]}')
+            n_evidence += fitted.evidence is not None
+        for event in events_of(turns, kept, fitted):
+            counts[event] += 1
+            if verbose:
+                tqdm.write(f'{where}: {event}')
+
+    for event, n in counts.items():
+        print(f'{event}: {n:,}{" (-v names them)" * (not verbose)}')
+    share = counts[EVIDENCE_LOST] / max(n_evidence, 1)
+    if share > MAX_EVIDENCE_LOST:
+        print(f'warning: {share:.0%} of the answers are no longer in their passages, '
+              'so the model would learn to answer without them: use a larger --block_size')
     return encoded
+
+
+def events_of(turns, kept, fitted):
+    """Yield in words what became of a conversation."""
+    if not kept:
+        yield 'left out, having no answer'
+        return
+    if ('assistant', '') in turns:
+        yield 'ended before an empty answer'
+    if not fitted:
+        yield 'left out, the answer alone being longer than a row'
+        return
+    if fitted.n_left_out or fitted.n_cut:
+        yield 'cut to fit a row'
+    if fitted.evidence is False:
+        yield EVIDENCE_LOST
 
 
 # -----------------------------------------------------------------------------
@@ -103,12 +124,12 @@ def write_dataset(folder, tokenizer, splits, *, style, size, source):
     token_bytes = tokenizer.token_bytes()
     with writing(folder, tokenizer, list(splits), masked=True) as writer:
         for name, conversations in splits.items():
-            pieces = []
             for row in best_fit([len(ids) for ids, _ in conversations], size):
-                row = [Piece(*conversations[i], int(token_bytes[conversations[i][0]].sum())) for i in row]
-                n_pad = size - sum(len(piece.ids) for piece in row)
-                pieces += [*row, Piece(np.full(n_pad, tokenizer.pad), np.zeros(n_pad))]
-            writer.append(name, pieces)
+                pieces = []
+                for ids, mask in (conversations[i] for i in row):
+                    pieces.append(Piece(ids, mask, int(token_bytes[ids].sum())))
+                n_pad = size - sum(len(piece.ids) for piece in pieces)
+                writer.append(name, [*pieces, Piece(np.full(n_pad, tokenizer.pad), np.zeros(n_pad))])
         meta = writer.publish(source, row_tokens=size, style=style)
     for name, conversations in splits.items():
         n_targets = sum(int(mask.sum()) for _, mask in conversations)
@@ -158,11 +179,13 @@ def show(folder, split='train', n_rows=3):
 
 
 def open_tokenizer(name):
-    """Load gpt2, byte, or the tokenizer of a checkpoint, or of a folder with tokenizer.json."""
-    if not name.endswith('.pt'):
-        return load_tokenizer(tokenizer_meta(name))
+    """Load gpt2, byte, or the tokenizer of a checkpoint, an out_dir, or a folder with tokenizer.json."""
     from weights.begin import find_start  # imports torch
-    return find_start(checkpoint_path=name).tokenizer
+    if name.endswith('.pt'):
+        return find_start(checkpoint_path=name).tokenizer
+    if (Path(name) / 'ckpt.pt').exists():
+        return find_start(out_dir=name).tokenizer
+    return load_tokenizer(tokenizer_meta(name))
 
 
 def build_command(argv, doc=None, folder=None, download=None, style='chat'):
@@ -187,20 +210,16 @@ def build_command(argv, doc=None, folder=None, download=None, style='chat'):
     add('--tokenizer', default='gpt2', help='gpt2, byte, a checkpoint, or a folder with tokenizer.json')
     add('--block_size', type=count, default=1024, help='as in training; a row has one token more')
     add('--style', choices=list(STYLES), default=style, help='prompt template')
+    add('-v', '--verbose', action='store_true', help='name each conversation that is left out or cut')
     args = parser.parse_args(argv)
-    name = args.tokenizer
-    if (Path(name) / 'ckpt.pt').exists():
-        name = os.path.join(name, 'ckpt.pt')
-    build(args.out, open_tokenizer(name), args.input or [download()], block_size=args.block_size,
-          style=args.style, val=args.val or args.val_fraction, question=args.question, answer=args.answer,
-          encoding=args.encoding)
-    base, config = 'CHECKPOINT', 'config/finetune_small.py'
-    if name.endswith('.pt'):
-        base = name
-    elif name == 'gpt2':
-        base, config = name, 'config/finetune_dolly.py'
-    elif (Path(name) / 'config.json').is_file():  # the folder of a model
-        base, config = name, 'config/finetune_qwen3.py'
+    build(args.out, open_tokenizer(args.tokenizer), args.input or [download()], block_size=args.block_size,
+          style=args.style, val=args.val or args.val_fraction, verbose=args.verbose,
+          question=args.question, answer=args.answer, encoding=args.encoding)
+    base, config = 'CHECKPOINT', 'config/finetune_dolly.py'
+    if args.tokenizer == 'gpt2' or args.tokenizer.endswith('.pt'):
+        base = args.tokenizer
+    if (Path(args.tokenizer) / 'config.json').is_file():  # the folder of a model
+        base, config = args.tokenizer, 'config/finetune_qwen3.py'
     print_next(args.out, [config, f'--init_from={base}'], own_dataset='dolly')
 
 

@@ -8,7 +8,8 @@ layout does not use is an error.
 """
 
 import json
-from itertools import chain, zip_longest
+import re
+from itertools import chain
 from typing import NamedTuple
 
 from corpus.readers import File, find_files, read_records
@@ -43,7 +44,7 @@ class Conversation(NamedTuple):
 
 class Passage(str):
     """The text of a context turn."""
-    answer_start = 0  # about where its answer is
+    answer_start = -1  # offset of the answer; -1: the data do not tell
 
 
 def read_conversations(paths, *, question='', answer='', encoding='utf-8'):
@@ -179,21 +180,25 @@ def exchange(question, context, answers):
     answers   a text, a list of texts or of {"text", "answer_start"}, or an object of two such lists
     """
     if isinstance(answers, dict):
-        pairs = zip_longest(answers['text'], answers.get('answer_start') or [])
+        starts = answers.get('answer_start') or [None] * len(answers['text'])
+        pairs = zip(answers['text'], starts, strict=False)
         answers = [{'text': text, 'answer_start': start} for text, start in pairs]
     if not isinstance(answers, list):
         answers = [answers]
-    passage = Passage(context)
+    text, start = '', None
     for answer in answers:
         if not isinstance(answer, dict):
             answer = {'text': answer}
         text, start = text_of(answer['text'], 'answer'), answer.get('answer_start')
-        if text and text != 'no_answer':
-            if isinstance(start, int):
-                passage.answer_start = start
+        if text == 'no_answer':
+            text = ''
+        if text:
             break
-    else:
-        text = ''
+
+    passage = Passage(context)
+    if isinstance(start, int):  # before white space was removed, which moves the answer a little
+        occurrences = [match.start() for match in re.finditer(re.escape(text), passage)]
+        passage.answer_start = min(occurrences, key=lambda i: abs(i - start), default=-1)
     turns = [('user', text_of(question, 'question')), ('context', passage), ('assistant', text)]
     return [turn for turn in turns if turn != ('context', '')]
 

@@ -52,6 +52,7 @@ class Encoder:
     tokenizer: Any
     val_fraction: float = 0.0  # share for validation, chosen by hash
     clean: bool = False  # normalize texts, see cleaned(), and keep one copy of each
+    min_chars: int = 1
     sample: float = 1.0  # share of the texts to take, chosen by hash
     eot_in_rows: bool = False  # put end-of-text between rows of ids as well
     n_threads: int = 1  # the ids do not depend on it
@@ -63,6 +64,8 @@ class Encoder:
         if self.clean:
             text = cleaned(text)
         if self.sample < 1 and hash_of(text, b'sample') >= self.sample * 2**64:
+            return ''
+        if len(text) < self.min_chars:
             return ''
         return text
 
@@ -86,7 +89,11 @@ class Encoder:
         ids, mask = row.text, None
         if isinstance(ids, tuple):
             ids, mask = ids
-        ids, vocab_size = np.asarray(ids, dtype=np.int64), self.tokenizer.vocab_size
+        ids = np.asarray(ids)
+        if ids.size and (ids.ndim != 1 or ids.dtype.kind not in 'iu'):
+            raise ValueError(f'{row.where} has shape {ids.shape} and dtype {ids.dtype}: '
+                             'a row of integer token ids is needed')
+        ids, vocab_size = ids.astype(np.int64), self.tokenizer.vocab_size
         outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         if outside.size:
             raise ValueError(f'{row.where} holds token id {ids[outside[0]]} at position {outside[0]}, '

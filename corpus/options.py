@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from corpus.readers import FORMATS, n_bytes_of, read_documents
+from corpus.readers import ERRORS, FORMATS, n_bytes_of, read_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -38,9 +38,8 @@ READING = {
     'format': dict(choices=['auto', *FORMATS], default='auto', help='of all files; auto: by their endings'),
     'field': dict(default='text', help='fields that make a document, as in title,text'),
     'encoding': dict(default='utf-8', help='of text files, such as gb18030'),
-    'errors': dict(choices=['strict', 'replace'], default='strict',
+    'errors': dict(choices=ERRORS, default='strict',
                    help='bytes outside the encoding; replace: up to 1 percent become U+FFFD'),
-    'max_docs': dict(type=count, help='read only this many documents, the first ones'),
 }
 PACKING = {
     'out': dict(type=Path, required=True, help='dataset folder'),
@@ -48,7 +47,9 @@ PACKING = {
     'eot': dict(default='', metavar='TOKEN', help='ends a document, for a folder that does not name one'),
     'clean': dict(type=boolean, nargs='?', const=True, default=False,
                   help='Unicode NFC, no control characters, each text only once'),
+    'min_chars': dict(type=count, default=1, help='leave shorter texts out'),
     'sample': dict(type=share, default=1.0, help='take this share of the texts, chosen by hash'),
+    'max_docs': dict(type=count, help='read only this many documents, the first ones'),
     'val_fraction': dict(type=share, default=0.01, help='share for validation, chosen by hash'),
     'shard_tokens': dict(type=count, help='tokens in a .bin file; None: one file per split'),
     'workers': dict(type=count, default=N_CORES, help='threads that tokenize'),
@@ -101,7 +102,7 @@ def run_command(doc, commands):
         raise ValueError(f'{command}: accepted are {", ".join(commands)}')
 
 
-def read_files(files, args, start=0):
+def read_files(files, args, start=0, max_docs=None):
     """Yield documents of files of corpus/readers.py from number start on, with a progress bar."""
     from tqdm import tqdm
     every_s = LOG_EVERY_S
@@ -109,14 +110,9 @@ def read_files(files, args, start=0):
         every_s = 0.1
     documents = read_documents(files, fields=args.field.split(','), errors=args.errors,
                                encoding=args.encoding, start=start)
-    if args.max_docs:
-        documents = itertools.islice(documents, args.max_docs - start)
-    n_bytes = sum(n_bytes_of(path) for path, _ in files)
-    with tqdm(total=n_bytes, unit='B', unit_scale=True, smoothing=0,
+    with tqdm(total=sum(n_bytes_of(path) for path, _ in files), unit='B', unit_scale=True,
               mininterval=every_s, delay=every_s) as bar:
-        for document in documents:
-            if start and not bar.n:
-                bar.initial = document.n_read  # the rate is that of this run
+        for document in itertools.islice(documents, max_docs and max_docs - start):
             bar.update(document.n_read - bar.n)
             yield document
 

@@ -10,10 +10,14 @@ The same command continues a killed run. The files do not depend on the number o
 """
 import json
 import os
+import sys
 import time
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of this folder
 from corpus import mix, readers
 from corpus.encode import Encoder, split_by_hash
 from corpus.options import OPTIONS, Parser, print_next, read_files, run_command
@@ -68,55 +72,39 @@ def make_tokenizer(name, texts, eot=''):
 def pack(folder, read, encoder, source, *, splits=('train', 'val'), **options) -> dict:
     """Pack the Documents that read(number to skip) yields. The options are those of Writer."""
     with writing(folder, encoder.tokenizer, splits, **options) as writer:
-        documents, saved_s = read(writer.progress.n_read), time.monotonic()
-        if encoder.val_fraction:
-            filled = {split for split, entry in writer.progress.splits.items() if entry['tokens']}
-            documents = cut_last(documents, encoder, filled)
-        with closing(encoder.encode_all(documents)) as batches:
-            for batch in batches:
-                write_batch(writer, encoder, batch)
-                if time.monotonic() - saved_s > SAVE_EVERY_S:
-                    writer.save()
-                    saved_s = time.monotonic()
-        for split, entry in writer.progress.splits.items():
-            if not entry['tokens']:
-                (writer.work / 'progress').unlink(missing_ok=True)  # nothing is left to continue
-                raise ValueError(f'there is no text for the {split} split: '
-                                 'give more text, or another --val_fraction')
-        writer.save()
+        write_documents(writer, encoder, read(writer.progress.n_read))
+        if writer.empty_split() and encoder.val_fraction and writer.progress.documents:
+            print(f'{writer.name}: all documents fell to one split: the last one is cut, '
+                  'its end is for validation')
+            documents = cut_at_end(read(0), writer.progress.last_taken, encoder.val_fraction)
+            writer.recipe = None  # which describes other files
+            writer.start_over()
+            write_documents(writer, encoder, documents)
+        if writer.empty_split():
+            writer.recipe = None
+            raise ValueError(f'there is no text for the {writer.empty_split()} split: '
+                             'give more text, or another --val_fraction')
         meta = writer.publish(source)
 
     n_left_out = writer.progress.n_read - writer.progress.documents
     if n_left_out:
-        print(f'{writer.name}: {n_left_out:,} left out: empty, repeated or not in the sample')
+        print(f'{writer.name}: {n_left_out:,} left out: empty, too short, repeated or not in the sample')
     for split, entry in meta['splits'].items():
         print(f'{writer.name}/{split}: {entry["tokens"]:,} tokens ({meta["dtype"]}, vocabulary '
               f'{meta["vocab_size"]:,}), {entry["bytes"]:,} bytes, documents: {entry["documents"]:,}')
     return meta
 
 
-def cut_last(documents, encoder, filled):
-    """Yield documents. The last one is cut at a line end if all fall to one split.
-
-    filled   the names of the splits that have text already
-    """
-    last = None
-    for document in documents:
-        if last:
-            yield last
-        last = document
-        text = len(filled) < 2 and encoder.choose(document.text)
-        if text:
-            filled.add(split_by_hash(text, encoder.val_fraction))
-    if len(filled) != 1 or not isinstance(last.text, str):
-        yield from filter(None, [last])
-        return
-    print('all documents fell to one split: the last one is cut, its end is for validation', flush=True)
-    text = last.text
-    wanted = min(int(len(text) * (1 - encoder.val_fraction)), len(text) - 1)
-    middle = text.rfind('\n', 0, wanted) + 1 or text.find('\n', wanted, len(text) - 1) + 1 or len(text)
-    yield last._replace(text=text[:middle], split='train')
-    yield last._replace(text=text[middle:], split='val')
+def write_documents(writer, encoder, documents):
+    """Encode and write all documents, and save the progress at intervals."""
+    saved_s = time.monotonic()
+    with closing(encoder.encode_all(documents)) as batches:
+        for batch in batches:
+            write_batch(writer, encoder, batch)
+            if time.monotonic() - saved_s > SAVE_EVERY_S:
+                writer.save()
+                saved_s = time.monotonic()
+    writer.save()
 
 
 def write_batch(writer, encoder, batch):
@@ -130,10 +118,25 @@ def write_batch(writer, encoder, batch):
                 pieces[split].append(Piece([eot]))
             pieces[split].append(piece)
             progress.documents += 1
+            progress.last_taken = progress.n_read
         progress.n_read += 1
     for split in pieces:
         if pieces[split]:
             writer.append(split, pieces[split])
+
+
+def cut_at_end(documents, number, val_fraction):
+    """Yield the documents up to this number for training, but the end of the last one for validation."""
+    for n, document in enumerate(documents):
+        text = document.text
+        if n < number or not isinstance(text, str):
+            yield document._replace(split='train')
+            continue
+        wanted = min(int(len(text) * (1 - val_fraction)), len(text) - 1)
+        cut = text.rfind('\n', 0, wanted) + 1 or text.find('\n', wanted, len(text) - 1) + 1 or len(text)
+        yield document._replace(text=text[:cut], split='train')
+        yield document._replace(text=text[cut:], split='val')
+        return
 
 
 # -----------------------------------------------------------------------------
@@ -144,14 +147,19 @@ def pack_files(args, source):
     """Pack the files that args.input names, with the options of build."""
     files = readers.find_files(args.input, args.format)
     has_blocks = any(format == 'blocks' for _, format in files)
+    encoder = Encoder(None, args.val_fraction, args.clean, args.min_chars, args.sample,
+                      n_threads=args.workers)
+    read = partial(read_files, files, args, max_docs=args.max_docs)
     if has_blocks and args.tokenizer == 'char':
         raise ValueError('blocks hold ids, not characters: name the tokenizer that made them')
-    encoder = Encoder(None, args.val_fraction, args.clean, args.sample, n_threads=args.workers)
-    read = partial(read_files, files, args)
-    texts = (encoder.choose(document.text) for document in read())
+    texts = (encoder.choose(document.text) for document in read(0))
     encoder.tokenizer = make_tokenizer(args.tokenizer, texts, args.eot)
-    names = [[*os.path.abspath(path).split(os.sep)[-2:], format, readers.n_bytes_of(path)]
-             for path, format in files]  # with the folder: all blocks have the same file names
+    names = []
+    for path, format in files:
+        name = os.path.basename(path)
+        if format == 'blocks':  # all blocks have the same file names
+            name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        names.append([name, format, readers.n_bytes_of(path)])
     recipe = {**vars(args), 'source': source, 'files': digest_of(json.dumps(names)),
               'tokenizer': encoder.tokenizer.meta()}
     for name in ('input', 'out', 'errors', 'workers'):
@@ -163,19 +171,34 @@ def name_source(paths):
     """Describe the files of a dataset in words. Bytes of a name that are not UTF-8 become U+FFFD."""
     names = [os.path.basename(os.path.normpath(path)) for path in paths]
     names = [os.fsencode(name).decode('utf-8', 'replace') for name in names]
-    if paths[0].startswith('hf://'):
-        names = paths
     if len(names) == 1:
         return names[0]
     return f'{len(names)} inputs, {names[0]} to {names[-1]}'
 
 
-def prepare_parquet(folder, doc, address):
-    """Run the prepare script of a corpus in Parquet, which lies on the hub at hf://..."""
-    args = Parser(doc, None, OPTIONS, input=[address], format='parquet', out=folder, tokenizer='gpt2',
+def prepare_parquet(folder, doc, repo, revision, hub_folder):
+    """Run the prepare script of a corpus in Parquet."""
+    args = Parser(doc, None, OPTIONS, input=None, format='parquet', out=folder, tokenizer='gpt2',
                   val_fraction=0.0005, shard_tokens=100_000_000).parse_args()
-    pack_files(args, name_source(args.input))
+    source = f'{repo}, from local files'
+    if not args.input:
+        args.input = hub_files(repo, revision, hub_folder)
+        source = f'{repo}, revision {revision}, {hub_folder}'
+    pack_files(args, source)
     print_next(args.out, [])
+
+
+def hub_files(repo, revision, folder):
+    """List the Parquet files in a folder on the hub, or on its mirror HF_ENDPOINT, as hf://..."""
+    from huggingface_hub import HfFileSystem
+    try:
+        paths = HfFileSystem().ls(f'datasets/{repo}@{revision}/{folder}', detail=False)
+    except Exception as error:  # the hub's client and the network below it raise their own
+        reason = ' '.join(str(error).split())[:300] or type(error).__name__
+        raise OSError(f'{repo} is out of reach ({reason}): bring the files {folder}/*.parquet of its '
+                      f'revision {revision[:12]} here by other means, and name their folder with --input'
+                      ) from None
+    return sorted(f'hf://{path}' for path in paths if path.endswith('.parquet'))
 
 
 # -----------------------------------------------------------------------------
@@ -184,7 +207,7 @@ def prepare_parquet(folder, doc, address):
 
 def build(argv):
     """Pack the files of a corpus into a dataset."""
-    doc = f'{build.__doc__}\n\n{readers.__doc__}'
+    doc = f'{build.__doc__}\n\n{readers.help_on_formats()}'
     args = Parser(doc, 'python -m corpus.pack build', OPTIONS).parse_args(argv)
     pack_files(args, name_source(args.input))
     print_next(args.out, ['config/quickstart.py'])

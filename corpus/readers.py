@@ -4,6 +4,7 @@ All formats but Parquet, Arrow and blocks may be compressed: .gz, .bz2, .zst. Te
 encoding is named; UTF-16 is recognized by its byte order mark. Every line end is read as a line feed.
 """
 
+import codecs
 import csv
 import functools
 import itertools
@@ -21,6 +22,7 @@ from corpus.textfile import MAX_RECORD_CHARS, TextFile, check_fields, naming, wi
 from corpus.wiki import plain_text, read_pages
 from files import json_lines, print0, read_json
 
+ERRORS = ('strict', 'replace', 'replace_all')
 PART_CHARS = 1 << 20  # a longer text file is cut into documents of this length
 # the last match is the ending; parts of a Wikipedia dump are named ...xml-p1p41242.bz2
 ENDING = re.compile(r'(token_float32\.npy|\.(?!(?:gz|bz2|zst)$)\w+)?(?:-p\d+p\d+)?(\.gz|\.bz2|\.zst)?$')
@@ -38,15 +40,13 @@ class File(NamedTuple):
 def find_files(inputs, format: str = 'auto') -> list[File]:
     """Find the files of a corpus in the order of their names. 'auto' takes the format from each name.
 
-    inputs   files, folders, and addresses hf://... of folders of Parquet files
+    inputs   files, folders, and addresses hf://... of Parquet files
     """
     paths = []
     for path in map(os.fspath, inputs):
-        if path.startswith('hf://'):
-            paths += files_on_hub(path)
-        elif os.path.isdir(path):
+        if os.path.isdir(path):
             paths += files_below(path, format)
-        elif os.path.exists(path):
+        elif path.startswith('hf://') or os.path.exists(path):
             paths.append(path)
         else:
             raise FileNotFoundError(f'{path}: no such file or folder')
@@ -70,7 +70,8 @@ def format_of(path, format):
 
 def files_below(folder, format):
     """List the files of a format in a folder. Of a named format, all files if none has its ending."""
-    paths, endings = list(walk(folder)), FORMAT_OF_ENDING
+    paths = list(walk(folder))
+    endings = FORMAT_OF_ENDING
     if format != 'auto':
         endings = FORMATS[format].endings
     wanted = [path for path in paths if ending_of(path) in endings]
@@ -86,18 +87,6 @@ def files_below(folder, format):
     return wanted
 
 
-def files_on_hub(address):
-    """List the Parquet files below an address such as hf://datasets/REPO@REVISION/FOLDER."""
-    from huggingface_hub import HfFileSystem
-    try:
-        paths = HfFileSystem().ls(address, detail=False)
-    except Exception as error:  # the hub's client and the network below it raise their own
-        reason = ' '.join(str(error).split())[:300] or type(error).__name__
-        raise OSError(f'{address} is out of reach ({reason}): bring its files here by other means, '
-                      'and name their folder with --input') from None
-    return sorted(f'hf://{path}' for path in paths if path.endswith('.parquet'))
-
-
 def walk(folder, above=()):
     """Yield every file below a folder. Links are followed, except to a folder above."""
     above = (*above, os.path.realpath(folder))
@@ -106,19 +95,19 @@ def walk(folder, above=()):
         if 'train' not in names:
             splits = [name for name in names if name != 'dataset_dict.json']
             raise ValueError(f'{folder} has no split train: name the folder of one of {", ".join(splits)}')
-        names = ['train']
+        yield from walk(os.path.join(folder, 'train'))
     elif 'state.json' in names and 'dataset_info.json' in names:
         with naming(folder):
             for shard in read_json(os.path.join(folder, 'state.json'))['_data_files']:
                 yield os.path.join(folder, shard['filename'])
-        return
     elif TOKENS in names:  # one file stands for a folder of blocks
-        names = [TOKENS]
-    for path in [os.path.join(folder, name) for name in names if not name.startswith('.')]:
-        if os.path.isfile(path):
-            yield path
-        elif os.path.isdir(path) and os.path.realpath(path) not in above:
-            yield from walk(path, above)
+        yield os.path.join(folder, TOKENS)
+    else:
+        for path in [os.path.join(folder, name) for name in names if not name.startswith('.')]:
+            if os.path.isfile(path):
+                yield path
+            elif os.path.isdir(path) and os.path.realpath(path) not in above:
+                yield from walk(path, above)
 
 
 def n_bytes_of(path) -> int:
@@ -155,24 +144,24 @@ class Reading:
     encoding: str = 'utf-8'
     to_skip: int = 0  # documents still to skip
     file: Any = None  # tell() measures progress
+    n_read: int = 0  # bytes of this file, where there is no such file
+
+    def __post_init__(self):
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(f'--encoding={self.encoding}: unknown encoding, '
+                             'examples are utf-8, gb18030, big5, utf-16') from None
 
     def open(self, path):
         self.file = TextFile(path, self.encoding, self.errors)
         return self.file
 
     def records(self, path, format):
-        """Yield (record, where) of each record of a file, or (text, where) if fields are named."""
-        self.file, (read, text_of, _) = None, FORMATS[format]
-        with naming(path):
-            for record, where in read(path, self):
-                if isinstance(self.file, TextFile):
-                    self.file.n_pending = 0
-                if self.to_skip:
-                    self.to_skip -= 1
-                    continue
-                if text_of and self.fields:
-                    record = text_of(record, where, self.fields)
-                yield record, where
+        for record in FORMATS[format].read(path, self):
+            if isinstance(self.file, TextFile):
+                self.file.n_pending = 0
+            yield record
 
 
 def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict', encoding: str = 'utf-8',
@@ -190,11 +179,15 @@ def read_documents(files: list[File], *, fields=('text',), errors: str = 'strict
             check_blocks(path, blocks[0])
     n_before = 0  # bytes of the files before this one
     for path, format in files:
-        for text, where in reading.records(path, format):
-            n_read = n_before
-            if reading.file:
-                n_read += reading.file.tell()
-            yield Document(text, where, n_read)
+        text_of = FORMATS[format].text_of or (lambda record, *_: record)
+        reading.file, reading.n_read = None, 0
+        with naming(path):
+            for record, where in reading.records(path, format):
+                if reading.to_skip:
+                    reading.to_skip -= 1
+                    continue
+                n_read = n_before + (reading.file.tell() if reading.file else reading.n_read)
+                yield Document(text_of(record, where, reading.fields), where, n_read)
         n_before += n_bytes_of(path)
 
 
@@ -204,7 +197,8 @@ def read_records(files: list[File], *, encoding: str = 'utf-8'):
     for path, format in files:
         if FORMATS[format].text_of is not text_of_record:
             raise ValueError(f'{path}: records with fields are needed, which {format} does not have')
-        yield from reading.records(path, format)
+        with naming(path):
+            yield from reading.records(path, format)
 
 
 # -----------------------------------------------------------------------------
@@ -284,11 +278,16 @@ def text_of_record(record, where, fields):
         if not isinstance(value, str | None):
             raise ValueError(f'{where}: field {field!r} holds {value!r:.40}, which is not text')
         texts.append(value)
-    # half a surrogate pair, such as a lone "\ud83d" in JSON, becomes a question mark
-    return with_line_feeds('\n'.join(filter(None, texts))).encode('utf-8', 'replace').decode('utf-8')
+    return clean('\n'.join(filter(None, texts)))
+
+
+def clean(text):
+    r"""Make every line end a line feed, and half a surrogate pair, such as a lone "\ud83d" in JSON, a '?'."""
+    return with_line_feeds(text).encode('utf-8', 'replace').decode('utf-8')
 
 
 def read_wiki(path, reading):
+    check_fields(reading.fields, ('title', 'text'), path)
     with reading.open(path) as file:
         for page in read_pages(file, path):
             yield page, f'{path}, {page.title}'
@@ -305,19 +304,28 @@ class Format(NamedTuple):
     read: Callable  # (path, reading) yields (record, where)
     text_of: Callable | None  # (record, where, fields) returns the text of a record
     endings: list
+    document: str  # in words
 
 
 FORMATS = {
-    'text': Format(read_parts, None, ['.txt']),
-    'paragraphs': Format(read_paragraphs, None, ['.txt']),
-    'lines': Format(read_lines, text_of_record, ['.txt']),
-    'jsonl': Format(read_jsonl, text_of_record, ['.jsonl', '.ndjson']),
-    'json': Format(read_json_records, text_of_record, ['.json']),
-    'csv': Format(read_csv, text_of_record, ['.csv']),
-    'tsv': Format(functools.partial(read_csv, delimiter='\t'), text_of_record, ['.tsv']),
-    'parquet': Format(read_parquet, text_of_record, ['.parquet']),
-    'arrow': Format(read_arrow, text_of_record, ['.arrow']),
-    'wiki': Format(read_wiki, text_of_page, ['.xml']),
-    'blocks': Format(read_rows, None, [TOKENS]),
+    'text': Format(read_parts, None, ['.txt'], 'a file, or whole lines of up to 1 Mi characters'),
+    'paragraphs': Format(read_paragraphs, None, ['.txt'], 'the lines between two blank lines'),
+    'lines': Format(read_lines, text_of_record, ['.txt'], 'a line'),
+    'jsonl': Format(read_jsonl, text_of_record, ['.jsonl', '.ndjson'], 'a line: an object, or a string'),
+    'json': Format(read_json_records, text_of_record, ['.json'],
+                   'an element of an array or of {"data": [...]}, a value of an object of objects'),
+    'csv': Format(read_csv, text_of_record, ['.csv'], 'a row; the first row names the fields'),
+    'tsv': Format(functools.partial(read_csv, delimiter='\t'), text_of_record, ['.tsv'], 'a row'),
+    'parquet': Format(read_parquet, text_of_record, ['.parquet'], 'a row'),
+    'arrow': Format(read_arrow, text_of_record, ['.arrow'], 'a row, also in folders of save_to_disk'),
+    'wiki': Format(read_wiki, text_of_page, ['.xml'], 'an article of a MediaWiki dump, as plain text'),
+    'blocks': Format(read_rows, None, [TOKENS], 'a row of ids with its mask, of a folder'),
 }
 FORMAT_OF_ENDING = {ending: name for name in reversed(FORMATS) for ending in FORMATS[name].endings}
+
+
+def help_on_formats():
+    lines = [__doc__, '    format      files             one document']
+    for name, format in FORMATS.items():
+        lines.append(f'    {name:12}{" ".join(format.endings):18}{format.document}')
+    return '\n'.join(lines)

@@ -173,9 +173,9 @@ def answer_span(turns, i):
     answer = next(text for role, text in turns[i:] if role == 'assistant')
     if not answer or answer not in passage:
         return None
-    near = getattr(passage, 'answer_start', 0)  # of the text before white space was removed
-    begins = [match.start() for match in re.finditer(re.escape(answer), passage)]
-    begin = min(begins, key=lambda begin: abs(begin - near))
+    begin = getattr(passage, 'answer_start', -1)  # which the data may tell
+    if begin < 0:
+        begin = passage.find(answer)
     return begin, begin + len(answer)
 
 

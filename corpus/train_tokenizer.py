@@ -1,22 +1,25 @@
-"""Train a byte-level BPE on text.
+"""Train a byte-level BPE on text, or compare how well tokenizers compress a text.
 
     python -m corpus.train_tokenizer train --input novels/ --vocab_size=16384 --out=data/tokenizers/zh
+    python -m corpus.train_tokenizer compare --input wiki.txt --tokenizers gpt2 byte data/tokenizers/zh
 
 The same text gives the same tokenizer, for any order of its files and any number of threads.
 """
 import heapq
 import json
 import sys
+import time
 from pathlib import Path
 
 from corpus.encode import hash_of
 from corpus.options import READING, Parser, count, read_files, run_command
 from corpus.readers import find_files
 from files import one_line_errors, write_atomically, write_json
-from tokens.tokenizer import BPE_PATTERN, SPECIAL_TOKENS, BPETokenizer
+from tokens.tokenizer import BPE_PATTERN, SPECIAL_TOKENS, BPETokenizer, load_tokenizer, tokenizer_meta
 from tokens.tokenizer_json import byte_characters, tokenizer_config
 
 SAMPLE_BYTES = 20_000_000  # the trainer takes about 85 bytes of memory for each byte of Chinese
+COMPARED_BYTES = 10_000_000
 PIECE_CHARS = 1 << 14
 
 
@@ -86,6 +89,32 @@ def train(argv):
     print(f'{args.out}: {tokenizer.vocab_size:,} tokens, of which {len(tokenizer.special)} special')
 
 
+def compare(argv):
+    """Compare how well tokenizers compress a text."""
+    parser = Parser(compare.__doc__, 'python -m corpus.train_tokenizer compare', [*READING, 'eot'])
+    parser.add_argument('--tokenizers', nargs='+', default=['gpt2', 'byte'], metavar='NAME',
+                        help='gpt2, byte, or folders with tokenizer.json')
+    args = parser.parse_args(argv)
+    tokenizers = {name: load_tokenizer(tokenizer_meta(name, eot=args.eot)) for name in args.tokenizers}
+    texts, n_bytes = [], 0
+    for text in read_texts(args):
+        texts.append(text)
+        n_bytes += len(text.encode('utf-8', 'replace'))
+        if n_bytes >= COMPARED_BYTES:
+            break
+    n_chars, width = sum(map(len, texts)), max(map(len, tokenizers))
+    if not n_chars:
+        raise ValueError(f'{" ".join(args.input)}: no text in there')
+    print(f'{n_chars:,} characters, {n_bytes:,} bytes')
+    print(f'{"":{width}}  vocabulary      tokens  characters/token  bytes/token    MB/s')
+    for name, tokenizer in tokenizers.items():
+        began_s = time.perf_counter()
+        n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
+        rate = n_bytes / (time.perf_counter() - began_s) / 1e6
+        print(f'{name:{width}}  {tokenizer.vocab_size:10,}  {n_tokens:10,}  {n_chars / n_tokens:16.3f}  '
+              f'{n_bytes / n_tokens:11.3f}  {rate:6.1f}')
+
+
 if __name__ == '__main__':
     with one_line_errors():
-        run_command(__doc__, {'train': train})
+        run_command(__doc__, {'train': train, 'compare': compare})

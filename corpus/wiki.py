@@ -69,14 +69,24 @@ def plain_text(wikitext: str, hidden=HIDDEN_LINKS) -> str:
 
 
 def text_of_nodes(code, hidden):
+    if code is None:
+        return ''
     return ''.join(text_of_node(node, hidden) for node in code.nodes)
 
 
 def text_of_node(node, hidden):
     """Return the text of a piece of wikitext. A heading becomes a line with MARK and its level."""
     kind = type(node).__name__
+    if kind == 'Text':
+        return node.value
+    if kind == 'HTMLEntity':
+        return node.normalize() or ''
     if kind == 'Heading':
         return f'\n{MARK}{node.level}{text_of_nodes(node.title, hidden).strip()}\n'
+    if kind == 'ExternalLink' and not node.brackets:
+        return text_of_nodes(node.url, hidden)
+    if kind == 'ExternalLink':
+        return text_of_nodes(node.title, hidden)
     if kind == 'Wikilink':  # [[title|text]]; [[:File:x]] is an ordinary link
         title = str(node.title)
         prefix, colon, _ = title.partition(':')
@@ -90,11 +100,9 @@ def text_of_node(node, hidden):
         tag, text = str(node.tag).strip().lower(), ''
         if tag in LINE_TAGS:
             text = '\n'
-        if node.contents and tag not in HIDDEN_TAGS and is_visible(tag):
+        if tag not in HIDDEN_TAGS and is_visible(tag):
             text += text_of_nodes(node.contents, hidden)
         return text
-    if kind in ('Text', 'HTMLEntity', 'ExternalLink'):
-        return str(node.__strip__(normalize=True, collapse=False) or '')
     return ''  # a template, an argument, a comment
 
 

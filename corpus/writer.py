@@ -36,9 +36,14 @@ class Piece(NamedTuple):
 class Progress:
     recipe: dict | None
     splits: dict  # name -> its entry in meta.json
-    sizes: dict  # file -> its bytes
+    sizes: dict  # file -> bytes on the disk
     n_read: int = 0  # documents read so far
     documents: int = 0  # written so far
+    last_taken: int = 0  # number of the last one that was read and written
+
+
+class Unusable(Exception):
+    """Raised for an unfinished run whose files are not as it wrote them."""
 
 
 @contextlib.contextmanager
@@ -50,15 +55,13 @@ def writing(folder, tokenizer, splits, **options):
     with lock(work):
         undo_publishing(folder)
         try:
-            yield Writer(folder, tokenizer, splits, **options)
+            with contextlib.closing(Writer(folder, tokenizer, splits, **options)) as writer:
+                yield writer
         except OSError as error:
             if error.errno is None or error.filename:
                 raise  # its message says where
             raise OSError(f'{folder} cannot be written ({error.strerror}): '
                           'make room and run this again') from error
-        finally:
-            if not (work / 'progress').exists():  # nothing is left to continue
-                shutil.rmtree(work, ignore_errors=True)
 
 
 class Writer:
@@ -74,41 +77,35 @@ class Writer:
         self.tokenizer, self.dtype = tokenizer, id_dtype(tokenizer.vocab_size)
         self.splits, self.shard_tokens, self.masked = splits, shard_tokens, masked
         self.recipe = json.loads(json.dumps(recipe))  # as it is read from the file progress
-        self.more_seen, self.unsaved_seen = set(), []
-        if recipe is None or not self.resume():
+        self.files = {}
+        self.seen, self.more_seen = np.array([], dtype='<u8'), set()
+        try:
+            is_resumed = recipe is not None and self.resume()
+        except Unusable as error:
+            print(f'{self.name}: the unfinished run cannot be continued ({error}): starting over', flush=True)
+            is_resumed = False
+        if not is_resumed:
             self.start_over()
 
     def start_over(self):
-        for path in self.work.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != '.lock':
-                path.unlink()
-        self.seen = np.array([], dtype='<u8')
+        self.close_files()
+        clear(self.work)
         entries = {name: {'tokens': 0, 'bytes': 0, 'documents': 0, 'shards': []} for name in self.splits}
         self.progress = Progress(self.recipe, entries, sizes={})
+        self.seen, self.more_seen = np.array([], dtype='<u8'), set()
 
     def resume(self):
         """Continue an unfinished run, if there is one. Raises ValueError if it has another recipe."""
         if not (self.work / 'progress').exists():
             return False
-        damage = self.read_progress()
-        if damage:
-            print(f'{self.name}: the unfinished run cannot be continued ({damage}): starting over')
-            return False
-        print(f'{self.name}: continuing after {self.progress.documents:,} documents', flush=True)
-        return True
-
-    def read_progress(self):
-        """Read the state of an unfinished run, and cut off what it wrote later. Returns what is damaged."""
         text = (self.work / 'progress').read_text(encoding='utf-8', errors='replace')
         digest, _, values = text.partition('\n')
         if digest != digest_of(values):
-            return 'progress was altered or cut short'
+            raise Unusable('progress was altered or cut short')
         try:
             self.progress = Progress(**json.loads(values))
         except TypeError:
-            return 'progress is of another version'
+            raise Unusable('progress is of another version') from None
         old = self.progress.recipe
         changed = [f'{key}={str(old[key])[:60]}' for key in old if old[key] != self.recipe.get(key)]
         if changed:
@@ -117,35 +114,37 @@ class Writer:
         for name, size in self.progress.sizes.items():
             with open(self.work / name, 'ab') as file:
                 if file.tell() < size:
-                    return f'{name} is shorter than the {size:,} bytes that were written'
+                    raise Unusable(f'{name} is shorter than the {size:,} bytes that were written')
                 file.truncate(size)
         if 'seen' in self.progress.sizes:
             self.seen = np.unique(np.fromfile(self.work / 'seen', dtype='<u8'))
             if len(self.seen) < self.progress.documents:
-                return 'seen was altered'
-        return None
+                raise Unusable('seen was altered')
+        print(f'{self.name}: continuing after {self.progress.documents:,} documents', flush=True)
+        return True
 
     def append(self, split, pieces):
         """Append Pieces to a split. A document may continue in the next shard."""
         entry = self.progress.splits[split]
-        ids = np.concatenate([piece.ids for piece in pieces], dtype=self.dtype, casting='unsafe')
-        mask, index, end = np.ones(len(ids), dtype=np.uint8), [], 0
+        index, offset = [], entry['tokens']
         for piece in pieces:
-            begin, end = end, end + len(piece.ids)
-            if piece.mask is not None:
-                mask[begin:end] = piece.mask
             if piece.n_bytes is not None:
-                index.append((entry['tokens'] + begin, end - begin))
+                index.append((offset, len(piece.ids)))
                 entry['bytes'] += piece.n_bytes
+            offset += len(piece.ids)
+        self.file(f'{split}.idx').write(np.array(index, dtype='<i8').tobytes())
         entry['documents'] += len(index)
-        entry['tokens'] += end
-        self.write(f'{split}.idx', np.array(index, dtype='<i8'))
+        entry['tokens'] = offset
         if self.masked:
-            self.write(f'{split}.mask', mask)
+            masks = [np.ones(len(piece.ids)) if piece.mask is None else piece.mask for piece in pieces]
+            mask = np.concatenate(masks, dtype=np.uint8, casting='unsafe')
+            self.file(f'{split}.mask').write(mask.tobytes())
 
+        ids = np.concatenate([piece.ids for piece in pieces], dtype=self.dtype, casting='unsafe')
         shards = entry['shards']
         while len(ids):
             if not shards or shards[-1]['tokens'] == self.shard_tokens:
+                self.close_files()  # so that few are open at a time
                 name = f'{split}.bin'
                 if self.shard_tokens:
                     name = f'{split}_{len(shards):06d}.bin'
@@ -154,17 +153,9 @@ class Writer:
             if self.shard_tokens:
                 part = ids[:self.shard_tokens - shard['tokens']]
             ids = ids[len(part):]
-            self.write(shard['file'], part)
+            self.file(shard['file']).write(part.tobytes())
             shard['crc32'] = zlib.crc32(part, shard['crc32'])
             shard['tokens'] += len(part)
-
-    def write(self, name, array):
-        """Append an array to a file. What a killed run left of an unknown file is cut off."""
-        sizes = self.progress.sizes
-        with open(self.work / name, 'ab') as file:
-            file.truncate(sizes.setdefault(name, 0))
-            file.write(array.tobytes())
-        sizes[name] += array.nbytes
 
     def is_new(self, value):
         """Tell whether a document's hash is new, and note it. The document is written next."""
@@ -172,7 +163,7 @@ class Writer:
         if value in self.seen[at:at + 1] or value in self.more_seen:
             return False
         self.more_seen.add(value)
-        self.unsaved_seen.append(value)
+        self.file('seen').write(value.to_bytes(8, 'little'))
         if len(self.more_seen) == MERGE_SEEN:
             self.seen = np.union1d(self.seen, np.fromiter(self.more_seen, dtype='<u8'))
             self.more_seen.clear()
@@ -185,37 +176,55 @@ class Writer:
     def save(self):
         """Record the state from which a killed run continues."""
         if self.recipe is not None:
-            if self.unsaved_seen:
-                self.write('seen', np.array(self.unsaved_seen, dtype='<u8'))
-                self.unsaved_seen.clear()
-            self.sync()
+            self.close_files()
             values = json.dumps(asdict(self.progress))
             write_bytes(self.work / 'progress', f'{digest_of(values)}\n{values}'.encode())
 
-    def sync(self):
-        for name in self.progress.sizes:
-            with open(self.work / name, 'rb+') as file:
+    def file(self, name):
+        """Open a file to append to it. What a killed run left of an unknown one is overwritten."""
+        if name not in self.files:
+            mode = 'wb'
+            if name in self.progress.sizes:
+                mode = 'ab'
+            self.files[name] = open(self.work / name, mode)
+        return self.files[name]
+
+    def close_files(self):
+        """Flush all files to the disk and close them. file() opens them again."""
+        for name, file in self.files.items():
+            with file:
+                file.flush()
                 os.fsync(file.fileno())
+                self.progress.sizes[name] = file.tell()
+        self.files.clear()
+
+    def close(self):
+        try:
+            self.close_files()
+        finally:
+            if self.recipe is None:
+                shutil.rmtree(self.work, ignore_errors=True)
 
     def publish(self, source, **more) -> dict:
         """Put the dataset into its folder, or the old one back if that fails. Returns the dict in meta.json.
 
         While files are moved, meta.json is UNFINISHED, so that no reader takes a mixture for a dataset.
         """
-        self.sync()
+        self.close_files()
         meta = {'format': 1, 'dtype': self.dtype.name, 'vocab_size': self.tokenizer.vocab_size,
                 'tokenizer': self.tokenizer.meta(), 'source': source, **more, 'splits': self.progress.splits}
-        folder, work, old_meta = self.folder, self.work, None
+        folder, work, old_meta = self.folder, self.work, self.folder / 'meta.json'
         (work / 'replaced').mkdir(exist_ok=True)
         old = [path.name for path in folder.iterdir() if DATASET_FILE.fullmatch(path.name)]
         moves = [(name, f'.packing/replaced/{name}') for name in old]
         moves += [(f'.packing/{name}', name) for name in self.progress.sizes if name != 'seen']
-        if (folder / 'meta.json').exists():
-            old_meta = (folder / 'meta.json').read_text(encoding='utf-8', errors='replace')
+        if old_meta.exists():
+            write_bytes(work / 'old_meta.json', old_meta.read_bytes())
         write_json(work / 'meta.json', meta)
-        write_json(work / 'undo.json', {'moves': moves, 'meta': old_meta})
+        write_json(work / 'moves.json', moves)
+        write_bytes(work / 'unfinished.json', UNFINISHED)
         try:
-            replace_meta(folder, UNFINISHED)
+            os.replace(work / 'unfinished.json', folder / 'meta.json')
             for name, new_name in moves:
                 os.replace(folder / name, folder / new_name)
             sync_folder(folder)
@@ -224,31 +233,35 @@ class Writer:
             undo_publishing(folder)
             raise
         sync_folder(folder)
-        for name in ('undo.json', 'progress'):
-            (work / name).unlink(missing_ok=True)
+        self.recipe = None  # nothing is left to continue
         return meta
 
 
 def undo_publishing(folder):
     """Restore the state before an interrupted publish(). This may be interrupted as well."""
-    undo, meta = folder / '.packing' / 'undo.json', folder / 'meta.json'
-    if not undo.exists():
+    work, meta = folder / '.packing', folder / 'meta.json'
+    if not (work / 'moves.json').exists():
         return
-    before = read_json(undo)
-    for name, new_name in reversed(before['moves']):
+    if not meta.exists() or meta.read_bytes() != UNFINISHED:
+        if not (work / 'meta.json').exists():  # published: only the cleaning was interrupted
+            clear(work)
+        return
+    for name, new_name in reversed(read_json(work / 'moves.json')):
         if (folder / new_name).exists() and not (folder / name).exists():
             os.replace(folder / new_name, folder / name)
-    if before['meta'] is None:
-        meta.unlink(missing_ok=True)
+    if (work / 'old_meta.json').exists():
+        os.replace(work / 'old_meta.json', meta)
     else:
-        replace_meta(folder, before['meta'].encode('utf-8'))
-    undo.unlink()
+        meta.unlink()
 
 
-def replace_meta(folder, data):
-    """Replace meta.json. A killed run leaves its temporary file in .packing."""
-    write_bytes(folder / '.packing' / 'part', data)
-    os.replace(folder / '.packing' / 'part', folder / 'meta.json')
+def clear(work):
+    """Delete all files of a .packing folder but its lock."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != '.lock':
+            path.unlink()
 
 
 def write_bytes(path, data):

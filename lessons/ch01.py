@@ -357,6 +357,7 @@ show(figure)
 #
 # ```sh
 # python -m corpus.train_tokenizer train --input TEXT --vocab_size=4096 --out=data/tokenizers/mine
+# python -m corpus.train_tokenizer compare --input TEXT --tokenizers gpt2 byte data/tokenizers/mine
 # ```
 # %% [markdown] lang=zh
 # ## 接着读什么
@@ -365,6 +366,7 @@ show(figure)
 #
 # ```sh
 # python -m corpus.train_tokenizer train --input TEXT --vocab_size=4096 --out=data/tokenizers/mine
+# python -m corpus.train_tokenizer compare --input TEXT --tokenizers gpt2 byte data/tokenizers/mine
 # ```
 # %% [markdown] lang=en
 # ## Exercises

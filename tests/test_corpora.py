@@ -5,7 +5,6 @@ import http.server
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def make_texts(n, seed=0):
 
 TEXTS = make_texts(400)
 CHARS = CharTokenizer(''.join(sorted(set(''.join(TEXTS)))))
-PACK = dict(val_fraction=0.1, clean=False, sample=1.0, n_threads=1)
+PACK = dict(val_fraction=0.1, clean=False, min_chars=1, n_threads=1)
 
 
 def pack_texts(folder, texts=TEXTS, tokenizer=None, read=None, shard_tokens=3000, **changed):
@@ -151,7 +150,7 @@ def test_a_failed_run_keeps_its_progress_and_the_old_dataset(whole, tmp_path, sm
 
 @pytest.mark.parametrize('changed, error', [
     ({'shard_tokens': 2000}, 'shard_tokens=3000'),
-    ({'sample': 0.5, 'val_fraction': 0.2}, 'val_fraction=0.1, sample=1.0'),
+    ({'min_chars': 10, 'val_fraction': 0.2}, 'val_fraction=0.1, min_chars=1'),
     ({'tokenizer': CharTokenizer('ab')}, "tokenizer={'kind': 'bytes'}")])
 def test_an_unfinished_run_with_other_settings_is_not_continued(tmp_path, small_batches, changed, error):
     def failing(start):
@@ -169,10 +168,9 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(tmp_path, small_
 
 def test_max_docs_takes_the_first_ones(tmp_path):
     (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, TEXTS)), encoding='utf-8')
-    files = find_files([tmp_path / 'a.jsonl'])
-    args = SimpleNamespace(field='text', errors='strict', encoding='utf-8', max_docs=100)
+    files, args = find_files([tmp_path / 'a.jsonl']), SimpleNamespace(field='text', errors='strict', encoding='utf-8')
     for start in (0, 60, 100):  # a killed run continues with the others
-        assert [document.text for document in read_files(files, args, start)] == TEXTS[start:100]
+        assert [document.text for document in read_files(files, args, start, max_docs=100)] == TEXTS[start:100]
 
 
 def test_the_split_follows_from_each_text_alone():
@@ -394,7 +392,7 @@ def prepare_here(monkeypatch, capsys, *args):
     monkeypatch.setenv('FLATGPT_CACHE', str(MERGES.parent))
     monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, args)])
     with pytest.raises(SystemExit) as stop, prepare.one_line_errors():
-        pack.prepare_parquet(prepare.HERE, prepare.__doc__, prepare.ADDRESS)
+        pack.prepare_parquet(prepare.HERE, prepare.__doc__, prepare.REPO, prepare.REVISION, prepare.FOLDER)
     return stop.value.code, capsys.readouterr().err
 
 # -----------------------------------------------------------------------------
@@ -447,7 +445,7 @@ def test_the_pinned_revision_streams_from_a_mirror(data, tmp_path, corpus, hub, 
     pinned = '79d93d786212f7344586290adb811d4ae6a1762c'
     assert all(f'/{pinned}' in path for path in Hub.asked if 'openwebtext' in path)
     assert {path.split('/')[-1] for path in Hub.asked if '/resolve/' in path} == {'train-00000-of-00003.parquet'}
-    assert read_meta(data / 'openwebtext')['source'] == f'hf://datasets/Skylion007/openwebtext@{pinned}/plain_text'
+    assert read_meta(data / 'openwebtext')['source'] == f'Skylion007/openwebtext, revision {pinned}, plain_text'
     run(script, '--input', corpus, '--out', tmp_path / 'local', *args, cwd=tmp_path, cache=MERGES.parent)
     assert contents(tmp_path / 'local')[1] == contents(data / 'openwebtext')[1]
 
@@ -461,8 +459,9 @@ def test_without_the_hub_one_line_names_input(data, tmp_path, monkeypatch, name,
     monkeypatch.setenv(name, value)
     done = run(data / 'fineweb' / 'prepare.py', cwd=tmp_path, cache=MERGES.parent)
     assert done.returncode == 2 and done.stderr.count('\n') == 1
-    assert re.match('hf://datasets/HuggingFaceFW/fineweb@9bb295ddab[0-9a-f]{30}/sample/10BT is out of reach .', done.stderr) and why in done.stderr
-    assert done.stderr.endswith('): bring its files here by other means, and name their folder with --input\n')
+    assert done.stderr.startswith('HuggingFaceFW/fineweb is out of reach (') and why in done.stderr
+    assert done.stderr.endswith('): bring the files sample/10BT/*.parquet of its revision 9bb295ddab0e here by other means, '
+                                'and name their folder with --input\n')
     assert not (data / 'fineweb' / '.packing').exists()
 
 
@@ -475,7 +474,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
         pq.write_table(pa.table({'text': texts}), tmp_path / 'a.parquet', compression='none', use_dictionary=False)
         code = ('import re; from pathlib import Path; from types import SimpleNamespace; from corpus.pack import pack_files\n'
                 'pack_files(SimpleNamespace(input=["a.parquet"], format="auto", field="text", errors="strict", encoding="utf-8", tokenizer="char", eot="", '
-                'clean=False, sample=1.0, val_fraction=0.5, shard_tokens=10**7, max_docs=None, workers=1, out=Path("out")), "")\n'
+                'clean=False, min_chars=1, sample=1.0, val_fraction=0.5, shard_tokens=10**7, max_docs=None, workers=1, out=Path("out")), "")\n'
                 'print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])')
         done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, encoding='utf-8',
                               env={**os.environ, 'PYTHONPATH': str(Path(pack.__file__).parents[1])})

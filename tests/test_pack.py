@@ -126,6 +126,7 @@ def test_options_leave_out_what_they_say(tmp_path, monkeypatch, capsys):
     unique = [text.strip() for text in texts[:300]]
     assert sorted(build(tmp_path / 'a')) == sorted(texts)
     assert sorted(build(tmp_path / 'b', '--clean')) == sorted(unique)
+    assert sorted(build(tmp_path / 'c', '--clean', '--min_chars=9')) == sorted(text for text in unique if len(text) > 8)
     sampled = build(tmp_path / 'd', '--clean', '--sample=0.3')
     assert 60 < len(sampled) < 120 and set(sampled) < set(build(tmp_path / 'e', '--clean', '--sample=0.5'))
     assert sorted(build(tmp_path / 'f', '--clean', '--max_docs=250')) == sorted(unique[:250])
@@ -209,14 +210,14 @@ def broken(path):
 
 
 @pytest.mark.parametrize('write, args, error', [
-    (broken, [], 'a.jsonl, line 2: not UTF-8 (invalid start byte): convert it to UTF-8, or name its encoding with --encoding'),
+    (broken, [], 'a.jsonl, line 2: not UTF-8 (invalid start byte): convert it to UTF-8, name its encoding with --encoding, or use corpus.pack --errors=replace'),
     (write_jsonl, ['--field=body'], "a.jsonl, line 1: no field 'body' with text, only id, title, text: name the field to take with --field"),
     (lambda path: path.write_text(''), [], 'there is no text in the corpus'),
     (lambda path: path.write_text('{"text": ""}\n'), ['--tokenizer=gpt2'], 'there is no text for the train split: give more text, or another --val_fraction'),
     (lambda path: None, [], 'a.jsonl: no such file or folder'),
     (write_jsonl, ['--tokenizer=gpt3'], 'tokenizer gpt3: accepted are char, gpt2, byte, and a folder with tokenizer.json: python -m corpus.train_tokenizer train --input TEXT --out FOLDER makes one'),
     (write_jsonl, ['--sample=0'], '--sample: 0 must lie between 0 and 1'),
-    (write_jsonl, ['--max_docs=0'], '--max_docs: 0 must be 1 or more'),
+    (write_jsonl, ['--min_chars=0'], '--min_chars: 0 must be 1 or more'),
 ])
 @needs_gpt2
 def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, write, args, error):
@@ -229,11 +230,11 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, write, 
 
 @needs_gpt2
 def test_what_errors_replace_offers_continues_the_run_that_offered_it(tmp_path, monkeypatch, capsys):
-    (tmp_path / 'a.jsonl').write_bytes(b'{"text": "fine%s"}\n{"text": "\xff"}\n' % (b'!' * 99))
+    broken(tmp_path / 'a.jsonl')
     (tmp_path / 'b.jsonl').write_text('\n'.join(json.dumps(f'text {n}') for n in range(20)), encoding='utf-8')
     build = ['build', '--input', tmp_path, '--tokenizer=gpt2', '--out', tmp_path / 'out', '--val_fraction=0.5']
     assert run(monkeypatch, capsys, *build)[0] == 2
-    code, _, stderr = run(monkeypatch, capsys, *build, '--errors=replace')
+    code, _, stderr = run(monkeypatch, capsys, *build, '--errors=replace_all')
     assert code == 0, stderr
     assert '\ufffd' in texts_in(tmp_path / 'out', 'train') + texts_in(tmp_path / 'out', 'val')
 
@@ -248,10 +249,10 @@ def test_ids_beyond_the_vocabulary_are_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs a limit on the size of files')
 def test_a_full_disk_is_one_line_and_leaves_no_dataset(tmp_path):
     (tmp_path / 'a.txt').write_text(''.join(f'{n}' + 'abc' * 100 + '\n' for n in range(1000)), encoding='utf-8')
-    code = ('import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); '
-            'runpy.run_module("corpus.pack", run_name="__main__", alter_sys=True)')
-    done = subprocess.run([sys.executable, '-c', code, 'build', '--input', str(tmp_path / 'a.txt'), '--format=lines',
-                           '--tokenizer=char', '--out', str(tmp_path / 'out')], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
+    code = ('import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = sys.argv[1:]; '
+            'runpy.run_path(sys.argv[0], run_name="__main__")')
+    done = subprocess.run([sys.executable, '-c', code, str(ROOT / 'corpus' / 'pack.py'), 'build', '--input', str(tmp_path / 'a.txt'), '--format=lines',
+                           '--tokenizer=char', '--out', str(tmp_path / 'out')], capture_output=True, text=True, encoding='utf-8')
     assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
     assert done.stderr == f'{tmp_path}/out cannot be written (File too large): make room and run this again\n'
     assert not (tmp_path / 'out' / 'meta.json').exists()
@@ -398,7 +399,7 @@ def test_one_document_is_cut_at_a_line_end(tmp_path, monkeypatch, capsys):
     assert code == 0, stderr
     [train], [val] = texts_in(tmp_path / 'out', 'train'), texts_in(tmp_path / 'out', 'val')
     assert train.endswith('\n') and train + val == '\n'.join(lines) and 5 <= len(val.splitlines()) <= 15
-    assert 'all documents fell to one split: the last one is cut, its end is for validation\n' in stdout
+    assert 'out: all documents fell to one split: the last one is cut, its end is for validation\n' in stdout
 
 
 @pytest.mark.parametrize('options', [[], ['--clean'], ['--max_docs=3'], ['--clean', '--max_docs=3']])

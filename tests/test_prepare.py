@@ -95,6 +95,7 @@ def test_shards_are_full_and_a_document_runs_over_their_ends(tmp_path):
     ({'train': [[1], [2, 10]]}, 'train document 1 holds token id 10 at position 1, outside the vocabulary of 10 tokens'),
     ({'train': [[1]], 'val': [[-1]]}, 'val document 0 holds token id -1 at position 0, outside the vocabulary of 10 tokens'),
     ({'train': [[65536]]}, 'train document 0 holds token id 65536 at position 0, outside the vocabulary of 10 tokens'),
+    ({'train': [[0.5]]}, 'train document 0 has shape (1,) and dtype float64: a row of integer token ids is needed'),
     ({'train': [[1]], 'val': ['']}, 'there is no text for the val split: give more text, or another --val_fraction'),
 ])
 def test_bad_input_is_one_line_and_the_old_dataset_stays(tmp_path, splits, error):
@@ -242,7 +243,7 @@ def test_text_takes_bytes_and_a_trained_tokenizer(data, tmp_path):
 
 
 @pytest.mark.parametrize('content, args, error', [
-    (b'one\ntwo\n\xff\n', [], 'in.txt, line 3: not UTF-8 (invalid start byte): convert it to UTF-8, or name its encoding with --encoding'),
+    (b'one\ntwo\n\xff\n', [], 'in.txt, line 3: not UTF-8 (invalid start byte): convert it to UTF-8, name its encoding with --encoding, or use corpus.pack --errors=replace'),
     (b'', [], 'there is no text in the corpus'),
     (b'abc', ['--val_fraction=1.5'], '--val_fraction: 1.5 must lie between 0 and 1'),
     (b'abc', ['--val_fraction=1e-9', '--input', '.'], None),

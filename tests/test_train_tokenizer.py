@@ -1,4 +1,4 @@
-"""corpus/train_tokenizer.py: the same tokenizer from the same text, and its command."""
+"""corpus/train_tokenizer.py: the same tokenizer from the same text, and its commands."""
 import json
 import os
 import subprocess
@@ -38,7 +38,7 @@ def run_tokenizer(*args, **env):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_train_on_the_command_line(tmp_path):
+def test_train_and_compare_on_the_command_line(tmp_path):
     pytest.importorskip('tokenizers')
     (tmp_path / 'texts/more').mkdir(parents=True)
     (tmp_path / 'texts/a.txt').write_text('\ufeff' + corpus()[0], encoding='utf-8')
@@ -51,9 +51,14 @@ def test_train_on_the_command_line(tmp_path):
         made.append({path.name: path.read_bytes() for path in (tmp_path / threads).iterdir()})
     assert made[0] == made[1] and sorted(made[0]) == ['merges.txt', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json']
     assert len(json.loads(made[0]['vocab.json'])) == 380 and '380 tokens, of which 7 special' in out
+    code, out, err = run_tokenizer('compare', '--input', tmp_path / 'texts/more/b.txt', '--tokenizers', 'byte', tmp_path / '1')
+    assert code == 0, err
+    _, _, byte, trained = [line.split() for line in out.splitlines()]
+    assert byte[1:4] == ['263', f'{len("".join(corpus()[1:]).encode()):,}', '0.368'] and byte[4] == '1.000'
+    assert trained[1] == '380' and float(trained[3]) > 2 * float(byte[3])
 
 
-def test_what_cannot_be_trained_on_is_one_line(tmp_path):
+def test_what_cannot_be_trained_or_compared_is_one_line(tmp_path):
     pytest.importorskip('tokenizers')
     text, broken, out = tmp_path / 'a.txt', tmp_path / 'b.txt', tmp_path / 'out'
     text.write_text('天地 天地', encoding='utf-8')
@@ -62,6 +67,8 @@ def test_what_cannot_be_trained_on_is_one_line(tmp_path):
             (['train', '--input', text, '--out', out], 'the text has too few pairs that occur twice for --vocab_size=16384: give more text, or --vocab_size=268 or less\n'),
             (['train', '--input', text, '--vocab_size=263', '--out', out], '--vocab_size=263: accepted are 264 or more, for the bytes and special tokens are 263\n'),
             (['train', '--input', text, broken, '--out', out], f'{broken}, line 2: not UTF-8 (invalid continuation byte): it is big5: '
-             'convert it to UTF-8, or use --encoding=big5\n')):
+             'convert it to UTF-8, or use --encoding=big5\n'),
+            (['compare', '--input', text, '--tokenizers', 'gtp2'], 'tokenizer gtp2: accepted are gpt2, byte, and a folder with tokenizer.json: '
+             'python -m corpus.train_tokenizer train --input TEXT --out FOLDER makes one\n')):
         assert run_tokenizer(*args)[::2] == (2, message)
     assert not out.exists()

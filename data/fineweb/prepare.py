@@ -16,9 +16,10 @@ sys.path.insert(0, str(HERE.parent.parent))
 from corpus.pack import prepare_parquet
 from files import one_line_errors
 
-# its tag v1.4.0
-ADDRESS = 'hf://datasets/HuggingFaceFW/fineweb@9bb295ddab0e05d785b879661af7260fed5140fc/sample/10BT'
+REPO = 'HuggingFaceFW/fineweb'
+REVISION = '9bb295ddab0e05d785b879661af7260fed5140fc'  # its tag v1.4.0
+FOLDER = 'sample/10BT'
 
 if __name__ == '__main__':
     with one_line_errors():
-        prepare_parquet(HERE, __doc__, ADDRESS)
+        prepare_parquet(HERE, __doc__, REPO, REVISION, FOLDER)

@@ -15,9 +15,10 @@ sys.path.insert(0, str(HERE.parent.parent))
 from corpus.pack import prepare_parquet
 from files import one_line_errors
 
-# Parquet, no script; 80 files
-ADDRESS = 'hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c/plain_text'
+REPO = 'Skylion007/openwebtext'
+REVISION = '79d93d786212f7344586290adb811d4ae6a1762c'  # Parquet, no script
+FOLDER = 'plain_text'  # 80
 
 if __name__ == '__main__':
     with one_line_errors():
-        prepare_parquet(HERE, __doc__, ADDRESS)
+        prepare_parquet(HERE, __doc__, REPO, REVISION, FOLDER)
