@@ -392,8 +392,8 @@ def test_a_tokenizer_in_a_format_that_is_not_read_is_refused(tmp_path, file):
     assert pretrained.read_tokenizer(tmp_path) is None
     (tmp_path / file).write_bytes(b'x')
     assert error_of(pretrained.read_tokenizer, str(tmp_path)) == (
-        f"{tmp_path / file} is not read: save the tokenizer as tokenizer.json with transformers' AutoTokenizer, "
-        'or name one with --tokenizer')
+        f"{tmp_path / file} is a tokenizer in a format that is not read: save it as tokenizer.json with transformers' "
+        'AutoTokenizer, or name the tokenizer with --tokenizer')
     settings = config_of(train_settings()) | dict(init_from=str(tmp_path), tokenizer='byte')
     check_unused(settings, {'init_from', 'tokenizer'})
     assert begin(settings, {'init_from', 'tokenizer'}).tokenizer_meta == find_start(str(tmp_path), tokenizer='byte').tokenizer_meta == {'kind': 'byte'}

@@ -227,23 +227,6 @@ class Split:
         is_end_of_text = np.append(room[:-1] == length[:-1] + 1, False)
         return offset, length + is_end_of_text
 
-    def units(self, T: int, by_document: bool) -> np.ndarray:
-        """Return begin and end of the rows, documents or shards to cut into windows of T: (2, M) int64."""
-        row, borders = self.row_tokens, self.borders
-        if row not in (None, T + 1):
-            raise ValueError(f'{self.folder} was packed in rows for block_size {row - 1}: use '
-                             f'--block_size={row - 1}, or pack it again with --block_size {T}')
-        begin, size = borders[:-1], np.diff(borders)
-        if row:
-            begin, size = np.arange(0, self.n_tokens, row), row
-        elif by_document:
-            begin, size = self.documents()
-        end = begin + size
-        # a document is cut where a shard ends inside, which is where more have begun than have ended
-        n_begun, n_ended = np.searchsorted(begin, borders), np.searchsorted(end, borders, side='right')
-        inside = borders[n_begun > n_ended]
-        return np.sort([np.append(begin, inside), np.append(end, inside)])
-
     def fingerprint(self) -> dict:
         """Return what a checkpoint stores about its data, as plain values."""
         return dict(tokens=[shard.size for shard in self.shards], crc32=self.checksums,

@@ -3,8 +3,9 @@
     python train.py config/train_gpt2.py --dataset=stream:shards/ --tokenizer=gpt2 --stream_val=held_out.jsonl
 
 The documents of all files form one row of tokens, with an end-of-text before each, and then begin again.
-Window w shows the tokens w * T to (w + 1) * T of the row. Each group of shuffle_window windows is shuffled.
-Every rank encodes the whole row, because only the tokens tell where a window begins.
+Window w shows the tokens w * T to (w + 1) * T of the row. Windows come in groups of shuffle_window: the
+groups in order, the windows of a group in a random order. Every rank encodes the whole row, because only the
+tokens tell where a window begins.
 """
 
 import math
@@ -78,7 +79,7 @@ class Text:
 
 
 class Stream(Batches):
-    """Batches of a Text by step."""
+    """Batches of a Text by step. Windows are shuffled within consecutive groups of shuffle_window."""
 
     n_tokens = None  # unknown before everything is read
 
@@ -89,7 +90,7 @@ class Stream(Batches):
         self.starts = {0: BEGINNING}  # of groups, by number
         self.groups = {}  # tokens of the last two groups, by number
         self.reader = ThreadPoolExecutor(1, 'stream')
-        self.next_group, self.next_piece = math.inf, None  # which a thread reads
+        self.pieces, self.next_group, self.next_piece = None, math.inf, None  # the next piece is read ahead
         self.lock = threading.Lock()  # against the prefetching thread
 
     def first_window(self, step: int) -> int:
@@ -109,7 +110,7 @@ class Stream(Batches):
         return self.rows_per_step * self.block_size
 
     def group(self, number):
-        """Return the tokens of a group, read on or again from a start before it."""
+        """Return the tokens of a group. Reading continues, or begins again at the last start before it."""
         if number not in self.groups and number < self.next_group:
             self.next_group = max(n for n in self.starts if n <= number)
             size = self.shuffle_window * self.block_size
@@ -132,7 +133,7 @@ class Stream(Batches):
         return dict(window=window, shuffle_window=self.shuffle_window, group=group, start=start)
 
     def seek(self, position, step: int):
-        """Continue from a position at this step, perhaps with another global batch."""
+        """Continue from a position at this step, also with another global batch."""
         first = dict(window=0, shuffle_window=self.shuffle_window, group=0, start=BEGINNING)
         position = first | (position or {})  # None: the run was on other data before
         if position['shuffle_window'] != self.shuffle_window:
@@ -171,7 +172,7 @@ class Head:
         self.n_windows = min(n_windows or n_there, n_there)
 
     def windows(self, g: np.ndarray) -> Batch:
-        """Return the windows numbered g, (K,) int64."""
+        """Return the windows numbered g, (K,) int64. After the end of the text there is no target."""
         return pad(windows_of(self.tokens, g, self.block_size), self.block_size)
 
 
@@ -179,7 +180,8 @@ def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors
                 **settings):
     """Return the Stream of the training text, a Head of it, and a Head of the validation text.
 
-    n_eval  windows in each Head; 0 = the whole validation text, and as many windows of the training text
+    n_eval    windows in each Head; 0 = the whole validation text, and as many windows of the training text
+    settings  of Stream
     """
     if tokenizer.eot is None:
         raise ValueError(f'a {tokenizer.kind} tokenizer has no end-of-text to separate documents of a stream')

@@ -47,7 +47,7 @@ GPT2_MERGES_SOURCES = [
 
 
 class Tokenizer:
-    """A subclass has kind, vocab_size, encode_array, tokenizer_json and pieces."""
+    """Shared by all tokenizers. A subclass has kind, vocab_size, encode_array, tokenizer_json and pieces."""
 
     pieces: list[bytes]  # what each id adds to a text
     special = {}  # {name: id}
@@ -58,7 +58,7 @@ class Tokenizer:
         self.arguments = arguments
 
     def meta(self) -> dict:
-        """Return plain values from which load_tokenizer rebuilds the tokenizer."""
+        """Return plain values for meta.json and checkpoints, from which load_tokenizer rebuilds it."""
         return {'kind': self.kind, **self.arguments}
 
     def encode(self, text: str, allowed_special=()) -> list[int]:
@@ -270,7 +270,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def pieces(self):
-        # the first token of a text can lose a space, so each is decoded after a plain word
+        # a token's text can depend on whether it begins the text, so each is decoded after a plain word
         engine, pieces = self.engine, []
         decoders = json.dumps(self.content['decoder'])
         added = engine.get_added_tokens_decoder()  # by id

@@ -13,10 +13,10 @@ from files import read_json
 
 GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # as in tiktoken
 GPT2_META = {'kind': 'gpt2', 'sha256': GPT2_MERGES_SHA256}
-# the possessive ++ avoids walking a run of letters or spaces twice
+# GPT-2's pre-tokenization. The possessive ++ avoids walking a run of letters or spaces twice.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# of the BPE trained here: Chinese has no spaces, so a run of Han characters is cut after 16; digits go by
-# three, so that years do not become tokens
+# Pre-tokenization of the BPE trained here. Chinese has no spaces, so a run of Han characters is cut after 16;
+# digits go by three, as in GPT-4, so that years do not become tokens.
 BPE_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{Han}{1,16}| ?[\p{L}&&[^\p{Han}]]{1,32}| ?\p{N}{1,3}"""
                r"""| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""")
 END = '<|endoftext|>'
@@ -47,7 +47,7 @@ def one_line(where):
 
 
 def byte_characters():
-    """Return {character: byte} by id: GPT-2's files write invisible bytes as U+0100 and following."""
+    """Return {character: byte} by id. GPT-2's files write invisible bytes as U+0100 and following."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -77,7 +77,7 @@ def byte_level(pattern=GPT2_PATTERN):
 
 
 def bpe_json(merges, pattern=GPT2_PATTERN, special=SPECIAL_TOKENS, tokens=()):
-    """Return the content of a tokenizer.json. The merges imply the ordinary tokens, unless given."""
+    """Return the content of a tokenizer.json. The ordinary tokens follow from the merges, unless given."""
     vocab = {token: i for i, token in enumerate([*(tokens or bpe_tokens(merges)), *special])}
     model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '',
              'end_of_word_suffix': '', 'fuse_unk': False, 'vocab': vocab, 'merges': merges.splitlines()}
@@ -98,7 +98,7 @@ def char_json(tokens):
 
 
 def tokenizer_config(tokenizer):
-    """Return the content of tokenizer_config.json. Ours use END as BOS, too."""
+    """Return the content of tokenizer_config.json. In ours, END begins, ends and separates documents."""
     config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
     if tokenizer.kind == 'json':
         end = tokenizer.arguments['eot']
@@ -157,7 +157,7 @@ def check_pattern(pattern):
     plain = re.sub(r'\[(?:[^][]|\[[^][]*\])*\]', 'x', plain)  # classes may hold classes: [\p{L}&&[^\p{Han}]]
     if re.search(r'\)(?:[*+](?!\+)|\{)|\}[*+{]|[*+]\{', plain):
         raise ValueError(f'the regular expression {pattern!r} repeats a group, which can take exponential '
-                         'time: use another tokenizer')
+                         'time: a tokenizer with such a pattern is not used')
 
 
 def vocabulary(content):
@@ -210,8 +210,8 @@ def read_other_formats(folder):
         return dict(GPT2_META)
     for pattern in ('vocab.*', 'merges.txt', '*.model'):
         for file in folder.glob(pattern):
-            raise ValueError(f"{file} is not read: save the tokenizer as tokenizer.json with transformers' "
-                             'AutoTokenizer, or name one with --tokenizer')
+            raise ValueError(f'{file} is a tokenizer in a format that is not read: save it as tokenizer.json '
+                             "with transformers' AutoTokenizer, or name the tokenizer with --tokenizer")
     return None
 
 

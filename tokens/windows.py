@@ -76,13 +76,13 @@ class Windows:
     def __init__(self, splits, T, order, seed):
         self.splits, self.T, self.order, self.seed = splits, T, order, seed
         self.firsts = np.cumsum([0, *(split.n_tokens for split in splits)])  # first token of each split
-        units = [split.units(T, order == 'documents') + first
-                 for split, first in zip(splits, self.firsts, strict=False)]
-        self.begin, self.end = np.concatenate(units, axis=1)
-        size = self.end - self.begin
-        unit, least = 'shard', T + 1
+        sizes = [shard.size for split in splits for shard in split.shards]
+        borders = np.cumsum([0, *sizes])  # first token of each shard, and the end
+        unit, least, self.begin, self.end = 'shard', T + 1, borders[:-1], borders[1:]
         if order == 'documents' or any(split.row_tokens for split in splits):
             unit, least = 'document', 2
+            self.begin, self.end = self.cut(self.spans(), borders)
+        size = self.end - self.begin  # of each unit
         if not (size >= least).any():
             folders = ', '.join(str(split.folder) for split in splits)
             raise ValueError(f'{folders}: the {splits[0].split} split has no {unit} of {least} tokens or '
@@ -100,6 +100,30 @@ class Windows:
             self.n_phases = tuple(np.maximum(size - n_windows * T, 1).tolist())
         self.first_windows = np.cumsum([0, *n_windows])  # number of the first window of each unit
         self.n = int(self.first_windows[-1])  # windows in an epoch
+
+    def spans(self):
+        """Return begin and end of each row or document: (2, M) int64."""
+        spans = []
+        for split, first in zip(self.splits, self.firsts, strict=False):
+            row = split.row_tokens
+            if row not in (None, self.T + 1):
+                raise ValueError(f'{split.folder} was packed in rows for block_size {row - 1}: use '
+                                 f'--block_size={row - 1}, or pack it again with --block_size {self.T}')
+            begin, size = np.array([0]), split.n_tokens
+            if row:
+                begin, size = np.arange(0, split.n_tokens, row), row
+            elif self.order == 'documents':
+                begin, size = split.documents()
+            spans.append(np.stack([begin, begin + size]) + first)
+        return np.concatenate(spans, axis=1)
+
+    def cut(self, spans, borders):
+        """Cut spans where their shard ends: (2, M) int64 -> (2, M or more) int64."""
+        begin, end = spans
+        # a border lies inside a span if more spans have begun there than have ended
+        n_begun, n_ended = np.searchsorted(begin, borders), np.searchsorted(end, borders, side='right')
+        inside = np.unique(borders[n_begun > n_ended])
+        return np.sort(np.append(begin, inside)), np.sort(np.append(end, inside))
 
     def locate(self, g: np.ndarray) -> np.ndarray:
         """Return (number of the split, first token in it, tokens) of the windows g: (K,) -> (K, 3) int64."""
