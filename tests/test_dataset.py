@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from corpus.pack import write_dataset
-from tokens.dataset import Split, dataset_folders, read_meta
+from tokens.dataset import Split, dataset_folders, open_array, read_meta
 from tokens.loader import Loader
 from tokens.tokenizer import CharTokenizer, load_tokenizer
 
@@ -285,11 +285,14 @@ def test_a_shard_rewritten_in_place_during_training_is_named(tmp_path):
 
 
 def test_a_shard_replaced_during_training_is_not_mixed_in(tmp_path):
-    pack(tmp_path, shard_tokens=10)
+    pack(tmp_path, shard_tokens=10)  # 400 shards, more than are open at a time
     loader = Loader(tmp_path, 'train', block_size=9, batch_size=4, order='sequential')
-    loader.windows(np.arange(400))
+    before = loader.windows(np.arange(400)).x
     (tmp_path / 'new').write_bytes(bytes(20))
-    os.replace(tmp_path / 'new', tmp_path / 'train_000003.bin')
+    os.replace(tmp_path / 'new', tmp_path / 'train_000399.bin')  # open: the old file is still read
+    assert (loader.windows(np.arange(399, 400)).x == before[-1:]).all()
+    (tmp_path / 'new').write_bytes(bytes(20))
+    os.replace(tmp_path / 'new', tmp_path / 'train_000003.bin')  # closed meanwhile
     with pytest.raises(ValueError, match='train_000003.bin was replaced or changed since the dataset was opened'):
         loader.windows(np.arange(5))
 
@@ -298,6 +301,7 @@ def test_400_shards_where_256_files_may_be_open(tmp_path):
     resource = pytest.importorskip('resource')
     pack(tmp_path, shard_tokens=10)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_array.cache_clear()
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
     try:
         loader = Loader(tmp_path, 'train', block_size=9, batch_size=4, order='sequential')
@@ -306,11 +310,12 @@ def test_400_shards_where_256_files_may_be_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_verify_counts_the_checksums_that_are_known(tmp_path):
-    assert Split(pack(tmp_path / 'a', shard_tokens=1000), 'train').verify() == 4
+def test_verify_data_says_how_many_checksums_are_known(tmp_path):
+    split = Split(pack(tmp_path / 'a', shard_tokens=1000), 'train')
+    assert split.describe_checksums() == f'{tmp_path}/a, train: verifying 4,000 tokens, 4 of 4 shards have a checksum in meta.json'
     (tmp_path / 'b').mkdir()
     nanogpt_folder(tmp_path / 'b')
-    assert Split(tmp_path / 'b', 'train').verify() == 0
+    assert 'train: verifying 4 tokens, 0 of 1 shards have a checksum' in Split(tmp_path / 'b', 'train').describe_checksums()
 
 
 def test_documents_that_overlap_are_refused(tmp_path):

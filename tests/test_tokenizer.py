@@ -12,6 +12,7 @@ from corpus.train_tokenizer import save_tokenizer, train_bpe
 from tokens.tokenizer import (
     GPT2_META,
     SPECIAL_TOKENS,
+    BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
@@ -180,6 +181,16 @@ def test_bpe_comes_back_from_its_folder_and_from_one_that_transformers_wrote(bpe
     save_tokenizer(ByteTokenizer(), tmp_path / 'byte')
     assert read_tokenizer_json(tmp_path / 'byte') == tokenizer_meta('byte') == {'kind': 'byte'}
     assert [path.name for path in sorted((tmp_path / 'byte').iterdir())] == ['merges.txt', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json']
+
+
+def test_merges_that_no_training_makes_keep_the_ids_of_transformers(tmp_path):
+    # 'abc' is made of ab + c by the ranks of the tokens, but where bc came first, a and bc are left standing
+    save_tokenizer(BPETokenizer('b c\na b\nab c'), tmp_path)
+    meta = read_tokenizer_json(tmp_path)
+    assert meta['kind'] == 'json' and load_tokenizer(meta).encode('abc') == [64, 256]
+    save_tokenizer(BPETokenizer('a b\nb c\nab c'), tmp_path)
+    assert read_tokenizer_json(tmp_path)['kind'] == 'bpe'
+
 
 
 def test_a_batch_has_the_ids_of_its_texts(bpe):

@@ -150,14 +150,16 @@ def test_a_tokenizer_keeps_its_fingerprint_and_goes_back_to_transformers(folders
     assert len(prints) == len(ENGINES)
 
 
-def test_roles_are_names_or_added_tokens_and_the_chat_template_is_kept(folders, tmp_path):
+def test_a_token_that_only_the_config_names_gets_an_id_as_in_autotokenizer(folders, tmp_path):
     content = (folders / 'llama3/tokenizer.json').read_text(encoding='utf-8')
     (tmp_path / 'tokenizer.json').write_text(content, encoding='utf-8')
-    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': {'content': '<|endoftext|>', '__type': 'AddedToken'}, 'pad_token': '<|pad|>',
-              'chat_template': '{{ messages }}'}
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': {'content': '<|im_end|>', '__type': 'AddedToken'}, 'pad_token': '<|pad|>',
+              'added_tokens_decoder': {'400': {'content': '<tool>', 'special': False, 'normalized': False}}, 'chat_template': '{{ messages }}'}
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config), encoding='utf-8')
     ours, reference = load_tokenizer(tokenizer_meta(tmp_path)), auto(tmp_path)
-    assert (ours.eot, ours.pad, ours.vocab_size) == (reference.eos_token_id, reference.pad_token_id, len(reference))
+    text = 'a<tool>b<|im_end|>'
+    assert ours.encode(text, allowed_special=ours.special) == reference.encode(text) and ours.encode(text)[1] == 400
+    assert (ours.eot, ours.vocab_size) == (reference.eos_token_id, len(reference)) == (401, 402)
     assert ours.meta()['config']['chat_template'] == '{{ messages }}'
 
 
@@ -180,7 +182,7 @@ def test_the_end_of_text_is_found_or_asked_for(folders, tmp_path):
                                ('tokenizer_config.json', {'eos_token': '[SEP]'}, '[SEP]')):
         (tmp_path / name).write_text(json.dumps(content), encoding='utf-8')
         assert tokenizer_meta(tmp_path)['eot'] == end
-    for config in ({'eos_token': ['a']}, {'eos_token': {}}, 3):
+    for config in ({'additional_special_tokens': 3}, {'added_tokens_decoder': [1]}, {'eos_token': 3}, {'pad_token': ['a']}):
         (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config), encoding='utf-8')
         with pytest.raises(ValueError, match='tokenizer.json: '):
             tokenizer_meta(tmp_path)

@@ -1,21 +1,21 @@
 """A dataset on disk, and the folders that the setting `dataset` names.
 
-    train.bin     or train_000000.bin and so on: little-endian ids; the same for val
+    train.bin     or train_000000.bin and so on: little-endian ids, also with llm.c's header; the same for val
     train.mask    one uint8 per token, 0 = not a target; optional
     train.idx     (offset, length) of each document, in tokens of the split, int64; optional
     meta.json     {"format": 1, "dtype": "uint16", "vocab_size": 65, "tokenizer": its meta(), "source": "x",
                   "splits": {"train": {"tokens": 9, "bytes": 9, "documents": 1, "shards":
                   [{"file": "train.bin", "tokens": 9, "crc32": 7}]}, "val": ...}}; of conversations also
                   "row_tokens", the tokens of a row, and "style", their template
-
-Folders of nanoGPT and llm.c have no meta.json.
 """
 
+import bisect
 import difflib
 import os
 import re
+import threading
 import zlib
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,7 @@ REMEDY = 'it was cut short or altered, prepare the dataset again'
 
 def id_dtype(vocab_size: int) -> np.dtype:
     """Return the little-endian dtype in which ids below vocab_size are stored."""
-    if vocab_size <= 2**16:
-        return np.dtype('<u2')
-    return np.dtype('<u4')
+    return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
 # -----------------------------------------------------------------------------
@@ -72,62 +70,79 @@ def check_meta(meta):
     """Raise ValueError for a meta.json that was edited or left unfinished."""
     if meta.get('unfinished'):
         raise ValueError('packing this dataset was interrupted: prepare it again')
-    size = vocab_size_of(meta.get('tokenizer'))
+    with one_line('tokenizer'):
+        size = vocab_size_of(meta.get('tokenizer'))
     wanted = {'format': [1], 'vocab_size': [size], 'dtype': [id_dtype(size).name, 'uint32']}
     for key, accepted in wanted.items():
         if meta.get(key) not in accepted:
             raise ValueError(f'{key} must be {accepted[0]!r}, not {meta.get(key)!r}')
+    if 'train' not in meta['splits']:
+        raise ValueError('splits must hold train')
+    row = meta.get('row_tokens')
     for split in meta['splits'].values():
+        if not split['shards']:
+            raise ValueError('shards must be a list of one or more')
         for shard in split['shards']:
             if not re.fullmatch(r'[\w-]+\.bin', str(shard['file'])):
                 raise ValueError(f'file must be a name such as train.bin, not {shard["file"]!r}')
-            if type(shard['tokens']) is not int or shard['tokens'] % meta.get('row_tokens', 1):
-                raise ValueError(f'tokens must be a count of whole rows, not {shard["tokens"]!r}')
+            if type(shard['tokens']) is not int:
+                raise ValueError(f'tokens must be a count, not {shard["tokens"]!r}')
+            if row is not None and (type(row) is not int or row < 2 or shard['tokens'] % row):
+                raise ValueError(f'row_tokens must be a divisor of {shard["tokens"]}, not {row!r}')
 
 
 def meta_of_nanogpt(folder):
-    """Return what meta.json would hold for a folder of nanoGPT or llm.c, and header_bytes of its shards."""
-    splits, dtype, header_bytes = {'train': {'shards': []}}, 'uint16', 0
+    """Return what meta.json would hold for a folder of nanoGPT or llm.c."""
+    splits, dtype = {}, 'uint16'
     for name in ('train', 'val'):
         # llm.c names its files fineweb_train_000001.bin and TinyStories_train.bin
         patterns = [f'{name}.bin', f'{name}_*.bin', f'*_{name}_*.bin', f'*_{name}.bin']
         paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
-        shards, n_in_all = [], 0
+        shards = []
         for path in paths:
-            dtype, header_bytes, n_tokens = read_header(path)
+            dtype, n_tokens = read_header(path) or ('uint16', count_uint16(path))
             shards.append({'file': path.name, 'tokens': n_tokens, 'crc32': None})
-            n_in_all += n_tokens
-        if shards:
-            splits[name] = {'tokens': n_in_all, 'bytes': None, 'documents': None, 'shards': shards}
+        if shards or name == 'train':
+            n_tokens = sum(shard['tokens'] for shard in shards)
+            splits[name] = {'tokens': n_tokens, 'bytes': None, 'documents': None, 'shards': shards}
 
     tokenizer_meta, origin = META_OF_DTYPE[dtype], 'none'
     if (folder / 'meta.pkl').exists():
         tokenizer_meta, origin = read_meta_pkl(folder / 'meta.pkl'), 'meta.pkl'
-    return {'format': 1, 'dtype': dtype, 'header_bytes': header_bytes, 'origin': origin, 'source': None,
-            'tokenizer': tokenizer_meta, 'vocab_size': vocab_size_of(tokenizer_meta), 'splits': splits}
+    return {'format': 1, 'dtype': dtype, 'vocab_size': vocab_size_of(tokenizer_meta),
+            'tokenizer': tokenizer_meta, 'source': None, 'origin': origin, 'splits': splits}
 
 
 def read_header(path):
-    """Return (dtype, bytes of the header, number of tokens) of a shard of llm.c or nanoGPT."""
-    header, n_bytes = np.fromfile(path, '<i4', 256), path.stat().st_size
-    # llm.c's magic number is a date
-    if len(header) == 256 and 20230000 < header[0] < 20400000 and not header[3:].any():
-        magic, version, n_tokens = header[:3].tolist()
-        if (magic, version) not in LLMC_DTYPES:
-            raise ValueError(f'{path} has an unknown header (magic number {magic}, version {version}): '
-                             'supported are 20240520 version 1 and 20240801 version 7 of llm.c')
-        return LLMC_DTYPES[magic, version], HEADER_BYTES, n_tokens
+    """Return (dtype, number of tokens) if a shard begins like one of llm.c, whose magic number is a date."""
+    header = np.fromfile(path, '<i4', 256)
+    if len(header) < 256 or not 20230000 < header[0] < 20400000 or header[3:].any():
+        return None
+    magic, version, n_tokens = header[:3].tolist()
+    if (magic, version) not in LLMC_DTYPES:
+        raise ValueError(f'{path} has an unknown header (magic number {magic}, version {version}): '
+                         'supported are 20240520 version 1 and 20240801 version 7 of llm.c')
+    return LLMC_DTYPES[magic, version], n_tokens
+
+
+def count_uint16(path):
+    """Return the number of tokens of a shard without a header. Raise ValueError if it holds wider numbers."""
+    n_bytes = path.stat().st_size
     if n_bytes % 2:
         raise ValueError(f'{path}: {n_bytes} bytes is no whole number of uint16 tokens')
-    low, high = header.view('<u2').reshape(-1, 2).T
-    if len(low) >= 8 and low.any() and (not high.any() or low.max() > 255 and high.max() < 4):
+    ids = np.fromfile(path, '<u2', 4096)
+    low, high = ids[::2], ids[1::2]
+    if len(ids) >= 16 and low.any() and (not high.any() or low.max() > 255 and high.max() < 4):
         raise ValueError(f'{path}: every second number is zero or next to it, so these are ids of 4 or '
                          '8 bytes: save them as uint16, or prepare the dataset with a meta.json')
-    return 'uint16', 0, n_bytes // 2
+    return n_bytes // 2
 
 
 # -----------------------------------------------------------------------------
 # shards
+
+
+READING = threading.Lock()  # a prefetching thread reads from the same open files
 
 
 class DiskArray:
@@ -142,8 +157,8 @@ class DiskArray:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         start, end, _ = part.indices(self.size)
-        # opened for each slice, as nanoGPT does: of many shards, few may be open at a time
-        with open(self.path, 'rb', buffering=0) as file:
+        with READING:
+            file = open_array(self)
             if identity(os.fstat(file.fileno())) != self.identity:
                 raise ValueError(f'{self.path} was replaced or changed since the dataset was opened: '
                                  'restore it and resume, or start a new run')
@@ -155,32 +170,39 @@ def identity(stat):
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
+@lru_cache(maxsize=128)  # macOS allows a process 256 open files
+def open_array(array):
+    return open(array.path, 'rb', buffering=0)
+
+
 class Split:
     """One split of one dataset. Its tokens are numbered through all of its shards."""
 
     def __init__(self, folder, split: str):
         self.folder, self.split, self.meta = Path(folder), split, read_meta(folder)
         self.vocab_size, self.tokenizer_meta = self.meta['vocab_size'], self.meta['tokenizer']
-        if split not in self.meta['splits']:
+        entry = self.meta['splits'].get(split)
+        if entry is None:
             names = ', '.join(self.meta['splits'])
             raise ValueError(f'{folder} has no {split} split, only {names}: prepare it with one')
-        entries = self.meta['splits'][split]['shards']
-        dtype, header_bytes = np.dtype(self.meta['dtype']).newbyteorder('<'), self.meta.get('header_bytes', 0)
-        self.checksums = [entry.get('crc32') for entry in entries]
-        self.shards = [DiskArray(self.folder / entry['file'], dtype, entry['tokens'], header_bytes)
-                       for entry in entries]
-        # first token of each shard, and the end
-        self.borders = np.cumsum([0, *(shard.size for shard in self.shards)])
-        self.n_tokens, self.row_tokens = int(self.borders[-1]), self.meta.get('row_tokens')
-        self.index, self.mask = self.folder / f'{split}.idx', None
-        mask = self.folder / f'{split}.mask'
+        self.checksums = [shard.get('crc32') for shard in entry['shards']]
+        dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
+        self.shards, self.borders = [], [0]  # borders: first token of each shard, and the end
+        for shard in entry['shards']:
+            path, n_tokens = self.folder / shard['file'], shard['tokens']
+            header_bytes = HEADER_BYTES if read_header(path) else 0
+            self.shards.append(DiskArray(path, dtype, n_tokens, header_bytes))
+            self.borders.append(self.borders[-1] + n_tokens)
+        self.n_tokens, self.row_tokens = self.borders[-1], self.meta.get('row_tokens')
+        self.index, mask = self.folder / f'{split}.idx', self.folder / f'{split}.mask'
+        self.mask = None
         if mask.exists() or self.row_tokens:  # rows need a mask: it tells answers from questions and padding
             self.mask = DiskArray(mask, np.uint8, self.n_tokens)
 
     def find(self, start: int):
         """Return the shard that holds a token, and the token's number in it."""
-        i = int(np.searchsorted(self.borders, start, side='right')) - 1
-        return self.shards[i], int(start - self.borders[i])
+        i = bisect.bisect(self.borders, start) - 1
+        return self.shards[i], start - self.borders[i]
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Return token ids of one shard, (length,). Raise ValueError for one beyond the vocabulary."""
@@ -232,9 +254,14 @@ class Split:
         return dict(tokens=[shard.size for shard in self.shards], crc32=self.checksums,
                     vocab_size=self.vocab_size, tokenizer=fingerprint(self.tokenizer_meta))
 
-    def verify(self) -> int:
-        """Count the shards that match their checksum. Raise ValueError at the first that does not."""
-        n_verified = 0
+    def describe_checksums(self) -> str:
+        n_shards = len(self.shards)
+        n_known = n_shards - self.checksums.count(None)
+        return (f'{self.folder}, {self.split}: verifying {self.n_tokens:,} tokens, {n_known} of {n_shards} '
+                'shards have a checksum in meta.json')
+
+    def verify(self):
+        """Raise ValueError at the first shard that does not match its checksum."""
         for shard, expected in zip(self.shards, self.checksums, strict=True):
             if expected is None:
                 continue
@@ -243,8 +270,6 @@ class Split:
                 crc = zlib.crc32(shard[start:start + (1 << 22)], crc)
             if crc != expected:
                 raise ValueError(f'{shard.path} does not match its checksum in meta.json: {REMEDY}')
-            n_verified += 1
-        return n_verified
 
 
 # -----------------------------------------------------------------------------
@@ -258,13 +283,14 @@ def parse_mixture(dataset: str):
         # C:\texts is a name without a weight
         name, weight = re.fullmatch(r'(.*?)(?::([^:/\\]*))?', part, re.DOTALL).groups('1')
         try:
-            weights.append(float(weight))
+            weight = float(weight)
         except ValueError:
-            weights.append(0.0)
-        names.append(name)
-        if not name or not 0 < weights[-1] < float('inf'):
+            weight = 0.0
+        if not name or not 0 < weight < float('inf'):
             raise ValueError(f'dataset={dataset}: {part!r} is no NAME or NAME:WEIGHT '
                              'with a weight above 0, such as zhwiki:0.7')
+        names.append(name)
+        weights.append(weight)
     return names, [weight / sum(weights) for weight in weights]
 
 
@@ -276,11 +302,9 @@ def dataset_folders(dataset: str):
     names, weights = parse_mixture(dataset)
     data, folders = Path(__file__).resolve().parents[1] / 'data', []
     for name in names:
-        parts = Path(name).parts
-        if parts[:1] == ('data',):
-            parts = parts[1:]
-        choices = [data / name, Path(name), data.joinpath(*parts)]
-        folder = next(filter(Path.is_dir, choices), choices[-1])
+        folder, parts = data / name, Path(name).parts
+        if not folder.is_dir():
+            folder = Path(name) if Path(name).is_dir() else data.joinpath(*parts[parts[0] == 'data':])
         if folder.is_relative_to(Path.cwd()):
             folder = folder.relative_to(Path.cwd())  # shorter in messages
         folders.append(folder)

@@ -36,18 +36,18 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=is_cuda) for tensor in tensors))
 
 
-def pad(rows, T: int) -> Batch:
-    """Return the Batch of K rows of up to T + 1 tokens, padded with 0 and IGNORE."""
+def pad(rows, T: int):
+    """Return x and y of K rows of up to T + 1 tokens, (K, T) int64 each, padded with 0 and IGNORE."""
     x = np.zeros((len(rows), T), dtype=np.int64)
     y = np.full_like(x, IGNORE)
     for i, tokens in enumerate(rows):
         x[i, :len(tokens)] = tokens[:T]
         y[i, :len(tokens) - 1] = tokens[1:]
-    return Batch(torch.from_numpy(x), torch.from_numpy(y))
+    return x, y
 
 
 class Batches:
-    """Batches by step, of packed data or a stream. A subclass defines windows(g).
+    """Shared by packed data and streams. A subclass defines windows(g).
 
     prefetch   make the next batch in a thread while the model works on this one
     """
@@ -57,7 +57,7 @@ class Batches:
         self.block_size, self.batch_size, self.grad_accum = block_size, batch_size, grad_accum
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.rows_per_step = batch_size * grad_accum * world_size
-        self.prefetch, self.worker = prefetch, ThreadPoolExecutor(1, 'loader')
+        self.worker = ThreadPoolExecutor(1, 'loader') if prefetch else None
         self.prefetched = {}  # micro-step, counted over the run -> future batch
 
     def first_window(self, step: int) -> int:
@@ -66,7 +66,7 @@ class Batches:
     def batch(self, step: int, micro_step: int = 0) -> Batch:
         """Return the batch of this rank, (batch_size, T) each."""
         n = step * self.grad_accum + micro_step
-        if not self.prefetch:
+        if self.worker is None:
             return self.make(n)
         future = self.prefetched.pop(n, None) or self.worker.submit(self.make, n)
         self.prefetched = {n + 1: self.worker.submit(self.make, n + 1)}
@@ -104,8 +104,9 @@ class Loader(Batches):
         self.tokenizer_meta, self.vocab_size = splits[0].tokenizer_meta, splits[0].vocab_size
         self.n_tokens, self.isolate = sum(each.n_tokens for each in splits), isolate
         self.all_are_targets = order in ('shuffle', 'random') and all(each.mask is None for each in splits)
+        # each part of a mixture is a source of its own
         groups, self.weights = [splits], [1.0]
-        if weights is not None and order != 'sequential':  # a mixture
+        if weights is not None and order != 'sequential':
             groups, self.weights = [[each] for each in splits], weights
         self.sources = [Windows(group, self.block_size, order, (self.seed, k))
                         for k, group in enumerate(groups)]
@@ -124,14 +125,15 @@ class Loader(Batches):
     def windows(self, g: np.ndarray) -> Batch:
         """Return the windows numbered g, (K,) int64."""
         located = self.locate(g)
-        batch = pad([split.read(start, size) for split, start, size in located], self.block_size)
+        x, y = pad([split.read(start, size) for split, start, size in located], self.block_size)
         if not self.all_are_targets:
-            for y, (split, start, size) in zip(batch.y.numpy(), located, strict=True):
-                y[:size - 1][~split.is_target(start + 1, size - 1)] = IGNORE
+            for row, (split, start, size) in enumerate(located):
+                y[row, :size - 1][~split.is_target(start + 1, size - 1)] = IGNORE
+        documents = None
         if self.isolate:
             numbers = [split.document_numbers(start, self.block_size) for split, start, _ in located]
-            batch = batch._replace(documents=torch.from_numpy(np.stack(numbers)))
-        return batch
+            documents = torch.from_numpy(np.stack(numbers))
+        return Batch(torch.from_numpy(x), torch.from_numpy(y), documents)
 
     def count_targets(self, step: int) -> int:
         """Count the targets in a step, over all ranks and micro-steps."""
@@ -141,4 +143,5 @@ class Loader(Batches):
         return int(sum(split.is_target(start + 1, size - 1).sum() for split, start, size in located))
 
     def fingerprint(self) -> list[dict]:
+        """Return what a checkpoint stores about its data."""
         return [split.fingerprint() for split in self.splits]

@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import re
 from pathlib import Path
 
 from tokens.tokenizer import vocab_size_of
@@ -28,42 +27,44 @@ def read_meta_pkl(path) -> dict:
         return tokenizer_meta
 
 
-class IntegerType:
-    """Stand in for numpy.dtype, where the code 'i8' means 8 bytes with a sign."""
-
-    def __init__(self, code, *flags):
-        if not re.fullmatch('[iu][1248]', code):
-            raise ValueError('only integers of NumPy are read')
-        self.is_signed = code[0] == 'i'
-
-    def __setstate__(self, state):
-        pass  # the byte order, little in meta.pkl files
-
-    def read(self, data):
-        """Stand in for numpy._core.multiarray.scalar."""
-        return int.from_bytes(data, 'little', signed=self.is_signed)
-
-
-NUMPY = {'numpy.dtype': IntegerType, 'numpy.core.multiarray.scalar': IntegerType.read,
-         'numpy._core.multiarray.scalar': IntegerType.read}
-
-
 class PlainUnpickler(pickle._Unpickler):
     """Read dict, list, str, numbers and NumPy integers. A pickle runs code only by the names it imports.
 
     This uses the pure Python class, which can read tuples as lists: as keys of a dict, tuples nested 60
-    deep would take years to hash.
+    deep would take years to hash. It also allocates no more than a damaged file holds.
     """
 
     def find_class(self, module, name):
-        if f'{module}.{name}' not in NUMPY:
-            raise pickle.UnpicklingError(f"it asks for '{module}.{name}', and only plain values are read")
-        return NUMPY[f'{module}.{name}']
+        if (module, name) == ('numpy', 'dtype'):
+            return IntegerType
+        if module in ('numpy._core.multiarray', 'numpy.core.multiarray') and name == 'scalar':
+            return IntegerType.read
+        raise pickle.UnpicklingError(f'it asks for {f"{module}.{name}"!r}, and only plain values are read')
+
+    def load_marked(self):
+        items = self.pop_mark()
+        self.append(items)
 
     def load_last(self, n):
         self.stack[-n:] = [self.stack[-n:]]
 
     dispatch = pickle._Unpickler.dispatch | {
-        pickle.TUPLE[0]: pickle._Unpickler.load_list, pickle.TUPLE1[0]: lambda self: self.load_last(1),
+        pickle.TUPLE[0]: load_marked, pickle.TUPLE1[0]: lambda self: self.load_last(1),
         pickle.TUPLE2[0]: lambda self: self.load_last(2), pickle.TUPLE3[0]: lambda self: self.load_last(3)}
     del dispatch[pickle.BYTEARRAY8[0]]  # it would allocate as much as the file claims
+
+
+class IntegerType:
+    """Stand in for numpy.dtype."""
+
+    def __init__(self, code, *flags):
+        if code not in [kind + size for kind in 'iu' for size in '1248']:
+            raise ValueError('only integers of NumPy are read')
+        self.is_signed, self.byte_order = code[0] == 'i', 'little'
+
+    def __setstate__(self, state):
+        self.byte_order = 'big' if state[1] == '>' else 'little'
+
+    def read(self, data):
+        """Stand in for numpy._core.multiarray.scalar."""
+        return int.from_bytes(data, self.byte_order, signed=self.is_signed)

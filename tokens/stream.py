@@ -10,13 +10,14 @@ tokens tell where a window begins.
 
 import math
 import os
+import sys
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
-from corpus.encode import Encoder
 from corpus.readers import find_files, n_bytes_of, read_documents
 from files import print0
 from tokens.loader import Batch, Batches, pad
@@ -24,8 +25,8 @@ from tokens.tokenizer import fingerprint
 from tokens.windows import permute
 
 N_THREADS = 2  # each encodes about 10 MB/s; GPT-2 (124M) trains on 2 MB/s on one H100
+CHUNK_CHARS = 1 << 18  # text that is read before the threads encode it
 BEGINNING = (0, 0, 0, 0)  # epoch, file, document in the file, token in the document
-KEPT_STARTS = 100  # groups of which the start is known
 
 
 class Text:
@@ -39,26 +40,34 @@ class Text:
                 raise ValueError(f'{path} holds token ids, not text: pack it with corpus.pack')
 
     def documents(self, epoch, file, document):
-        """Yield each Document from a given one to the end of its epoch, with (epoch, file, document)."""
-        for i in range(file, len(self.files)):
-            texts = read_documents(self.files[i:i + 1], fields=self.fields, errors=self.errors,
-                                   start=document)
-            for n, text in enumerate(texts, document):
-                yield text._replace(where=(epoch, i, n))
-            document = 0
-
-    def encoded(self, epoch, file, document):
-        """Yield (ids, (epoch, file, document)) of each document from a given one on, without end."""
-        encoder, has_text = Encoder(self.tokenizer, n_threads=N_THREADS), True
+        """Yield (text, (epoch, file, document)) of each document from a given one on, without end."""
+        has_text = True
         while has_text:
             has_text = False
-            for batch in encoder.encode_all(self.documents(epoch, file, document)):
-                for text, piece, _ in batch:
-                    if len(piece.ids):
+            for i in range(file, len(self.files)):
+                reader = read_documents(self.files[i:i + 1], fields=self.fields, errors=self.errors,
+                                        start=document)
+                for n, (text, *_) in enumerate(reader, document):
+                    if text:
                         has_text = True
-                        yield np.append(self.tokenizer.eot, piece.ids), text.where
-            epoch, file, document = epoch + 1, 0, 0
+                        yield text, (epoch, i, n)
+                document = 0
+            epoch, file = epoch + 1, 0
         raise ValueError(f'{", ".join(self.paths)}: no text in there')
+
+    def encoded(self, *position):
+        """Yield (ids, (epoch, file, document)) of each document from a given one on."""
+        chunk, n_chars = [], 0
+        with ThreadPoolExecutor(N_THREADS, 'tokenizer') as pool:
+            for text, begin in self.documents(*position):
+                is_new_epoch = chunk and begin[0] != chunk[0][1][0]
+                if n_chars > CHUNK_CHARS or is_new_epoch:
+                    texts, begins = zip(*chunk, strict=True)
+                    for ids, start in zip(pool.map(self.tokenizer.encode_array, texts), begins, strict=True):
+                        yield np.append(self.tokenizer.eot, ids), start
+                    chunk, n_chars = [], 0
+                chunk.append((text, begin))
+                n_chars += len(text)
 
     def pieces(self, start, size):
         """Yield (size + 1 tokens, start of the next piece). A piece repeats the last token before it."""
@@ -78,6 +87,16 @@ class Text:
                 yield piece, (*documents[0][1], skip)
 
 
+def one_ahead(iterator):
+    """Yield the items of an iterator. A thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1, 'stream') as reader:
+        future = reader.submit(next, iterator)
+        while True:
+            item = future.result()
+            future = reader.submit(next, iterator)
+            yield item
+
+
 class Stream(Batches):
     """Batches of a Text by step. Windows are shuffled within consecutive groups of shuffle_window."""
 
@@ -87,10 +106,9 @@ class Stream(Batches):
         super().__init__(**shape)
         self.text, self.shuffle_window, self.shift = text, shuffle_window, 0
         self.tokenizer_meta, self.vocab_size = text.tokenizer.meta(), text.tokenizer.vocab_size
-        self.starts = {0: BEGINNING}  # of groups, by number
+        self.starts = {0: BEGINNING}  # where groups begin, by number
         self.groups = {}  # tokens of the last two groups, by number
-        self.reader = ThreadPoolExecutor(1, 'stream')
-        self.pieces, self.next_group, self.next_piece = None, math.inf, None  # the next piece is read ahead
+        self.pieces, self.next_group = None, math.inf  # what is being read, and the group it yields next
         self.lock = threading.Lock()  # against the prefetching thread
 
     def first_window(self, step: int) -> int:
@@ -102,27 +120,27 @@ class Stream(Batches):
         numbers, index = np.divmod(g, self.shuffle_window)
         with self.lock:
             for number in np.unique(numbers).tolist():
+                tokens = self.group(number)
                 shuffled = permute(index[numbers == number], self.shuffle_window, (self.seed, number))
-                rows += windows_of(self.group(number), shuffled, self.block_size)
-        return pad(rows, self.block_size)
+                rows += [window_of(tokens, i, self.block_size) for i in shuffled.tolist()]
+        return Batch(*map(torch.from_numpy, pad(rows, self.block_size)))
 
     def count_targets(self, step: int) -> int:
         return self.rows_per_step * self.block_size
 
     def group(self, number):
-        """Return the tokens of a group. Reading continues, or begins again at the last start before it."""
+        """Return the tokens of a group."""
         if number not in self.groups and number < self.next_group:
             self.next_group = max(n for n in self.starts if n <= number)
-            size = self.shuffle_window * self.block_size
-            self.pieces = self.text.pieces(self.starts[self.next_group], size)
-            self.next_piece = self.reader.submit(next, self.pieces)
+            start = self.starts[self.next_group]
+            self.pieces = one_ahead(self.text.pieces(start, self.shuffle_window * self.block_size))
         while number not in self.groups:
-            self.groups[self.next_group], start = self.next_piece.result()
-            self.next_piece = self.reader.submit(next, self.pieces)
+            self.groups[self.next_group], start = next(self.pieces)
             self.groups.pop(self.next_group - 2, None)
             self.next_group += 1
             self.starts[self.next_group] = start
-            self.starts.pop(self.next_group - KEPT_STARTS, None)
+            for old in sorted(self.starts)[1:-100]:
+                del self.starts[old]
         return self.groups[number]
 
     def position(self, step: int) -> dict:
@@ -152,28 +170,29 @@ class Stream(Batches):
                      vocab_size=self.vocab_size, tokenizer=fingerprint(self.tokenizer_meta))]
 
 
-def windows_of(tokens, numbers, T):
-    return [tokens[i * T:(i + 1) * T + 1] for i in numbers.tolist()]
+def window_of(tokens, i, T):
+    return tokens[i * T:(i + 1) * T + 1]
 
 
 class Head:
-    """The first windows of a Text in order, in memory, for evaluation. n_windows=0 takes all."""
+    """The first windows of a Text in order, in memory, for evaluation. n_windows=None takes all."""
 
-    def __init__(self, text: Text, block_size: int, n_windows: int = 0, *, batch_size: int = 1):
+    def __init__(self, text: Text, block_size: int, n_windows: int | None = None, *, batch_size: int = 1):
         self.block_size, self.batch_size = block_size, batch_size
+        n_wanted = sys.maxsize if n_windows is None else n_windows * block_size + 1
         documents, n_tokens = [], 0
         for ids, (epoch, *_) in text.encoded(*BEGINNING[:3]):
-            if epoch or (n_windows and n_tokens > n_windows * block_size):
+            if epoch or n_tokens >= n_wanted:
                 break
             documents.append(ids)
             n_tokens += len(ids)
-        self.tokens = np.concatenate(documents)
-        n_there = -(-(n_tokens - 1) // block_size)
-        self.n_windows = min(n_windows or n_there, n_there)
+        self.tokens = np.concatenate(documents)[:n_wanted]
+        self.n_windows = -(-(len(self.tokens) - 1) // block_size)
 
     def windows(self, g: np.ndarray) -> Batch:
         """Return the windows numbered g, (K,) int64. After the end of the text there is no target."""
-        return pad(windows_of(self.tokens, g, self.block_size), self.block_size)
+        rows = [window_of(self.tokens, i, self.block_size) for i in g.tolist()]
+        return Batch(*map(torch.from_numpy, pad(rows, self.block_size)))
 
 
 def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors: str, n_eval: int,
@@ -195,5 +214,5 @@ def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors
                          'name text for that with --stream_val=PATH')
     train, val = (Text(part, tokenizer, fields.split(','), errors) for part in (files, held_out))
     size = dict(block_size=settings['block_size'], batch_size=settings['batch_size'])
-    val_head = Head(val, n_windows=n_eval, **size)
+    val_head = Head(val, n_windows=n_eval or None, **size)
     return Stream(train, **settings), Head(train, n_windows=n_eval or val_head.n_windows, **size), val_head

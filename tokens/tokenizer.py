@@ -64,10 +64,10 @@ class Tokenizer:
     def encode(self, text: str, allowed_special=()) -> list[int]:
         """Encode a text. Special tokens in it are plain text unless allowed_special holds their names."""
         names = sorted(self.special.keys() & set(allowed_special), key=len, reverse=True)
-        parts, ids = [text], []
-        if names:
-            parts = re.split('(' + '|'.join(map(re.escape, names)) + ')', text)
-        for part in parts:
+        if not names:
+            return self.encode_array(text).tolist()
+        ids = []
+        for part in re.split('(' + '|'.join(map(re.escape, names)) + ')', text):
             if part in names:
                 ids.append(self.special[part])
             else:
@@ -83,6 +83,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def decode_bytes(self, ids) -> bytes:
+        """Return the bytes of the ids, of all at once or one by one."""
         return b''.join([self.pieces[i] for i in self.checked(ids)])
 
     def checked(self, ids):
@@ -237,9 +238,7 @@ class JsonTokenizer(Tokenizer):
         self.content = parse(tokenizer_json)
         ids, added = vocabulary(self.content), self.content['added_tokens']
         self.special = {token['content']: token['id'] for token in added if token['special']}
-        self.vocab_size = len(ids)
-        if eot is not None:
-            self.eot = ids[eot]
+        self.vocab_size, self.eot = len(ids), None if eot is None else ids[eot]
         self.bos = self.special.get(config.get('bos_token'), self.eot)
         self.pad = self.special.get(config.get('pad_token'), self.eot)
 
@@ -302,9 +301,11 @@ KINDS = {kind.kind: kind for kind in (CharTokenizer, ItosTokenizer, IdTokenizer,
 
 def load_tokenizer(meta: dict) -> Tokenizer:
     """Return the tokenizer that meta() describes. Raise ValueError if it describes none."""
-    with one_line('tokenizer'):
-        arguments = dict(meta)
-        return KINDS[arguments.pop('kind')](**arguments)
+    kind = meta.get('kind') if isinstance(meta, dict) else None
+    if kind not in list(KINDS):
+        raise ValueError(f'tokenizer kind is {kind!r}, accepted are {", ".join(KINDS)}')
+    with one_line(f'{kind} tokenizer'):
+        return KINDS[kind](**{key: value for key, value in meta.items() if key != 'kind'})
 
 
 def vocab_size_of(meta: dict) -> int:
@@ -334,8 +335,8 @@ def tokenizer_meta(name, also=(), eot: str = '') -> dict:
         if eot not in ('', END):
             raise ValueError(f'--eot={eot}: the {name} tokenizer ends documents with {END}')
         return {'gpt2': dict(GPT2_META), 'byte': {'kind': 'byte'}}[name]
-    meta = name and read_tokenizer_json(name, eot)
-    if not meta:
+    meta = read_tokenizer_json(name, eot) if name else None
+    if meta is None:
         accepted = ', '.join([*also, 'gpt2', 'byte'])
         raise FileNotFoundError(
             f'tokenizer {name}: accepted are {accepted}, and a folder with tokenizer.json: '

@@ -27,8 +27,8 @@ PLAIN = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': 
          'post_processor': None}
 FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
 ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
-KEPT = (*ROLES, 'additional_special_tokens', 'extra_special_tokens', 'clean_up_tokenization_spaces',
-        'add_bos_token', 'add_eos_token', 'chat_template')
+KEPT = (*ROLES, 'additional_special_tokens', 'clean_up_tokenization_spaces', 'add_bos_token', 'add_eos_token',
+        'chat_template')
 
 
 @contextlib.contextmanager
@@ -190,8 +190,8 @@ def read_tokenizer_json(path, eot=''):
     if not file.is_file() or file.suffix != '.json':
         return read_other_formats(path)
     with one_line(file):
-        engine = load_engine(parse(file.read_text(encoding='utf-8-sig')))
-        content, config = json.loads(engine.to_str()), read_config(file.parent)
+        config = read_config(file.parent)
+        content = with_named_tokens(parse(file.read_text(encoding='utf-8-sig')), config)
         ids = vocabulary(content)
         if eot and eot not in ids:
             raise ValueError(f'it has no token {eot}, which --eot names')
@@ -231,13 +231,37 @@ def read_config(folder):
         file = folder / f'{name}.json'
         if file.is_file():
             config |= read_json(file)
-    for role in ROLES:
-        if isinstance(config.get(role), dict):  # an AddedToken
-            config[role] = config[role]['content']
+    config |= {role: token_name(config[role]) for role in ROLES if role in config}
+    # transformers 5 renamed additional_special_tokens
+    others = config.get('extra_special_tokens') or config.get('additional_special_tokens') or []
+    if isinstance(others, dict):
+        others = others.values()
+    config['additional_special_tokens'] = [token_name(other) for other in others]
     template = folder / 'chat_template.jinja'
     if template.is_file():
         config['chat_template'] = template.read_text(encoding='utf-8')
     return config
+
+
+def token_name(value):
+    if isinstance(value, dict):
+        return value.get('content')
+    return value
+
+
+def with_named_tokens(content, config):
+    """Return the content as the library writes it, with the tokens that only read_config() names."""
+    from tokenizers import AddedToken
+    engine, entries = load_engine(content), config.get('added_tokens_decoder') or {}
+    tokens = []
+    for i in sorted(entries, key=int):
+        flags = {flag: entries[i][flag] for flag in FLAGS if flag in entries[i]}
+        tokens.append(AddedToken(entries[i]['content'], **flags))
+    names = [config.get(role) for role in ROLES] + config['additional_special_tokens']
+    tokens += [AddedToken(name, special=True, normalized=False) for name in names if name]
+    present = {token.content for token in engine.get_added_tokens_decoder().values()}
+    engine.add_tokens([token for token in tokens if token.content not in present])
+    return json.loads(engine.to_str())
 
 
 def end_token(config, ids):
@@ -252,21 +276,34 @@ def end_token(config, ids):
 
 def short_meta(content, ids):
     """Return a short meta() of characters, bytes, GPT-2's BPE or a BPE trained here, None for others."""
-    names = sorted(ids, key=ids.get)
-    special = sorted((token['content'] for token in content['added_tokens']), key=ids.get)
-    merges = '\n'.join(map(' '.join, content['model'].get('merges') or []))
-    if all(len(name) == 1 for name in names):
+    model, added, names = content['model'], content['added_tokens'], sorted(ids, key=ids.get)
+    special = sorted((token['content'] for token in added), key=ids.get)
+    merges = '\n'.join(map(' '.join, model.get('merges') or []))
+    if model['type'] == 'WordLevel' and all(len(name) == 1 for name in names):
         meta, written = {'kind': 'char', 'chars': ''.join(names)}, char_json(names)
+    elif model['type'] != 'BPE' or END not in special:
+        return None
     elif not merges:
         meta, written = {'kind': 'byte'}, byte_json()
     elif are_gpt2s(merges):
         meta, written = dict(GPT2_META), bpe_json(merges, special=[END])
-    elif END in special and content['pre_tokenizer'] == byte_level(BPE_PATTERN):
+    elif content['pre_tokenizer'] == byte_level(BPE_PATTERN) and are_trained(content):
         meta = {'kind': 'bpe', 'merges': merges, 'pattern': BPE_PATTERN, 'special': special}
         written = bpe_json(merges, BPE_PATTERN, special)
     else:
         return None
     same = all(written[key] == content[key] for key in ('normalizer', 'pre_tokenizer'))
-    if same and written['model']['type'] == content['model']['type'] and vocabulary(written) == ids:
-        return meta
-    return None
+    strips = any(token['lstrip'] or token['rstrip'] for token in added)
+    if strips or not same or vocabulary(written) != ids:
+        return None
+    return meta
+
+
+def are_trained(content):
+    """Whether merging makes every token out of its own text, as training does.
+
+    Else tiktoken, which merges by the rank of the token, gives other ids than `tokenizers`.
+    """
+    model = load_engine(content).model
+    ordinary = content['model']['vocab'].keys() - {token['content'] for token in content['added_tokens']}
+    return all(len(model.tokenize(token)) == 1 for token in ordinary)

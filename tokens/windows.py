@@ -27,7 +27,7 @@ def draws(seed, count: int, high=1 << 63) -> np.ndarray:
 def permute(index: np.ndarray, n: int, seed) -> np.ndarray:
     """Map indexes by a pseudorandom permutation of range(n): (K,) int64 -> (K,) int64.
 
-    Each step permutes the numbers of `bits` bits; a result of n or more is mapped again (cycle walking, Black
+    Each step permutes the numbers of `bits` bits. A result of n or more is mapped again (cycle walking, Black
     and Rogaway 2002).
     """
     keys, bits = draws(seed, 12), max(1, (n - 1).bit_length())
@@ -46,8 +46,8 @@ def permute(index: np.ndarray, n: int, seed) -> np.ndarray:
 def count_of_each(weights, g: np.ndarray) -> np.ndarray:
     """Count the windows of each source among the first g of a mixture: (K,) int64 -> (n_sources, K) int64.
 
-    Each source takes its share of what the sources before it leave, rounded: a count stays within two windows
-    of its exact share, and never decreases.
+    Each source takes its share of what the sources before it leave, rounded. So a count stays within two
+    windows of its exact share, and never decreases.
     """
     counts, left = [], g
     for i, weight in enumerate(weights[:-1]):

@@ -65,8 +65,7 @@ def open_data(settings: dict, place, grad_accum: int, micro_batch_size: int,
     folders, weights = dataset_folders(dataset)
     order, shape = settings['sampling'], dict(block_size=block_size, isolate=settings['isolate_documents'])
     train = Loader(folders, 'train', order=order, weights=weights, **shape, **ranks)
-    if order != 'documents':
-        order = 'sequential'
+    order = order if order == 'documents' else 'sequential'
     loaders = [Loader(folders, split, order=order, batch_size=batch_size, **shape)
                for split in ('train', 'val')]
     for split in train.splits:
@@ -75,9 +74,8 @@ def open_data(settings: dict, place, grad_accum: int, micro_batch_size: int,
             print0(f'{split.folder} has no meta.json: reading uint16 shards with {origin}, as nanoGPT does')
     if settings['verify_data']:
         for split in (*train.splits, *loaders[1].splits):
-            print0(f'{split.folder}, {split.split}: comparing {len(split.shards)} shards with meta.json')
-            n_verified = distributed.on_first_rank(split.verify, of_each_node=True)
-            print0(f'{n_verified} of them have a checksum there, and match it')
+            print0(split.describe_checksums())
+            distributed.on_first_rank(split.verify, of_each_node=True)
     for loader in (train, *loaders):
         loader.windows(np.arange(batch_size))  # ids of another tokenizer fail here
     styles = sorted({split.meta['style'] for split in train.splits if split.meta.get('style')})
