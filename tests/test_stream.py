@@ -137,6 +137,10 @@ def test_a_broken_line_far_down_stops_the_batch_that_needs_it(tmp_path):
     with pytest.raises(ValueError, match=r"a.jsonl, line 10: no field 'text' with text, only content"):
         for step in range(10_000):
             loader.batch(step)
+    with pytest.raises(ValueError, match='line 10: no field'):  # the same for whoever tries again
+        loader.batch(step)
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in TEXTS[:9]), encoding='utf-8')
+    assert rows(loader, step) == rows(stream(tmp_path), step)
 
 
 def test_the_first_file_is_for_validation_unless_another_is_named(shards, tmp_path):

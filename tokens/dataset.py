@@ -257,6 +257,8 @@ class Split:
     def describe_checksums(self) -> str:
         n_shards = len(self.shards)
         n_known = n_shards - self.checksums.count(None)
+        if not n_known:
+            return f'{self.folder}, {self.split}: not verified, no shard has a checksum in meta.json'
         return (f'{self.folder}, {self.split}: verifying {self.n_tokens:,} tokens, {n_known} of {n_shards} '
                 'shards have a checksum in meta.json')
 

@@ -135,9 +135,10 @@ class Stream(Batches):
             start = self.starts[self.next_group]
             self.pieces = one_ahead(self.text.pieces(start, self.shuffle_window * self.block_size))
         while number not in self.groups:
-            self.groups[self.next_group], start = next(self.pieces)
-            self.groups.pop(self.next_group - 2, None)
-            self.next_group += 1
+            current, self.next_group = self.next_group, math.inf  # after an error, read the group anew
+            self.groups[current], start = next(self.pieces)
+            self.groups.pop(current - 2, None)
+            self.next_group = current + 1
             self.starts[self.next_group] = start
             for old in sorted(self.starts)[1:-100]:
                 del self.starts[old]
