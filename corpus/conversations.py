@@ -215,9 +215,11 @@ def build_command(argv, doc=None, folder=None, download=None, style='chat'):
     build(args.out, open_tokenizer(args.tokenizer), args.input or [download()], block_size=args.block_size,
           style=args.style, val=args.val or args.val_fraction, verbose=args.verbose,
           question=args.question, answer=args.answer, encoding=args.encoding)
-    base, config = 'CHECKPOINT', 'config/finetune_dolly.py'
-    if args.tokenizer == 'gpt2' or args.tokenizer.endswith('.pt'):
+    base, config = 'CHECKPOINT', 'config/finetune_small.py'
+    if args.tokenizer.endswith('.pt'):
         base = args.tokenizer
+    if args.tokenizer == 'gpt2':
+        base, config = 'gpt2', 'config/finetune_dolly.py'
     if (Path(args.tokenizer) / 'config.json').is_file():  # the folder of a model
         base, config = args.tokenizer, 'config/finetune_qwen3.py'
     print_next(args.out, [config, f'--init_from={base}'], own_dataset='dolly')

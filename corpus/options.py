@@ -113,6 +113,8 @@ def read_files(files, args, start=0, max_docs=None):
     with tqdm(total=sum(n_bytes_of(path) for path, _ in files), unit='B', unit_scale=True,
               mininterval=every_s, delay=every_s) as bar:
         for document in itertools.islice(documents, max_docs and max_docs - start):
+            if start and not bar.n:
+                bar.initial = document.n_read  # the rate is that of this run
             bar.update(document.n_read - bar.n)
             yield document
 

@@ -43,7 +43,7 @@ def write_dataset(folder, tokenizer, splits, source, shard_tokens=None, *, maske
 
 
 def write_texts(folder, texts, tokenizer, source, val_fraction=0.1):
-    """Pack texts with their last characters for validation, as nanoGPT does. Iterates three times."""
+    """Pack texts with their last characters for validation, as nanoGPT does."""
     n_chars = sum(map(len, texts))
     n_train = int(n_chars * (1 - val_fraction))
     splits = {'train': part_of(texts, 0, n_train), 'val': part_of(texts, n_train, n_chars)}
@@ -168,7 +168,7 @@ def pack_files(args, source):
 
 
 def name_source(paths):
-    """Describe the files of a dataset in words. Bytes of a name that are not UTF-8 become U+FFFD."""
+    """Name the files of a dataset. Bytes of a name that are not UTF-8 become U+FFFD."""
     names = [os.path.basename(os.path.normpath(path)) for path in paths]
     names = [os.fsencode(name).decode('utf-8', 'replace') for name in names]
     if len(names) == 1:

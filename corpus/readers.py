@@ -119,7 +119,7 @@ def n_bytes_of(path) -> int:
 
 
 def read_text(path, encoding: str = 'utf-8') -> str:
-    """Read a whole text file. Raises ValueError with file and line if it has another encoding."""
+    """Read a whole text file."""
     with naming(path), TextFile(path, encoding) as file:
         return file.read()
 

@@ -142,7 +142,7 @@ def fitting_encoding(path):
 
 
 def first_wrong_line(path, encoding):
-    """Return the number of the first line with bytes outside an encoding; None if all of them decode."""
+    """Return the number of the first line with bytes outside an encoding, or None."""
     stream, file = open_bytes(path)
     line = 1
     with file, io.TextIOWrapper(stream, encoding, errors='surrogateescape') as text:

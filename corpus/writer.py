@@ -158,7 +158,7 @@ class Writer:
             shard['tokens'] += len(part)
 
     def is_new(self, value):
-        """Tell whether a document's hash is new, and note it. The document is written next."""
+        """Tell whether a document's hash is new, and note it."""
         at = np.searchsorted(self.seen, np.uint64(value))
         if value in self.seen[at:at + 1] or value in self.more_seen:
             return False

@@ -350,7 +350,7 @@ def test_the_command_line(tmp_path):
     def run(*arguments):
         return subprocess.run([sys.executable, ROOT / 'corpus/conversations.py', *map(str, arguments)], capture_output=True, text=True, encoding='utf-8', cwd=tmp_path)
     done = run('build', '--input', file, '--tokenizer', tmp_path / 'ckpt.pt', '--block_size', '60', '--style', 'alpaca', '--out', 'y', '--val_fraction', '0.3')
-    assert done.returncode == 0 and f'--init_from={tmp_path / "ckpt.pt"} --dataset=' in done.stdout
+    assert done.returncode == 0 and f'config/finetune_small.py --init_from={tmp_path / "ckpt.pt"} --dataset=' in done.stdout
     assert done.stdout.endswith(' --out_dir=out-y\n')  # that recipe resumes what its out_dir holds
     assert '### Instruction:\nq' in run('show', 'y', '--rows', '1').stdout
     model.save_pretrained(tmp_path / 'folder', BYTES)

@@ -173,6 +173,22 @@ def test_max_docs_takes_the_first_ones(tmp_path):
         assert [document.text for document in read_files(files, args, start, max_docs=100)] == TEXTS[start:100]
 
 
+def test_the_rate_of_a_continued_run_leaves_out_what_was_read_before(tmp_path, monkeypatch):
+    import tqdm
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            bars.append(self)
+    monkeypatch.setattr('tqdm.tqdm', Bar)
+    (tmp_path / 'a.txt').write_text('a line\n' * 100_000, encoding='utf-8')
+    args = SimpleNamespace(field='text', errors='strict', encoding='utf-8', max_docs=None)
+    for start in (0, 90_000):
+        assert len(list(read_files(find_files([tmp_path / 'a.txt'], 'lines'), args, start))) == 100_000 - start
+    assert bars[0].initial == 0 and 600_000 < bars[1].initial < bars[1].n == 700_000
+
+
 def test_the_split_follows_from_each_text_alone():
     texts = [f'text {n}' for n in range(20_000)]
     val = {text for text in texts if split_by_hash(text, 0.01) == 'val'}

@@ -100,6 +100,16 @@ def test_what_was_seen_stays_seen_with_another_batch_size(shards):
     assert rows(new, 1000) == rows(first, 0)
 
 
+def test_a_position_is_known_where_a_step_takes_hundreds_of_groups(shards):
+    unbroken = stream(shards[0], batch_size=300, shuffle_window=1, prefetch=True)
+    for step in range(3):
+        unbroken.batch(step)
+        assert unbroken.position(step)['group'] == 300 * step
+    resumed = stream(shards[0], batch_size=300, shuffle_window=1)
+    resumed.seek(unbroken.position(3), 3)
+    assert rows(resumed, 3) == rows(unbroken, 3)
+
+
 def test_a_position_of_the_first_edition_reads_the_same_windows(shards):
     # its positions had six numbers (epoch; file, bytes, lines, documents; tokens), which cannot be used here
     unbroken, resumed = stream(shards[0]), stream(shards[0])

@@ -1,4 +1,4 @@
-"""Raw text -> batches, encoded while the model trains. Nothing is packed first, and nothing is written.
+"""Raw text -> batches, encoded while the model trains, without packing.
 
     python train.py config/train_gpt2.py --dataset=stream:shards/ --tokenizer=gpt2 --stream_val=held_out.jsonl
 
@@ -106,7 +106,8 @@ class Stream(Batches):
         super().__init__(**shape)
         self.text, self.shuffle_window, self.shift = text, shuffle_window, 0
         self.tokenizer_meta, self.vocab_size = text.tokenizer.meta(), text.tokenizer.vocab_size
-        self.starts = {0: BEGINNING}  # where groups begin, by number
+        self.starts = {0: BEGINNING}  # where groups begin, by number: the first and the last n_starts
+        self.n_starts = 100 + 2 * self.rows_per_step // shuffle_window
         self.groups = {}  # tokens of the last two groups, by number
         self.pieces, self.next_group = None, math.inf  # what is being read, and the group it yields next
         self.lock = threading.Lock()  # against the prefetching thread
@@ -140,7 +141,7 @@ class Stream(Batches):
             self.groups.pop(current - 2, None)
             self.next_group = current + 1
             self.starts[self.next_group] = start
-            for old in sorted(self.starts)[1:-100]:
+            for old in sorted(self.starts)[1:-self.n_starts]:
                 del self.starts[old]
         return self.groups[number]
 
@@ -191,7 +192,7 @@ class Head:
         self.n_windows = -(-(len(self.tokens) - 1) // block_size)
 
     def windows(self, g: np.ndarray) -> Batch:
-        """Return the windows numbered g, (K,) int64. After the end of the text there is no target."""
+        """Return the windows numbered g, (K,) int64."""
         rows = [window_of(self.tokens, i, self.block_size) for i in g.tolist()]
         return Batch(*map(torch.from_numpy, pad(rows, self.block_size)))
 

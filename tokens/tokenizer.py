@@ -47,7 +47,7 @@ GPT2_MERGES_SOURCES = [
 
 
 class Tokenizer:
-    """Shared by all tokenizers. A subclass has kind, vocab_size, encode_array, tokenizer_json and pieces."""
+    """A subclass has kind, vocab_size, encode_array, tokenizer_json and pieces."""
 
     pieces: list[bytes]  # what each id adds to a text
     special = {}  # {name: id}
@@ -58,7 +58,7 @@ class Tokenizer:
         self.arguments = arguments
 
     def meta(self) -> dict:
-        """Return plain values for meta.json and checkpoints, from which load_tokenizer rebuilds it."""
+        """Return plain values from which load_tokenizer rebuilds the tokenizer."""
         return {'kind': self.kind, **self.arguments}
 
     def encode(self, text: str, allowed_special=()) -> list[int]:

@@ -13,10 +13,10 @@ from files import read_json
 
 GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # as in tiktoken
 GPT2_META = {'kind': 'gpt2', 'sha256': GPT2_MERGES_SHA256}
-# GPT-2's pre-tokenization. The possessive ++ avoids walking a run of letters or spaces twice.
+# the possessive ++ avoids walking a run of letters or spaces twice
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# Pre-tokenization of the BPE trained here. Chinese has no spaces, so a run of Han characters is cut after 16;
-# digits go by three, as in GPT-4, so that years do not become tokens.
+# of the BPE trained here: Chinese has no spaces, so a run of Han characters is cut after 16; digits go by
+# three, so that years do not become tokens
 BPE_PATTERN = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{Han}{1,16}| ?[\p{L}&&[^\p{Han}]]{1,32}| ?\p{N}{1,3}"""
                r"""| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""")
 END = '<|endoftext|>'
@@ -77,7 +77,7 @@ def byte_level(pattern=GPT2_PATTERN):
 
 
 def bpe_json(merges, pattern=GPT2_PATTERN, special=SPECIAL_TOKENS, tokens=()):
-    """Return the content of a tokenizer.json. The ordinary tokens follow from the merges, unless given."""
+    """Return the content of a tokenizer.json. The merges imply the ordinary tokens, unless given."""
     vocab = {token: i for i, token in enumerate([*(tokens or bpe_tokens(merges)), *special])}
     model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '',
              'end_of_word_suffix': '', 'fuse_unk': False, 'vocab': vocab, 'merges': merges.splitlines()}
@@ -98,7 +98,7 @@ def char_json(tokens):
 
 
 def tokenizer_config(tokenizer):
-    """Return the content of tokenizer_config.json. In ours, END begins, ends and separates documents."""
+    """Return the content of tokenizer_config.json. Ours use END as BOS, too."""
     config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
     if tokenizer.kind == 'json':
         end = tokenizer.arguments['eot']
