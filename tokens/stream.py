@@ -202,7 +202,6 @@ def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors
     """Return the Stream of the training text, a Head of it, and a Head of the validation text.
 
     n_eval    windows in each Head; 0 = the whole validation text, and as many windows of the training text
-    settings  of Stream
     """
     if tokenizer.eot is None:
         raise ValueError(f'a {tokenizer.kind} tokenizer has no end-of-text to separate documents of a stream')
