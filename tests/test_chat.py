@@ -148,6 +148,17 @@ def test_answers_in_batches_are_those_of_one_at_a_time(tuned):
     assert [line['question'] for line in lines] == [q['prompt'] for q in questions] and 'exact' not in lines[-1]
 
 
+def test_each_answer_is_drawn_with_numbers_of_its_own(tuned):
+    folder, _ = tuned
+    file, answers = folder / 'same.txt', folder / 'same.jsonl'
+    file.write_text('cow?\n' * 8, encoding='utf-8')
+    found = []
+    for flags in (['--temperature=5', '--top_k=0', '--batch_size=1'], ['--temperature=5', '--top_k=0', '--batch_size=1000000'], ['--max_new_tokens=0']):
+        assert ask(folder, f'--prompts={file}', f'--answers={answers}', *flags)[0] == 0
+        found.append([json.loads(line)['answer'] for line in answers.read_text(encoding='utf-8').splitlines()])
+    assert found[0] == found[1] and len(set(found[0])) > 1 and found[2] == [''] * 8
+
+
 def test_lines_of_a_text_file_are_questions(tuned):
     folder, _ = tuned
     file, answers = folder / 'lines.txt', folder / 'lines.jsonl'
