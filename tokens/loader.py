@@ -36,14 +36,14 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=is_cuda) for tensor in tensors))
 
 
-def pad(rows, T: int):
-    """Return x and y of K rows of up to T + 1 tokens, (K, T) int64 each, padded with 0 and IGNORE."""
+def pad(rows, T: int) -> Batch:
+    """Return the Batch of K rows of up to T + 1 tokens, padded with 0 and IGNORE."""
     x = np.zeros((len(rows), T), dtype=np.int64)
     y = np.full_like(x, IGNORE)
     for i, tokens in enumerate(rows):
         x[i, :len(tokens)] = tokens[:T]
         y[i, :len(tokens) - 1] = tokens[1:]
-    return x, y
+    return Batch(torch.from_numpy(x), torch.from_numpy(y))
 
 
 class Batches:
@@ -125,15 +125,14 @@ class Loader(Batches):
     def windows(self, g: np.ndarray) -> Batch:
         """Return the windows numbered g, (K,) int64."""
         located = self.locate(g)
-        x, y = pad([split.read(start, size) for split, start, size in located], self.block_size)
+        batch = pad([split.read(start, size) for split, start, size in located], self.block_size)
         if not self.all_are_targets:
-            for row, (split, start, size) in enumerate(located):
-                y[row, :size - 1][~split.is_target(start + 1, size - 1)] = IGNORE
-        documents = None
+            for y, (split, start, size) in zip(batch.y.numpy(), located, strict=True):
+                y[:size - 1][~split.is_target(start + 1, size - 1)] = IGNORE
         if self.isolate:
             numbers = [split.document_numbers(start, self.block_size) for split, start, _ in located]
-            documents = torch.from_numpy(np.stack(numbers))
-        return Batch(torch.from_numpy(x), torch.from_numpy(y), documents)
+            batch = batch._replace(documents=torch.from_numpy(np.stack(numbers)))
+        return batch
 
     def count_targets(self, step: int) -> int:
         """Count the targets in a step, over all ranks and micro-steps."""

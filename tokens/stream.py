@@ -16,7 +16,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 
 from corpus.readers import find_files, n_bytes_of, read_documents
 from files import print0
@@ -124,7 +123,7 @@ class Stream(Batches):
                 tokens = self.group(number)
                 shuffled = permute(index[numbers == number], self.shuffle_window, (self.seed, number))
                 rows += [window_of(tokens, i, self.block_size) for i in shuffled.tolist()]
-        return Batch(*map(torch.from_numpy, pad(rows, self.block_size)))
+        return pad(rows, self.block_size)
 
     def count_targets(self, step: int) -> int:
         return self.rows_per_step * self.block_size
@@ -194,7 +193,7 @@ class Head:
     def windows(self, g: np.ndarray) -> Batch:
         """Return the windows numbered g, (K,) int64."""
         rows = [window_of(self.tokens, i, self.block_size) for i in g.tolist()]
-        return Batch(*map(torch.from_numpy, pad(rows, self.block_size)))
+        return pad(rows, self.block_size)
 
 
 def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors: str, n_eval: int,
