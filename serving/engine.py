@@ -110,7 +110,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_queue = max_batch, max_queue
         self.device = model.transformer.wte.weight.device
-        self.dtype = model.transformer.wte(torch.zeros(1, dtype=torch.int64, device=self.device)).dtype
+        self.dtype = model.stream_dtype or model.transformer.wte.weight.dtype
         self.waiting = deque()
         self.running = []  # row r of the cache belongs to running[r]
         self.cache = RowCache(model.config, max_batch, self.device, self.dtype)

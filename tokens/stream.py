@@ -200,7 +200,7 @@ def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors
                 **settings):
     """Return the Stream of the training text, a Head of it, and a Head of the validation text.
 
-    n_eval    windows in each Head; 0 = the whole validation text, and as many windows of the training text
+    n_eval  windows in each Head; 0 = the whole validation text, and as many windows of the training text
     """
     if tokenizer.eot is None:
         raise ValueError(f'a {tokenizer.kind} tokenizer has no end-of-text to separate documents of a stream')

@@ -112,7 +112,9 @@ def text_loss(model, loader, windows: np.ndarray, *, token_bytes, place, autocas
     """
     batches = [windows[i:i + loader.batch_size] for i in range(0, len(windows), loader.batch_size)]
     # nats, targets, nats of targets that have bytes, bytes; MPS has no float64
-    exact = {'mps': torch.float32}.get(place.device.type, torch.float64)
+    exact = torch.float64
+    if place.device.type == 'mps':
+        exact = torch.float32
     sums = torch.zeros(4, dtype=exact, device=place.device)
     if token_bytes is None:
         token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64, device=place.device)

@@ -45,7 +45,7 @@ def save(model, path: Path, tokenizer, template=None, quantize=None):
     kind = 'Q8_0' if quantize == 'int8' else TYPES[model.transformer.wte.weight.dtype]
     model_arch = gguf.MODEL_ARCH[architecture.model_type.upper().replace('MISTRAL', 'LLAMA')]
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[model_arch])
-    file_type = gguf.LlamaFileType[f'MOSTLY_{kind}'.replace('MOSTLY_F32', 'ALL_F32')]
+    file_type = gguf.LlamaFileType['ALL_F32' if kind == 'F32' else f'MOSTLY_{kind}']
     settings = model_settings(config) | tokenizer_settings(tokenizer, template)
     settings |= dict(name=path.stem, file_type=file_type, quantization_version=gguf.GGML_QUANT_VERSION)
     for name, value in settings.items():
