@@ -68,7 +68,6 @@ if __name__ == '__main__':
 
         from serving.api import Api, make_app
         from serving.engine import Engine
-        from serving.guard import PatientProtocol
         listener = open_socket(host, port)
 
         # the model
@@ -99,8 +98,9 @@ if __name__ == '__main__':
         if template:
             kind = f', style {template}'
         print(f'http://{shown}:{listener.getsockname()[1]} serves {printable(name)}{kind}', flush=True)
-        config = uvicorn.Config(app, http=PatientProtocol, ws='none', log_level='warning',
-                                limit_concurrency=512, server_header=False, timeout_graceful_shutdown=2)
+        # unlike httptools, h11 limits the size of headers
+        config = uvicorn.Config(app, http='h11', ws='none', log_level='warning', limit_concurrency=512,
+                                server_header=False, timeout_graceful_shutdown=2)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run([listener])
         engine.close()

@@ -1,4 +1,4 @@
-"""Refuse requests before they reach the API: strangers, wrong keys, large bodies, slow clients."""
+"""Refuse requests before they reach the API: strangers, wrong keys, large bodies."""
 
 import hmac
 import re
@@ -7,12 +7,10 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chat import json_line
 
 MAX_BODY_BYTES = 1 << 20
-CLIENT_TIMEOUT_S = 30
 TYPES = {401: 'authentication_error', 403: 'permission_error', 429: 'rate_limit_error', 500: 'server_error'}
 
 
@@ -79,25 +77,3 @@ async def read_body(request: Request) -> bytes:
     except ClientDisconnect:
         raise Refusal(400, 'the body is incomplete') from None
     return bytes(body)
-
-
-class PatientProtocol(H11Protocol):
-    """HTTP that drops clients which stop in the middle of a request, or stop reading."""
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self.check()
-
-    def check(self, before=None):
-        """Drop the connection if it has waited for its client since the last check."""
-        awaits_request = self.cycle is None or self.cycle.response_complete
-        waits = awaits_request, not awaits_request and self.cycle.more_body, self.flow.write_paused
-        state = self.cycle, waits, self.transport.get_write_buffer_size()
-        if any(waits) and state == before:
-            self.transport.abort()
-        else:
-            self.timer = self.loop.call_later(CLIENT_TIMEOUT_S, self.check, state)
-
-    def connection_lost(self, error):
-        self.timer.cancel()
-        super().connection_lost(error)
