@@ -31,8 +31,7 @@ def failure() -> Refusal:
 
 
 def as_response(value: dict, status: int = 200) -> Response:
-    headers = {'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff'}
-    return Response(json_line(value), status, headers, 'application/json')
+    return Response(json_line(value), status, media_type='application/json')
 
 
 class Guard:

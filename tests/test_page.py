@@ -103,6 +103,17 @@ def test_markup_in_questions_and_answers_is_shown_as_text(visit):
     assert page.title() == 'm'
 
 
+def test_the_page_loads_nothing_from_another_host(visit, servers):
+    page = visit()
+    for directive, load in (('connect-src', 'fetch(url).catch(() => {})'), ('img-src', 'new Image().src = url')):
+        violation = page.evaluate("""url => new Promise(done => {
+            addEventListener('securitypolicyviolation', event => done(event.effectiveDirective), { once: true });
+            setTimeout(done, 60_000, 'none');
+            %s;
+        })""" % load, servers[True] + '/v1/models')  # another port is another host
+        assert violation == directive
+
+
 def begin_a_long_answer(visit):
     page = visit(is_slow=True)
     setting(page, 'max_tokens', 2000)

