@@ -17,7 +17,7 @@ os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in train.py
 
 import devices
 import distributed
-from chat import Sampling, check, choose_style, prepare_decoding, stop_ids
+from chat import check, choose_style, prepare_decoding, stop_ids
 from configurator import configure
 from files import one_line_errors, print0, printable
 from weights.begin import build_model, find_start
@@ -30,10 +30,6 @@ checkpoint_path = ''  # this file instead of the checkpoint in out_dir; may be a
 tokenizer = ''  # gpt2, byte, or a folder with tokenizer.json, for a model that has none
 # prompt template; auto = the one the model was tuned with
 style: Literal['auto', 'chat', 'alpaca', 'chatml'] = 'auto'
-# how to draw, for requests that do not say it
-temperature = 0.8  # lower is more predictable, 0 always takes the most likely token
-top_k: int | None = 200  # draw among this many most likely tokens; 0 or None = all
-top_p: float | None = None  # draw among the fewest tokens with this total probability; None = all
 # the server
 host = '127.0.0.1'  # this computer alone; 0.0.0.0 = reachable from others
 port = 8000  # 0 = any that is free
@@ -61,7 +57,6 @@ if __name__ == '__main__':
         configure(globals())
 
         # find mistakes in the settings before the weights are read
-        sampling = Sampling(1, temperature, top_k, top_p, seed=0)
         check('max_batch', max_batch, max_batch >= 1, '1 or more')
         check('max_queue', max_queue, max_queue >= 0, '0 or more')
         import uvicorn
@@ -90,7 +85,7 @@ if __name__ == '__main__':
         hosts = {'127.0.0.1', 'localhost', '[::1]'}
         if host not in (*hosts, '::1'):
             hosts = None
-        app = make_app(Api(engine, name, template, sampling, stop_ids(trained.tokenizer)),
+        app = make_app(Api(engine, name, template, stop_ids(trained.tokenizer)),
                        api_key=api_key or os.environ.get('FLATGPT_API_KEY', ''),
                        origins=[origin for origin in cors.split(',') if origin], hosts=hosts)
         shown = f'[{host}]' if ':' in host else host

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response, StreamingResponse
 
-from chat import Sampling, json_line
+from chat import json_line
 from corpus.template import Template
 from serving.engine import Engine, Sequence
 from serving.guard import Guard, Refusal, as_response, failure, read_body
@@ -36,7 +36,6 @@ class Api:
     engine: Engine
     name: str  # the model's id
     style: str  # prompt template; '' = a base model, which does not chat
-    sampling: Sampling  # for requests that do not say how to draw
     stop_ids: set
 
     def __post_init__(self):
@@ -115,7 +114,7 @@ class Answer(Response):
         self.sequences = []
         for index, ids in enumerate(prompts):
             limit = min(body.max_new_tokens(), api.context - len(ids))
-            sampling = body.sampling(api.sampling, limit, seed % 2**62 + index)
+            sampling = body.sampling(limit, seed % 2**62 + index)
             emit = partial(self.receive, index)
             self.sequences.append(Sequence(ids, sampling, api.tokenizer, emit, body.stops(), api.stop_ids,
                                            body.n_logprobs()))

@@ -1,7 +1,6 @@
 """The parameters of requests. Unknown ones are ignored; those that would change the answer are refused."""
 
 import json
-from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +15,7 @@ NEUTRAL = {
 }
 ROLES = {'developer': 'system', 'tool': 'context'}  # others have the name of ours
 
+DRAWING = {'temperature': 0.8, 'top_k': 200, 'top_p': None}  # for requests that do not say, as sample.py's
 UNLIMITED = 2**31
 # fail_fast: listing every wrong item of a long list would take seconds
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -63,9 +63,9 @@ class Shared(BaseModel):
             stops = [stops]
         return [stop for stop in stops if stop]
 
-    def sampling(self, default: Sampling, max_new_tokens: int, seed: int) -> Sampling:
+    def sampling(self, max_new_tokens: int, seed: int) -> Sampling:
         given = self.model_dump(include={'temperature', 'top_k', 'top_p'}, exclude_none=True)
-        return replace(default, **given, max_new_tokens=max_new_tokens, seed=seed)
+        return Sampling(max_new_tokens=max_new_tokens, seed=seed, **DRAWING | given)
 
 
 class CompletionRequest(Shared):

@@ -33,7 +33,6 @@ from serving.schema import ChatRequest, CompletionRequest  # noqa: E402
 from tokens.tokenizer import ByteTokenizer, load_tokenizer  # noqa: E402
 
 BYTES = ByteTokenizer()
-DEFAULT = Sampling(1, 1.0, None, None, 0)
 http = httpx.Client(timeout=300, limits=httpx.Limits(max_keepalive_connections=0))  # the machine may be busy
 SHAPES = {'gpt2': {}, 'modern': {}, 'llama': dict(n_kv_head=2, qk_norm=True)}
 
@@ -66,7 +65,7 @@ def serving(app):
 def running(model, style='chat', max_batch=4, max_queue=4, tokenizer=BYTES, **options):
     """(base URL, engine) of a model's server."""
     engine = Engine(model, tokenizer, max_batch, max_queue).start()
-    api = Api(engine, 'm', style, DEFAULT, stop_ids(tokenizer))
+    api = Api(engine, 'm', style, stop_ids(tokenizer))
     try:
         with serving(make_app(api, **options)) as url:
             yield url, engine
@@ -203,13 +202,13 @@ def test_completions(client):
     model = random_model()
     for prompt, ids in (('The cat', list(b'The cat')), ('', [256]), ([5, 6], [5, 6])):
         done = client.completions.create(model='m', prompt=prompt, max_tokens=9, seed=4)
-        drawn = alone(model, ids, Sampling(9, 1.0, None, None, 4), stop_ids(BYTES))
+        drawn = alone(model, ids, Sampling(9, 0.8, 200, None, 4), stop_ids(BYTES))
         assert done.choices[0].text == BYTES.decode(drawn) and done.object == 'text_completion'
         assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (len(ids), len(drawn))
         assert done.choices[0].finish_reason == ('length' if len(drawn) == 9 else 'stop')
-    several = client.completions.create(model='m', prompt=['a', 'b'], n=2, max_tokens=5, seed=4, top_p=0.9)
+    several = client.completions.create(model='m', prompt=['a', 'b'], n=2, max_tokens=5, seed=4, temperature=2)
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3] and len({choice.text for choice in several.choices}) == 4
-    again = client.completions.create(model='m', prompt=['a'], n=2, max_tokens=5, seed=4, top_p=0.9)
+    again = client.completions.create(model='m', prompt=['a'], n=2, max_tokens=5, seed=4, temperature=2)
     assert [choice.text for choice in again.choices] == [choice.text for choice in several.choices[:2]]
 
 
@@ -217,7 +216,7 @@ def test_chat_uses_the_template_and_streams_the_same_text(client):
     messages = [{'role': 'developer', 'content': ' short '}, {'role': 'user', 'content': [{'type': 'text', 'text': 'cow?'}]}]
     whole = client.chat.completions.create(model='m', messages=messages, max_completion_tokens=12, seed=2, n=2)
     ids = Template(BYTES, 'chat').fit([('system', 'short'), ('user', 'cow?')], 64).ids.tolist()
-    drawn = alone(random_model(), ids, Sampling(12, 1.0, None, None, 2), stop_ids(BYTES))
+    drawn = alone(random_model(), ids, Sampling(12, 0.8, 200, None, 2), stop_ids(BYTES))
     assert whole.choices[0].message.content == BYTES.decode(drawn) and whole.choices[0].message.role == 'assistant'
     streamed, texts = [], ['', '']
     for chunk in client.chat.completions.create(model='m', messages=messages, max_tokens=12, seed=2, n=2, stream=True,
