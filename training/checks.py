@@ -39,12 +39,9 @@ def check_limits(settings: dict):
 def check_settings(settings: dict):
     check_limits(settings)
     s = SimpleNamespace(**settings)
-    decays = s.decay_lr and s.lr_schedule != 'constant'
     reads_file = s.init_from in ('resume', 'checkpoint') or s.init_from.endswith('.pt') or s.auto_resume
     is_stream, is_fsdp = s.dataset.startswith('stream:'), s.parallel == 'fsdp'
     problems = {  # message: whether it applies
-        f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}, which decays to it: '
-        f'use --min_lr={s.learning_rate / 10:g}, or --decay_lr=False': decays and s.min_lr > s.learning_rate,
         f'loss_chunks={s.loss_chunks}: accepted is 0 or more, or auto':
             s.loss_chunks != 'auto' and s.loss_chunks < 0,
         f'decay_fraction={s.decay_fraction}: accepted is 0 to 1': not 0 <= s.decay_fraction <= 1,
