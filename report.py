@@ -219,15 +219,12 @@ def summary(run) -> dict[str, str]:
     evaluations = [line for line in run.lines if 'val_loss' in line]
     trained = [line for line in evaluations if line['iter']]  # best.pt is never the model before training
     best = min(trained or evaluations, key=lambda line: line['val_loss'], default={})
-    unit, duration = 'seconds', 60 * last['minutes']
-    if duration >= 7200:
-        unit, duration = 'hours', duration / 3600
     return formatted([
         ('updates', '{:,}', last['updates']),
         ('max_iters', '{:,}', run.facts['settings'].get('max_iters')),
         ('tokens', '{:,.0f}', last['tokens']),
         ('epochs', '{:.2f}', last['tokens'] / dataset_tokens),
-        (f'{unit} in training', '{:,.1f}', duration),
+        ('minutes in training', '{:,.2f}', last['minutes']),
         ('parameters', '{:,}', run.facts.get('parameters')),
         ('last training loss, smoothed', '{:.4f}', latest.get('loss_smoothed')),
         ('best validation loss', '{:.4f}', best.get('val_loss')),

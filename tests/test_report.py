@@ -83,7 +83,7 @@ def test_an_unfinished_run_with_a_torn_line_has_a_report(tmp_path):
                        parameters=1234, flops_per_token=2_000_000, dataset_tokens=400, environment=dict(git='abc-dirty'))
     (folder / 'eval.json').write_text(json.dumps(dict(iter=1, results=dict(piqa=dict(acc=0.5, acc_stderr=0.0123, n=1000)))), encoding='utf-8')
     page = write_report([folder]).read_text(encoding='utf-8')
-    for row in ('| updates | 2 |', '| max_iters | 50 |', '| tokens | 200 |', '| epochs | 0.50 |', '| seconds in training | 2.0 |', '| parameters | 1,234 |',
+    for row in ('| updates | 2 |', '| max_iters | 50 |', '| tokens | 200 |', '| epochs | 0.50 |', '| minutes in training | 0.03 |', '| parameters | 1,234 |',
                 '| best validation loss | 2.5000 |', '| updates then | 1 |', '| bits per byte then | 3.0000 |', '| tokens per second (median) | 100 |',
                 '| FLOPs in training | 4e+08 |', '| FLOPs per token, forward and backward | 2e+06 |', '| peak memory in GB | 0.50 |',
                 '| piqa | acc 0.5000 ±0.0123   n   1,000 |', '| `max_iters` | `50` | `9` |', '| git | abc-dirty |'):
