@@ -226,13 +226,7 @@ class Log:
     # at the end
 
     def end(self, event: str, reason: str):
-        """Record in run.json how the run ended, and wait for the commands of on_event."""
-        if self.out_dir is None:
-            return
-        path = self.out_dir / 'run.json'
-        ended = dict(event=event, reason=reason, time=round(time.time(), 1))
-        with loss_printed(path, 'report.py will not know how the run ended'):
-            files.write_json(path, read_record(path) | dict(ended=ended))
+        """Close TensorBoard, and wait for the commands of on_event."""
         self.to_tensorboard('close')
         if self.hook is not None:
             self.event(event, reason=reason)

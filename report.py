@@ -108,8 +108,7 @@ def read_run(folder: Path) -> Run:
     add_totals(lines)
     lines = [{name: value for name, value in line.items() if math.isfinite(number(value))} for line in lines]
     latest = {name: value for line in lines for name, value in line.items()}
-    facts = read_record(folder / 'run.json', settings=dict, defaults=dict, environment=dict, starts=list,
-                        ended=dict)
+    facts = read_record(folder / 'run.json', settings=dict, defaults=dict, environment=dict, starts=list)
     evals = read_record(folder / 'eval.json', results=dict)
     samples = '\n' + read_text(folder / 'samples.md')
     return Run(str(folder), lines, latest, facts, evals, samples.rpartition('\n## Iteration ')[2].strip())

@@ -7,19 +7,14 @@ import contextlib
 import html
 import io
 import math
-import os
-import re
-import socket
 import time
-from datetime import timedelta
 from pathlib import Path
 
 from files import print0, printable, write_text
-from report import formatted, number, read_run, read_text, side_by_side, tables
+from report import formatted, read_run, side_by_side, tables
 from training.pictures import as_svg
 
 PAUSE_S = 3
-QUIET_S = 300.0  # a run on another machine without a line for this long may have crashed
 HEAD = '''<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -88,14 +83,11 @@ def make_page(folders) -> str:
                 runs.append(read_run(folder))
         except (ValueError, OSError) as error:
             parts.append(f'<p>{text_of(error)}</p>')
-    states = [state_of(run) for run in runs]
-    title = ' and '.join(f'{run.name}: {state}' for run, state in zip(runs, states, strict=True))
-    title = text_of(title or 'waiting for a run')
+    title = text_of(' and '.join(run.name for run in runs) or 'waiting for a run')
     parts = [f'<title>{title}</title></head><body><h1>{title}</h1>', *parts]
     if runs:
         first, *others = tables(runs)
-        now = [progress_of(run, state) for run, state in zip(runs, states, strict=True)]
-        first = first._replace(rows=side_by_side(now) + first.rows)
+        first = first._replace(rows=side_by_side([progress_of(run) for run in runs]) + first.rows)
         parts.append(html_table(first))
         try:
             parts += as_svg(runs)
@@ -122,62 +114,8 @@ def text_of(value) -> str:
     return html.escape(printable(str(value)))
 
 
-# -----------------------------------------------------------------------------
-# how a run does
-
-
-def state_of(run) -> str:
-    """Return whether a run is running, finished, stopped or crashed, and for how long."""
-    last, ended = run.lines[-1], run.facts['ended']
-    quiet_s = time.time() - last.get('time', math.nan)
-    if ended:
-        reason, ended_s = ended.get('reason'), number(ended.get('time'))
-        states = {'finished': 'finished', 'stopped': f'stopped by {reason}'}
-        return states.get(ended.get('event'), f'ended: {reason}') + ago(time.time() - ended_s)
-    alive = is_alive(Path(run.name))
-    if alive is False:
-        if 'val_loss' in last and last['iter'] == run.facts['settings'].get('max_iters'):
-            return f'finished{ago(quiet_s)}'  # by an earlier version, which did not note it
-        return f'crashed{ago(quiet_s)}'
-    if not quiet_s > QUIET_S:
-        return 'running'
-    state = 'running' if alive else 'crashed or busy'
-    return f'{state}, the last line came{ago(quiet_s)}'
-
-
-def is_alive(folder) -> bool | None:
-    """Whether the process that last trained in a folder exists; None if it was on another machine."""
-    match = re.match(r'process (\d{1,9}) on (\S+)', read_text(folder / '.lock'))
-    if os.name != 'posix' or match is None or match[2] != socket.gethostname():
-        return None
-    try:
-        os.kill(int(match[1]), 0)  # no signal, only the check
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
-
-
-def ago(seconds: float) -> str:
-    if not seconds >= 0:
-        return ''
-    if seconds < 120:
-        return f' {seconds:.0f} seconds ago'
-    if seconds < 7200:
-        return f' {seconds / 60:.0f} minutes ago'
-    return f' {seconds / 3600:,.1f} hours ago'
-
-
-def progress_of(run, state: str) -> dict[str, str]:
-    """Return the rows of a run that each new line changes."""
-    latest, rows = run.latest, {}
-    if state.startswith('running') and {'time', 'eta_s'} <= latest.keys():
-        ends_s = latest['time'] + latest['eta_s']
-        left = timedelta(seconds=max(0, round(ends_s - time.time())))
-        rows['training ends in'] = f'{left}, {time.strftime("%a %H:%M", time.localtime(ends_s))}'
-    return rows | formatted([
-        ('last validation loss', '{:.4f}', latest.get('val_loss')),
-        ('learning rate', '{:.3g}', latest.get('lr')),
-        ('tokens per second', '{:,.0f}', latest.get('tok_per_s')),
-        ('steps skipped', '{:.0f}', latest.get('skipped') or None)])
+def progress_of(run) -> dict[str, str]:
+    """Return the rows of a run that show whether it still trains, and for how long."""
+    return formatted([
+        ('minutes since the last line', '{:,.1f}', (time.time() - run.latest.get('time', math.nan)) / 60),
+        ('minutes left in training then', '{:,.1f}', run.latest.get('eta_s', math.nan) / 60)])
