@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import one_line_errors, print0, printable, read_json, write_atomically
-
-BENCHMARKS = ('core', '_acc', '_acc_norm', '_perplexity')  # endings of their names in metrics.jsonl
+from files import one_line_errors, print0, printable, read_json, write_atomically, write_text
+from training.pictures import draw_all
 
 
 class Run(NamedTuple):
@@ -40,6 +39,16 @@ class Table(NamedTuple):
     heads: list[str]
     rows: list[list[str]]
     is_code: bool = False  # cells of report.md
+
+
+class Picture(NamedTuple):
+    name: str  # of its file
+    png: bytes
+
+
+class Samples(NamedTuple):
+    title: str
+    text: str
 
 
 def main():
@@ -63,27 +72,37 @@ def write_report(folders: list, out=None) -> Path:
     """
     runs, out = [read_run(Path(folder)) for folder in folders], Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    try:
-        from training.pictures import draw_all
-        pictures = draw_all(runs, out)
-    except ImportError as error:
-        print(f'the report has no curves: matplotlib cannot be imported ({error}): pip install matplotlib')
-    first, *others = [markdown(table) for table in tables(runs)]
-    sections = ['# ' + ' and '.join(code(run.name) for run in runs), first]
-    sections += [f'![{Path(name).stem}]({name})' for name in pictures]
-    sections += [f'## Samples of {code(run.name)}, iteration {run.samples}' for run in runs if run.samples]
-    page = printable('\n\n'.join(sections + others) + '\n')
-    write_atomically(out / 'report.md', lambda f: f.write(page.encode('utf-8', 'backslashreplace')))
+    sections = ['# ' + ' and '.join(code(run.name) for run in runs)]
+    for part in contents(runs):
+        if isinstance(part, Picture):
+            write_atomically(out / part.name, lambda f, png=part.png: f.write(png))
+        sections.append(markdown(part))
+    write_text(out / 'report.md', printable('\n\n'.join(sections) + '\n'))
     return out / 'report.md'
 
 
-def markdown(table: Table) -> str:
-    rows = table.rows
-    if table.is_code:
+def contents(runs: list[Run]) -> list:
+    """Return the parts of a report, each a Table, a Picture or Samples, the summary first."""
+    first, *others = tables(runs)
+    pictures = [Picture(name, png) for name, png in draw_all(runs).items()]
+    samples = []
+    for run in runs:
+        iteration, _, text = run.samples.partition('\n')
+        if text:
+            samples.append(Samples(f'Samples of {run.name}, iteration {iteration}', text.strip('\n')))
+    return [first, *pictures, *samples, *others]
+
+
+def markdown(part) -> str:
+    if isinstance(part, Picture):
+        return f'![{Path(part.name).stem}]({part.name})'
+    if isinstance(part, Samples):
+        return f'## {part.title}\n\n{part.text}'
+    rows = part.rows
+    if part.is_code:
         rows = [[code(cell) for cell in row] for row in rows]
-    lines = [f'## {table.title}\n'] if table.title else []
-    for cells in ([code(head) for head in table.heads], ['---'] * len(table.heads), *rows):
+    lines = [f'## {part.title}\n'] if part.title else []
+    for cells in ([code(head) for head in part.heads], ['---'] * len(part.heads), *rows):
         cells = [str(cell).replace('|', '\\|').replace('\n', ' ') for cell in cells]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)

@@ -1,4 +1,4 @@
-"""Pictures of training: the curves of one run or several (report.Run), as PNG files or as SVG in a page."""
+"""Pictures of training: the curves of one run or several (report.Run), as PNG files."""
 
 import io
 import re
@@ -6,8 +6,8 @@ import warnings
 from typing import NamedTuple
 
 from files import printable, write_atomically
-from report import BENCHMARKS
 
+BENCHMARKS = ('core', '_acc', '_acc_norm', '_perplexity')  # endings of their names in metrics.jsonl
 # Okabe and Ito's palette for colour-blind readers, without its faint yellow: https://jfly.uni-koeln.de/color/
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 # by their names on Linux, macOS and Windows
@@ -33,48 +33,28 @@ PICTURES = {
                      Panel('tokens', 'linear', 'tokens per second', 'linear', ('tok_per_s',))],
 }
 BLOCK_INPUT = re.compile(r'(h[.][0-9]+)[.]in([.]grad)?')
-SVG_METADATA = ('Creator', 'Date', 'Format', 'Type')  # left out
 LINE_STYLES = {'loss': dict(alpha=0.3, linewidth=0.8), 'val_loss': dict(linestyle='--'),
                'val_bpb': dict(linestyle='--')}
 
 
-def draw_all(runs, folder) -> list[str]:
-    """Draw every picture that has something to show. Return their names."""
-    drawn = figures(runs)
-    for name, figure in drawn.items():
-        write_atomically(folder / name, lambda f, figure=figure: save(figure, f, format='png'))
-    return list(drawn)
-
-
-def as_svg(runs) -> list[str]:
-    """Return every picture as SVG without a background, its black lines and its text in the page's colour."""
-    from matplotlib import rc_context
-    drawings = []
-    for figure in figures(runs).values():
-        f = io.StringIO()
-        with rc_context({'svg.fonttype': 'none'}):  # text stays text
-            save(figure, f, format='svg', transparent=True, metadata=dict.fromkeys(SVG_METADATA))
-        svg = f.getvalue()
-        drawings.append(svg[svg.index('<svg'):].replace('#000000', 'currentColor'))
-    return drawings
-
-
-def save(figure, f, **settings):
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # the page has the names
-        figure.savefig(f, **settings)
-
-
-def figures(runs) -> dict:
-    """Return the figure of each picture that has something to show, by name."""
+def draw_all(runs) -> dict[str, bytes]:
+    """Return each picture that has something to show, a PNG file by its name."""
     names = dict.fromkeys(name for run in runs for name in run.latest if name.endswith(BENCHMARKS))
     # more than four would be too small to read
     benchmarks = [Panel('tokens', 'log', name, 'linear', (name,)) for name in list(names)[:4]]
     drawn = {}
     for name, panels in (PICTURES | {'benchmarks.png': benchmarks}).items():
         if any(curve in run.latest for run in runs for panel in panels for curve in panel.curves):
-            drawn[name] = draw(runs, panels)
+            drawn[name] = as_png(draw(runs, panels))
     return drawn
+
+
+def as_png(figure) -> bytes:
+    f = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # the page has the names
+        figure.savefig(f, format='png')
+    return f.getvalue()
 
 
 def draw(runs, panels):
@@ -138,4 +118,4 @@ def draw_errors(rows, tolerance: float, path):
     axes.set(yscale='log', ylabel='relative error', xlabel='order of execution: forward, then backward')
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    write_atomically(path, lambda f: figure.savefig(f, format='png'))
+    write_atomically(path, lambda f: f.write(as_png(figure)))

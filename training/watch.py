@@ -8,25 +8,26 @@ import html
 import io
 import math
 import time
+from base64 import b64encode
 from pathlib import Path
 
 from files import print0, printable, write_text
-from report import formatted, read_run, side_by_side, tables
-from training.pictures import as_svg
+from report import Picture, Samples, contents, formatted, read_run, side_by_side
 
 PAUSE_S = 3
 HEAD = '''<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>
 :root { color-scheme: light dark; }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 1.5rem auto; padding: 0 1rem; }
 h1 { font-size: 1.35rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
-svg { width: 100%; height: auto; } svg text { fill: currentColor; }
+img { width: 100%; border-radius: 6px; }
 div { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8884; }
-h1, th, td, pre { overflow-wrap: anywhere; } pre, td { white-space: pre-wrap; }
+h1, td, pre { overflow-wrap: anywhere; } pre, td { white-space: pre-wrap; }
 footer, th, td:first-child { opacity: .7; } td:first-child { overflow-wrap: normal; }
 </style>
 '''
@@ -76,38 +77,31 @@ def write_page(out, page, problem, renewed: bool) -> str | None:
 
 def make_page(folders) -> str:
     """Return the page without its head and its footer."""
-    runs, parts = [], []
+    runs, problems = [], []
     for folder in folders:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # an incomplete line is not an error
                 runs.append(read_run(folder))
         except (ValueError, OSError) as error:
-            parts.append(f'<p>{text_of(error)}</p>')
+            problems.append(f'<p>{text_of(error)}</p>')
     title = text_of(' and '.join(run.name for run in runs) or 'waiting for a run')
-    parts = [f'<title>{title}</title></head><body><h1>{title}</h1>', *parts]
+    page = [f'<title>{title}</title></head><body><h1>{title}</h1>', *problems]
     if runs:
-        first, *others = tables(runs)
-        first = first._replace(rows=side_by_side([progress_of(run) for run in runs]) + first.rows)
-        parts.append(html_table(first))
-        try:
-            parts += as_svg(runs)
-        except ImportError as error:
-            parts.append(f'<p>no curves: matplotlib cannot be imported ({text_of(error)}): '
-                         'pip install matplotlib</p>')
-        for run in runs:
-            iteration, _, samples = run.samples.partition('\n')
-            if samples:
-                parts.append(f'<h2>Samples of {text_of(run.name)}, iteration {text_of(iteration)}</h2>')
-                parts.append(f'<pre>{text_of(samples.strip())}</pre>')
-        parts += [html_table(table) for table in others]
-    return '\n'.join(parts)
+        summary, *others = contents(runs)
+        summary = summary._replace(rows=side_by_side([progress_of(run) for run in runs]) + summary.rows)
+        page += [as_html(part) for part in (summary, *others)]
+    return '\n'.join(page)
 
 
-def html_table(table) -> str:
+def as_html(part) -> str:
+    if isinstance(part, Picture):
+        return f'<img alt="{part.name}" src="data:image/png;base64,{b64encode(part.png).decode()}">'
+    if isinstance(part, Samples):
+        return f'<h2>{text_of(part.title)}</h2><pre>{text_of(part.text)}</pre>'
     rows = []
-    for tag, cells in [('th', table.heads), *(('td', row) for row in table.rows)]:
+    for tag, cells in [('th', part.heads), *(('td', row) for row in part.rows)]:
         rows.append('<tr>' + ''.join(f'<{tag}>{text_of(cell)}</{tag}>' for cell in cells))
-    return f'<h2>{text_of(table.title)}</h2><div><table>{"".join(rows)}</table></div>'
+    return f'<h2>{text_of(part.title)}</h2><div><table>{"".join(rows)}</table></div>'
 
 
 def text_of(value) -> str:
