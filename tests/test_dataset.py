@@ -113,8 +113,7 @@ def test_hostile_meta_pkl_runs_nothing(tmp_path, protocol):
 
 @pytest.mark.parametrize('meta', [
     b'', b'garbage', b'\x80\x05K\x01', [], {'itos': {}}, {'itos': {0: 'a', 2: 'b'}}, {'itos': {0: 5}},
-    {'itos': {0: 'a', 1: 'a'}, 'stoi': {'a': 1}}, {'itos': {0: 'a'}, 'stoi': {'b': 0}},
-    {'itos': {0: '\ud800'}, 'stoi': {'\ud800': 0}}, {'itos': {0: Hostile(bytearray, (10 ** 12,))}},
+    {'itos': {0: 'a', 1: 'a'}, 'stoi': {'a': 1}}, {'itos': {0: '\ud800'}, 'stoi': {'\ud800': 0}}, {'itos': {0: Hostile(bytearray, (10 ** 12,))}},
 ], ids=repr)
 def test_unfit_meta_pkl_is_one_line(tmp_path, meta):
     nanogpt_folder(tmp_path, meta)
@@ -169,6 +168,7 @@ STOI = {token: i for i, token in enumerate(ITOS)}
     ({'vocab_size': 3}, {'kind': 'ids', 'vocab_size': 3}),
     ({'vocab_size': np.int64(3)}, {'kind': 'ids', 'vocab_size': 3}),
     ({'vocab_size': 3, 'itos': list('abc')}, {'kind': 'char', 'chars': 'abc'}),
+    ({'vocab_size': 64, 'itos': list('abc')}, {'kind': 'char', 'chars': 'abc'}),  # rounded up
     ({'vocab_size': 3, 'itos': ITOS, 'stoi': STOI}, {'kind': 'itos', 'itos': ITOS}),
     ({'vocab_size': 3, 'itos': dict(enumerate(ITOS))}, {'kind': 'itos', 'itos': ITOS}),
     ({'vocab_size': np.int32(3), 'itos': {np.int64(i): c for i, c in enumerate('abc')},
