@@ -255,12 +255,9 @@ class Split:
                     vocab_size=self.vocab_size, tokenizer=fingerprint(self.tokenizer_meta))
 
     def describe_checksums(self) -> str:
-        n_shards = len(self.shards)
-        n_known = n_shards - self.checksums.count(None)
-        if not n_known:
-            return f'{self.folder}, {self.split}: not verified, no shard has a checksum in meta.json'
-        return (f'{self.folder}, {self.split}: verifying {self.n_tokens:,} tokens, {n_known} of {n_shards} '
-                'shards have a checksum in meta.json')
+        if None in self.checksums:
+            return f'{self.folder}, {self.split}: not verified, its shards have no checksum in meta.json'
+        return f'{self.folder}, {self.split}: verifying {self.n_tokens:,} tokens'
 
     def verify(self):
         """Raise ValueError at the first shard that does not match its checksum."""
