@@ -47,7 +47,7 @@ def pad(rows, T: int) -> Batch:
 
 
 class Batches:
-    """Shared by packed data and streams. A subclass defines windows(g).
+    """Shared by packed data and streams. A subclass defines windows(), count_targets() and fingerprint().
 
     prefetch   make the next batch in a thread while the model works on this one
     """
@@ -103,8 +103,9 @@ class Loader(Batches):
                              'pack them with one')
         self.tokenizer_meta, self.vocab_size = splits[0].tokenizer_meta, splits[0].vocab_size
         self.n_tokens, self.isolate = sum(each.n_tokens for each in splits), isolate
+        # without a mask or short windows every position has a target
         self.all_are_targets = order in ('shuffle', 'random') and all(each.mask is None for each in splits)
-        # each part of a mixture is a source of its own
+        # A part of a mixture is a source with an order of its own.
         groups, self.weights = [splits], [1.0]
         if weights is not None and order != 'sequential':
             groups, self.weights = [[each] for each in splits], weights

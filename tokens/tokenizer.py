@@ -232,8 +232,7 @@ class JsonTokenizer(Tokenizer):
 
     kind = 'json'
 
-    def __init__(self, tokenizer_json: str, eot: str | None = None, config: dict | None = None):
-        config = dict(config or {})
+    def __init__(self, tokenizer_json: str, eot: str | None, config: dict):
         super().__init__(tokenizer_json=tokenizer_json, eot=eot, config=config)
         self.content = parse(tokenizer_json)
         ids, added = vocabulary(self.content), self.content['added_tokens']
@@ -295,14 +294,14 @@ class JsonTokenizer(Tokenizer):
 # -----------------------------------------------------------------------------
 # any tokenizer, by its meta() or by name
 
-KINDS = {kind.kind: kind for kind in (CharTokenizer, ItosTokenizer, IdTokenizer, ByteTokenizer, GPT2Tokenizer,
-                                      BPETokenizer, JsonTokenizer)}
+KINDS = {cls.kind: cls for cls in (CharTokenizer, ItosTokenizer, IdTokenizer, ByteTokenizer, GPT2Tokenizer,
+                                   BPETokenizer, JsonTokenizer)}
 
 
 def load_tokenizer(meta: dict) -> Tokenizer:
     """Return the tokenizer that meta() describes. Raise ValueError if it describes none."""
     kind = meta.get('kind') if isinstance(meta, dict) else None
-    if kind not in list(KINDS):
+    if kind not in list(KINDS):  # a list, because kind may be unhashable
         raise ValueError(f'tokenizer kind is {kind!r}, accepted are {", ".join(KINDS)}')
     with one_line(f'{kind} tokenizer'):
         return KINDS[kind](**{key: value for key, value in meta.items() if key != 'kind'})

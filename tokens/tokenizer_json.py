@@ -23,10 +23,12 @@ END = '<|endoftext|>'
 # of bytes and of the BPE trained here; <|bos|> and <|unk|> are unused
 SPECIAL_TOKENS = [END, '<|pad|>', '<|bos|>', '<|unk|>', '<|system|>', '<|user|>', '<|assistant|>']
 
+# parts of each tokenizer.json written here, and of each special token in it
 PLAIN = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
          'post_processor': None}
 FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
 ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
+# the entries of tokenizer_config.json that meta() carries
 KEPT = (*ROLES, 'additional_special_tokens', 'clean_up_tokenization_spaces', 'add_bos_token', 'add_eos_token',
         'chat_template')
 

@@ -75,14 +75,18 @@ class Windows:
 
     def __init__(self, splits, T, order, seed):
         self.splits, self.T, self.order, self.seed = splits, T, order, seed
-        self.firsts = np.cumsum([0, *(split.n_tokens for split in splits)])  # first token of each split
+        # The tokens of all splits are numbered through. Borders are the first token of each, and the end.
         sizes = [shard.size for split in splits for shard in split.shards]
-        borders = np.cumsum([0, *sizes])  # first token of each shard, and the end
-        unit, least, self.begin, self.end = 'shard', T + 1, borders[:-1], borders[1:]
+        self.split_borders = np.cumsum([0, *(split.n_tokens for split in splits)], dtype=np.int64)
+        shard_borders = np.cumsum([0, *sizes], dtype=np.int64)  # NumPy 1 counts in 32 bits on Windows
+
+        # Windows are cut from units, which none of them leaves: shards, or documents and rows.
+        unit, least = 'shard', T + 1  # tokens that a unit needs
+        self.begin, self.end = shard_borders[:-1], shard_borders[1:]
         if order == 'documents' or any(split.row_tokens for split in splits):
             unit, least = 'document', 2
-            self.begin, self.end = self.cut(self.spans(), borders)
-        size = self.end - self.begin  # of each unit
+            self.begin, self.end = self.cut(self.spans(), shard_borders)
+        size = self.end - self.begin
         if not (size >= least).any():
             folders = ', '.join(str(split.folder) for split in splits)
             raise ValueError(f'{folders}: the {splits[0].split} split has no {unit} of {least} tokens or '
@@ -104,7 +108,7 @@ class Windows:
     def spans(self):
         """Return begin and end of each row or document: (2, M) int64."""
         spans = []
-        for split, first in zip(self.splits, self.firsts, strict=False):
+        for split, first in zip(self.splits, self.split_borders[:-1], strict=True):
             row = split.row_tokens
             if row not in (None, self.T + 1):
                 raise ValueError(f'{split.folder} was packed in rows for block_size {row - 1}: use '
@@ -118,7 +122,7 @@ class Windows:
         return np.concatenate(spans, axis=1)
 
     def cut(self, spans, borders):
-        """Cut spans where their shard ends: (2, M) int64 -> (2, M or more) int64."""
+        """Cut spans at the borders of shards: (2, M) int64 -> (2, M or more) int64."""
         begin, end = spans
         # a border lies inside a span if more spans have begun there than have ended
         n_begun, n_ended = np.searchsorted(begin, borders), np.searchsorted(end, borders, side='right')
@@ -142,11 +146,11 @@ class Windows:
 
     def in_order(self, n, epoch):
         """Locate windows by their number in the order of the data."""
-        i = np.searchsorted(self.first_windows, n, side='right') - 1
+        i = np.searchsorted(self.first_windows, n, side='right') - 1  # units
         start = self.begin[i] + self.stride * (n - self.first_windows[i])
         if self.n_phases:
             phases = draws((*self.seed, epoch, 1), len(self.n_phases), self.n_phases)
             start += phases.astype(np.int64)[i]
         size = np.minimum(self.T + 1, self.end[i] - start)
-        split = np.searchsorted(self.firsts, start, side='right') - 1
-        return np.stack([split, start - self.firsts[split], size], axis=1)
+        split = np.searchsorted(self.split_borders, start, side='right') - 1
+        return np.stack([split, start - self.split_borders[split], size], axis=1)
