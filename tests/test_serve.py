@@ -337,7 +337,7 @@ def test_a_text_that_the_tokenizer_cannot_write_is_refused():
     tokenizers = pytest.importorskip('tokenizers')
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}))
     words.add_special_tokens(['<|endoftext|>'])
-    tokenizer = load_tokenizer({'kind': 'json', 'tokenizer_json': words.to_str(), 'eot': '<|endoftext|>'})
+    tokenizer = load_tokenizer({'kind': 'json', 'tokenizer_json': words.to_str(), 'eot': '<|endoftext|>', 'config': {}})
     with running(random_model(), tokenizer=tokenizer) as (url, _):
         assert http.post(url + TEXT, json={'prompt': 'b'}).json()['error']['param'] == 'prompt'
         refused = http.post(url + CHAT, json={'messages': [{'role': 'user', 'content': 'b'}]})
