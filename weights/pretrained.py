@@ -179,10 +179,7 @@ def fill(model, path: Path, vocab_size: int):
         stored = weights[name]
         check_shape(name, stored, part, path)
         for row in range(0, len(part), ROWS):
-            target, source = part[row:row + ROWS], stored[row:row + ROWS]
-            if not part.is_contiguous():
-                target, source = target.t(), source.t()  # filling rows is faster than filling columns
-            target.copy_(source)
+            part[row:row + ROWS].copy_(stored[row:row + ROWS])
     embedding = model.transformer.wte.weight
     if head is not None and not torch.equal(head[:].to(embedding.dtype), embedding[:vocab_size]):
         raise ValueError(f'{path}: {HEAD} is not the embedding: its architecture has one matrix for both')
