@@ -193,8 +193,7 @@ def test_weights_under_any_of_these_names(tmp_path, capsys, key, prefix):
 def test_heads_are_read_from_the_file_or_asked_for(tmp_path, capsys):
     path = tmp_path / 'x.pt'
     torch.save({'model_state_dict': ours().state_dict()}, path)
-    assert error_of(checkpoint.load, path) == (f'{path} does not say its number of heads, and weights do not show it: give --n_head '
-                                               "(1 if its heads are 64 wide, as GPT-2's)")
+    assert error_of(checkpoint.load, path) == f'{path} does not say its number of heads, and weights do not show it: give --n_head'
     torch.save({'model_state_dict': ours().state_dict(), 'config': {'n_head': 3, 'lr': 0.1}}, path)
     assert checkpoint.load(path, n_head=7)['model_args']['n_head'] == 3
     assert 'n_head = 3, ' in capsys.readouterr().out

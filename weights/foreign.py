@@ -62,9 +62,8 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
     numbers = [settings[name] for settings in dicts for name in N_HEAD_NAMES if name in settings]
     args['n_head'] = plain([*numbers, n_head][0])
     if args['n_head'] is None:
-        width = max(args['n_embd'] // 64, 1)
         raise ValueError(f'{path} does not say its number of heads, and weights do not show it: '
-                         f"give --n_head ({width} if its heads are 64 wide, as GPT-2's)")
+                         'give --n_head')
     print0(f'{path}: sizes from its weights, n_head = {args["n_head"]}, activation = {args["activation"]}')
 
     converted = dict(iter_num=0, best_val_loss=None, config={})
