@@ -15,7 +15,7 @@ tags: [flatgpt]
 
 # {name}
 
-A language model of {parameters:,} parameters for up to {block_size:,} tokens, trained with flatGPT.
+A language model of {parameters:,} parameters for up to {block_size:,} tokens, exported by flatGPT.
 {facts}
 
 ```python
@@ -45,8 +45,6 @@ def model_card(trained, model, name: str) -> str:
     if trained.style:
         prompt, chat = CHAT, ' --chat'
         facts.append(f'- tuned on conversations in the style `{trained.style}`, which is its chat template')
-    if trained.weights is None:
-        facts.append(f'- weights of `{Path(trained.path).name}`, unchanged')
     for setting in SETTINGS:
         value = trained.settings.get(setting)
         if value not in (None, '', 0, 'scratch'):
