@@ -313,7 +313,7 @@ def test_folders_that_lack_something(tmp_path):
     assert error_of(GPT.from_pretrained, folder) == f'No such file or directory: {folder / "b.safetensors"}'
     for content in ([], {}, {'weight_map': 3}, {'weight_map': {'a': 3}}):
         index.write_text(json.dumps(content))
-        assert error_of(GPT.from_pretrained, folder) == f'{index} has no weight_map, a dict of names to .safetensors files'
+        assert error_of(GPT.from_pretrained, folder).startswith(f'{index} has no weight_map of names to .safetensors files: ')
     (folder / 'config.json').write_text('{')
     assert error_of(GPT.from_pretrained, folder).startswith(f'{folder / "config.json"}: not JSON in UTF-8 (')
     (folder / 'config.json').write_text('[]')

@@ -67,10 +67,9 @@ def read_folder(folder: Path, stem: str = 'model') -> dict[str, StoredTensor]:
         if not index.is_file():
             raise FileNotFoundError(f'{folder} has neither {paths[0].name} nor {index.name}: '
                                     "save it with transformers' save_pretrained")
-        try:
-            paths = {folder / Path(name).name for name in read_json(index)['weight_map'].values()}
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f'{index} has no weight_map, a dict of names to .safetensors files') from None
+        shards = read_json(index)
+        with one_line(f'{index} has no weight_map of names to .safetensors files'):
+            paths = {folder / Path(name).name for name in shards['weight_map'].values()}
     weights = {}
     for path in paths:
         with open_safetensors(path) as f:
