@@ -215,7 +215,7 @@ def test_muon_trains_an_adapter_and_an_adapter_is_no_start(base, run, tiny, tmp_
 
 @pytest.mark.parametrize('change, text', [
     (dict(init_lora_weights='pissa'), "init_lora_weights = 'pissa' is not supported"), (dict(r=100), 'are not of rank 100'),
-    (dict(alora_invocation_tokens=[1, 2]), 'alora_invocation_tokens = [1, 2] is not supported'), (dict(kasa_config={'x': 1}), "kasa_config = {'x': 1} is not"),
+    (dict(alora_invocation_tokens=[1, 2]), 'alora_invocation_tokens = [1, 2] is not supported'), (dict(use_rslora=True), 'use_rslora = True is not supported'),
     (dict(lora_alpha=None), 'r = 4 and lora_alpha = None, accepted are numbers'), (dict(base_model_name_or_path=None), 'base_model_name_or_path = None'),
 ])
 def test_an_adapter_that_would_compute_something_else(change, text, base, tmp_path):
@@ -223,6 +223,22 @@ def test_an_adapter_that_would_compute_something_else(change, text, base, tmp_pa
     lora.add(model, 4, 8.0, 'c_fc')
     [_, path] = adapters.save(model, tmp_path, str(base))
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(tmp_path)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize('variant, text', [
+    (dict(use_dora=True), 'lora_magnitude_vector belongs to no matrix'), (dict(bias='all'), 'k_proj.bias belongs to no matrix'),
+    (dict(modules_to_save=['norm']), 'norm.weight belongs to no matrix'), (dict(rank_pattern={'q_proj': 2}), 'are not of rank 4'),
+])
+def test_variants_of_lora_are_told_by_their_tensors(variant, text, tmp_path):
+    """Settings that need no check of their own."""
+    peft = pytest.importorskip('peft')
+    theirs = make('qwen2')
+    theirs.save_pretrained(tmp_path / 'base')
+    theirs.name_or_path = str(tmp_path / 'base')
+    peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=['q_proj', 'up_proj'], **variant)).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
         GPT.from_pretrained(tmp_path)
     assert text in str(error.value)

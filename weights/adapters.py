@@ -12,12 +12,11 @@ from weights.formats import read_folder, read_settings, write_safetensors
 
 CONFIG, STEM = 'adapter_config.json', 'adapter_model'
 PREFIX = 'base_model.model.'  # of all names
-# settings of peft, and their values in plain LoRA; null is the first
-PLAIN = dict(peft_type=['LORA'], bias=['none'], rank_pattern=[{}], alpha_pattern=[{}],
+# settings of peft that change the result but neither names nor shapes of tensors, and their values in plain
+# LoRA; null is the first
+PLAIN = dict(peft_type=['LORA'], alpha_pattern=[{}], use_rslora=[False],
              init_lora_weights=[True, False, 'gaussian', 'orthogonal'])  # others change the base model
-PLAIN |= dict.fromkeys(('use_dora', 'use_rslora', 'use_qalora', 'use_bdlora'), [False])
-PLAIN |= dict.fromkeys(('modules_to_save', 'layer_replication', 'alora_invocation_tokens', 'arrow_config',
-                        'kasa_config', 'monteclora_config'), [None])
+PLAIN |= dict.fromkeys(('layer_replication', 'alora_invocation_tokens', 'arrow_config'), [None])
 
 
 def base_of(folder) -> str | None:
