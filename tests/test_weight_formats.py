@@ -34,6 +34,19 @@ def test_safetensors_package_reads_what_is_written(tmp_path):
         assert torch.equal(there[name], tensor) and there[name].dtype == here[name][:].dtype == tensor.dtype
 
 
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    resource = pytest.importorskip('resource')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match='File too large') as error:
+            ours().save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(tmp_path / 'model.safetensors') and '\n' not in error.value.strerror
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_safetensors(tmp_path):
     ours().save_pretrained(tmp_path)
     path = tmp_path / 'model.safetensors'

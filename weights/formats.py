@@ -82,7 +82,10 @@ def read_folder(folder: Path, stem: str = 'model') -> dict[str, StoredTensor]:
 
 
 def write_safetensors(f, tensors: dict[str, torch.Tensor]):
-    """Write tensors into an open file. The safetensors package would copy all of them at once."""
+    """Write tensors into an open file, one at a time.
+
+    The safetensors package copies them all, or replaces the file by one that its owner alone can read.
+    """
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     header, offset = {'__metadata__': {'format': 'pt'}}, 0
     for name, tensor in tensors.items():
