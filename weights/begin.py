@@ -72,9 +72,11 @@ class Start:
 def read_chosen(choose) -> Start:
     """Read the checkpoint that choose() returns on the first rank, as (state, path). Each rank reads once."""
     start = Start()
-    chosen = path, _ = distributed.on_first_rank(lambda: start.take(*choose()))
-    if path and not start.path and start.take(checkpoint.load(path), path) != chosen:  # another rank
-        raise ValueError(f'{path} has changed, its run is still training: name a copy with --checkpoint_path')
+    path, iter_num = distributed.on_first_rank(lambda: start.take(*choose()))
+    if path and not start.path:  # another rank
+        if start.take(checkpoint.load(path), path) != (path, iter_num):
+            raise ValueError(f'{path} has changed, its run is still training: name a copy with '
+                             '--checkpoint_path')
     return start
 
 
@@ -85,9 +87,9 @@ def read_chosen(choose) -> Start:
 def begin(settings: dict, explicit: set) -> Start:
     """Find the start of a training run. explicit: names of the settings that the user gave."""
     out_dir, init_from, path = settings['out_dir'], settings['init_from'], settings['checkpoint_path']
-    is_word = init_from in ('scratch', 'resume')  # else path or init_from names a model to begin with
+    names_model = init_from not in ('scratch', 'resume')  # path is then no run to resume
     if settings['auto_resume'] or init_from == 'resume':
-        start = find_run(out_dir, path if is_word else '', settings['auto_resume'])
+        start = find_run(out_dir, '' if names_model else path, settings['auto_resume'])
         if start.path:
             return start
         if not settings['auto_resume']:
@@ -96,7 +98,7 @@ def begin(settings: dict, explicit: set) -> Start:
     elif (Path(out_dir) / 'ckpt.pt').exists() and not settings['eval_only']:
         print0(f'{out_dir} holds the checkpoint of another run, which is moved aside: to continue that run, '
                'stop this one and use --init_from=resume')
-    if is_word:
+    if not names_model:
         return Start()
     if init_from != 'checkpoint' and not init_from.endswith('.pt'):
         args = pretrained.read_model_args(pretrained.find(init_from))
@@ -176,13 +178,13 @@ def make_model(start: Start, settings: dict, vocab_size: int, dataset_meta: dict
         shape = {name: settings[name] for name in SHAPE}
         return GPT(GPTConfig(vocab_size=pretrained.padded(vocab_size), dropout=dropout, **shape))
 
-    most, packed_with = start.model_args['vocab_size'], fingerprint(dataset_meta)
-    trained_with, size = 'unknown', f'at most {most}'
+    n_rows, packed_with = start.model_args['vocab_size'], fingerprint(dataset_meta)
+    trained_with, size = 'unknown', f'at most {n_rows}'
     if start.tokenizer_meta:
         trained_with, size = fingerprint(start.tokenizer_meta), vocab_size_of(start.tokenizer_meta)
     elif start.state is None:
         print0(f'{path} does not say its tokenizer: taking that of {settings["dataset"]}')
-    if vocab_size > most or trained_with not in ('unknown', packed_with):
+    if vocab_size > n_rows or trained_with not in ('unknown', packed_with):
         raise ValueError(f'{path} was trained with tokenizer {trained_with} of {size} tokens, dataset '
                          f'{settings["dataset"]} was packed with {packed_with} of {vocab_size}: '
                          'use the dataset it was trained on, or pack with its tokenizer')
@@ -194,7 +196,7 @@ def make_model(start: Start, settings: dict, vocab_size: int, dataset_meta: dict
             dtype = torch.float32  # float16 has too little range to train on
         return load_adapted(start, dtype, block_size)
     if start.weights is None:
-        return GPT.from_pretrained(path, dropout, block_size, vocab_size=pretrained.padded(most))
+        return GPT.from_pretrained(path, dropout, block_size, vocab_size=pretrained.padded(n_rows))
     model = GPT(GPTConfig(**start.model_args | {'dropout': dropout}))
     if start.state is None:
         foreign.load_weights(model, start.weights, path, settings['strict'])
@@ -215,7 +217,7 @@ def load_adapted(start: Start, dtype, block_size: int) -> GPT:
     except FileNotFoundError:
         raise ValueError(f'{path}, the base model of the adapter, is missing: put it back') from None
     checksum = lora.checksum(model)
-    if checksum != (adapter['checksum'] or checksum):
+    if adapter['checksum'] not in (None, checksum):  # None: a new adapter
         raise ValueError(f'{path} is not the model that the adapter was trained beside: put that one there')
     adapter['checksum'] = checksum
     model.to(dtype).crop_block_size(block_size)

@@ -70,11 +70,11 @@ def download(name):
     if name in HUB:
         repository, revision = f'openai-community/{name}', HUB[name]
     try:
-        kept = None
+        cached = None
         if name in HUB:  # a pinned revision that is here needs no request
-            kept = hub.try_to_load_from_cache(repository, 'model.safetensors', revision=revision)
-        if isinstance(kept, str):
-            folder = Path(kept).parent
+            cached = hub.try_to_load_from_cache(repository, 'model.safetensors', revision=revision)
+        if isinstance(cached, str):
+            folder = Path(cached).parent
         else:
             if name in HUB:  # fails at once; snapshot_download() tries a dead network for half a minute
                 hub.get_hf_file_metadata(hub.hf_hub_url(repository, 'config.json', revision=revision))
@@ -159,6 +159,7 @@ def fill(model, path: Path, vocab_size: int):
         fill(model, find(base), vocab_size)
         adapters.merge(model, path)
         return
+    # the stored weights, and the parts of ours to fill, both by their names in the file
     architecture, config = architecture_of(model.config), model.config
     parts, head = dict(model.named_parameters()), None
     for name in parts.keys() & VOCABULARY:
@@ -170,10 +171,11 @@ def fill(model, path: Path, vocab_size: int):
         head, prefix = weights.pop(HEAD, None), architecture.block.partition('.')[0] + '.'
         if not any(name.startswith(prefix) for name in weights):  # saved without its head
             weights = {prefix + name: tensor for name, tensor in weights.items()}
-        if head is not None and HEAD in parts:
+        if head is not None and HEAD in parts:  # untied
             weights[HEAD], head = head, None
         if architecture.biased and not config.bias:  # zeros, see read_model_args()
             weights = {name: weights[name] for name in weights if not name.endswith('.bias')}
+
     check_names(parts, weights, path)
     for name, part in parts.items():
         stored = weights[name]
