@@ -55,12 +55,12 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
     if 'wte.weight' in weights:  # transformers' GPT2Model, which has no head
         weights = {f'transformer.{name}': tensor for name, tensor in weights.items()}
     check_dense(weights, path)
-    weights, args = adopt(weights, path)
+    weights, args = as_gpt2(weights, path)
 
     # the number of heads: nanoGPT's model_args come before its config, which may hold an unused default
     dicts = [value for value in state.values() if isinstance(value, dict)]
     numbers = [settings[name] for settings in dicts for name in N_HEAD_NAMES if name in settings]
-    args['n_head'] = plain([*numbers, n_head][0])
+    args['n_head'] = python_value([*numbers, n_head][0])
     if args['n_head'] is None:
         raise ValueError(f'{path} does not say its number of heads, and weights do not show it: '
                          'give --n_head')
@@ -68,16 +68,16 @@ def from_foreign(state: dict, path, n_head: int | None = None) -> dict:
 
     converted = dict(iter_num=0, best_val_loss=None, config={})
     if 'model' in state and 'model_args' in state:  # nanoGPT's own, which can be resumed
-        converted |= {name: plain(value) for name, value in state.items()}
+        converted |= {name: python_value(value) for name, value in state.items()}
     return converted | dict(model=weights, model_args=args)
 
 
-def plain(value):
+def python_value(value):
     """Turn a number of NumPy, or a tensor without dimensions, into Python's."""
     return value.item() if getattr(value, 'ndim', None) == 0 else value
 
 
-def adopt(weights, path):
+def as_gpt2(weights, path):
     """Return (weights, model_args but for n_head) of weights that have GPT-2's names."""
     wte = weights.get('transformer.wte.weight', weights.get('lm_head.weight'))
     wpe, c_attn = weights.get('transformer.wpe.weight'), weights.get('transformer.h.0.attn.c_attn.weight')
