@@ -35,7 +35,8 @@ def share(text):
 
 READING = {
     'input': dict(nargs='+', required=True, metavar='PATH', help='files, and folders of them'),
-    'format': dict(choices=['auto', *FORMATS], default='auto', help='of all files; auto: by their endings'),
+    'format': dict(choices=['auto', *FORMATS], default='auto',
+                   help='of all files, see docs/DATA.md; auto: by their endings'),
     'field': dict(default='text', help='fields that make a document, as in title,text'),
     'encoding': dict(default='utf-8', help='of text files, such as gb18030'),
     'errors': dict(choices=ERRORS, default='strict',

@@ -207,8 +207,7 @@ def hub_files(repo, revision, folder):
 
 def build(argv):
     """Pack the files of a corpus into a dataset."""
-    doc = f'{build.__doc__}\n\n{readers.help_on_formats()}'
-    args = Parser(doc, 'python -m corpus.pack build', OPTIONS).parse_args(argv)
+    args = Parser(build.__doc__, 'python -m corpus.pack build', OPTIONS).parse_args(argv)
     pack_files(args, name_source(args.input))
     print_next(args.out, ['config/quickstart.py'])
 

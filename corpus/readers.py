@@ -304,28 +304,19 @@ class Format(NamedTuple):
     read: Callable  # (path, reading) yields (record, where)
     text_of: Callable | None  # (record, where, fields) returns the text of a record
     endings: list
-    document: str  # in words
 
 
 FORMATS = {
-    'text': Format(read_parts, None, ['.txt'], 'a file, or whole lines of up to 1 Mi characters'),
-    'paragraphs': Format(read_paragraphs, None, ['.txt'], 'the lines between two blank lines'),
-    'lines': Format(read_lines, text_of_record, ['.txt'], 'a line'),
-    'jsonl': Format(read_jsonl, text_of_record, ['.jsonl', '.ndjson'], 'a line: an object, or a string'),
-    'json': Format(read_json_records, text_of_record, ['.json'],
-                   'an element of an array or of {"data": [...]}, a value of an object of objects'),
-    'csv': Format(read_csv, text_of_record, ['.csv'], 'a row; the first row names the fields'),
-    'tsv': Format(functools.partial(read_csv, delimiter='\t'), text_of_record, ['.tsv'], 'a row'),
-    'parquet': Format(read_parquet, text_of_record, ['.parquet'], 'a row'),
-    'arrow': Format(read_arrow, text_of_record, ['.arrow'], 'a row, also in folders of save_to_disk'),
-    'wiki': Format(read_wiki, text_of_page, ['.xml'], 'an article of a MediaWiki dump, as plain text'),
-    'blocks': Format(read_rows, None, [TOKENS], 'a row of ids with its mask, of a folder'),
+    'text': Format(read_parts, None, ['.txt']),
+    'paragraphs': Format(read_paragraphs, None, ['.txt']),
+    'lines': Format(read_lines, text_of_record, ['.txt']),
+    'jsonl': Format(read_jsonl, text_of_record, ['.jsonl', '.ndjson']),
+    'json': Format(read_json_records, text_of_record, ['.json']),
+    'csv': Format(read_csv, text_of_record, ['.csv']),
+    'tsv': Format(functools.partial(read_csv, delimiter='\t'), text_of_record, ['.tsv']),
+    'parquet': Format(read_parquet, text_of_record, ['.parquet']),
+    'arrow': Format(read_arrow, text_of_record, ['.arrow']),
+    'wiki': Format(read_wiki, text_of_page, ['.xml']),
+    'blocks': Format(read_rows, None, [TOKENS]),
 }
 FORMAT_OF_ENDING = {ending: name for name in reversed(FORMATS) for ending in FORMATS[name].endings}
-
-
-def help_on_formats():
-    lines = [__doc__, '    format      files             one document']
-    for name, format in FORMATS.items():
-        lines.append(f'    {name:12}{" ".join(format.endings):18}{format.document}')
-    return '\n'.join(lines)
