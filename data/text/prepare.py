@@ -5,6 +5,7 @@
 
 --input takes text files, and folders whose .txt files are read in the order of their names. The last tenth of
 all characters is for validation. A file is a document: all tokenizers but char put <|endoftext|> between two.
+For a corpus longer than memory use python -m corpus.pack build.
 """
 import sys
 from pathlib import Path
@@ -17,21 +18,11 @@ from corpus.readers import find_files, read_text
 from files import one_line_errors
 
 
-class Texts:
-    """The texts of some files, read anew each time: memory holds one at a time."""
-
-    def __init__(self, paths, encoding):
-        self.paths, self.encoding = paths, encoding
-
-    def __iter__(self):
-        return (read_text(path, self.encoding) for path in self.paths)
-
-
 def main():
     options = ['input', 'out', 'encoding', 'tokenizer', 'eot', 'val_fraction']
     args = Parser(__doc__, None, options, out=HERE, val_fraction=0.1).parse_args()
     paths = [path for path, _ in find_files(args.input, 'text')]
-    texts = Texts(paths, args.encoding)
+    texts = [read_text(path, args.encoding) for path in paths]
     tokenizer = make_tokenizer(args.tokenizer, texts, args.eot)
     write_texts(args.out, texts, tokenizer, name_source(paths), args.val_fraction)
     print_next(args.out, ['config/quickstart.py'])
