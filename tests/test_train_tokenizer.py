@@ -60,11 +60,12 @@ def test_train_and_compare_on_the_command_line(tmp_path):
 
 def test_what_cannot_be_trained_or_compared_is_one_line(tmp_path):
     pytest.importorskip('tokenizers')
-    text, broken, out = tmp_path / 'a.txt', tmp_path / 'b.txt', tmp_path / 'out'
+    text, broken, empty, out = tmp_path / 'a.txt', tmp_path / 'b.txt', tmp_path / 'c.txt', tmp_path / 'out'
     text.write_text('天地 天地', encoding='utf-8')
     broken.write_bytes(b'good\nb\xe4d\n')
+    empty.touch()
     for args, message in (
-            (['train', '--input', text, '--out', out], 'the text has too few pairs that occur twice for --vocab_size=16384: give more text, or --vocab_size=268 or less\n'),
+            (['train', '--input', empty, '--out', out], 'no pair of characters occurs twice in the text: give more text\n'),
             (['train', '--input', text, '--vocab_size=263', '--out', out], '--vocab_size=263: accepted are 264 or more, for the bytes and special tokens are 263\n'),
             (['train', '--input', text, broken, '--out', out], f'{broken}, line 2: not UTF-8 (invalid continuation byte): it is big5: '
              'convert it to UTF-8, or use --encoding=big5\n'),
@@ -72,3 +73,9 @@ def test_what_cannot_be_trained_or_compared_is_one_line(tmp_path):
              'python -m corpus.train_tokenizer train --input TEXT --out FOLDER makes one\n')):
         assert run_tokenizer(*args)[::2] == (2, message)
     assert not out.exists()
+
+
+def test_a_short_text_makes_fewer_tokens(tmp_path):
+    pytest.importorskip('tokenizers')
+    (tmp_path / 'a.txt').write_text('天地 天地', encoding='utf-8')
+    assert run_tokenizer('train', '--input', tmp_path / 'a.txt', '--out', tmp_path / 'out')[:2] == (0, f'{tmp_path}/out: 268 tokens, of which 7 special\n')

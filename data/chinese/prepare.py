@@ -82,8 +82,9 @@ def main():
         args.input, args.format = [str(fetch_text(HERE))], 'paragraphs'
     if not args.tokenizer:
         args.tokenizer = str(HERE.parent / 'tokenizers' / args.out.resolve().name)
-        save_tokenizer(train_bpe(read_texts(args), args.vocab_size), args.tokenizer)
-        print(f'{args.tokenizer}: {args.vocab_size:,} tokens', flush=True)
+        tokenizer = train_bpe(read_texts(args), args.vocab_size)
+        save_tokenizer(tokenizer, args.tokenizer)
+        print(f'{args.tokenizer}: {tokenizer.vocab_size:,} tokens', flush=True)
     pack_files(args, ', '.join(name_source([path]) for path in args.input))
     print_next(args.out, ['config/train_chinese.py'], own_dataset='chinese')
 
