@@ -8,7 +8,6 @@ The same text gives the same tokenizer, for any order of its files and any numbe
 import heapq
 import json
 import sys
-import time
 from pathlib import Path
 
 from corpus.encode import hash_of
@@ -108,13 +107,11 @@ def compare(argv):
     if not n_chars:
         raise ValueError(f'{" ".join(args.input)}: no text in there')
     print(f'{n_chars:,} characters, {n_bytes:,} bytes')
-    print(f'{"":{width}}  vocabulary      tokens  characters/token  bytes/token    MB/s')
+    print(f'{"":{width}}  vocabulary      tokens  characters/token  bytes/token')
     for name, tokenizer in tokenizers.items():
-        began_s = time.perf_counter()
         n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
-        rate = n_bytes / (time.perf_counter() - began_s) / 1e6
         print(f'{name:{width}}  {tokenizer.vocab_size:10,}  {n_tokens:10,}  {n_chars / n_tokens:16.3f}  '
-              f'{n_bytes / n_tokens:11.3f}  {rate:6.1f}')
+              f'{n_bytes / n_tokens:11.3f}')
 
 
 if __name__ == '__main__':
