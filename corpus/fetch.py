@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import urllib.request
 import zipfile
@@ -50,7 +49,7 @@ def cache_folder() -> Path:
 def fetch(name, sources, sha256=None, folder=None) -> Path:
     """Return the path of a file in a folder, by default cache_folder(). Download it unless it is there.
 
-    sources   tried in order; also npm:NAME@VERSION#... and apt:NAME=VERSION#...; without a path after the !
+    sources   tried in order; also npm:NAME@VERSION#...! and apt:NAME=VERSION#...!; without a path after the !
               the archive itself
     sha256    of the file; None: its beginning has to fit the ending of the name
     """
@@ -129,10 +128,7 @@ def obtain(source, name, folder):
     if not member:
         return archive
     try:
-        if zipfile.is_zipfile(archive):
-            part.write_bytes(zipfile.ZipFile(archive).read(member))
-        else:
-            part.write_bytes(tarfile.open(archive).extractfile(member).read())
+        part.write_bytes(zipfile.ZipFile(archive).read(member))
     except KeyError:
         raise OSError(f'{archive.name} has no member {member}') from None
     return part

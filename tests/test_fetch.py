@@ -295,9 +295,9 @@ def test_npm_and_apt_fetch_an_archive_and_only_the_one_that_is_known(cache, tmp_
     command.chmod(0o755)
     monkeypatch.setenv('PATH', f'{command.parent}:{os.environ["PATH"]}')
     known = hashlib.sha256(archive.read_bytes()).hexdigest()
-    assert fetch('verses.txt', [f'{client}:{package}#{known}!package/verses.txt'], SHA256).read_bytes() == TEXT
+    assert fetch('verses.tgz', [f'{client}:{package}#{known}!'], known).read_bytes() == archive.read_bytes()
     with pytest.raises(OSError, match=f'{client}:{package}: has sha256 {known[:12]}..., 000000000000... was expected; {client}:other: no such package'):
-        fetch('other.txt', [f'{client}:{package}#{"0" * 64}!package/verses.txt', f'{client}:other#{known}!'], SHA256)
+        fetch('other.txt', [f'{client}:{package}#{"0" * 64}!', f'{client}:other#{known}!'], SHA256)
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(OSError, match=f'{client}:{package}: {command.name} is not installed'):
         fetch('third.txt', [f'{client}:{package}#{known}!'])
