@@ -74,8 +74,6 @@ def inspect(argv):
     tokenizer = load_tokenizer(meta['tokenizer'])
     print(f'{folder}: {meta["dtype"]}, {meta["tokenizer"]["kind"]} tokenizer of '
           f'{meta["vocab_size"]:,} tokens; source: {printable(meta["source"] or "unknown")}')
-    if meta['origin'] != 'meta.json':
-        print("read by nanoGPT's rules because meta.json is absent")
     for name, entry in meta['splits'].items():
         split = Split(folder, name)
         print(f'\n{name}: {split.n_tokens:,} tokens, shards: {len(split.shards)}')
