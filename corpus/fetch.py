@@ -28,8 +28,7 @@ MIN_BYTES_PER_S = 1000
 FAILURES = (OSError, http.client.HTTPException, ValueError)  # of a source
 
 # of a file whose sha256 is not known, by the ending of its name
-BEGINNINGS = {'.gz': b'\x1f\x8b', '.tgz': b'\x1f\x8b', '.zip': b'PK', '.whl': b'PK', '.parquet': b'PAR1',
-              '.json': (b'{', b'['), '.jsonl': (b'{', b'[', b'"')}
+BEGINNINGS = {'.parquet': b'PAR1', '.jsonl': (b'{', b'[', b'"')}
 WEB_PAGE = re.compile(rb'(\xef\xbb\xbf)?\s*(<(!doctype html|html|head|body)|\Z)', re.IGNORECASE)  # or nothing
 
 CLIENTS = {
