@@ -20,7 +20,6 @@ class Page(NamedTuple):
 
 def read_pages(file, path):
     """Yield every Page of the main namespace that is wikitext and no redirection."""
-    import mwparserfromhell  # noqa: F401 (says before the first page that it is missing)
     hidden = set(HIDDEN_LINKS)
     try:
         events = ET.iterparse(file, events=('start', 'end'))

@@ -251,7 +251,7 @@ def test_wiki_is_plain_text_of_articles(tmp_path, small_parts, name):
 
 def test_a_wiki_without_its_parser_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'mwparserfromhell', None)
-    (tmp_path / 'a.xml').write_text('<mediawiki></mediawiki>', encoding='utf-8')
+    write_wiki(tmp_path / 'a.xml', PAGES)
     with pytest.raises(OSError, match=f'^{tmp_path}/a.xml needs a package that is not installed: pip install mwparserfromhell$'):
         texts_of(tmp_path / 'a.xml')
 
