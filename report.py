@@ -203,9 +203,11 @@ def add_totals(lines: list[dict]):
         points.append((step['updates'], tokens, seconds))
         earlier_tokens, earlier_s = n_tokens, dt_s
     updates, tokens, seconds = zip(*points, strict=True)
-    for line in lines:
-        line['tokens'] = float(np.interp(line['updates'], updates, tokens))
-        line['minutes'] = float(np.interp(line['updates'], updates, seconds)) / 60
+    updates_of_lines = [line['updates'] for line in lines]
+    tokens = np.interp(updates_of_lines, updates, tokens).tolist()
+    seconds = np.interp(updates_of_lines, updates, seconds).tolist()
+    for line, line_tokens, line_s in zip(lines, tokens, seconds, strict=True):
+        line['tokens'], line['minutes'] = line_tokens, line_s / 60
 
 
 # -----------------------------------------------------------------------------

@@ -72,6 +72,14 @@ def test_the_slow_first_step_of_a_resumed_run_counts_once():
     assert totals(lines) == [(1, 100, 5), (11, 1100, 15), (16, 1100 + 400 + 200, 15 + 4 + 60), (21, 1700 + 1000, 15 + 4 + 60 + 10)]
 
 
+def test_a_long_run_is_read_in_time_that_grows_with_its_lines(monkeypatch):
+    """Each call of np.interp() converts all points: one call a line needs about 40 minutes for 100,000 lines."""
+    calls, interp = [], np.interp
+    monkeypatch.setattr(np, 'interp', lambda *args: calls.append(args) or interp(*args))
+    add_totals([step(i, 100, 1.0) for i in range(300)])
+    assert len(calls) == 2
+
+
 # -----------------------------------------------------------------------------
 # the page
 
