@@ -90,14 +90,14 @@ def test_two_nodes_train_as_two_ranks_of_one_also_after_a_rank_is_killed(kills, 
 SRUN = '''#!/usr/bin/env bash
 while [ "${1:0:2}" = -- ]; do echo "srun $1"; shift; done
 set -m
-trap 'kill -USR1 -- -$!' USR1
-trap 'kill -TERM -- -$!' TERM
+trap 'kill -USR1 -- -$! || exit 1' USR1
+trap 'kill -TERM -- -$! || exit 1' TERM
 "$@" &
 while kill -0 $! 2>/dev/null; do wait $!; done
 wait $!
 '''
 SCONTROL = '''#!/usr/bin/env bash
-if [ "$1" = show ]; then printf '127.0.0.1\\nsecond\\n'; else echo "scontrol $*" | tee -a "$REQUEUED"; fi
+if [ "$1" = show ]; then echo asked >&2; sleep "${ANSWER_S:-0}"; printf '127.0.0.1\\nsecond\\n'; else echo "scontrol $*" | tee -a "$REQUEUED"; fi
 '''
 STEP = '''#!/usr/bin/env bash
 trap 'echo saved; exit 1' USR1
@@ -141,6 +141,18 @@ def test_a_job_is_queued_again_where_the_time_limit_ended_it_and_only_there(slur
     assert job.wait(600) == code, log.read_text(encoding='utf-8')
     assert ('saved' in log.read_text(encoding='utf-8')) == (number == signal.SIGUSR1)
     assert requeued.exists() == goes_on and (not goes_on or requeued.read_text(encoding='utf-8') == 'scontrol requeue 123\n')
+
+
+def test_a_job_whose_time_ends_before_srun_has_started_is_queued_again(slurm, tmp_path):
+    start, log, requeued = slurm
+    (tmp_path / 'launch').mkdir()
+    (tmp_path / 'launch' / 'multinode.sh').write_text(STEP, encoding='utf-8')
+    (tmp_path / 'launch' / 'multinode.sh').chmod(0o755)
+    job = start(tmp_path, 'config/x.py', ANSWER_S='1')
+    wait_for(lambda: 'asked\n' in log.read_text(encoding='utf-8'))
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(600) > 0 and requeued.exists(), log.read_text(encoding='utf-8')
+    assert 'unbound' not in log.read_text(encoding='utf-8')
 
 
 def test_the_headers_of_the_job():
