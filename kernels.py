@@ -352,6 +352,7 @@ def pack_linears(model, quantize=None, n_rows=1):
 
     quantize  'int8', or None: float16 (all but the weights is then float32) and bfloat16, if that is faster
     n_rows    rows at a time; with several, a tied head becomes a matrix of its own
+    returns   the dtype that all but the weights now has; None = unchanged
     """
     rows, head = model.transformer.wte.weight, model.lm_head
     kind, dtype = rows.device.type, rows.dtype
@@ -369,7 +370,7 @@ def pack_linears(model, quantize=None, n_rows=1):
     elif kind == 'cpu' and dtype == torch.bfloat16 and has_bfloat16:
         layer = RowLinear if n_rows == 1 else BFloat16Linear
     else:
-        return
+        return None
     model.eval().requires_grad_(False)
     if layer is Float16Linear and head.weight is rows and n_rows == 1:
         model.lm_head = RowLinear(head)
@@ -387,4 +388,5 @@ def pack_linears(model, quantize=None, n_rows=1):
         for p in model.parameters():
             p.data = p.data if p is rows else p.data.float()
         model.transformer.wte.register_forward_hook(lambda *args: args[-1].float())
-        model.stream_dtype = torch.float32
+        return torch.float32
+    return None

@@ -368,7 +368,7 @@ class GPT(nn.Module):
     def pack(self, quantize: str | None = None, n_rows: int = 1):
         """Prepare a model for generation on a CPU: kernels.pack_linears()."""
         self.set_derived_tensors()  # to() has rounded the rotary tables
-        kernels.pack_linears(self.to(self.lm_head.weight.device), quantize, n_rows)
+        self.stream_dtype = kernels.pack_linears(self.to(self.lm_head.weight.device), quantize, n_rows)
         return self
 
     def compile_blocks(self):
