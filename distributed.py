@@ -65,8 +65,6 @@ def start(device: str = 'auto', backend: str = 'auto', timeout_s: int = 600) -> 
     if backend in ('auto', 'nccl'):  # nanoGPT's configs say nccl, on CPUs too
         # gloo exchanges the hosts' values, so that no GPU waits for them
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-    if backend == 'mpi' and not dist.is_mpi_available():
-        raise ValueError('backend=mpi: this PyTorch was built without MPI: use --backend=auto')
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Place(ranks['RANK'], ranks['LOCAL_RANK'], ranks['WORLD_SIZE'], device)
 

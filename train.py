@@ -140,7 +140,7 @@ bf16_residual = False  # with bfloat16: sum the blocks' outputs in bfloat16, not
 loss_chunks: int | Literal['auto'] = 'auto'  # compute the loss in this many chunks to save memory; 0 = one
 compile: bool | Literal['auto'] = 'auto'
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 more work
-backend: Literal['auto', 'nccl', 'gloo', 'mpi'] = 'auto'
+backend: Literal['auto', 'nccl', 'gloo'] = 'auto'
 # several ranks, under torchrun
 parallel: Literal['ddp', 'fsdp'] = 'ddp'  # ddp: all weights on each rank; fsdp: a shard of each weight
 shard_ranks = 0  # fsdp: how many ranks share one copy of the weights; 0 = all
