@@ -263,16 +263,7 @@ HAS_FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
 HAS_INT8 = hasattr(torch, 'quantize_per_channel')  # its end is announced, pytorch issue 184982
 
 
-class PackedLinear(nn.Module):
-    """The base of the layers that replace Linear for inference."""
-
-    def train(self, mode=True):
-        if mode:
-            raise ValueError('a model packed for generation cannot be trained: load it again')
-        return super().train(mode)
-
-
-class RowLinear(PackedLinear):
+class RowLinear(nn.Module):
     """Weights in 16 bits as they are; a tied head shares the embedding's."""
 
     def __init__(self, linear):
@@ -289,7 +280,7 @@ class RowLinear(PackedLinear):
             torch._C._set_mkldnn_enabled(True)
 
 
-class BFloat16Linear(PackedLinear):
+class BFloat16Linear(nn.Module):
     """Weights in oneDNN's blocks, for bfloat16 x of several rows."""
 
     def __init__(self, linear):
@@ -301,7 +292,7 @@ class BFloat16Linear(PackedLinear):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 
 
-class QuantizedLinear(PackedLinear):
+class QuantizedLinear(nn.Module):
     """The base of the layers that torch.ops.quantized multiplies, for float32 x."""
 
     def __init__(self, linear):

@@ -334,12 +334,6 @@ def test_a_torch_without_int8_tensors_generates_in_16_bits(monkeypatch, capsys):
     assert capsys.readouterr().out == f'quantize=int8: PyTorch {torch.__version__} has no int8 matrices, continuing without\n'
 
 
-@pytest.mark.parametrize('quantize', [None, 'int8'])
-def test_a_packed_model_refuses_to_train(quantize):
-    with pytest.raises(ValueError, match='a model packed for generation cannot be trained: load it again'):
-        random_model('gpt2').half().pack(quantize).train()
-
-
 def test_bfloat16_rows_are_multiplied_as_linear_does():
     import kernels
     torch.manual_seed(0)
