@@ -72,9 +72,7 @@ def config_of(settings: dict) -> dict:
 
 def accepted_by(settings: dict) -> dict[str, list]:
     """Return the types and literal strings that each setting in a script's globals() accepts."""
-    annotated = types.SimpleNamespace(__annotations__=settings.get('__annotations__', {}))
-    hints = typing.get_type_hints(annotated, settings)  # resolves `from __future__ import annotations`
-    accepted = {}
+    hints, accepted = settings.get('__annotations__', {}), {}
     for name, value in settings.items():
         is_setting = type(value) in WORDS and (value is not None or name in hints)
         if is_setting and not name.startswith('_') and not name.isupper():

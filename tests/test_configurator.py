@@ -21,7 +21,6 @@ SCRIPT = '''"""Train a toy.
 
 It trains nothing.
 """
-{future}
 import sys
 from typing import Literal
 from configurator import config_of, configure
@@ -66,7 +65,7 @@ if __name__ == '__main__':
 
 def toy(**changes):
     """The globals of the script above, as they stand before configure()."""
-    source = SCRIPT.format(future=changes.pop('future', ''), body='')
+    source = SCRIPT.format(body='')
     settings = {'__name__': 'toy', **changes}
     exec(compile(source, 'toy.py', 'exec', dont_inherit=True), settings)
     return settings
@@ -109,7 +108,7 @@ def run(tmp_path):
     def run(*argv, body='', cwd=tmp_path, **env):
         script = tmp_path / 'home' / 'toy.py'
         script.parent.mkdir(exist_ok=True)
-        script.write_text(SCRIPT.format(future='', body=body), encoding='utf-8')
+        script.write_text(SCRIPT.format(body=body), encoding='utf-8')
         env = {**os.environ, 'PYTHONPATH': str(ROOT), **env}
         return subprocess.run([sys.executable, str(script), *argv], cwd=cwd, env=env, capture_output=True, encoding='utf-8')
     return run
@@ -119,9 +118,8 @@ def run(tmp_path):
 # what is a setting
 
 
-@pytest.mark.parametrize('future', ['', 'from __future__ import annotations'])
-def test_settings_are_the_plain_public_names(future):
-    config = config_of(toy(future=future))
+def test_settings_are_the_plain_public_names():
+    config = config_of(toy())
     assert list(config) == ['out_dir', 'eval_only', 'wandb_log', 'wandb_run_name', 'gradient_accumulation_steps', 'batch_size', 'start',
                             'learning_rate', 'dropout', 'max_iters', 'top_k', 'seed', 'compile', 'dtype', 'label']
     assert config['gradient_accumulation_steps'] == 40
@@ -131,7 +129,6 @@ def test_settings_are_the_plain_public_names(future):
 # flags
 
 
-@pytest.mark.parametrize('future', ['', 'from __future__ import annotations'])
 @pytest.mark.parametrize('argv, expected', [
     ('--learning_rate=1', {'learning_rate': 1.0}),
     ('--dropout=0', {'dropout': 0.0}),
@@ -166,8 +163,8 @@ def test_settings_are_the_plain_public_names(future):
     ('--dtype=bfloat16', {'dtype': 'bfloat16'}),
     ('', {}),
 ])
-def test_flag(argv, expected, future):
-    assert same(given_by(*argv.split(), future=future), expected)
+def test_flag(argv, expected):
+    assert same(given_by(*argv.split()), expected)
 
 
 @pytest.mark.parametrize('argv, expected', [
