@@ -5,11 +5,10 @@
     python bench.py --mode=decode --quantize=both            # 16 bits and int8, 1 and 8 rows
     python bench.py --mode=data --dataset=shakespeare_char
 
-Weights are random, and so are the tokens unless a dataset is named. The last line is a JSON object.
+Weights are random, and so are the tokens unless a dataset is named.
 """
 
 import contextlib
-import io
 import os
 import platform
 import re
@@ -40,7 +39,7 @@ from tokens.loader import Batch, Loader
 
 # -----------------------------------------------------------------------------
 mode: Literal['step', 'decode', 'data'] = 'step'  # train; read and continue a prompt; load batches
-json = False  # print the JSON object alone
+json = False  # end with all numbers as a JSON object
 profile = False  # also print the five costliest operations, warm-up included
 # model
 arch: Literal['gpt2', 'modern', 'llama'] = 'gpt2'
@@ -91,9 +90,9 @@ def main():
     if mode == 'decode' and n_context > block_size:
         raise ValueError(f'prompt_tokens={prompt_tokens} and max_new_tokens={max_new_tokens} do not fit into '
                          f'block_size={block_size}: use --block_size={n_context} or more')
-    with contextlib.redirect_stdout(io.StringIO() if json else sys.stdout):
-        result = compare_quantized() if mode == 'decode' and quantize == 'both' else measure()
-    print(dumps(result))
+    result = compare_quantized() if mode == 'decode' and quantize == 'both' else measure()
+    if json:
+        print(dumps(result))
     distributed.stop()
 
 
@@ -272,10 +271,10 @@ def compare_quantized() -> dict:
         for kind in ('none', 'int8'):
             flags = dict(settings, quantize=kind, batch_size=n_rows)
             command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
-            done = subprocess.run(command, stdout=subprocess.PIPE)
+            done = subprocess.run(command, stdout=subprocess.PIPE, encoding='utf-8')
             if done.returncode:
                 sys.exit(done.returncode)
-            runs[f'{kind}_{n_rows}'] = loads(done.stdout)
+            runs[f'{kind}_{n_rows}'] = loads(done.stdout.splitlines()[-1])
         for name in COMPARED:
             half, int8 = runs[f'none_{n_rows}'][name], runs[f'int8_{n_rows}'][name]
             if half and int8:
@@ -342,11 +341,5 @@ def describe_machine(device):
 
 if __name__ == '__main__':
     with one_line_errors():
-        overrides = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(overrides):
-                configure(globals())
-        finally:
-            if not json:
-                print(overrides.getvalue(), end='', flush=True)
+        configure(globals())
         main()

@@ -63,7 +63,7 @@ def main():
 
 def bench(**flags) -> dict:
     """Run bench.py in a process of its own. Return the JSON object in its last line."""
-    flags |= dict(device=device, seed=seed)
+    flags |= dict(device=device, seed=seed, json=True)
     command = [sys.executable, Path(__file__).parent.parent / 'bench.py']
     command += [f'--{name}={value}' for name, value in flags.items()]
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding='utf-8')

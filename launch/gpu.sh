@@ -38,11 +38,11 @@ part() {
 }
 # $flags is split into words on purpose
 # shellcheck disable=SC2086
-bench() { name=$1; shift; part "$name" $python bench.py --dtype=bfloat16 --steps="$steps" "$@" $flags; }
+bench() { name=$1; shift; part "$name" $python bench.py --json --dtype=bfloat16 --steps="$steps" "$@" $flags; }
 # shellcheck disable=SC2086
 decode() {
     name=$1; shift
-    part "$name" $python bench.py --mode=decode --dtype=bfloat16 --prompt_tokens="${PROMPT:-512}" \
+    part "$name" $python bench.py --json --mode=decode --dtype=bfloat16 --prompt_tokens="${PROMPT:-512}" \
         --max_new_tokens="${NEW:-128}" "$@" $flags
 }
 # shellcheck disable=SC2086

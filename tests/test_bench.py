@@ -29,7 +29,7 @@ DECODE = (*SMALL, '--mode=decode', '--prompt_tokens=8', '--max_new_tokens=5', '-
 
 def run_bench(*flags):
     """(exit code, stdout, stderr, the last line's object or None) of python bench.py."""
-    code, stdout, stderr = run_here('bench.py', *flags)
+    code, stdout, stderr = run_here('bench.py', '--json', *flags)
     return code, stdout, stderr, json.loads(stdout.splitlines()[-1]) if code == 0 else None
 
 
@@ -99,7 +99,7 @@ def test_the_heads_of_llama_set_the_size_of_its_cache():
 
 def test_memory_limit(monkeypatch, capsys):
     monkeypatch.setattr(bench, 'CACHE_BYTES', 0)
-    words, result = run_main(monkeypatch, capsys, bench, *DECODE)
+    words, result = run_main(monkeypatch, capsys, bench, '--json', *DECODE)
     limit_s = (result['weight_bytes'] + result['cache_bytes']) / result['read_bytes_per_s']
     assert result['memory_limit_ms'] == pytest.approx(limit_s * 1000)
     assert any(line.startswith('memory_share ') for line in words)
@@ -172,11 +172,9 @@ def test_the_update_is_that_of_train(tiny, tmp_path, optimizer):
     assert differences(model.state_dict(), trained['model']) == []
 
 
-def test_json_leaves_out_the_words():
-    _, stdout, _, result = run_bench(*STEP, '--json')
-    (line,) = stdout.splitlines()
-    assert json.loads(line) == result
-    assert run_bench(*STEP)[1].startswith('overrides: ') and run_here('bench.py', '--json', '--help')[1].startswith('flatGPT ')
+def test_json_adds_a_line():
+    code, stdout, _ = run_here('bench.py', *STEP)
+    assert code == 0 and 'tok_per_s ' in stdout and '{' not in stdout
 
 
 def test_batch_size_follows_the_mode():

@@ -60,7 +60,7 @@ def test_cached_logits_stay_on_the_gpu(fakes, arch, static):
 
 
 TRAIN = {'float32': (), 'bfloat16': ('--dtype=bfloat16',), 'muon': ('--optimizer=muon', '--arch=modern')}
-BENCH = ('--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=50', '--batch_size=2')
+BENCH = ('--json', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=50', '--batch_size=2')
 OTHERS = {
     'sample': ('sample.py', '--num_samples=2', '--max_new_tokens=20', '--dtype=float32', '--compile=False'),
     'evaluate': ('evaluate.py', '--tasks=bpb', '--dtype=float32'),
