@@ -11,6 +11,7 @@ import re
 from files import print0
 
 MAX_RECORD_CHARS = 64 << 20  # a longer record means that the file has another format
+TELL_EVERY_CHARS = 1 << 14
 MAX_REPLACED = 0.01  # share of the characters
 # The order matters: GB 18030 decodes most of Big5 to rare characters, and its common part GB 2312 does not.
 USUAL_ENCODINGS = {'utf-8': 'utf-8', 'utf-16': 'utf-16', 'gb2312': 'gb18030', 'big5': 'big5',
@@ -57,7 +58,7 @@ class TextFile:
 
     def __init__(self, path, encoding='utf-8', errors='strict'):
         self.path, self.encoding, self.errors = os.fspath(path), encoding, errors
-        self.n_chars = self.n_replaced = self.n_pending = 0
+        self.n_chars = self.n_replaced = self.n_pending = self.n_read = self.next_tell = 0
         stream, self.on_disk = open_bytes(path)
         if encoding == 'utf-8' and stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             self.encoding = 'utf-16'
@@ -71,7 +72,9 @@ class TextFile:
         self.on_disk.close()
 
     def tell(self):
-        return self.on_disk.tell()
+        if self.n_chars >= self.next_tell:  # rarely, because it costs more than decoding a record
+            self.n_read, self.next_tell = self.on_disk.tell(), self.n_chars + TELL_EVERY_CHARS
+        return self.n_read
 
     def read(self, n_chars=-1):
         return self.checked(self.text.read, n_chars)
@@ -109,6 +112,8 @@ class TextFile:
 
 
 def with_line_feeds(text):
+    if '\r' not in text:  # the usual case, found 100 times as fast as '\r\n'
+        return text
     return text.replace('\r\n', '\n').replace('\r', '\n')
 
 

@@ -114,6 +114,12 @@ def test_endoftext_is_text_unless_allowed(gpt2):
     assert gpt2.decode([64, 50256]) == 'a<|endoftext|>' and gpt2.token_bytes()[50256] == 0
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([*' \n\r\u00a0a1\u4f60\ud83d\ude00<|>', '<|endoftext|>', '<|endof'])).map(''.join)))
+def test_gpt2_encodes_a_batch_as_text_by_text(gpt2, texts):
+    assert [ids.tolist() for ids in gpt2.encode_batch(texts)] == [gpt2.encode(text) for text in texts]
+
+
 def test_gpt2_decodes_half_a_character_and_names_a_padded_id(gpt2):
     assert gpt2.decode(gpt2.encode('\U0001f600')[:1]) == '\ufffd'
     with pytest.raises(ValueError, match='token id 50257 is outside the vocabulary of 50257 tokens'):
