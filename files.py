@@ -156,6 +156,8 @@ def printable(text):
 @contextlib.contextmanager
 def one_line_errors():
     """Turn a user's mistake into one line and exit code 2. FLATGPT_TRACEBACK=1 shows a traceback instead."""
+    if sys.stderr is None:  # closed by 2>&-: progress bars need one
+        sys.stderr = open(os.devnull, 'w')
     if hasattr(sys.stdout, 'reconfigure'):
         # a character that the terminal lacks must not end a run
         sys.stdout.reconfigure(errors='backslashreplace')

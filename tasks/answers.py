@@ -1,6 +1,5 @@
 """The answers of a tuned model to a file of questions, compared with those that the file has."""
 
-import sys
 from collections import defaultdict
 from dataclasses import replace
 
@@ -35,7 +34,7 @@ def answer_questions(answerer, questions, batch_size):
     tokenizer, ends = answerer.tokenizer, stop_ids(answerer.tokenizer)
     engine = Engine(answerer.model, tokenizer, min(batch_size, len(prompts)), len(prompts))
     # tqdm shows no bar unless stderr is a terminal; without a stderr it would fail
-    with tqdm(total=len(prompts), unit=' answers', disable=sys.stderr is None or None) as bar:
+    with tqdm(total=len(prompts), unit=' answers', disable=None) as bar:
         sequences = []
         for i, prompt in enumerate(prompts):
             ids = prompt.ids.tolist()

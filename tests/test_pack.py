@@ -133,6 +133,13 @@ def test_options_leave_out_what_they_say(tmp_path, monkeypatch, capsys):
     assert 2 < sum(split_by_hash(text, 0.1) == 'val' for text in sampled) < 30  # the sample does not decide the split
 
 
+def test_a_closed_stderr_needs_no_progress(tmp_path):
+    (tmp_path / 'a.txt').write_text('a line\n' * 100, encoding='utf-8')
+    command = sys.executable, '-m', 'corpus.pack', 'build', '--input', str(tmp_path / 'a.txt'), '--tokenizer=char', '--out', str(tmp_path / 'out')
+    assert subprocess.run(['sh', '-c', 'exec "$@" 2>&-', '-', *command], cwd=ROOT, capture_output=True).returncode == 0
+    assert read_meta(tmp_path / 'out')['splits']['train']['tokens'] > 600
+
+
 def test_workers_leave_no_trace(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(encode, 'BATCH_DOCUMENTS', 20)
     texts = [text for text in TEXTS + TEXTS[:100]]
