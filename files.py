@@ -156,11 +156,14 @@ def printable(text):
 @contextlib.contextmanager
 def one_line_errors():
     """Turn a user's mistake into one line and exit code 2. FLATGPT_TRACEBACK=1 shows a traceback instead."""
-    if sys.stderr is None:  # closed by 2>&-: progress bars need one
-        sys.stderr = open(os.devnull, 'w')
     if hasattr(sys.stdout, 'reconfigure'):
         # a character that the terminal lacks must not end a run
         sys.stdout.reconfigure(errors='backslashreplace')
+    if sys.stderr is None:
+        # It was closed. Errors go to stdout then, and the null device takes its number, which the next
+        # file would get, and with it the warnings of libraries.
+        null = open(os.devnull, 'w')
+        sys.stderr = sys.stdout or null
     try:
         yield
         print(end='', flush=True)

@@ -33,7 +33,6 @@ def answer_questions(answerer, questions, batch_size):
               f'{answerer.model.config.block_size} tokens: their beginnings are cut off')
     tokenizer, ends = answerer.tokenizer, stop_ids(answerer.tokenizer)
     engine = Engine(answerer.model, tokenizer, min(batch_size, len(prompts)), len(prompts))
-    # tqdm shows no bar unless stderr is a terminal; without a stderr it would fail
     with tqdm(total=len(prompts), unit=' answers', disable=None) as bar:
         sequences = []
         for i, prompt in enumerate(prompts):

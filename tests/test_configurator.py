@@ -431,6 +431,22 @@ def test_other_errors_of_ours_keep_their_traceback():
         raise RuntimeError('a mistake of ours')
 
 
+@pytest.mark.skipif(os.name != 'posix', reason='needs a shell')
+def test_a_closed_stderr_is_neither_missed_nor_given_to_a_file(tmp_path):
+    code = '''
+import sys
+from tqdm import tqdm
+from files import one_line_errors
+with one_line_errors(), open('file', 'w') as file:
+    for _ in tqdm(range(3), mininterval=9):
+        pass
+    raise ValueError(f'wrong {sys.stderr.isatty()} {file.fileno() > 2}')
+'''
+    done = subprocess.run(['sh', '-c', 'exec "$@" 2>&-', '-', sys.executable, '-c', code], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 2 and done.stdout.splitlines()[-1] == 'wrong False True'
+
+
 # -----------------------------------------------------------------------------
 # settings that follow from others
 
