@@ -101,7 +101,8 @@ def measure() -> dict:
     place = distributed.start(device)
     torch.manual_seed(seed)
     decodes = mode == 'decode'
-    compiles = devices.choose_compile(compile is True if decodes else compile, place.device)
+    wanted = compile is True if decodes else compile  # auto decodes eagerly, as in sample.py
+    compiles = devices.choose_compile(wanted, place.device)
     precision = devices.choose_dtype(dtype, place.device, packs=decodes and not compiles)
     settings, machine = config_of(globals()), describe_machine(place.device)
     facts = dict(mode=mode, dtype=str(precision).removeprefix('torch.'), compiled=compiles)
@@ -183,7 +184,7 @@ def measure_step(model, device, precision, use_compile):
 
 def matmul_flop_per_s(model, device, precision):
     """Measure the rate of the linear layers' products alone: one forward, two in the backward pass."""
-    n_rows, shapes = batch_size * block_size, Counter()
+    n_rows, shapes = batch_size * block_size, Counter()  # {(rows, outputs, inputs): times in a step}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             is_head = module is model.lm_head

@@ -71,7 +71,7 @@ class GPTConfig:
         if self.n_embd % unit and not (self.arch == 'llama' and self.head_size):
             raise ValueError(f'n_embd={self.n_embd}, n_head={self.n_head}: accepted is a multiple of {unit}')
 
-        # the values of arch, for those that are None
+        # values of arch for those that are None; others are accepted where adjustable
         values = dict(PRESETS[self.arch], n_kv_head=self.n_head, head_size=self.n_embd // self.n_head,
                       n_hidden=4 * self.n_embd, rope_theta=10_000.0, rope_scaling=None, qkv_bias=False)
         adjustable = dict(gpt2={'activation', 'bias'}, modern={'activation'}, llama=values.keys() - {'bias'})
@@ -139,7 +139,7 @@ class CausalSelfAttention(nn.Module):
         qk, v = self.c_attn(x).view(B, T, H + 2 * G, D).split((H + G, G), dim=2)
         if config.arch == 'llama' and config.qk_norm:
             q, k = qk.split((H, G), dim=2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2).to(v.dtype)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2).to(v.dtype)  # modern: after rotate()
         if rotary is not None:
             qk = rotate(qk, *rotary)  # queries and keys in one call
         if config.arch == 'modern':
