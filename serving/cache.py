@@ -30,13 +30,13 @@ class RowCache:
             self.kv = old.new_zeros(*old.shape[:4], n_wider, old.size(5))
             self.kv[..., :n_columns, :] = old
 
-    def add(self, prompt):
-        """Append a row that begins with the tokens of a KVCache of one row."""
-        row, n_tokens = len(self.lengths), prompt.n_tokens
+    def add(self, prompts, prompt, n_tokens):
+        """Append a row that begins with n_tokens of a row of a KVCache."""
+        row = len(self.lengths)
         self.reserve(n_tokens)
-        for layer, (keys, values) in zip(self.kv, prompt.kv, strict=True):
-            layer[0, row, :, :n_tokens] = keys[0]
-            layer[1, row, :, :n_tokens] = values[0]
+        for layer, (keys, values) in zip(self.kv, prompts.kv, strict=True):
+            layer[0, row, :, :n_tokens] = keys[prompt, :, :n_tokens]
+            layer[1, row, :, :n_tokens] = values[prompt, :, :n_tokens]
         self.lengths.append(n_tokens)
         self.n_tokens = max(self.lengths)
 

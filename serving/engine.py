@@ -4,9 +4,9 @@
     engine.submit([Sequence(ids, sampling, tokenizer, print, stop, stop_ids)])
     engine.run()    # prints a Piece a step; start() does so in a thread
 
-A step takes in one prompt, so that a burst of prompts does not stall the running answers. Then it draws one
-token for each answer in one forward pass.
-R running sequences, T length of a prompt, V vocabulary
+A step takes in prompts, in a thread at most one, so that a burst of prompts does not stall the running
+answers. Then it draws one token for each answer in one forward pass.
+R running sequences, N new ones, T length of the longest new prompt, V vocabulary
 """
 
 import codecs
@@ -114,6 +114,7 @@ class Engine:
         self.waiting = deque()
         self.running = []  # row r of the cache belongs to running[r]
         self.cache = RowCache(model.config, max_batch, self.device, self.dtype)
+        self.prompts = None  # the last ones and what read() returned: the choices of a request share it
         self.is_closed = False
         self.wake = threading.Condition()
         self.thread = threading.Thread(target=self.loop, name='engine', daemon=True)
@@ -125,7 +126,7 @@ class Engine:
     def run(self):
         """Complete all sequences in the thread of the caller."""
         while self.waiting or self.running:
-            self.step()
+            self.step(n_prompts=self.max_batch)
 
     def submit(self, sequences: list[Sequence]) -> bool:
         """Queue the sequences of a request. Return False if there is no room for all of them."""
@@ -160,7 +161,7 @@ class Engine:
         """End all sequences with an error."""
         with self.wake:
             sequences = [*self.running, *self.waiting]
-            self.running = []
+            self.running, self.prompts = [], None
             self.waiting.clear()
         self.cache.clear()
         for sequence in sequences:
@@ -168,10 +169,10 @@ class Engine:
                 sequence.finish('error')
 
     @torch.inference_mode()
-    def step(self):
-        """Take in a prompt, run the model once for all sequences, and draw."""
+    def step(self, n_prompts: int = 1):
+        """Take in up to n_prompts prompts, run the model once for all sequences, and draw."""
         self.leave()
-        self.join()
+        self.join(n_prompts)
         self.leave()
         if not self.running:
             return
@@ -189,22 +190,40 @@ class Engine:
                 self.running[row] = self.running[-1]
                 self.running.pop()
 
-    def join(self):
-        """Read the prompt of the next sequence that waits, and draw the token after it."""
+    def join(self, n_prompts):
+        """Read the prompts of the next sequences that wait, and draw their first tokens."""
         with self.wake:
-            while self.waiting and self.waiting[0].is_over:
-                self.waiting.popleft()
-            if not self.waiting or len(self.running) == self.max_batch:
-                return
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-        idx = torch.tensor([sequence.ids], device=self.device)  # (1, T)
+            n_free, new = min(n_prompts, self.max_batch - len(self.running)), []
+            while self.waiting and len(new) < n_free:
+                sequence = self.waiting.popleft()
+                if not sequence.is_over:
+                    new.append(sequence)
+            self.running += new
+        if not new:
+            return
+        prompts = [sequence.ids for sequence in new]
+        if self.prompts is None or self.prompts[0] != prompts:
+            self.prompts = None  # frees its memory first
+            self.prompts = prompts, *self.read(prompts)
+        _, cache, logits = self.prompts
+        for row, sequence in enumerate(new):
+            self.cache.add(cache, row, len(sequence.ids))
+            sequence.generator = torch.Generator(self.device).manual_seed(sequence.sampling.seed)
+            self.draw(sequence, logits[row:row + 1])
+
+    def read(self, prompts):
+        """Return the KVCache of prompts, and the logits of the tokens after them, (N, V).
+
+        They are padded on the right, to which no token attends.
+        """
+        lengths = [len(ids) for ids in prompts]
+        rows = [ids + [0] * (max(lengths) - len(ids)) for ids in prompts]
+        idx = torch.tensor(rows, device=self.device)  # (N, T)
         cache = kernels.KVCache(self.model.config, *idx.shape, self.device, self.dtype)
         with kernels.decoding(idx, cache):
-            logits = self.model(idx, cache=cache)[0][:, -1]  # (1, V)
-        self.cache.add(cache)
-        sequence.generator = torch.Generator(self.device).manual_seed(sequence.sampling.seed)
-        self.draw(sequence, logits)
+            x = self.model.hidden(idx, cache=cache)  # (N, T, C)
+            x = torch.stack([row[n - 1] for row, n in zip(x, lengths, strict=True)])  # (N, C)
+            return cache, self.model.head(x)
 
     def draw(self, sequence, logits):
         """Draw the next token of a sequence from its logits (1, V)."""

@@ -42,7 +42,7 @@ def answer_questions(answerer, questions, batch_size):
             sequences.append(Sequence(ids, sampling, tokenizer, stop=[], stop_ids=ends,
                                       is_over=sampling.max_new_tokens == 0,
                                       emit=lambda piece: bar.update(piece.finish_reason is not None)))
-        engine.submit(sequences)
+        engine.submit(sorted(sequences, key=lambda sequence: len(sequence.ids)))  # for little padding
         engine.run()
     replies = [[token.id for token in sequence.tokens] for sequence in sequences]
     return [tokenizer.decode(reply).strip() for reply in replies]

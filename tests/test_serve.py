@@ -125,7 +125,7 @@ def test_answers_in_a_changing_batch_are_those_of_one_at_a_time(arch):
 
 
 @pytest.mark.parametrize('arch', SHAPES)
-def test_run_answers_each_prompt_as_if_it_were_alone(arch):
+def test_prompts_read_together_are_answered_as_if_each_were_alone(arch):
     model, sequences = random_model(arch), []
     for i, n_tokens in enumerate((5, 12, 1, 30, 5, 17, 2)):
         ids = torch.randint(256, (n_tokens,), generator=torch.Generator().manual_seed(i)).tolist()
