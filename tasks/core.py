@@ -94,8 +94,8 @@ def evaluate_core(score, tokenizer, bundle: list[CoreTask], *, block_size: int) 
 
 def rows_of(task: CoreTask, i: int, tokenizer, *, block_size: int) -> list[Row]:
     """Return the rows of item i's pairs, after examples drawn from the other items."""
-    others = [n for n in range(len(task.items)) if n != i]
-    shown = [task.items[n] for n in random.Random(1234 + i).sample(others, task.n_shots)]
+    others = random.Random(1234 + i).sample(range(len(task.items) - 1), task.n_shots)
+    shown = [task.items[n + (n >= i)] for n in others]  # i itself is left out
     answered = [item.pairs[item.gold] for item in shown]
     before = ''.join(f'{context}{task.delimiter}{answer}\n\n' for context, answer in answered)
     prompts = [f'{before}{context}{task.delimiter}' for context, _ in task.items[i].pairs]
