@@ -339,6 +339,8 @@ def lr_scale(it: int, schedule: Schedule) -> float:
             height = remaining / decay_iters
     elif schedule.kind == 'cosine_restarts':
         length = schedule.restart_iters
+        if schedule.restart_mult == 1:
+            since_warmup %= length
         while since_warmup >= length:
             since_warmup, length = since_warmup - length, length * schedule.restart_mult
         height = half_cosine(since_warmup / length)
