@@ -122,7 +122,8 @@ class Template:
             ids, mask = self.encode(kept)
         if len(ids) > size:
             return None
-        n_cut = sum(turn not in turns for turn in kept)
+        whole = set(turns)
+        n_cut = sum(turn not in whole for turn in kept)
         ids, mask = np.array(ids, dtype=np.int64), np.array(mask, dtype=np.uint8)
         return Fitted(ids, mask, len(turns) - len(kept), n_cut, has_evidence(turns, kept))
 
@@ -135,14 +136,19 @@ class Template:
         i = last_of('context', turns)
         if i is not None:
             turns = self.shorten(turns, i, size, parts_of(turns[i][1], answer_span(turns, i)))
-        first = next(i for i, (role, _) in enumerate(turns) if role != 'system')
-        while [role for role, _ in turns].count('assistant') > 1 and self.n_tokens(turns) > size:
-            end = 1 + next(i for i, (role, _) in enumerate(turns) if role == 'assistant')
-            turns = turns[:first] + turns[end:]
+        turns = self.drop_oldest(turns, size)
         i = last_of('user', turns)
         if i is not None:
             turns = self.shorten(turns, i, size, parts_of(turns[i][1], None))
         return turns
+
+    def drop_oldest(self, turns, size):
+        """Drop the oldest exchanges until the turns fit, all but the last one if need be."""
+        first = next(i for i, (role, _) in enumerate(turns) if role != 'system')
+        ends = [i + 1 for i, (role, _) in enumerate(turns) if role == 'assistant']
+        ends = [first, *ends[:-1]]  # ascending, so the rest after them gets shorter
+        n_too_long = bisect_left(ends, -size, key=lambda end: -self.n_tokens(turns[:first] + turns[end:]))
+        return turns[:first] + turns[ends[min(n_too_long, len(ends) - 1)]:]
 
     def shorten(self, turns, i, size, parts):
         """Cut the text of turn i to the widest of its parts with which all turns fit, or to nothing."""

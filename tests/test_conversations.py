@@ -206,6 +206,18 @@ def test_what_is_not_answered():
     assert answered([user, empty]) == answered([user]) == answered([]) == []
 
 
+def test_a_long_chat_is_encoded_a_few_times_for_each_question(monkeypatch):
+    """Once for each dropped exchange took half a second at 400 turns, and 16 times that for four times the turns."""
+    template, encode, n_encoded = Template(BYTES, 'chat'), Template.encode, []
+    monkeypatch.setattr(Template, 'encode', lambda self, turns: n_encoded.append(len(turns)) or encode(self, turns))
+    turns = [('system', 'Be brief.'), *[('user', 'How much?'), ('assistant', 'So much.')] * 300, ('user', 'And now?')]
+    fitted = template.fit(turns, 100)
+    assert len(n_encoded) < 25
+    kept = len(turns) + 1 - fitted.n_left_out  # with the opened answer
+    assert fitted.ids.tolist() == encode(template, [turns[0], *turns[len(turns) + 2 - kept:], ('assistant', None)])[0]
+    assert len(fitted.ids) <= 100 < len(encode(template, [turns[0], *turns[len(turns) - kept:], ('assistant', None)])[0])
+
+
 # -----------------------------------------------------------------------------
 # rows
 
