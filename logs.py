@@ -45,6 +45,7 @@ class Log:
         self.skipped_in_a_row = 0  # at the latest logged step
         self.mfu_per_tok_per_s = math.nan  # where the device's peak is unknown
         self.logged_at = progress.iter_num  # iter_num after the last logged step
+        self.has_sampled = False  # this process has written to samples.md
         self.last_line_s = time.perf_counter()  # paused() adds its duration
 
     # starting
@@ -177,7 +178,8 @@ class Log:
             return
         it = self.progress.iter_num
         with loss_printed(self.out_dir / 'samples.md', f'the samples of iteration {it} are lost'):
-            write_samples(self.out_dir, it, samples)
+            write_samples(self.out_dir, it, samples, is_first=not self.has_sampled)
+            self.has_sampled = True
         for i, (prompt, text) in enumerate(samples, 1):
             self.to_tensorboard('add_text', f'samples/{i}', sample_text(prompt, text), it)
 
@@ -202,11 +204,8 @@ class Log:
             return
         it, path = self.progress.iter_num, self.out_dir / 'metrics.jsonl'
         line = finite(dict(iter=it, **numbers, time=round(time.time(), 1)))
-        with loss_printed(path, f'the line of iteration {it} is lost'), open(path, 'ab', buffering=0) as f:
-            size, data = f.tell(), (json.dumps(line) + '\n').encode()
-            if f.write(data) < len(data):  # the disk is full now: leave no torn line
-                f.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with loss_printed(path, f'the line of iteration {it} is lost'):
+            append(path, json.dumps(line) + '\n')
         if self.wandb is not None:
             self.wandb.log(line, step=it)
         for name in numbers:
@@ -285,15 +284,29 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def write_samples(folder, iter_num: int, samples: list[tuple[str, str]]):
-    """Add the samples of an iteration to samples.md, in place of those of this and later ones."""
+def append(path, text: str):
+    """Append a text to a file, or raise OSError and leave the file as it was."""
+    data = text.encode('utf-8', 'backslashreplace')
+    with open(path, 'ab', buffering=0) as f:
+        size = f.tell()
+        if f.write(data) < len(data):  # the disk is full now: leave no torn line
+            f.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def write_samples(folder, iter_num: int, samples: list[tuple[str, str]], *, is_first: bool):
+    """Append the samples of an iteration to samples.md.
+
+    is_first  of this process: an earlier one may have left samples of this and later iterations, to drop
+    """
     path = Path(folder) / 'samples.md'
-    sections = re.split(r'^(?=## Iteration [0-9]+\n)', read_text(path), flags=re.MULTILINE)
-    page = ''.join(section for section in sections[1:] if int(section.split()[2]) < iter_num)
-    page += f'## Iteration {iter_num}\n\n'
+    if is_first:
+        sections = re.split(r'^(?=## Iteration [0-9]+\n)', read_text(path), flags=re.MULTILINE)
+        files.write_text(path, ''.join(each for each in sections[1:] if int(each.split()[2]) < iter_num))
+    page = f'## Iteration {iter_num}\n\n'
     for i, (prompt, text) in enumerate(samples, 1):
         page += f'**{i}.** after the prompt\n\n{sample_text(prompt, text)}\n\n'
-    files.write_text(path, page)
+    append(path, page)
 
 
 def sample_text(prompt, text):

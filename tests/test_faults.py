@@ -650,8 +650,9 @@ for out in (out, read_only / 'out'):
 @pytest.mark.skipif(not shutil.which('unshare') or subprocess.run(['unshare', '-rm', 'mount', '-t', 'tmpfs', 'none', '/mnt'], capture_output=True).returncode != 0,
                     reason='needs unshare -rm')
 def test_a_full_disk_costs_no_checkpoint_and_a_read_only_one_is_named_at_start(tiny, tmp_path, tally):
+    # a full disk still fills the last page of a file, so each sample is longer than one
     done = subprocess.run(['unshare', '-rm', sys.executable, '-c', SMALL_DISK, str(ROOT), str(tmp_path), *TINY, f'--dataset={tiny}', '--checkpoint_interval=2',
-                           '--keep_last_n_checkpoints=0', '--max_iters=20', '--eval_interval=1000', '--generate_interval=2', '--generate_prompts=a'], capture_output=True, text=True, encoding='utf-8',
+                           '--keep_last_n_checkpoints=0', '--max_iters=20', '--eval_interval=1000', '--generate_interval=2', f'--generate_prompts={"a" * 5000}'], capture_output=True, text=True, encoding='utf-8',
                           timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     said = done.stdout
     assert 'full: No space left on device' in said and said.count('NOT SAVED') == 3 and said.count('No space left on device: the last good checkpoint') == 3, said + done.stderr
