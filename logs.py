@@ -181,11 +181,11 @@ class Log:
             write_samples(self.out_dir, it, samples, is_first=not self.has_sampled)
             self.has_sampled = True
         for i, (prompt, text) in enumerate(samples, 1):
-            self.to_tensorboard('add_text', f'samples/{i}', sample_text(prompt, text), it)
+            self.send('tensorboard', 'add_text', f'samples/{i}', sample_text(prompt, text), it)
 
     def saved(self, folder, is_best: bool):
         """Report what save_or_warn() has just written."""
-        self.to_tensorboard('flush')
+        self.send('tensorboard', 'flush')
         if folder.saved_iter == self.progress.iter_num:
             self.event('saved', path=str(folder.newest))
         if is_best and folder.best_iter == self.progress.iter_num:
@@ -206,27 +206,26 @@ class Log:
         line = finite(dict(iter=it, **numbers, time=round(time.time(), 1)))
         with loss_printed(path, f'the line of iteration {it} is lost'):
             append(path, json.dumps(line) + '\n')
-        if self.wandb is not None:
-            self.wandb.log(line, step=it)
+        self.send('wandb', 'log', line, step=it)
         for name in numbers:
             if line[name] is not None:
-                self.to_tensorboard('add_scalar', name, line[name], it, walltime=line['time'])
+                self.send('tensorboard', 'add_scalar', name, line[name], it, walltime=line['time'])
 
-    def to_tensorboard(self, method: str, *args, **kwargs):
-        """Call a method of the SummaryWriter, which is dropped after an error such as a full disk."""
-        if self.tensorboard is None:
+    def send(self, service: str, method: str, *args, **kwargs):
+        """Call a method of 'tensorboard' or 'wandb', which is dropped after an error such as a full disk."""
+        if getattr(self, service) is None:
             return
         try:
-            getattr(self.tensorboard, method)(*args, **kwargs)
-        except Exception as error:  # raised by its thread
-            self.tensorboard = None
-            print0(printable(f'tensorboard: {error}: nothing more is written there by this process'))
+            getattr(getattr(self, service), method)(*args, **kwargs)
+        except Exception as error:  # raised by its thread or process
+            setattr(self, service, None)
+            print0(printable(f'{service}: {error}: nothing more is written there by this process'))
 
     # at the end
 
     def end(self, event: str, reason: str):
         """Close TensorBoard, and wait for the commands of on_event."""
-        self.to_tensorboard('close')
+        self.send('tensorboard', 'close')
         if self.hook is not None:
             self.event(event, reason=reason)
             self.hook.close()

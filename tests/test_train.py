@@ -558,6 +558,14 @@ def test_wandb_gets_every_line_and_is_resumed_under_its_id(tiny, tmp_path, wandb
     assert 'secret' not in stdout + (tmp_path / 'out' / 'metrics.jsonl').read_text(encoding='utf-8')
 
 
+def test_a_wandb_whose_process_dies_ends_alone(tiny, tmp_path, wandb):
+    dead = WANDB.replace('lambda line, step: calls.append((step, line))', 'dead') + 'def dead(line, step): raise BrokenPipeError("no service")\n'
+    (tmp_path / 'packages' / 'wandb' / '__init__.py').write_text(dead, encoding='utf-8')
+    stdout, lines = train(*TINY, '--wandb_log=True', '--max_iters=2', f'--dataset={tiny}', out_dir=tmp_path / 'out')
+    assert stdout.count('wandb: no service: nothing more is written there by this process') == 1
+    assert lines[-1]['iter'] == 2 and (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
 def test_wandb_is_not_started_where_nothing_is_to_be_written(tiny, tmp_path, wandb):
     train(*TINY, '--wandb_log=True', '--eval_only=True', f'--dataset={tiny}', out_dir=tmp_path / 'out')
     assert 'wandb' not in sys.modules
