@@ -84,8 +84,11 @@ def write_report(folders: list, out=None) -> Path:
 def contents(runs: list[Run]) -> list:
     """Return the parts of a report, each a Table, a Picture or Samples, the summary first."""
     first, *others = tables(runs)
-    pictures = [Picture(name, png) for name, png in draw_all(runs).items()]
-    samples = []
+    pictures, samples = [], []
+    try:
+        pictures = [Picture(name, png) for name, png in draw_all(runs).items()]
+    except ImportError as error:
+        print(f'the report has no curves: matplotlib cannot be imported ({error}): pip install matplotlib')
     for run in runs:
         iteration, _, text = run.samples.partition('\n')
         if text:
