@@ -154,6 +154,17 @@ def printable(text):
 
 
 @contextlib.contextmanager
+def one_line(where):
+    """Turn the errors of damaged content, and panics of `tokenizers`, into a ValueError that says where."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+            raise
+        raise ValueError(f'{where}: {error or type(error).__name__}') from None
+
+
+@contextlib.contextmanager
 def one_line_errors():
     """Turn a user's mistake into one line and exit code 2. FLATGPT_TRACEBACK=1 shows a traceback instead."""
     if hasattr(sys.stdout, 'reconfigure'):

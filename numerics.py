@@ -23,11 +23,10 @@ from torch.nn import functional as F
 import devices
 import distributed
 from configurator import configure
-from files import one_line_errors, print0, printable
+from files import one_line, one_line_errors, print0, printable
 from model import GPT, Block
 from tokens.dataset import dataset_folders
 from tokens.loader import Loader
-from tokens.tokenizer_json import one_line
 from training.dumps import Recorder, measure, read_array, read_index
 from training.pictures import draw_errors
 from weights import reference as transformers_model

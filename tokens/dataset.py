@@ -20,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from files import read_json
+from files import one_line, read_json
 from tokens.metapkl import read_meta_pkl
 from tokens.tokenizer import GPT2_META, fingerprint, vocab_size_of
-from tokens.tokenizer_json import one_line
 
 HEADER_BYTES = 1024  # of llm.c
 LLMC_DTYPES = {(20240520, 1): 'uint16', (20240801, 7): 'uint32'}  # by magic number and version

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from corpus.fetch import fetch
+from files import one_line
 from tokens.tokenizer_json import (
     BPE_PATTERN,
     END,
@@ -30,7 +31,6 @@ from tokens.tokenizer_json import (
     char_json,
     check_pattern,
     load_engine,
-    one_line,
     parse,
     read_merges,
     read_tokenizer_json,

@@ -3,13 +3,12 @@
 Such files come from strangers: ids and patterns are checked before the `tokenizers` library runs.
 """
 
-import contextlib
 import hashlib
 import json
 import re
 from pathlib import Path
 
-from files import read_json
+from files import one_line, read_json
 
 GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # as in tiktoken
 GPT2_META = {'kind': 'gpt2', 'sha256': GPT2_MERGES_SHA256}
@@ -31,17 +30,6 @@ ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_t
 # the entries of tokenizer_config.json that meta() carries
 KEPT = (*ROLES, 'additional_special_tokens', 'clean_up_tokenization_spaces', 'add_bos_token', 'add_eos_token',
         'chat_template')
-
-
-@contextlib.contextmanager
-def one_line(where):
-    """Turn the errors of damaged content, and panics of `tokenizers`, into a ValueError that says where."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
-            raise
-        raise ValueError(f'{where}: {error or type(error).__name__}') from None
 
 
 # -----------------------------------------------------------------------------

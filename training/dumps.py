@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 import distributed
-from files import read_json, write_atomically, write_json
-from tokens.tokenizer_json import one_line
+from files import one_line, read_json, write_atomically, write_json
 
 INDEX = 'index.json'
 # relative errors of equal tensors, by the dtype of matrix products; 12 layers have 2e-6, and 2e-2 in bfloat16

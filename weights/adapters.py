@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from files import write_atomically, write_json
-from tokens.tokenizer_json import one_line
+from files import one_line, write_atomically, write_json
 from weights import lora
 from weights.architectures import architecture_of, need
 from weights.formats import read_folder, read_settings, write_safetensors

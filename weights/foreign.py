@@ -10,9 +10,8 @@ import typing
 
 import torch
 
-from files import print0, printable
+from files import one_line, print0, printable
 from model import GPTConfig
-from tokens.tokenizer_json import one_line
 from weights.lora import trained_weights
 
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # transformers' GPT-2 stores these transposed

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from files import read_json
+from files import one_line, read_json
 from tokens.tokenizer import vocab_size_of
-from tokens.tokenizer_json import one_line
 from weights.foreign import BUFFERS, check_model_args
 
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}

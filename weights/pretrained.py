@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from corpus.template import STYLES, Template
-from files import print0, write_atomically, write_json, write_text
+from files import one_line, print0, write_atomically, write_json, write_text
 from tokens.tokenizer import GPT2_META, read_tokenizer_json
-from tokens.tokenizer_json import one_line, tokenizer_config
+from tokens.tokenizer_json import tokenizer_config
 from weights import adapters, gguf
 from weights.architectures import ARCHITECTURES, VOCABULARY, architecture_of
 from weights.card import TAGS
