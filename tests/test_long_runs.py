@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import wait
 
 import pytest
 from conftest import ROOT, TINY, differences, read_checkpoint, run_here, train_here
@@ -165,6 +166,15 @@ def test_a_command_that_hangs_costs_a_line_and_not_the_run(tiny, tmp_path, monke
     [dropped] = [int(line.split()[1]) for line in lines - failed] or [0]
     assert len(lines & failed) + dropped == 3 and any(' finished failed ' in line for line in lines)
     assert read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == 1 and time.monotonic() - begun_s < 500
+
+
+def test_events_that_have_ended_are_not_kept():
+    hook = events.Hook('true')
+    for n in range(20):
+        hook.send(f'event{n}', {})
+        wait(hook.calls)
+    assert len(hook.calls) == 1
+    hook.close()
 
 
 def test_events_that_wait_behind_a_hanging_command_are_dropped_at_the_end(monkeypatch, capsys):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from files import print0, printable
@@ -19,9 +20,11 @@ class Hook:
 
     def __init__(self, command: str):
         self.command = command
-        self.pool, self.calls = ThreadPoolExecutor(1), []
+        self.pool, self.calls = ThreadPoolExecutor(1), deque()  # calls: those that may not have ended
 
     def send(self, event: str, facts: dict):
+        while self.calls and self.calls[0].done():
+            self.calls.popleft()
         self.calls.append(self.pool.submit(self.call, event, json.dumps(facts) + '\n'))
 
     def call(self, event, text):
@@ -39,7 +42,7 @@ class Hook:
     def close(self):
         """Wait TIMEOUT_S, then drop the waiting calls but the last one. It takes 3 TIMEOUT_S at most."""
         wait(self.calls, TIMEOUT_S)
-        n_dropped = sum(call.cancel() for call in self.calls[:-1])
+        n_dropped = sum(call.cancel() for call in list(self.calls)[:-1])
         if n_dropped:
             print0(f'on_event: {n_dropped} events dropped: the run has ended')
         self.pool.shutdown()
