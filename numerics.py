@@ -173,11 +173,12 @@ def compare(folder_a, folder_b) -> bool:
     tolerance = rtol
     if rtol is None:
         tolerance = max(rtol_a, rtol_b)
-    names = [name for name in names_a if name in names_b]
+    common = set(names_a) & set(names_b)
+    names = [name for name in names_a if name in common]
     if not names:
         raise ValueError(f'{folder_a} and {folder_b} have no tensor of the same name')
     for folder, own in ((folder_a, names_a), (folder_b, names_b)):
-        if alone := [name for name in own if name not in names]:
+        if alone := [name for name in own if name not in common]:
             print(f'only in {folder}: {len(alone)} tensors ({printable(", ".join(alone[:3]))} ...)')
     width = max(map(len, names))
     print(f'{"tensor":{width}}  relative error  largest difference    cosine')

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import kernels
 import model as model_py
 from model import GPT, GPTConfig
-from training.dumps import measure
+from training.dumps import measure, order_of
 
 ARCHS = {
     'gpt2': dict(arch='gpt2', bias=True),
@@ -72,6 +72,18 @@ def test_gradients_and_values_are_those_of_the_model(folder):
                 'h.01.mlp.c_fc.bias': model.transformer.h[1].mlp.c_fc.bias}
     for name, tensor in expected.items():
         torch.testing.assert_close(torch.from_numpy(np.load(folder / 'gpt2' / f'{name}.npy')), tensor.detach(), rtol=1e-5, atol=1e-8)
+
+
+class Unsearched(list):
+    """A list of names that is not searched for each of them: 12,000 names took 0.7 s, 16 times as long as 3,000."""
+
+    def __contains__(self, name):
+        raise AssertionError
+
+
+def test_names_are_ordered_without_a_search_for_each():
+    names = Unsearched(['a.weight', 'b.weight', 'a.in', 'a.out', 'loss', 'a.out.grad', 'a.in.grad', 'a.weight.grad', 'b.weight.grad'])
+    assert order_of(names) == ['b.weight', 'a.in', 'a.weight', 'a.out', 'loss', 'a.out.grad', 'a.weight.grad', 'a.in.grad', 'b.weight.grad']
 
 
 def test_names_are_in_the_order_of_execution_and_facts_are_numpys(folder):

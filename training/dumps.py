@@ -83,16 +83,16 @@ class Recorder:
 
 def order_of(names: list[str]) -> list[str]:
     """Return the names written in order of execution: weights before outputs, then backward in reverse."""
-    weights = [name for name in names if name.endswith(('.weight', '.bias'))]
-    forward = []
+    written, forward = set(names), []
     for name in names:
         module, _, kind = name.rpartition('.')
         if kind == 'out':
-            forward += [f'{module}.{kind}' for kind in ('weight', 'bias') if f'{module}.{kind}' in weights]
+            forward += [f'{module}.{kind}' for kind in ('weight', 'bias') if f'{module}.{kind}' in written]
         if kind not in ('weight', 'bias', 'grad'):
             forward.append(name)
-    forward = [weight for weight in weights if weight not in forward] + forward  # wpe is not called
-    return forward + [f'{name}.grad' for name in reversed(forward) if f'{name}.grad' in names]
+    called, weights = set(forward), [name for name in names if name.endswith(('.weight', '.bias'))]
+    forward = [weight for weight in weights if weight not in called] + forward  # wpe is not called
+    return forward + [f'{name}.grad' for name in reversed(forward) if f'{name}.grad' in written]
 
 
 # -----------------------------------------------------------------------------
