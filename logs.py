@@ -22,7 +22,7 @@ import devices
 import distributed
 import files
 from files import print0, printable
-from report import read_metrics, read_record, read_text, table_row, write_report
+from report import read_record, read_text, sound_lines, table_row, write_report
 from training.events import Hook
 
 
@@ -80,9 +80,7 @@ class Log:
         files.remove_leftovers(self.out_dir)
         if is_new:
             checkpoint.set_aside(self.out_dir, checkpoint.run_files(self.out_dir))
-        path = self.out_dir / 'metrics.jsonl'
-        lines = [line for line in read_metrics(path) if line['iter'] < self.progress.iter_num]
-        files.write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
+        keep_earlier_lines(self.out_dir / 'metrics.jsonl', self.progress.iter_num)
 
         # run.json: the facts of this start, and a record of every start
         path = self.out_dir / 'run.json'
@@ -281,6 +279,15 @@ def git_commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+def keep_earlier_lines(path, iter_num: int):
+    """Rewrite metrics.jsonl with its sound lines before iter_num, one at a time."""
+    def write(f):
+        for text, line in sound_lines(path):
+            if line['iter'] < iter_num:
+                f.write(f'{text}\n'.encode())
+    files.write_atomically(path, write)
 
 
 def append(path, text: str):

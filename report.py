@@ -12,6 +12,8 @@ import argparse
 import contextlib
 import json
 import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -143,17 +145,27 @@ def read_text(path: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read metrics.jsonl without damaged lines, such as one torn by a crash; [] if there is no file."""
-    texts, lines = read_text(path).split('\n'), []
-    texts = [text for text in texts if text]
-    for text in texts:
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text)
+    """Read metrics.jsonl without damaged lines; [] if there is no file."""
+    # a name of its own for each number would take half of the memory
+    return [{sys.intern(name): value for name, value in line.items()} for _, line in sound_lines(path)]
+
+
+def sound_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield each line of metrics.jsonl as text and numbers, but none that is damaged, as by a crash."""
+    n_damaged = 0
+    if not path.is_file():  # a pipe is no file
+        return
+    with open(path, encoding='utf-8', errors='replace', newline='\n') as f:
+        for text in filter(None, map(str.strip, f)):
+            line = None
+            with contextlib.suppress(ValueError, RecursionError):
+                line = json.loads(text)
             if isinstance(line, dict) and type(line.get('iter')) is int and 0 <= line['iter'] < 2**53:
-                lines.append(line)
-    if len(lines) < len(texts):
-        print0(printable(f'{path}: damaged lines skipped: {len(texts) - len(lines)}'))
-    return lines
+                yield text, line
+            else:
+                n_damaged += 1
+    if n_damaged:
+        print0(printable(f'{path}: damaged lines skipped: {n_damaged}'))
 
 
 def read_record(path: Path, **types) -> dict:
