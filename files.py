@@ -111,22 +111,6 @@ def read_json(path):
         raise ValueError(f'{path}: not JSON in UTF-8 ({error})') from None
 
 
-def json_lines(lines, path):
-    """Yield (line number, value) of each line that is not blank.
-
-    lines   an open binary file, or any iterable of lines as bytes
-    path    for errors, which also name the line
-    """
-    for number, line in enumerate(lines, 1):
-        line = line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode('utf-8'))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f'{path}, line {number}: not JSON in UTF-8 ({error})') from None
-
-
 # -----------------------------------------------------------------------------
 # messages
 

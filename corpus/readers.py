@@ -8,6 +8,7 @@ import codecs
 import csv
 import functools
 import itertools
+import json
 import os
 import re
 from collections import Counter
@@ -20,7 +21,7 @@ from corpus.columns import read_arrow, read_parquet
 from corpus.jsonfile import read_json_records
 from corpus.textfile import MAX_RECORD_CHARS, TextFile, check_fields, naming, with_line_feeds
 from corpus.wiki import plain_text, read_pages
-from files import json_lines, print0, read_json
+from files import print0, read_json
 
 ERRORS = ('strict', 'replace', 'replace_all')
 PART_CHARS = 1 << 20  # a longer text file is cut into documents of this length
@@ -238,8 +239,17 @@ def read_lines(path, reading):
 
 def read_jsonl(path, reading):
     with reading.open(path) as file:
-        for number, record in json_lines((line.encode() for line in file.lines()), path):
-            yield record, f'{path}, line {number}'
+        for number, line in enumerate(file.lines(), 1):
+            where = f'{path}, line {number}'
+            if not line.isspace():
+                yield read_json_line(line, where), where
+
+
+def read_json_line(line, where):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{where}: not JSON ({error})') from None
 
 
 def read_csv(path, reading, delimiter=','):
@@ -278,7 +288,12 @@ def text_of_record(record, where, fields):
 
 def clean(text):
     r"""Make every line end a line feed, and half a surrogate pair, such as a lone "\ud83d" in JSON, a '?'."""
-    return with_line_feeds(text).encode('utf-8', 'replace').decode('utf-8')
+    text = with_line_feeds(text)
+    try:
+        text.encode()  # cheaper than there and back
+        return text
+    except UnicodeEncodeError:
+        return text.encode('utf-8', 'replace').decode('utf-8')
 
 
 def read_wiki(path, reading):

@@ -120,7 +120,7 @@ def test_layouts_of_real_files(file, n, first):
 
 @pytest.mark.parametrize('name, content, text', [
     ('x.jsonl', '{"messages": []}\n{"frage": "q"}', 'line 2: its fields are frage: needed is one of messages, conversations, conversation, instruction, '),
-    ('x.jsonl', '{"prompt": "q"}\n{"prompt": ', 'line 2: not JSON in UTF-8 (Expecting value'),
+    ('x.jsonl', '{"prompt": "q"}\n{"prompt": ', 'line 2: not JSON (Expecting value'),
     ('x.json', '[\n {"prompt": "q"},\n {"prompt": "r"\n]', 'record 2: not JSON: parse error: '),
     ('x.json', '[' * 99_999, 'record 1: not JSON: nested more than 200 deep'),
     ('x.json', '[{"instruction": "q", "output": 5}]', 'record 1: its answer is a int, where a text is needed'),

@@ -395,7 +395,7 @@ def test_an_item_that_is_none_is_named(tmp_path):
     with pytest.raises(ValueError, match=r'item 0 .* the right choice is number -1 of 2'):  # a test split without its answers
         prepare('piqa', [dict(goal='g', sol1='a', sol2='b', label=-1)], 'x.jsonl', tokenizer=CharTokenizer(CHARS))
     (tmp_path / 'piqa.jsonl').write_bytes(b'{"a": 1}\n{')
-    with pytest.raises(ValueError, match=r'piqa.jsonl, line 2: not JSON in UTF-8'):
+    with pytest.raises(ValueError, match=r'piqa.jsonl, line 2: not JSON'):
         sources.from_folder('piqa', tmp_path)
 
 

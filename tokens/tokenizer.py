@@ -208,12 +208,15 @@ class BPETokenizer(Tokenizer):
 
     def encode_batch(self, texts):
         # in one call, because after each call a thread waits for Python's lock
-        joined = replace_surrogates(''.join([END + text for text in texts]))
-        ids = self.bpe.encode_to_numpy(joined, allowed_special={END}, disallowed_special=()).astype(np.int32)
+        joined = ''.join([END + text for text in texts])
+        try:
+            ids = self.bpe.encode_to_numpy(joined, allowed_special={END}, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair
+            return super().encode_batch(texts)
         starts = np.flatnonzero(ids == self.eot)
         if len(starts) != len(texts):  # a text holds END
             return super().encode_batch(texts)
-        return [part[1:] for part in np.split(ids, starts)[1:]]
+        return [part[1:] for part in np.split(ids.astype(np.int32), starts)[1:]]
 
     def tokenizer_json(self):
         return bpe_json(**self.arguments)
