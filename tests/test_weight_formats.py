@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from model import GPT, GPTConfig
@@ -45,6 +46,25 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.filename == str(tmp_path / 'model.safetensors') and '\n' not in error.value.strerror
     assert not list(tmp_path.iterdir())
+
+
+def test_the_header_of_safetensors_is_parsed_once_for_all_tensors(tmp_path, monkeypatch):
+    """Once for each slice took 0.4 s for 500 tensors and 9 s for 2,000."""
+    tensors = {f'w{i}': torch.randn(3, 2).to(dtype) for i, dtype in enumerate([torch.float32, torch.bfloat16, torch.float16, torch.float64])}
+    tensors |= {'vector': torch.randn(5), 'empty': torch.empty(0, 2)}
+    safetensors.torch.save_file(tensors, tmp_path / 'model.safetensors')
+    opened, safe_open = [], safetensors.safe_open
+    monkeypatch.setattr(safetensors, 'safe_open', lambda *args: opened.append(args) or safe_open(*args))
+    weights = formats.read_folder(tmp_path)
+    for name, tensor in tensors.items():
+        for rows in (slice(None), slice(1, 2), slice(2, 99)):
+            with torch.device('meta'):
+                part = weights[name][rows]
+            assert part.dtype == tensor.dtype and torch.equal(part, tensor[rows])
+    assert len(opened) == 1
+    (tmp_path / 'model.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:-100])
+    with pytest.raises(ValueError, match='was cut short while it was read'):
+        [weights[name][:] for name in tensors]
 
 
 def test_damaged_safetensors(tmp_path):
