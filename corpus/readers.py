@@ -91,6 +91,9 @@ def walk(folder, above=()):
     above = (*above, os.path.realpath(folder))
     names = sorted(os.listdir(folder))
     if 'dataset_dict.json' in names:
+        if 'train' not in names:
+            splits = [name for name in names if name != 'dataset_dict.json']
+            raise ValueError(f'{folder} has no split train: name the folder of one of {", ".join(splits)}')
         yield from walk(os.path.join(folder, 'train'))
     elif 'state.json' in names and 'dataset_info.json' in names:
         with naming(folder):
