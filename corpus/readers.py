@@ -26,7 +26,7 @@ from files import print0, read_json
 ERRORS = ('strict', 'replace', 'replace_all')
 PART_CHARS = 1 << 20  # a longer text file is cut into documents of this length
 # the last match is the ending; parts of a Wikipedia dump are named ...xml-p1p41242.bz2
-ENDING = re.compile(r'(token_float32\.npy|\.(?!(?:gz|bz2|zst)$)\w+)?(?:-p\d+p\d+)?(?:\.gz|\.bz2|\.zst)?$')
+ENDING = re.compile(r'(token_float32\.npy|\.(?!(?:gz|bz2|zst)$)\w+)?(?:-p\d+p\d+)?(\.gz|\.bz2|\.zst)?$')
 
 
 # -----------------------------------------------------------------------------
@@ -64,6 +64,8 @@ def format_of(path, format):
     if format is None:
         raise ValueError(f'{path}: its ending does not tell its format: name it with --format, '
                          f'one of {", ".join(FORMATS)}')
+    if format in ('parquet', 'arrow') and ENDING.search(path.lower())[2]:
+        raise ValueError(f'{path}: Parquet and Arrow have their own compression: unpack this file')
     return format
 
 

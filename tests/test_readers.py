@@ -366,7 +366,7 @@ def test_no_pickle_is_opened(tmp_path):
     ('a.xml', b'<mediawiki>\n<page><ns>0', ', line 2: not XML, or cut short: no element found'),
     ('a.parquet', b'PAR1 and more', ' could not be read ('), ('a.arrow', b'nothing', ' could not be read ('),
     ('a.jsonl.gz', b'no gzip', ' could not be read (Not a gzipped file'),
-    ('a.parquet.gz', b'PAR1 and more', ' could not be read (Parquet magic bytes not found'),
+    ('a.parquet.gz', b'', ': Parquet and Arrow have their own compression: unpack this file'),
     ('a.json', b'{"a": {"text": "x"}, "b": {"text": "y"}, "c": "z"}', ", record 3: not JSON: 'z' is not an object, as the values before it are (if each line is a record, use --format=jsonl)"),
     ('a.json', b'[{"text": "a"}] ["b"]', ', record 2: not JSON: parse error: trailing garbage (if each line is a record, use --format=jsonl)'),
     ('a.jsonl', json.dumps({str(n): '' for n in range(99)}).encode(), ", line 1: no field 'text' with text, only " + ', '.join(map(str, range(20))) + ': '),
