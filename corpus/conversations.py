@@ -179,10 +179,12 @@ def show(folder, split='train', n_rows=3):
 
 
 def open_tokenizer(name):
-    """Load gpt2, byte, or the tokenizer of a checkpoint, or of a folder with tokenizer.json."""
+    """Load gpt2, byte, or the tokenizer of a checkpoint, an out_dir, or a folder with tokenizer.json."""
+    from weights.begin import find_start  # imports torch
     if name.endswith('.pt'):
-        from weights.begin import find_start  # imports torch
         return find_start(checkpoint_path=name).tokenizer
+    if (Path(name) / 'ckpt.pt').exists():
+        return find_start(out_dir=name).tokenizer
     return load_tokenizer(tokenizer_meta(name))
 
 
