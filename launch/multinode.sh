@@ -12,6 +12,7 @@
 #   NNODES          the number of nodes, or MIN:MAX to continue with fewer after losing one
 #   NPROC_PER_NODE  ranks of this node: one for each GPU, or for each CPU core if there is none
 #   MAX_RESTARTS    100; restarts follow every error, even a wrong setting, so use 0 for a first try
+#   RUN_ID          tells two runs on one MASTER_PORT apart
 #   LOCAL_ADDR      this node's own address, if its host name does not resolve to it
 #   IFNAME          the network interface between the nodes, such as eth0, if gloo or NCCL choose a wrong one
 #   SAVE_SECONDS    after a signal, how long a step and saving may take before the ranks are killed, 300
@@ -42,6 +43,6 @@ fi
 exec "$python" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" --nproc_per_node="${NPROC_PER_NODE:-auto}" --max_restarts="${MAX_RESTARTS:-100}" \
     --rdzv_backend=c10d --rdzv_endpoint="${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" \
-    --rdzv_id=flatgpt ${LOCAL_ADDR:+--local_addr="$LOCAL_ADDR"} \
+    --rdzv_id="${RUN_ID:-flatgpt}" ${LOCAL_ADDR:+--local_addr="$LOCAL_ADDR"} \
     --signals_to_handle=SIGTERM,SIGINT,SIGUSR1 \
     "$(dirname "${BASH_SOURCE[0]}")/../train.py" "$@" --auto_resume=True

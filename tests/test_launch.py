@@ -102,7 +102,7 @@ if [ "$1" = show ]; then echo asked >&2; sleep "${ANSWER_S:-0}"; printf '127.0.0
 STEP = '''#!/usr/bin/env bash
 trap 'echo saved; exit 1' USR1
 trap 'echo ended; exit 1' TERM
-echo "step: $MASTER_ADDR $MASTER_PORT $NNODES $*"
+echo "step: $MASTER_ADDR $MASTER_PORT $RUN_ID $NNODES $*"
 for _ in {1..6000}; do sleep 0.05; [ "$1" = quick ] && exit $2; done
 '''
 
@@ -135,7 +135,7 @@ def test_a_job_is_queued_again_where_the_time_limit_ended_it_and_only_there(slur
     (tmp_path / 'launch' / 'multinode.sh').write_text(STEP, encoding='utf-8')
     (tmp_path / 'launch' / 'multinode.sh').chmod(0o755)
     job = start(tmp_path, *arguments)
-    wait_for(lambda: f'step: 127.0.0.1 10123 1 {" ".join(arguments)}\n' in log.read_text(encoding='utf-8'))
+    wait_for(lambda: f'step: 127.0.0.1 10123 123 1 {" ".join(arguments)}\n' in log.read_text(encoding='utf-8'))
     if number:
         job.send_signal(number)
     assert job.wait(600) == code, log.read_text(encoding='utf-8')
