@@ -155,10 +155,11 @@ def one_line_errors():
         # a character that the terminal lacks must not end a run
         sys.stdout.reconfigure(errors='backslashreplace')
     if sys.stderr is None:
-        # It was closed. Errors go to stdout then, and the null device takes its number, which the next
-        # file would get, and with it the warnings of libraries.
-        null = open(os.devnull, 'w')
-        sys.stderr = sys.stdout or null
+        # It was closed, and errors go to stdout. Descriptor 2 must not be given to the next file that is
+        # opened, because libraries write warnings to it.
+        while (null := os.open(os.devnull, os.O_WRONLY)) < 2:
+            pass
+        sys.stderr = sys.stdout or open(null, 'w')
     try:
         yield
         print(end='', flush=True)

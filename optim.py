@@ -339,7 +339,7 @@ def lr_scale(it: int, schedule: Schedule) -> float:
             height = remaining / decay_iters
     elif schedule.kind == 'cosine_restarts':
         length = schedule.restart_iters
-        if schedule.restart_mult == 1:
+        if schedule.restart_mult == 1:  # the loop would count every earlier period
             since_warmup %= length
         while since_warmup >= length:
             since_warmup, length = since_warmup - length, length * schedule.restart_mult

@@ -48,7 +48,7 @@ class Picture(NamedTuple):
     png: bytes
 
 
-class Samples(NamedTuple):
+class Section(NamedTuple):
     title: str
     text: str
 
@@ -84,24 +84,25 @@ def write_report(folders: list, out=None) -> Path:
 
 
 def contents(runs: list[Run]) -> list:
-    """Return the parts of a report, each a Table, a Picture or Samples, the summary first."""
+    """Return the parts of a report, each a Table, a Picture or a Section, the summary first."""
     first, *others = tables(runs)
-    pictures, samples = [], []
+    pictures, sections = [], []
     try:
         pictures = [Picture(name, png) for name, png in draw_all(runs).items()]
     except ImportError as error:
-        print(f'the report has no curves: matplotlib cannot be imported ({error}): pip install matplotlib')
+        reason = f'matplotlib cannot be imported ({error}): pip install matplotlib'
+        sections.append(Section('No curves', reason))
     for run in runs:
         iteration, _, text = run.samples.partition('\n')
         if text:
-            samples.append(Samples(f'Samples of {run.name}, iteration {iteration}', text.strip('\n')))
-    return [first, *pictures, *samples, *others]
+            sections.append(Section(f'Samples of {run.name}, iteration {iteration}', text.strip('\n')))
+    return [first, *pictures, *sections, *others]
 
 
 def markdown(part) -> str:
     if isinstance(part, Picture):
         return f'![{Path(part.name).stem}]({part.name})'
-    if isinstance(part, Samples):
+    if isinstance(part, Section):
         return f'## {part.title}\n\n{part.text}'
     rows = part.rows
     if part.is_code:

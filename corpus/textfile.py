@@ -11,7 +11,7 @@ import re
 from files import print0
 
 MAX_RECORD_CHARS = 64 << 20  # a longer record means that the file has another format
-TELL_EVERY_CHARS = 1 << 14
+TELL_EVERY_CHARS = 1 << 12  # asking for the position costs more than decoding a record
 MAX_REPLACED = 0.01  # share of the characters
 # The order matters: GB 18030 decodes most of Big5 to rare characters, and its common part GB 2312 does not.
 USUAL_ENCODINGS = {'utf-8': 'utf-8', 'utf-16': 'utf-16', 'gb2312': 'gb18030', 'big5': 'big5',
@@ -72,7 +72,7 @@ class TextFile:
         self.on_disk.close()
 
     def tell(self):
-        if self.n_chars >= self.next_tell:  # rarely, because it costs more than decoding a record
+        if self.n_chars >= self.next_tell:
             self.n_read, self.next_tell = self.on_disk.tell(), self.n_chars + TELL_EVERY_CHARS
         return self.n_read
 

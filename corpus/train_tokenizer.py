@@ -43,6 +43,8 @@ def train_bpe(texts, vocab_size, max_bytes=SAMPLE_BYTES):
     merges = [' '.join(pair) for pair in json.loads(engine.to_str())['model']['merges']]
     if not merges:
         raise ValueError('no pair of characters occurs twice in the text: give more text')
+    if n_there + len(merges) < vocab_size:
+        print(f'the text has too few pairs that occur twice for {vocab_size:,} tokens')
     return BPETokenizer('\n'.join(merges))
 
 

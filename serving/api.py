@@ -45,7 +45,9 @@ class Api:
         self.html = PAGE.read_text(encoding='utf-8')
 
     async def page(self) -> Response:
-        return Response(self.html, media_type='text/html')
+        # a policy within the page cannot say that no other site may frame it
+        headers = {'content-security-policy': "frame-ancestors 'none'"}
+        return Response(self.html, media_type='text/html', headers=headers)
 
     async def models(self) -> Response:
         model = {'id': self.name, 'object': 'model', 'created': self.created, 'owned_by': 'flatgpt',

@@ -94,8 +94,9 @@ def evaluate_core(score, tokenizer, bundle: list[CoreTask], *, block_size: int) 
 
 def rows_of(task: CoreTask, i: int, tokenizer, *, block_size: int) -> list[Row]:
     """Return the rows of item i's pairs, after examples drawn from the other items."""
-    others = random.Random(1234 + i).sample(range(len(task.items) - 1), task.n_shots)
-    shown = [task.items[n + (n >= i)] for n in others]  # i itself is left out
+    drawn = random.Random(1234 + i).sample(range(len(task.items) - 1), task.n_shots)
+    others = [n if n < i else n + 1 for n in drawn]
+    shown = [task.items[n] for n in others]
     answered = [item.pairs[item.gold] for item in shown]
     before = ''.join(f'{context}{task.delimiter}{answer}\n\n' for context, answer in answered)
     prompts = [f'{before}{context}{task.delimiter}' for context, _ in task.items[i].pairs]

@@ -113,7 +113,7 @@ def test_hostile_meta_pkl_runs_nothing(tmp_path, protocol):
 
 @pytest.mark.parametrize('meta', [
     b'', b'garbage', b'\x80\x05K\x01', [], {'itos': {}}, {'itos': {0: 'a', 2: 'b'}}, {'itos': {0: 5}},
-    {'itos': {0: 'a', 1: 'a'}, 'stoi': {'a': 1}}, {'itos': {0: '\ud800'}, 'stoi': {'\ud800': 0}}, {'itos': {0: Hostile(bytearray, (10 ** 12,))}},
+    {'itos': {0: 'a', 1: 'a'}, 'stoi': {'a': 1}}, {'itos': {0: 'a'}, 'stoi': {'b': 0}}, {'itos': {0: '\ud800'}, 'stoi': {'\ud800': 0}}, {'itos': {0: Hostile(bytearray, (10 ** 12,))}},
 ], ids=repr)
 def test_unfit_meta_pkl_is_one_line(tmp_path, meta):
     nanogpt_folder(tmp_path, meta)

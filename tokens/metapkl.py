@@ -16,6 +16,8 @@ def read_meta_pkl(path) -> dict:
         if itos is not None:
             if isinstance(itos, dict):
                 itos = [itos[i] for i in range(len(itos))]
+            if meta.get('stoi') not in (None, {token: i for i, token in enumerate(itos)}):
+                raise ValueError('stoi must be the inverse of itos')
             tokenizer_meta = {'kind': 'itos', 'itos': itos}
             if all(len(token) == 1 for token in itos):
                 tokenizer_meta = {'kind': 'char', 'chars': ''.join(itos)}

@@ -207,15 +207,16 @@ class BPETokenizer(Tokenizer):
         return self.bpe.encode_to_numpy(replace_surrogates(text), disallowed_special=()).astype(np.int32)
 
     def encode_batch(self, texts):
-        # in one call, because after each call a thread waits for Python's lock
+        # All in one call, because a thread waits for Python's lock after each call.
+        begins_others = any(name.startswith(END) and name != END for name in self.special)
+        if len(texts) < 2 or begins_others or any(END in text for text in texts):
+            return super().encode_batch(texts)
         joined = ''.join([END + text for text in texts])
         try:
             ids = self.bpe.encode_to_numpy(joined, allowed_special={END}, disallowed_special=())
         except UnicodeEncodeError:  # half a surrogate pair
             return super().encode_batch(texts)
         starts = np.flatnonzero(ids == self.eot)
-        if len(starts) != len(texts):  # a text holds END
-            return super().encode_batch(texts)
         return [part[1:] for part in np.split(ids.astype(np.int32), starts)[1:]]
 
     def tokenizer_json(self):

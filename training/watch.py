@@ -12,7 +12,7 @@ from base64 import b64encode
 from pathlib import Path
 
 from files import print0, printable, write_text
-from report import Picture, Samples, contents, formatted, read_run, side_by_side
+from report import Picture, Section, contents, formatted, read_run, side_by_side
 
 PAUSE_S = 3
 HEAD = '''<!doctype html><html lang="en"><head><meta charset="utf-8">
@@ -28,6 +28,7 @@ div { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8884; }
 h1, td, pre { overflow-wrap: anywhere; } pre, td { white-space: pre-wrap; }
+th { min-width: 5em; overflow-wrap: anywhere; }
 footer, th, td:first-child { opacity: .7; } td:first-child { overflow-wrap: normal; }
 </style>
 '''
@@ -96,7 +97,7 @@ def make_page(folders) -> str:
 def as_html(part) -> str:
     if isinstance(part, Picture):
         return f'<img alt="{part.name}" src="data:image/png;base64,{b64encode(part.png).decode()}">'
-    if isinstance(part, Samples):
+    if isinstance(part, Section):
         return f'<h2>{text_of(part.title)}</h2><pre>{text_of(part.text)}</pre>'
     rows = []
     for tag, cells in [('th', part.heads), *(('td', row) for row in part.rows)]:
