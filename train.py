@@ -86,6 +86,7 @@ verify_data = False  # check the checksum of each shard before the first step
 tokenizer = 'gpt2'  # byte; a folder or file with tokenizer.json
 stream_val = ''  # files and folders of validation text; '' = hold out the first training file
 field = 'text'  # fields of JSONL, CSV and Parquet to read; several: title,text
+errors: Literal['strict', 'replace', 'replace_all'] = 'strict'  # replace: up to 1% may become U+FFFD
 shuffle_window = 1024  # shuffle windows within consecutive groups of this size
 # model
 arch: Literal['gpt2', 'modern', 'llama'] = 'gpt2'

@@ -155,7 +155,7 @@ def test_a_broken_line_far_down_stops_the_batch_that_needs_it(tmp_path):
 
 def test_the_first_file_is_for_validation_unless_another_is_named(shards, tmp_path):
     def opened(dataset, stream_val=''):
-        train, _, val = open_stream(dataset, ByteTokenizer(), stream_val=stream_val, fields='text', n_eval=2,
+        train, _, val = open_stream(dataset, ByteTokenizer(), stream_val=stream_val, fields='text', errors='strict', n_eval=2,
                                     block_size=16, batch_size=4)
         return [path.rsplit('/', 1)[-1] for path in train.text.paths], bytes(val.tokens[1:8].tolist())
     folder = shards[0]

@@ -31,8 +31,8 @@ BEGINNING = (0, 0, 0, 0)  # epoch, file, document in the file, token in the docu
 class Text:
     """The documents of some files as one row of tokens without end. The tokenizer needs an end-of-text."""
 
-    def __init__(self, files, tokenizer, fields=('text',)):
-        self.files, self.tokenizer, self.fields = files, tokenizer, list(fields)
+    def __init__(self, files, tokenizer, fields=('text',), errors: str = 'strict'):
+        self.files, self.tokenizer, self.fields, self.errors = files, tokenizer, list(fields), errors
         self.paths = [path for path, _ in files]
         for path, format in files:
             if format == 'blocks':
@@ -44,7 +44,8 @@ class Text:
         while has_text:
             has_text = False
             for i in range(file, len(self.files)):
-                reader = read_documents(self.files[i:i + 1], fields=self.fields, start=document)
+                reader = read_documents(self.files[i:i + 1], fields=self.fields, errors=self.errors,
+                                        start=document)
                 for n, (text, *_) in enumerate(reader, document):
                     if text:
                         has_text = True
@@ -195,7 +196,8 @@ class Head:
         return pad(rows, self.block_size)
 
 
-def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, n_eval: int, **settings):
+def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, errors: str, n_eval: int,
+                **settings):
     """Return the Stream of the training text, a Head of it, and a Head of the validation text.
 
     n_eval  windows in each Head; 0 = the whole validation text, and as many windows of the training text
@@ -210,7 +212,7 @@ def open_stream(dataset: str, tokenizer, *, stream_val: str, fields: str, n_eval
     if not files:
         raise ValueError(f'dataset={dataset} is one file, which leaves none for validation: '
                          'name text for that with --stream_val=PATH')
-    train, val = (Text(part, tokenizer, fields.split(',')) for part in (files, held_out))
+    train, val = (Text(part, tokenizer, fields.split(','), errors) for part in (files, held_out))
     size = dict(block_size=settings['block_size'], batch_size=settings['batch_size'])
     val_head = Head(val, n_windows=n_eval or None, **size)
     return Stream(train, **settings), Head(train, n_windows=n_eval or val_head.n_windows, **size), val_head

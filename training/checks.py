@@ -21,7 +21,7 @@ LIMITS = (
     (-1, math.inf, 'keep_last_n_checkpoints'),
 )
 # settings that the other kind of data would ignore
-FOR_STREAMS = ('tokenizer', 'stream_val', 'field', 'shuffle_window')
+FOR_STREAMS = ('tokenizer', 'stream_val', 'field', 'errors', 'shuffle_window')
 FOR_PACKED = ('sampling', 'verify_data')
 
 

@@ -58,7 +58,8 @@ def open_data(settings: dict, place, grad_accum: int, micro_batch_size: int,
         tokenizer = load_tokenizer(stored_meta or tokenizer_meta(settings['tokenizer']))
         train, *heads = open_stream(
             dataset, tokenizer, stream_val=settings['stream_val'], fields=settings['field'],
-            shuffle_window=settings['shuffle_window'], n_eval=n_eval, block_size=block_size, **ranks)
+            errors=settings['errors'], shuffle_window=settings['shuffle_window'], n_eval=n_eval,
+            block_size=block_size, **ranks)
         return TrainingData(train, *(EvalSet(head, np.arange(head.n_windows)) for head in heads), dataset)
 
     folders, weights = dataset_folders(dataset)
