@@ -432,7 +432,8 @@ def test_other_errors_of_ours_keep_their_traceback():
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='needs a shell')
-def test_a_closed_stderr_is_neither_missed_nor_given_to_a_file(tmp_path):
+@pytest.mark.parametrize('closed', ['', '<&-'])
+def test_a_closed_stderr_is_neither_missed_nor_given_to_a_file(tmp_path, closed):
     code = '''
 import sys
 from tqdm import tqdm
@@ -442,7 +443,7 @@ with one_line_errors(), open('file', 'w') as file:
         pass
     raise ValueError(f'wrong {sys.stderr.isatty()} {file.fileno() > 2}')
 '''
-    done = subprocess.run(['sh', '-c', 'exec "$@" 2>&-', '-', sys.executable, '-c', code], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True,
+    done = subprocess.run(['sh', '-c', f'exec "$@" 2>&- {closed}', '-', sys.executable, '-c', code], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True,
                           text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert done.returncode == 2 and done.stdout.splitlines()[-1] == 'wrong False True'
 

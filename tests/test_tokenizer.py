@@ -120,6 +120,12 @@ def test_gpt2_encodes_a_batch_as_text_by_text(gpt2, texts):
     assert [ids.tolist() for ids in gpt2.encode_batch(texts)] == [gpt2.encode(text) for text in texts]
 
 
+def test_a_batch_is_encoded_text_by_text_if_another_special_token_begins_with_end_of_text():
+    tokenizer = BPETokenizer('a b\nb c\nab c', special=['<|endoftext|>', '<|endoftext|>a'])
+    texts = ['b', 'abc', 'b<|endoftext|>b']
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
+
+
 def test_gpt2_decodes_half_a_character_and_names_a_padded_id(gpt2):
     assert gpt2.decode(gpt2.encode('\U0001f600')[:1]) == '\ufffd'
     with pytest.raises(ValueError, match='token id 50257 is outside the vocabulary of 50257 tokens'):
