@@ -15,7 +15,7 @@ ROOMS = ('weights', 'tokens', 'corpus', 'tasks', 'training', 'serving')
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_COLUMNS, MAX_TOP_LEVEL_FILES = 450, 50, 7, 110, 18
 CORE = ('model', 'train', 'optim', 'configurator', 'sample', 'checkpoint', 'distributed', 'tokens.loader')
 # the design asks for 380,000 in all
-MAX_CHARACTERS_CORE, MAX_CHARACTERS = 105_000, 622_000
+MAX_CHARACTERS_CORE, MAX_CHARACTERS = 105_000, 618_000
 
 # a module -> the only modules of ours that it may import; 'corpus.' stands for the room
 ALLOWED = {
