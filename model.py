@@ -71,7 +71,7 @@ class GPTConfig:
         if self.n_embd % unit and not (self.arch == 'llama' and self.head_size):
             raise ValueError(f'n_embd={self.n_embd}, n_head={self.n_head}: accepted is a multiple of {unit}')
 
-        # values of arch for those that are None; others are accepted where adjustable
+        # None takes the value of arch; others are accepted where arch allows them
         values = dict(PRESETS[self.arch], n_kv_head=self.n_head, head_size=self.n_embd // self.n_head,
                       n_hidden=4 * self.n_embd, rope_theta=10_000.0, rope_scaling=None, qkv_bias=False)
         adjustable = dict(gpt2={'activation', 'bias'}, modern={'activation'}, llama=values.keys() - {'bias'})

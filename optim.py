@@ -184,7 +184,7 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if 'momentum_buffer' not in self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                if normuon:  # see even_out()
+                if normuon:  # a mean square per row or column: even_out()
                     size = p.size(0) // R, R, 1
                     if C > R:
                         size = p.size(0) // R, 1, C

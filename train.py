@@ -263,7 +263,7 @@ with one_line_errors(), signals_noted():
             # save
             save_due = save_due or finished or signal or is_best
             if save_due and progress.advanced and not eval_only:
-                progress.to_evaluate = evaluation_due and losses is None  # on resuming
+                progress.to_evaluate = evaluation_due and losses is None  # when it is resumed
                 tensors = checkpoint.gather(model, optimizers)
                 state = dict(**tensors, **dataclasses.asdict(progress), **facts, scaler=scaler.state_dict(),
                              history=judge.state(), position=data.train.position(progress.iter_num))

